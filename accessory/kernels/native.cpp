@@ -1,0 +1,1 @@
+extern "C" int accessory_kernels_abi() { return 1; }

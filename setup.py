@@ -1,0 +1,16 @@
+"""Build of the optional native kernels; everything else about the package stands in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+# No torch or Python headers are used (a plain C interface, loaded with ctypes), so the build needs a C++
+# compiler and nothing else. optional=True: without a compiler the PyTorch twins of the kernels serve.
+kernels = Extension(
+    "accessory.kernels._native",
+    sources=["accessory/kernels/native.cpp"],
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno"],
+    extra_link_args=["-fopenmp"],
+    language="c++",
+    optional=True,
+)
+
+setup(ext_modules=[kernels])
