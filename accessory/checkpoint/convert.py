@@ -1,0 +1,98 @@
+"""Changing the number of shards of a checkpoint, tensor by tensor: the reference page's split.py."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.reader import Checkpoint, open_shard
+from accessory.checkpoint.writer import create_shard, new_folder, write_json
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
+
+def split(source: str | Path, destination: str | Path, *, mp: int = 8) -> None:
+    """Write a checkpoint as ``mp`` accessory shards with config.json, meta.json and the tokenizer beside them.
+
+    Any form that the library loads may be the source, whatever its number of shards. Both sides are
+    memory-mapped: memory use does not grow with the checkpoint. The weights keep their dtype.
+
+    Raises:
+        ValueError: ``mp`` shards cannot hold the model; lists the numbers that can.
+        FileExistsError: the destination is not empty.
+        CheckpointError, FileNotFoundError: the source cannot be read.
+        OSError: the disk is full.
+    """
+    manifest = Manifest.read(source)
+    args = stored_args(manifest)
+    checkpoint = Checkpoint.open(manifest, args)
+    opened = [checkpoint.read_file(file) for file in range(len(manifest.shards))]
+    obstacles = obstacles_to_files(args, mp, sparse=False) if mp >= 1 else ["it must be at least 1"]
+    if obstacles:
+        works = [n for n in range(1, args.n_heads + 1) if not obstacles_to_files(args, n, sparse=False)]
+        raise ValueError(f"cannot write {mp} shards: {'; '.join(obstacles)}. Numbers that work: {works}")
+    by_parameter: dict[str, list[Source]] = {}
+    for contents in checkpoint.by_file:
+        for entry in contents:
+            by_parameter.setdefault(entry.parameter, []).append(entry)
+    with new_folder(Path(destination)) as aside:
+        targets = list(base_sources(args, mp))
+        with tqdm(total=len(targets), desc=f"splitting into {mp}", unit="tensor", disable=None) as progress:
+            for file in range(mp):
+                wanted = [target for target in targets if target.file == file]
+                _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, by_parameter, opened)
+                progress.update(len(wanted))
+        write_json(aside / "config.json", args.to_dict())
+        write_json(aside / "meta.json", {"llama_type": "mistral"})
+        copy_tokenizer(manifest.folder, aside)
+
+
+def stored_args(manifest: Manifest) -> ModelArgs:
+    """The folder's sizes; a vocabulary left to the tokenizer is read off the embedding."""
+    args = manifest.load_args()
+    if args.vocab_size == -1:
+        embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
+        if embedding is None:
+            raise CheckpointError(f"{manifest.shards[0]} lacks tensor tok_embeddings.weight")
+        args = args.replace(vocab_size=embedding.shape[0])
+    return args
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files; says so where there are none."""
+    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
+    for name in found:
+        shutil.copyfile(source / name, destination / name)
+    if not found:
+        logger.warning("%s has no tokenizer: put tokenizer.model into the converted folder before using it", source)
+
+
+def _write_shard(
+    path: Path, targets: list[Source], by_parameter: dict[str, list[Source]], opened: list[dict[str, Tensor]]
+) -> None:
+    dtypes = {target.key: _dtype(by_parameter[target.parameter], opened) for target in targets}
+    shard = create_shard(path, {PREFIX + target.key: (target.shape, dtypes[target.key]) for target in targets})
+    for target in targets:
+        written = target.view(shard[PREFIX + target.key])
+        missing = target.box.numel
+        for entry in by_parameter[target.parameter]:
+            common = target.box.intersect(entry.box)
+            if common is None or missing == 0:
+                continue
+            read = entry.view(opened[entry.file][entry.key])
+            written[common.within(target.box)].copy_(read[common.within(entry.box)])
+            missing -= common.numel
+        assert missing == 0, f"{target.key}: {missing} elements have no source"
+
+
+def _dtype(entries: list[Source], opened: list[dict[str, Tensor]]) -> torch.dtype:
+    return opened[entries[0].file][entries[0].key].dtype

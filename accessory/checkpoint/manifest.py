@@ -1,0 +1,143 @@
+"""What lies in a checkpoint folder, found from names alone: no weight is read here."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from accessory.config import ModelArgs, read_json
+from accessory.errors import CheckpointError
+
+_CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
+_RELEASED = re.compile(r"consolidated\.(\d+)\.pth")
+_COMPANIONS = frozenset(
+    {
+        "config.json",
+        "meta.json",
+        "params.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "split.py",
+        "README.md",
+        "converted",
+        "checklist.chk",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The files of a checkpoint folder.
+
+    Attributes:
+        folder: the folder.
+        form: "converted" (accessory's consolidated.XX-of-NN.model.pth) or "consolidated" (consolidated.NN.pth).
+        shards: the weight files in order.
+        config: config.json or params.json, if there is one.
+        llama_type: what meta.json says, if there is one.
+        odd: names of entries that belong to no checkpoint.
+    """
+
+    folder: Path
+    form: str
+    shards: tuple[Path, ...]
+    config: Path | None
+    llama_type: str | None
+    odd: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Manifest":
+        """Recognise a folder.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            CheckpointError: no weights in it, or a set of shards with gaps or of several runs.
+            ValueError: an unreadable meta.json.
+        """
+        folder = Path(folder)
+        if not folder.exists():
+            raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; give the folder that holds the consolidated.* files")
+        names = sorted(entry.name for entry in folder.iterdir())
+        converted = [match for name in names if (match := _CONVERTED.fullmatch(name))]
+        released = [match for name in names if (match := _RELEASED.fullmatch(name))]
+        if not converted and not released:
+            raise CheckpointError(_no_weights(folder, names))
+        if converted and released:
+            raise CheckpointError(
+                f"{folder} holds both {converted[0].string} and {released[0].string}: "
+                "keep one checkpoint in a folder, move the other away"
+            )
+        chosen = converted or released
+        shards = _complete(folder, chosen, "converted" if converted else "consolidated")
+        known = {match.string for match in chosen} | _COMPANIONS
+        configs = [folder / name for name in ("config.json", "params.json") if name in names]
+        return cls(
+            folder=folder,
+            form="converted" if converted else "consolidated",
+            shards=shards,
+            config=configs[0] if configs else None,
+            llama_type=_llama_type(folder / "meta.json"),
+            odd=tuple(name for name in names if name not in known),
+        )
+
+    def load_args(self) -> ModelArgs:
+        """The model's sizes from the folder's own config file.
+
+        Raises:
+            CheckpointError: there is none.
+            ValueError: it is unusable; names file and key.
+        """
+        if self.config is None:
+            raise CheckpointError(
+                f"{self.folder} has neither config.json nor params.json: add it, or pass llama_config=PATH"
+            )
+        return ModelArgs.load([self.config])
+
+
+def _complete(folder: Path, matches: list[re.Match[str]], form: str) -> tuple[Path, ...]:
+    found = {int(match[1]): match.string for match in matches}
+    count = max(found) + 1
+    if form == "converted":
+        counts = sorted({int(match[2]) for match in matches})
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"{folder} holds shards of several runs (of {' and of '.join(map(str, counts))} files): "
+                f"{matches[0].string}, {matches[-1].string}; keep the files of one run"
+            )
+        count = counts[0]
+    extra = [name for index, name in found.items() if index >= count]
+    if extra:
+        raise CheckpointError(f"{folder} holds {extra[0]}, which numbers beyond its own total of {count}: remove it")
+    missing = [index for index in range(count) if index not in found]
+    if missing:
+        pattern = (
+            "consolidated.{:02d}-of-" + f"{count:02d}.model.pth" if form == "converted" else "consolidated.{:02d}.pth"
+        )
+        names = ", ".join(pattern.format(index) for index in missing)
+        raise CheckpointError(f"{folder} lacks {names} ({len(found)} of {count} shards found): copy the rest")
+    if len(found) != len(matches):
+        raise CheckpointError(f"{folder} holds two files with one shard number: {matches[0].string} and others")
+    return tuple(folder / found[index] for index in range(count))
+
+
+def _no_weights(folder: Path, names: list[str]) -> str:
+    if not names:
+        return f"checkpoint folder {folder} is empty"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, or consolidated.00.pth; "
+        f"found {shown}"
+    )
+
+
+def _llama_type(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    value = read_json(path).get("llama_type")
+    if not isinstance(value, str):
+        raise ValueError(f'{path} must say {{"llama_type": "mistral"}} or the like; llama_type is {value!r}')
+    return value

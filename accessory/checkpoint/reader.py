@@ -1,0 +1,188 @@
+"""Reading shards: memory-mapped, plain tensors only, and only the slices that this rank owns."""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to_files, sources
+from accessory.checkpoint.manifest import Manifest
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
+from accessory.parallel.plan import Box, Placement, local_box
+from accessory.parallel.state import ParallelState
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """Map a shard into memory; keys come without the ``llma.`` prefix, and no tensor's bytes are read yet.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: damaged, in PyTorch's old format, or holding anything but tensors (nothing of such a
+            pickle is executed).
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # damage can surface as almost any type
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than plain tensors and was refused, nothing in it was executed "
+                f"({_offender(error)}). Get the weights from a source that you trust"
+            ) from None
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file "
+            f"({_first_line(error)}). Copy it again"
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds no dictionary of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
+    return {key.removeprefix(PREFIX): value for key, value in content.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised folder together with the sizes of the model it should hold: what each file must contain."""
+
+    manifest: Manifest
+    sparse: bool
+    by_file: tuple[tuple[Source, ...], ...]
+
+    @classmethod
+    def open(cls, manifest: Manifest, args: ModelArgs, *, probe: int = 0) -> "Checkpoint":
+        """Work out the files' expected contents; looks into shard ``probe`` for the form.
+
+        Raises:
+            CheckpointError: that shard is unusable, or the number of shards does not fit the sizes.
+        """
+        sparse = is_sparse(open_shard(manifest.shards[probe]))
+        files = len(manifest.shards)
+        obstacles = obstacles_to_files(args, files, sparse=sparse)
+        if obstacles:
+            raise CheckpointError(f"{manifest.folder}: {files} shards cannot hold this model: {'; '.join(obstacles)}")
+        by_file: list[list[Source]] = [[] for _ in range(files)]
+        for source in sources(args, files, sparse=sparse):
+            by_file[source.file].append(source)
+        return cls(manifest, sparse, tuple(map(tuple, by_file)))
+
+    def read_file(self, file: int, *, partial: bool = False) -> dict[str, Tensor]:
+        """Map one shard and hold its names, shapes and types against what the sizes demand.
+
+        Args:
+            partial: allow tensors to be missing (a folder that overlays another).
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        path = self.manifest.shards[file]
+        tensors = open_shard(path)
+        expected = {source.key: source.shape for source in self.by_file[file]}
+        missing = [key for key in expected if key not in tensors]
+        unexpected = [key for key in tensors if key not in expected]
+        if unexpected:
+            raise CheckpointError(
+                f"{path} holds {_some(unexpected)} that the model does not have: "
+                "the config is of another model, or the file of another run"
+            )
+        if missing and not partial:
+            raise CheckpointError(f"{path} lacks {_some(missing)}: copy it again, or check the config")
+        for key, tensor in tensors.items():
+            if tuple(tensor.shape) != expected[key]:
+                raise CheckpointError(
+                    f"{path}: {key} has shape {tuple(tensor.shape)}, the config asks for {expected[key]} "
+                    f"in each of {len(self.by_file)} shards"
+                )
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
+        return tensors
+
+
+def load_parameters(
+    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    manifests: Sequence[Manifest],
+    args: ModelArgs,
+    state: ParallelState,
+    *,
+    placement: Placement,
+) -> None:
+    """Fill this rank's parameters from checkpoint folders; later folders overlay earlier ones.
+
+    Args:
+        parameters: local tensors by name, filled in place (converted to their dtype and device).
+        shapes: whole shape of each parameter.
+
+    Raises:
+        CheckpointError: a file or tensor that does not fit, or a parameter that no folder fills.
+    """
+    boxes = {
+        name: local_box(name, shape, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
+        for name, shape in shapes.items()
+    }
+    filled: dict[str, int] = dict.fromkeys(boxes, 0)
+    for manifest in manifests:
+        # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
+        first = state.mp_rank * len(manifest.shards) // state.mp_size
+        checkpoint = Checkpoint.open(manifest, args, probe=first)
+        copied = _load_folder(checkpoint, parameters, boxes, first=first, partial=len(manifests) > 1)
+        filled.update(copied)
+    short = [name for name, count in filled.items() if count < boxes[name].numel]
+    if short:
+        folders = ", ".join(str(manifest.folder) for manifest in manifests)
+        raise CheckpointError(f"{folders}: nothing there fills {_some(short)}")
+
+
+def _load_folder(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Tensor],
+    boxes: Mapping[str, Box],
+    *,
+    first: int,
+    partial: bool,
+) -> dict[str, int]:
+    """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
+    files = len(checkpoint.by_file)
+    copied: dict[str, int] = {}
+    for file in [*range(first, files), *range(first)]:
+        wanted = [
+            (source, common)
+            for source in checkpoint.by_file[file]
+            if (common := boxes[source.parameter].intersect(source.box))
+            and copied.get(source.parameter, 0) < boxes[source.parameter].numel
+        ]
+        if not wanted:
+            continue
+        tensors = checkpoint.read_file(file, partial=partial)
+        for source, common in wanted:
+            tensor = tensors.get(source.key)
+            if tensor is None:
+                continue
+            target = parameters[source.parameter][common.within(boxes[source.parameter])]
+            target.copy_(source.view(tensor)[common.within(source.box)])
+            copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
+    return copied
+
+
+def _some(keys: Iterable[str], limit: int = 3) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
+
+
+def _offender(error: Exception) -> str:
+    """The global that the unpickler would have had to import."""
+    match = re.search(r"(GLOBAL \S+|Unsupported \S+ \S+)", str(error))
+    return match[1] if match else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

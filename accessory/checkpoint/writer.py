@@ -1,0 +1,96 @@
+"""Writing checkpoints: one tensor in memory at a time, aside first, then under the final name."""
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.serialization import set_default_mmap_options, skip_data
+
+
+def create_shard(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """Write the skeleton of a shard and map it for writing: {"model": {key: tensor}}, every byte still a hole.
+
+    The returned tensors lie in the file itself (a shared mapping), so that a file of any size is filled in
+    bounded memory. Their zip checksums are those of the holes; torch.load does not look at them.
+
+    Args:
+        tensors: shape and dtype of each key.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save({"model": {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}}, path)
+    # A store into a mapped hole on a full disk would kill the process; here it is an ordinary OSError.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with set_default_mmap_options(mmap.MAP_SHARED):
+        mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)["model"]
+    return mapped
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """torch.save of a bare dictionary, aside and renamed."""
+    with replacing(path) as aside:
+        torch.save(dict(tensors), aside)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, aside and renamed."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to; on success it is synced and renamed over ``path``."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        sync(aside)
+        aside.rename(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
+
+    Raises:
+        FileExistsError: ``path`` is there already and not empty (nothing of the user's is overwritten).
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's or folder's data to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

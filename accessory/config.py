@@ -1,0 +1,165 @@
+"""The one description of a model's sizes: what config.json and params.json hold, validated."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+# Keys that some releases write and that do not change this architecture: Mixtral attends to the whole context
+# whatever window its file names, and the length of the context is the caller's choice.
+IGNORED_KEYS = frozenset({"sliding_window", "max_position_embeddings", "model_type", "torch_dtype"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEArgs:
+    """Experts of a layer, and how many of them each token visits (top-k)."""
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+
+    def __post_init__(self) -> None:
+        _require_ints(self, positive=("num_experts", "num_experts_per_tok"))
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"moe.num_experts_per_tok is {self.num_experts_per_tok} but there are only "
+                f"{self.num_experts} experts (moe.num_experts)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """Sizes and constants of a Mixtral model.
+
+    Attributes:
+        dim: width of the residual stream.
+        hidden_dim: width inside one expert.
+        head_dim: width of one attention head (dim / n_heads where absent).
+        n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
+        vocab_size: rows of the embedding; -1 means the tokenizer's size.
+        rope_scaling: factor on positions before the rotary embedding (1 / Hugging Face's linear factor).
+        max_batch_size, max_seq_len: hints; what from_pretrained is called with rules.
+        load_balancing_weight: factor on the load-balancing loss in training.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    hidden_dim: int
+    n_kv_heads: int = -1
+    head_dim: int = -1
+    vocab_size: int = -1
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: float | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    moe: MoEArgs = field(default_factory=MoEArgs)
+    load_balancing_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_ints(self, positive=("dim", "n_layers", "n_heads", "hidden_dim", "max_batch_size", "max_seq_len"))
+        _require_ints(self, positive_or_unset=("n_kv_heads", "head_dim", "vocab_size"))
+        for name in ("norm_eps", "rope_theta"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
+        if self.rope_scaling is not None and (not _is_number(self.rope_scaling) or self.rope_scaling <= 0):
+            raise ValueError(f"rope_scaling must be null or a number above 0, not {self.rope_scaling!r}")
+        if not _is_number(self.load_balancing_weight) or self.load_balancing_weight < 0:
+            raise ValueError(f"load_balancing_weight must be 0 or more, not {self.load_balancing_weight!r}")
+        if self.n_kv_heads == -1:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.head_dim == -1:
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: give head_dim")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding turns pairs, so it must be even")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from the content of a config.json or params.json.
+
+        Raises:
+            ValueError: an unknown, missing, wrongly typed or contradictory key, by name.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        given = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(f"unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - {"moe"}
+        missing = sorted(required - set(given))
+        if missing:
+            raise ValueError(f"key(s) {', '.join(missing)} missing")
+        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe"):
+            if optional in given and given[optional] is None:
+                del given[optional]
+        if "moe" in given:
+            given["moe"] = _moe_from_dict(given["moe"])
+        return cls(**given)
+
+    @classmethod
+    def load(cls, paths: Sequence[str | Path]) -> Self:
+        """Read one or several JSON files; where several set a key, the last rules.
+
+        Raises:
+            FileNotFoundError: a file that is absent.
+            ValueError: not JSON, or contents that `from_dict` refuses; names the file.
+        """
+        merged: dict[str, Any] = {}
+        for path in paths:
+            merged.update(read_json(path))
+        try:
+            return cls.from_dict(merged)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that gives these arguments back."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object from a file; errors name the file."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _moe_from_dict(values: Any) -> MoEArgs:
+    if isinstance(values, MoEArgs):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"moe must be an object with num_experts and num_experts_per_tok, not {values!r}")
+    known = {f.name for f in dataclasses.fields(MoEArgs)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown key(s) in moe: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return MoEArgs(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_ints(args: Any, positive: Sequence[str] = (), positive_or_unset: Sequence[str] = ()) -> None:
+    for name in (*positive, *positive_or_unset):
+        value = getattr(args, name)
+        unset = name in positive_or_unset and value == -1
+        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and not unset):
+            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")

@@ -1,0 +1,157 @@
+"""One loop that turns prompts into text, for a batch as for a stream.
+
+It stands on what a Transformer promises (`prefill` and `decode`) and on nothing else of the model. Sequences take
+slots of the cache as they become free; every rank runs the same loop on the same tokens, which the first rank of
+the model chooses and broadcasts.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accessory.config import ModelArgs
+from accessory.generation.sampling import Sampling, sample
+from accessory.generation.stopping import StreamableTokenizer, TextStream
+from accessory.parallel.state import ParallelState
+
+# Prompts are read in pieces of this many tokens, which bounds the memory of the experts' activations.
+PREFILL_TOKENS = 2048
+
+
+class Cache(Protocol):
+    """What the engine asks of a cache."""
+
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> None: ...
+    def free(self, slot: int) -> None: ...
+
+
+C = TypeVar("C", bound=Cache)
+
+
+class Model(Protocol[C]):
+    """What the engine asks of a Transformer."""
+
+    args: ModelArgs
+    state: ParallelState
+
+    def new_cache(self, slots: int, max_seq_len: int) -> C: ...
+    def prefill(self, tokens_T: Tensor, lengths: Sequence[int], slots: Sequence[int], cache: C) -> Tensor: ...
+    def decode(self, tokens_S: Tensor, cache: C, active_S: Tensor) -> Tensor: ...
+
+
+class EndingTokenizer(StreamableTokenizer, Protocol):
+    """A tokenizer that knows the token at which a text ends."""
+
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of one completion after a step."""
+
+    index: int
+    text: str
+    finished: bool
+
+
+class _Sequence:
+    """A prompt on its way to becoming a completion."""
+
+    def __init__(self, index: int, prompt: Sequence[int], tokenizer: EndingTokenizer, sampling: Sampling) -> None:
+        self.index, self.prompt = index, list(prompt)
+        self.left = sampling.max_gen_len
+        self.last_token = -1
+        self.finished = False
+        self._eos_id = tokenizer.eos_id
+        self._stream = TextStream(tokenizer, sampling.stop)
+
+    def push(self, token: int) -> Progress:
+        """Take the next token."""
+        self.last_token = token
+        self.left -= 1
+        if token != self._eos_id:
+            self._stream.push(token)
+        self.finished = token == self._eos_id or self._stream.stopped or self.left == 0
+        return Progress(self.index, self._stream.finish() if self.finished else self._stream.text, self.finished)
+
+
+def complete(
+    model: Model[C], tokenizer: EndingTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Iterator[list[Progress]]:
+    """Complete prompts of token ids; after every step yields the progress of the sequences that moved.
+
+    Collective over the model's ranks: all must iterate alike. Each prompt must have at least one token and leave
+    room for ``sampling.max_gen_len`` within the model's max_seq_len.
+    """
+    waiting = deque(_Sequence(index, prompt, tokenizer, sampling) for index, prompt in enumerate(prompts))
+    slots = min(len(waiting), model.args.max_batch_size)
+    longest = max(len(prompt) for prompt in prompts) + sampling.max_gen_len
+    cache = model.new_cache(slots, min(longest, model.args.max_seq_len))
+    running: dict[int, _Sequence] = {}
+    while waiting or running:
+        joining = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
+        if joining:
+            logits_RV = _prefill(model, cache, joining)
+            running.update(joining)
+            moved = joining
+        else:
+            logits_RV = _decode(model, cache, running, slots)
+            moved = dict(running)
+        tokens = _choose(model.state, logits_RV, sampling)
+        yield [sequence.push(token) for sequence, token in zip(moved.values(), tokens, strict=True)]
+        for slot, sequence in moved.items():
+            if sequence.finished:
+                del running[slot]
+                cache.free(slot)
+
+
+@torch.inference_mode()
+def _prefill(model: Model[C], cache: C, joining: dict[int, _Sequence]) -> Tensor:
+    """Read prompts, at most PREFILL_TOKENS of them at a time; logits (R, V) of their last tokens, in order."""
+    unread = deque((slot, sequence.prompt) for slot, sequence in joining.items())
+    finals: list[Tensor] = []
+    while unread:
+        tokens: list[int] = []
+        rows: list[tuple[int, int]] = []
+        ends: list[int] = []
+        while unread and len(tokens) < PREFILL_TOKENS:
+            slot, rest = unread.popleft()
+            piece = rest[: PREFILL_TOKENS - len(tokens)]
+            if len(piece) < len(rest):
+                unread.appendleft((slot, rest[len(piece) :]))
+            else:
+                ends.append(len(rows))
+            tokens += piece
+            rows.append((slot, len(piece)))
+        taken = torch.tensor(tokens, device=model.state.device)
+        logits_RV = model.prefill(taken, [n for _, n in rows], [slot for slot, _ in rows], cache)
+        finals.append(logits_RV[ends])
+    return torch.cat(finals)
+
+
+@torch.inference_mode()
+def _decode(model: Model[C], cache: C, running: dict[int, _Sequence], slots: int) -> Tensor:
+    """One step of all running sequences; logits (R, V) in the order of ``running``."""
+    last = [running[slot].last_token if slot in running else 0 for slot in range(slots)]
+    active = [slot in running for slot in range(slots)]
+    device = model.state.device
+    logits_SV = model.decode(torch.tensor(last, device=device), cache, torch.tensor(active, device=device))
+    cache.extend(list(running), [1] * len(running))
+    return logits_SV[list(running)]
+
+
+@torch.inference_mode()
+def _choose(state: ParallelState, logits_RV: Tensor, sampling: Sampling) -> list[int]:
+    """Sample on the model's first rank; equal seeds would not give equal samples on different ranks."""
+    if state.is_first:
+        tokens = sample(logits_RV, sampling.temperature, sampling.top_p)
+    else:
+        tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
+    if state.mp_size > 1:
+        dist.broadcast(tokens, group=state.mp_group, group_src=0)
+    return tokens.tolist()

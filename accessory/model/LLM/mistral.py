@@ -1,0 +1,168 @@
+"""The Mixtral transformer.
+
+Shape letters: B rows, L length, T = B * L tokens (or the tokens of ragged rows), R rows, S slots of the cache,
+D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from accessory.config import ModelArgs
+from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Score
+from accessory.model.balance import RouterStats
+from accessory.model.cache import KVCache
+from accessory.model.moe import MoE, Routing
+from accessory.model.norm import RMSNorm
+from accessory.model.rope import RotaryTable
+from accessory.parallel.layers import ParallelEmbedding, ParallelOutput
+from accessory.parallel.plan import Placement, resolve_placement
+from accessory.parallel.state import ParallelState, Place
+
+
+class TransformerBlock(nn.Module):
+    """Attention and mixture of experts, each behind a norm and added to the residual stream."""
+
+    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
+        super().__init__()
+        self.attention = Attention(layer, args, state, place)
+        self.feed_forward = MoE(args, state, placement, place)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, place)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, place)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        pattern: Pattern,
+        active_T: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """The residual stream after the block, and its routing."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, pattern)
+        y_TD, routing = self.feed_forward(self.ffn_norm(x_TD), active_T)
+        return x_TD + y_TD, routing
+
+
+class Transformer(nn.Module):
+    """A Mixtral model, or a rank's part of one; parameters are created uninitialised.
+
+    Args:
+        args: sizes; vocab_size must be known by now.
+        state: which ranks hold the model together.
+        expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each) or
+            "auto" (the first where the rank count divides the expert count).
+
+    Raises:
+        ValueError: the model cannot be split over so many ranks.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        state: ParallelState,
+        *,
+        expert_placement: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.args, self.state = args, state
+        self.placement = resolve_placement(args, expert_placement, state.mp_size)
+        place = Place(dtype, state.device if device is None else device)
+        self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim // state.mp_size, state, place)
+        self.layers = nn.ModuleList(
+            TransformerBlock(layer, args, state, self.placement, place) for layer in range(args.n_layers)
+        )
+        self.norm = RMSNorm(args.dim, args.norm_eps, place)
+        self.output = ParallelOutput(args.dim, args.vocab_size // state.mp_size, state, place)
+        self.rotary = RotaryTable(
+            args.head_dim,
+            args.max_seq_len,
+            theta=args.rope_theta,
+            scaling=args.rope_scaling,
+            device=state.device,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def forward(self, tokens_BL: Tensor, counted_BL: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """Logits of every token, for training; no cache.
+
+        Args:
+            tokens_BL: int64 (B, L), L at most args.max_seq_len.
+            counted_BL: bool; which tokens the router's statistics count (None: all).
+
+        Returns:
+            Logits (B, L, V) in the compute dtype, and the statistics stacked over layers, each (layers, E).
+        """
+        rows, length = tokens_BL.shape
+        pattern = CausalRows(rows, length, tokens_BL.device)
+        counted_T = None if counted_BL is None else counted_BL.flatten()
+        x_TD, routings = self._run(tokens_BL.flatten(), pattern)
+        logits_TV = self.output(self.norm(x_TD))
+        counts, probs = zip(*(routing.stats(counted_T) for routing in routings), strict=True)
+        return logits_TV.unflatten(0, (rows, length)), RouterStats(torch.stack(counts), torch.stack(probs))
+
+    def score(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (T, V) of every token of ragged rows that stand one after another."""
+        x_TD, _ = self._run(tokens_T, Score(lengths, tokens_T.device))
+        return self.output(self.norm(x_TD))
+
+    def prefill(self, tokens_T: Tensor, lengths: Sequence[int], slots: Sequence[int], cache: KVCache) -> Tensor:
+        """Read new tokens into the cache; logits (R, V) of each row's last token.
+
+        Args:
+            tokens_T: the rows' new tokens one after another, without padding.
+            lengths: how many of them belong to each row.
+            slots: distinct slots; a slot that holds tokens already is continued.
+        """
+        x_TD, _ = self._run(tokens_T, Prefill(cache, lengths, slots))
+        cache.extend(slots, lengths)
+        last_R = torch.tensor(lengths).cumsum(0).to(x_TD.device) - 1
+        return self.output(self.norm(x_TD[last_R]))
+
+    def decode(self, tokens_S: Tensor, cache: KVCache, active_S: Tensor) -> Tensor:
+        """One new token for every slot; logits (S, V), meaningless where inactive.
+
+        Shapes depend on nothing but the slots and ``cache.bound``, and nothing is asked of the device. The caller
+        records the new tokens with ``cache.extend``.
+
+        Args:
+            tokens_S: each slot's last token.
+            active_S: bool; an inactive slot keeps its tokens, but for the last one of a full slot.
+        """
+        # A full slot can only be an inactive one; its write must still land inside the cache.
+        positions_S = cache.lengths.clamp(max=cache.max_seq_len - 1)
+        x_SD, _ = self._run(tokens_S, Decode(cache, positions_S, cache.bound), active_T=active_S)
+        return self.output(self.norm(x_SD))
+
+    def new_cache(self, slots: int, max_seq_len: int) -> KVCache:
+        """An empty cache of this rank's key/value heads."""
+        return KVCache(
+            layers=self.args.n_layers,
+            slots=slots,
+            max_seq_len=max_seq_len,
+            kv_heads=max(1, self.args.n_kv_heads // self.state.mp_size),
+            head_dim=self.args.head_dim,
+            dtype=self.dtype,
+            device=self.state.device,
+        )
+
+    def _run(
+        self,
+        tokens_T: Tensor,
+        pattern: Pattern,
+        *,
+        active_T: Tensor | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """The residual stream behind the last block, and every layer's routing."""
+        rotation = self.rotary(pattern.positions_T)
+        x_TD = self.tok_embeddings(tokens_T)
+        routings = []
+        for block in self.layers:
+            x_TD, routing = block(x_TD, rotation, pattern, active_T)
+            routings.append(routing)
+        return x_TD, routings

@@ -1,0 +1,148 @@
+"""Grouped-query attention, and the three patterns in which tokens see one another.
+
+Attention itself works on a flat list of tokens and asks a pattern to relate them, so that training, prefill and
+decoding share the projections and the rotary embedding.
+
+Shape letters: T tokens, R rows (sequences), S slots of the cache, L length, H query heads, K key/value heads,
+G query heads that share one (H = K * G), h width of a head; all heads are this rank's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.config import ModelArgs
+from accessory.model.cache import KVCache
+from accessory.model.rope import rotate
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from accessory.parallel.ops import copy_to_region
+from accessory.parallel.state import ParallelState, Place
+
+
+class Pattern(Protocol):
+    """Which earlier tokens each token attends to."""
+
+    positions_T: Tensor
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        """Attention of the new tokens over all that they may see; (T, H, h)."""
+        ...
+
+
+class CausalRows:
+    """Rows of equal length, each token seeing those before it in its row; nothing is cached."""
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self.rows = rows
+        self.positions_T = torch.arange(length, device=device).repeat(rows)
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q_THh, k_TKh, v_TKh))
+        return _attention(q, k, v, causal=True).transpose(1, 2).flatten(0, 1)
+
+
+class Prefill:
+    """Ragged rows, one after another without padding, each continuing the sequence in its slot.
+
+    Args:
+        lengths: new tokens of each row.
+        slots: the slot of each row; what it holds already is seen by the new tokens.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Sequence[int], slots: Sequence[int]) -> None:
+        self.cache, self.lengths, self.slots = cache, list(lengths), list(slots)
+        self.starts = [cache.length(slot) for slot in slots]
+        spans = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        self.positions_T = torch.cat(spans).to(cache.k.device)
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        rows = []
+        split = (x.split(self.lengths) for x in (q_THh, k_TKh, v_TKh))
+        for slot, start, q, k, v in zip(self.slots, self.starts, *split, strict=True):
+            end = start + q.shape[0]
+            keys, values = self.cache.k[layer, slot], self.cache.v[layer, slot]
+            keys[start:end], values[start:end] = k, v
+            rows.append(_attend_row(q, keys[:end], values[:end], start))
+        return torch.cat(rows)
+
+
+class Score:
+    """Ragged rows without a cache, for scoring texts of unequal length in one pass."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = list(lengths)
+        self.positions_T = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        split = (x.split(self.lengths) for x in (q_THh, k_TKh, v_TKh))
+        return torch.cat([_attend_row(q, k, v, 0) for q, k, v in zip(*split, strict=True)])
+
+
+@dataclass
+class Decode:
+    """One new token for every slot: fixed shapes, whatever the slots hold.
+
+    Attributes:
+        positions_T: (S,) where each slot's token goes; also the last position that it sees.
+        bound: how far the cache is read.
+    """
+
+    cache: KVCache
+    positions_T: Tensor
+    bound: int
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        slots = torch.arange(q_THh.shape[0], device=q_THh.device)
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys.index_put_((slots, self.positions_T), k_TKh)
+        values.index_put_((slots, self.positions_T), v_TKh)
+        seen = torch.arange(self.bound, device=q_THh.device) <= self.positions_T[:, None]
+        # The heads of a group see the same keys through the same mask: they can stand where a query's length
+        # stands, and no key is repeated.
+        q_SKGh = q_THh.unflatten(1, (keys.shape[2], -1))
+        k_SKLh, v_SKLh = keys[:, : self.bound].transpose(1, 2), values[:, : self.bound].transpose(1, 2)
+        out = F.scaled_dot_product_attention(q_SKGh, k_SKLh, v_SKLh, attn_mask=seen[:, None, None])
+        return out.flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Projections, rotary embedding and output product of one layer; heads are split over the ranks."""
+
+    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.group = layer, args.head_dim, state.mp_group
+        heads = args.n_heads // state.mp_size
+        # Where ranks outnumber the key/value heads, several hold the same one.
+        kv_heads = max(1, args.n_kv_heads // state.mp_size)
+        self.wq = ColumnParallelLinear(args.dim, heads * args.head_dim, place)
+        self.wk = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)
+        self.wv = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)
+        self.wo = RowParallelLinear(heads * args.head_dim, args.dim, state, place)
+
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], pattern: Pattern) -> Tensor:
+        """(T, D) -> (T, D), the same on every rank."""
+        x_TD = copy_to_region(x_TD, self.group)
+        q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        out = pattern.attend(self.layer, rotate(q, rotation), rotate(k, rotation), v)
+        return self.wo(out.flatten(1))
+
+
+def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:
+    """One sequence whose new tokens begin at position ``start`` of its M tokens."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHh, k_MKh, v_MKh))
+    if start == 0:
+        out = _attention(q, k, v, causal=True)
+    else:
+        length, total = q_LHh.shape[0], k_MKh.shape[0]
+        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(start)
+        out = _attention(q, k, v, mask=mask)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)

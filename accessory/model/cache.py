@@ -1,0 +1,78 @@
+"""The key/value cache; it belongs to the caller, the model only writes into it."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer for a fixed number of slots, one sequence in each.
+
+    A slot of length 5 holds the tokens at positions 0..4; the next token of its sequence goes to position 5.
+    With slots of lengths [5, 0, 9], `decode` writes position 5 of slot 0 and position 9 of slot 2 if those two
+    are active, and reads no further than `bound` says: 256, the least multiple of 256 that holds position 9.
+
+    Attributes:
+        k, v: (layers, slots, max_seq_len, local kv heads, head_dim).
+        lengths: (slots,) int64 on the device: tokens held by each slot.
+    """
+
+    # Decoding reads the cache up to a multiple of this, so that shapes change once in 256 tokens.
+    BLOCK = 256
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        slots: int,
+        max_seq_len: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, slots, max_seq_len, kv_heads, head_dim)
+        # Zeros, not empty: masked positions still enter a product, and 0 * NaN would be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
+        self._host_lengths = [0] * slots
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def bound(self) -> int:
+        """How far the next decoding step reads: covers the new position of the longest slot."""
+        longest = max(self._host_lengths) + 1
+        return min(-(-longest // self.BLOCK) * self.BLOCK, self.max_seq_len)
+
+    def length(self, slot: int) -> int:
+        """Tokens held by a slot."""
+        return self._host_lengths[slot]
+
+    def free(self, slot: int) -> None:
+        """Forget a slot's sequence."""
+        self._host_lengths[slot] = 0
+        self.lengths[slot] = 0
+
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Record that ``counts`` tokens were written to ``slots``.
+
+        Raises:
+            ValueError: a slot would exceed max_seq_len.
+        """
+        for slot, count in zip(slots, counts, strict=True):
+            if self._host_lengths[slot] + count > self.max_seq_len:
+                raise ValueError(
+                    f"slot {slot} holds {self._host_lengths[slot]} tokens: {count} more exceed the cache's "
+                    f"max_seq_len of {self.max_seq_len}"
+                )
+            self._host_lengths[slot] += count
+        self.lengths.copy_(torch.tensor(self._host_lengths))

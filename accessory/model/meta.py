@@ -1,0 +1,276 @@
+"""MetaModel: the Python door to a model."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.checkpoint.reader import load_parameters
+from accessory.generation.engine import complete
+from accessory.generation.sampling import Sampling
+from accessory.log import say_once
+from accessory.model.balance import load_balancing_loss
+from accessory.model.LLM.mistral import Transformer
+from accessory.model.pretrained import DTYPES, Paths, Pretrained
+from accessory.model.requests import Examples, agreed, example_tokens, prompt_tokens, refuse_images
+from accessory.model.scoring import evaluate, score_tokens
+from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.plan import parameter_shapes, resolve_placement
+from accessory.parallel.state import ParallelState
+
+logger = logging.getLogger(__name__)
+
+
+class MetaModel(nn.Module):
+    """A model with its tokenizer: loads checkpoints, generates, scores and gives the training loss.
+
+    Where several ranks hold the model, every rank makes the same calls with the same arguments in the same order;
+    arguments are checked on all of them before the first collective, and an error on one is raised on all.
+
+    Attributes:
+        llma: the Transformer (or this rank's part of it).
+        tokenizer: its tokenizer.
+        llama_type: the name of the architecture.
+    """
+
+    def __init__(self, llma: Transformer, tokenizer: Tokenizer, llama_type: str = "mistral") -> None:
+        super().__init__()
+        self.llma, self.tokenizer, self.llama_type = llma, tokenizer, llama_type
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_path: Paths,
+        llama_type: str | None = None,
+        llama_config: Paths | None = None,
+        tokenizer_path: str | Path | None = None,
+        with_visual: bool = False,
+        max_seq_len: int = 4096,
+        mp_group: dist.ProcessGroup | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        quant: bool | str = False,
+        expert_placement: str = "auto",
+    ) -> Self:
+        """Load a checkpoint onto the ranks of ``mp_group``, each reading only the slices that it owns.
+
+        Args:
+            pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+            llama_type, llama_config, tokenizer_path: where the last folder does not say, or to overrule it;
+                several config files are merged, the last wins.
+            with_visual: must be False; Mixtral reads no images.
+            max_seq_len: longest prompt and completion together, in tokens.
+            mp_group: ranks that hold the model together; None: this process holds all of it.
+            dtype: torch dtype, or "bf16", "fp16", "fp32", or "auto" for the dtype on disk. None: bfloat16, or
+                float32 on a CPU without native bfloat16 products.
+            device: None: the current GPU if there is one, else the CPU.
+            quant: must be False: weights are not quantized yet.
+            expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each),
+                or "auto".
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: naming the file, tensor or setting and what to do; the
+                same on every rank.
+        """
+        state = ParallelState.from_group(mp_group, device)
+        request = (pretrained_path, llama_type, llama_config, max_seq_len, dtype, quant, expert_placement)
+
+        def settle() -> tuple[Pretrained, torch.dtype]:
+            _refuse_unsupported(with_visual=with_visual, quant=quant)
+            found = Pretrained.resolve(
+                pretrained_path,
+                llama_type=llama_type,
+                llama_config=llama_config,
+                tokenizer_path=tokenizer_path,
+                max_seq_len=max_seq_len,
+            )
+            resolve_placement(found.args, expert_placement, state.mp_size)
+            return found, _settle_dtype(dtype, found, state.device)
+
+        pretrained, chosen_dtype = agreed(state, settle, request)
+        llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=chosen_dtype)
+
+        def load() -> None:
+            load_parameters(
+                dict(llma.named_parameters()),
+                dict(parameter_shapes(pretrained.args)),
+                pretrained.manifests,
+                pretrained.args,
+                state,
+                placement=llma.placement,
+            )
+
+        with torch.no_grad():
+            agreed(state, load)
+        return cls(llma, pretrained.tokenizer, pretrained.llama_type).eval()
+
+    def get_trainable_params(self) -> dict[str, nn.Parameter]:
+        """The parameters that finetuning updates, by name."""
+        return {f"llma.{name}": parameter for name, parameter in self.llma.named_parameters()}
+
+    def forward(
+        self, examples: Tensor, labels: Tensor, images: None = None
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+        """Cross-entropy of the labels, each predicted from the tokens before it.
+
+        Args:
+            examples: int64 (batch, length) token ids; trailing zeros are padding.
+            labels: int64, same shape; the label of a token stands at the token's own place, 0 is not learned.
+
+        Returns:
+            The mean loss over the learned tokens (0 where there are none), and in training mode the extra losses
+            as {name: (value, weight)}, to be added as value * weight.
+        """
+        refuse_images(images)
+        if examples.shape != labels.shape or examples.dim() != 2:
+            raise ValueError(
+                "examples and labels must both be (batch, length), "
+                f"not {tuple(examples.shape)} and {tuple(labels.shape)}"
+            )
+        if examples.shape[1] > self.llma.args.max_seq_len:
+            raise ValueError(
+                f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
+            )
+        counted = _not_padding(examples)
+        logits, stats = self.llma(examples, counted)
+        targets = labels[:, 1:].flatten()
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=0, reduction="sum")
+        loss = losses / (targets != 0).sum().clamp(min=1)
+        if not self.training:
+            return loss, {}
+        args = self.llma.args
+        balance = load_balancing_loss(stats, args.moe.num_experts_per_tok)
+        return loss, {"load_balancing": (balance, args.load_balancing_weight)}
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+    ) -> list[str]:
+        """Complete any number of prompts; only the completions are returned, in order.
+
+        Args:
+            prompts: a list of texts.
+            max_gen_len: tokens of a completion at most.
+            temperature: 0 takes the most probable token; higher is more random.
+            top_p: sample among the most probable tokens that reach this sum; 0 keeps the best one, 1 keeps all.
+            additional_stop_symbols: strings that end a completion; they are cut off.
+
+        Raises:
+            ValueError: naming the argument; on every rank alike.
+        """
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        tokens = prompt_tokens(self.llma, self.tokenizer, prompts, sampling, images=images)
+        texts = [""] * len(tokens)
+        for step in complete(self.llma, self.tokenizer, tokens, sampling):
+            for progress in step:
+                if progress.finished:
+                    texts[progress.index] = progress.text
+        return texts
+
+    def stream_generate(
+        self,
+        prompt: str,
+        image: None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Iterable[str] = (),
+    ) -> Iterator[dict[str, Any]]:
+        """Complete one prompt, yielding {"text": all so far, "end_of_content": bool} after every token.
+
+        The last dictionary has end_of_content True. Text that was shown is never taken back. Arguments are those
+        of `generate`; errors are raised by the call itself, before the first token is asked for.
+        """
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        tokens = prompt_tokens(self.llma, self.tokenizer, [prompt], sampling, images=image)
+        return (
+            {"text": progress.text, "end_of_content": progress.finished}
+            for step in complete(self.llma, self.tokenizer, tokens, sampling)
+            for progress in step
+        )
+
+    def compute_logits(
+        self, examples: Examples, images: None = None, bos: bool = True, eos: bool = False
+    ) -> list[Tensor]:
+        """Float32 logits (tokens, vocab) of each example, whole on every rank.
+
+        Args:
+            examples: texts, or lists of token ids that are taken as they are.
+            bos, eos: whether texts get a beginning- and an end-of-sequence token.
+        """
+        tokens, _ = example_tokens(self.llma, self.tokenizer, examples, images=images, bos=bos, eos=eos)
+        return score_tokens(self.llma, tokens)
+
+    def evaluate_examples(
+        self,
+        examples: Examples,
+        contexts: Examples | None = None,
+        images: None = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> dict[str, list]:
+        """Likelihood of examples, or of what follows their contexts.
+
+        Args:
+            examples, bos, eos: as in `compute_logits`.
+            contexts: for each example a text (or token list) with which it begins and which is not scored.
+
+        Returns:
+            Lists under log_likelihood, ppl (exponential of the mean negative log-likelihood), max_equal (would
+            greedy decoding say the same) and non_context_logits.
+        """
+        tokens, context_tokens = example_tokens(
+            self.llma,
+            self.tokenizer,
+            examples,
+            images=images,
+            bos=bos,
+            eos=eos,
+            contexts=contexts,
+            scored=True,
+        )
+        return evaluate(score_tokens(self.llma, tokens), tokens, context_tokens)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float32 on a CPU whose bfloat16 products would be emulated; the latter is said once."""
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    say_once(logger, logging.WARNING, "this CPU has no native bfloat16 products: the model computes in float32")
+    return torch.float32
+
+
+def _settle_dtype(dtype: torch.dtype | str | None, found: Pretrained, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = found.stored_dtype()
+        return default_dtype(device) if dtype == torch.bfloat16 else dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if dtype is not None:
+        names = ", ".join([*DTYPES, "auto"])
+        raise ValueError(f"dtype {dtype!r} is unknown; give a floating-point torch dtype or one of {names}")
+    return default_dtype(device)
+
+
+def _refuse_unsupported(*, with_visual: bool, quant: bool | str) -> None:
+    if with_visual:
+        raise ValueError("with_visual=True: Mixtral has no image encoder; leave it False")
+    if quant:
+        raise ValueError(f"quant={quant!r}: weights cannot be quantized yet; leave it False")
+
+
+def _not_padding(examples: Tensor) -> Tensor:
+    """Bool mask of the tokens before each row's trailing zeros."""
+    return (examples != 0).flip(1).cumsum(1).flip(1) > 0

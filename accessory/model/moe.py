@@ -1,0 +1,163 @@
+"""The mixture of experts: router, experts and the two ways of running them (Jiang et al., 2024,
+https://arxiv.org/abs/2401.04088).
+
+Shape letters: T tokens, D model width, E experts (El: this rank's), K experts chosen for each token, P = T * K
+pairs of token and chosen expert, F hidden width of an expert (this rank's slice under placement "tensor").
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.config import ModelArgs
+from accessory.kernels import FEW_TOKENS, gathered_linear
+from accessory.model.balance import RouterStats
+from accessory.parallel.ops import copy_to_region, reduce_from_region
+from accessory.parallel.plan import Placement
+from accessory.parallel.state import ParallelState, Place
+
+
+class Routing(NamedTuple):
+    """Chosen experts of each token.
+
+    Attributes:
+        weights_TK: float32, renormalised over the chosen experts.
+        experts_TK: int64 expert numbers, the most probable first.
+        probs_TE: float32 softmax over all experts.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    probs_TE: Tensor
+
+    def stats(self, counted_T: Tensor | None) -> RouterStats:
+        """Sums over the tokens that count (None: all do)."""
+        experts = self.probs_TE.shape[-1]
+        chosen_TE = F.one_hot(self.experts_TK, experts).sum(1).float()
+        weight_T = torch.ones_like(chosen_TE[:, 0]) if counted_T is None else counted_T.float()
+        return RouterStats(weight_T @ chosen_TE, weight_T @ self.probs_TE)
+
+
+class Router(nn.Module):
+    """Top-k of the softmax over all experts, renormalised over the chosen ones; on every rank alike.
+
+    The product runs in the compute dtype, as the models were trained; softmax and renormalisation in float32.
+    """
+
+    def __init__(self, args: ModelArgs, place: Place) -> None:
+        super().__init__()
+        self.top_k = args.moe.num_experts_per_tok
+        self.weight = place.parameter(args.moe.num_experts, args.dim)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        probs_TE = F.linear(x_TD, self.weight).float().softmax(-1)
+        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
+        return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE)
+
+
+class Experts(nn.Module):
+    """This rank's part of a layer's experts: whole experts, or a slice of the hidden width of every expert.
+
+    Parameters: w13 (El, 2, F, D) holds w1 and w3; w2 is (El, D, F).
+    """
+
+    def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
+        super().__init__()
+        experts, hidden = args.moe.num_experts, args.hidden_dim
+        if placement == "expert":
+            experts //= state.mp_size
+        else:
+            hidden //= state.mp_size
+        self.first = experts * state.mp_rank if placement == "expert" else 0
+        self.owns_all = experts == args.moe.num_experts
+        self.w13 = place.parameter(experts, 2, hidden, args.dim)
+        self.w2 = place.parameter(experts, args.dim, hidden)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, skips: bool) -> Tensor:
+        """Weighted sum of this rank's share of the chosen experts' outputs; (T, D) in float32.
+
+        Args:
+            skips: there may be negative expert numbers, for pairs that are not to be computed.
+        """
+        if experts_TK.numel() <= FEW_TOKENS and not torch.is_grad_enabled():
+            y_PD = self._gathered(x_TD, experts_TK.flatten())
+        else:
+            y_PD = self._grouped(x_TD, experts_TK, complete=self.owns_all and not skips)
+        y_TKD = y_PD.unflatten(0, experts_TK.shape)
+        return torch.einsum("tk,tkd->td", weights_TK, y_TKD.float())
+
+    def _gathered(self, x_TD: Tensor, experts_P: Tensor) -> Tensor:
+        """Few tokens: read only the chosen experts' rows; shapes do not depend on the choice."""
+        if not self.owns_all:
+            local_P = experts_P - self.first
+            experts_P = torch.where((local_P >= 0) & (local_P < self.w13.shape[0]), local_P, -1)
+        x_PD = x_TD.repeat_interleave(experts_P.shape[0] // x_TD.shape[0], dim=0)
+        gate_PF, up_PF = gathered_linear(x_PD, self.w13.flatten(1, 2), experts_P).chunk(2, dim=-1)
+        return gathered_linear(F.silu(gate_PF) * up_PF, self.w2, experts_P)
+
+    def _grouped(self, x_TD: Tensor, experts_TK: Tensor, *, complete: bool) -> Tensor:
+        """Many tokens: sort the pairs by expert, one product for each group.
+
+        Args:
+            complete: every pair is this rank's to compute, so their number need not be asked of the device.
+        """
+        experts = self.w13.shape[0]
+        local_P = experts_TK.flatten() - self.first
+        # Pairs of other ranks (and skipped ones) sort behind this rank's own, as expert number El.
+        local_P = torch.where((local_P >= 0) & (local_P < experts), local_P, experts)
+        order_P = local_P.argsort(stable=True)
+        counts_E = F.one_hot(local_P, experts + 1).sum(0)[:experts]
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        if not complete:
+            order_P = order_P[: int(ends_E[-1])]
+        x_PD = x_TD[order_P // experts_TK.shape[1]]
+        gate_PF, up_PF = _grouped_linear(x_PD, self.w13.flatten(1, 2), ends_E).chunk(2, dim=-1)
+        y_PD = _grouped_linear(F.silu(gate_PF) * up_PF, self.w2, ends_E)
+        # Undo the sort by a scatter of distinct rows: deterministic, and rows of other ranks stay zero.
+        return y_PD.new_zeros(experts_TK.numel(), y_PD.shape[-1]).index_copy(0, order_P, y_PD)
+
+
+class MoE(nn.Module):
+    """The feed-forward part of a block: router on every rank, experts spread over them."""
+
+    def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
+        super().__init__()
+        self.group = state.mp_group
+        self.gate = Router(args, place)
+        self.experts = Experts(args, state, placement, place)
+
+    def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """(T, D) -> (T, D), the same on every rank, and how the tokens were routed.
+
+        Args:
+            active_T: bool; tokens for which it is False are given to no expert and come back as zeros.
+        """
+        routing = self.gate(x_TD)
+        experts_TK = routing.experts_TK
+        if active_T is not None:
+            experts_TK = torch.where(active_T[:, None], experts_TK, -1)
+        # The router and what lies before it see the whole gradient, the experts' region only a rank's part:
+        # both entries into the region, tokens and weights, sum their gradients over the ranks.
+        y_TD = self.experts(
+            copy_to_region(x_TD, self.group),
+            copy_to_region(routing.weights_TK, self.group),
+            experts_TK,
+            skips=active_T is not None,
+        )
+        return reduce_from_region(y_TD.type_as(x_TD), self.group), routing
+
+
+def _grouped_linear(x_PD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows [ends[e-1], ends[e]) of ``x`` times expert e's matrix transposed; (P, O)."""
+    if x_PD.shape[0] == 0:
+        return x_PD @ weight_EOD[0].T
+    pad = -x_PD.shape[1] % (16 // x_PD.element_size())
+    if pad:  # grouped_mm wants strides in multiples of 16 bytes; only odd little shapes get here
+        x_PD, weight_EOD = F.pad(x_PD, (0, pad)), F.pad(weight_EOD, (0, pad))
+    odd = -weight_EOD.shape[1] % (16 // x_PD.element_size())
+    if odd:
+        out = F.grouped_mm(x_PD, F.pad(weight_EOD, (0, 0, 0, odd)).transpose(1, 2), offs=ends_E)
+        return out[:, : weight_EOD.shape[1]]
+    return F.grouped_mm(x_PD, weight_EOD.transpose(1, 2), offs=ends_E)

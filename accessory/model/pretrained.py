@@ -1,0 +1,88 @@
+"""What from_pretrained is to load, worked out from folders and arguments before any weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.reader import open_shard
+from accessory.config import ModelArgs
+from accessory.model.tokenizer import Tokenizer
+
+# Names that checkpoints carry for the architecture of model/LLM/mistral.py. Base and sparse differ in the layout
+# of their files only, which the reader recognises by itself.
+LLAMA_TYPES = ("mistral", "mixtral", "mistral_sparse", "mixtral_sparse")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A checkpoint, its sizes and its tokenizer, checked against one another.
+
+    Attributes:
+        manifests: the folders, in the order in which they overlay one another.
+        args: sizes, with the vocabulary and the context length settled.
+    """
+
+    manifests: tuple[Manifest, ...]
+    llama_type: str
+    args: ModelArgs
+    tokenizer: Tokenizer
+
+    @classmethod
+    def resolve(
+        cls,
+        pretrained_path: Paths,
+        *,
+        llama_type: str | None = None,
+        llama_config: Paths | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 4096,
+    ) -> "Pretrained":
+        """Find what is not given in the last folder.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
+        """
+        manifests = tuple(Manifest.read(path) for path in _several(pretrained_path, "pretrained_path"))
+        last = manifests[-1]
+        if llama_type is None:
+            llama_type = last.llama_type or "mistral"
+        if llama_type not in LLAMA_TYPES:
+            raise ValueError(f'llama_type "{llama_type}" is unknown; known are {", ".join(LLAMA_TYPES)}')
+        args = last.load_args() if llama_config is None else ModelArgs.load(_several(llama_config, "llama_config"))
+        tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else tokenizer_path)
+        if args.vocab_size not in (-1, tokenizer.n_words):
+            raise ValueError(
+                f"tokenizer {tokenizer.path} has {tokenizer.n_words} tokens, the model's vocab_size is "
+                f"{args.vocab_size}: they belong to different models"
+            )
+        if not isinstance(max_seq_len, int) or isinstance(max_seq_len, bool) or max_seq_len < 3:
+            raise ValueError(f"max_seq_len must be a whole number of at least 3, not {max_seq_len!r}")
+        args = args.replace(vocab_size=tokenizer.n_words, max_seq_len=max_seq_len)
+        return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
+
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk (of the first tensor of the first shard)."""
+        return next(iter(open_shard(self.manifests[0].shards[0]).values())).dtype
+
+
+def _several(paths: Paths, setting: str) -> list[str | Path]:
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not listed or not all(isinstance(path, str | Path) for path in listed):
+        raise ValueError(f"{setting} must be a path or a list of paths, not {paths!r}")
+    return listed
+
+
+def _find_tokenizer(folder: Path) -> Path:
+    found = Tokenizer.find(folder)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.model (nor tokenizer.json): copy it there or pass tokenizer_path=FILE"
+        )
+    return found

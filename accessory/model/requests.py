@@ -1,0 +1,150 @@
+"""Checking what a model is asked, on every rank, before the first collective."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from accessory.generation.sampling import Sampling
+from accessory.model.LLM.mistral import Transformer
+from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.state import ParallelState
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Examples = Sequence[str | Sequence[int]]
+
+
+def agreed(state: ParallelState, step: Callable[[], Result], request: Any = None) -> Result:
+    """Run a step that may fail on one rank alone, and raise on all ranks if it failed on any.
+
+    Args:
+        request: the call's arguments, which must be the same on every rank.
+    """
+    failure: Exception | None = None
+    result: Result | None = None
+    try:
+        result = step()
+    except Exception as error:
+        failure = error
+    state.agree(failure, None if request is None else hashlib.sha256(repr(request).encode()).hexdigest())
+    return result  # type: ignore[return-value]
+
+
+def refuse_images(images: Any) -> None:
+    """Raise ValueError where an image was given."""
+    if images is not None:
+        raise ValueError("an image was given, but this model reads text only: pass None")
+
+
+def prompt_tokens(
+    llma: Transformer, tokenizer: Tokenizer, prompts: Any, sampling: Sampling, *, images: Any
+) -> list[list[int]]:
+    """Token ids of prompts, each cut to leave room for its completion; collective over the model's ranks.
+
+    A prompt that is too long keeps its beginning-of-sequence token and its last tokens, with a warning.
+
+    Raises:
+        ValueError: naming the argument; on every rank alike.
+    """
+    limit = llma.args.max_seq_len
+
+    def check() -> list[list[int]]:
+        refuse_images(images)
+        sampling.check(limit)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+            raise ValueError(f"prompts must be a non-empty list of strings, not {prompts!r}")
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompts[{index}] must be a string, not {prompt!r}")
+        return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+    room = limit - sampling.max_gen_len
+    encoded = agreed(llma.state, check, (prompts, sampling))
+    for index, tokens in enumerate(encoded):
+        if len(tokens) > room:
+            if llma.state.is_first:
+                logger.warning(
+                    "prompts[%d] has %d tokens, more than max_seq_len - max_gen_len = %d: only its last are kept",
+                    index,
+                    len(tokens),
+                    room,
+                )
+            encoded[index] = [tokens[0], *tokens[len(tokens) - room + 1 :]]
+    return encoded
+
+
+def example_tokens(
+    llma: Transformer,
+    tokenizer: Tokenizer,
+    examples: Examples,
+    *,
+    images: Any,
+    bos: bool,
+    eos: bool,
+    contexts: Examples | None = None,
+    scored: bool = False,
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Token ids of examples and of their contexts; collective over the model's ranks.
+
+    Args:
+        scored: demand that every example has a token to score behind its context.
+
+    Raises:
+        ValueError: naming the argument; on every rank alike.
+    """
+    limit = llma.args.max_seq_len
+
+    def check() -> tuple[list[list[int]], list[list[int]] | None]:
+        refuse_images(images)
+        tokens = _tokens_of(examples, tokenizer, bos=bos, eos=eos, name="examples")
+        context_tokens = None
+        if contexts is not None:
+            context_tokens = _tokens_of(contexts, tokenizer, bos=bos, eos=False, name="contexts")
+        for index, example in enumerate(tokens):
+            if len(example) > limit:
+                raise ValueError(
+                    f"examples[{index}] has {len(example)} tokens, more than max_seq_len {limit}: "
+                    "load the model with a larger max_seq_len or shorten it"
+                )
+        if scored:
+            _check_contexts(tokens, context_tokens)
+        return tokens, context_tokens
+
+    return agreed(llma.state, check, (examples, contexts, bos, eos))
+
+
+def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool, name: str) -> list[list[int]]:
+    """Token ids of texts; lists of ids are taken as they are.
+
+    Raises:
+        ValueError: a bare string, an empty list, an empty example, or a token outside the vocabulary.
+    """
+    if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
+        raise ValueError(f"{name} must be a non-empty list of texts or of token lists, not {examples!r}")
+    result = []
+    for index, example in enumerate(examples):
+        if isinstance(example, str):
+            tokens = tokenizer.encode(example, bos=bos, eos=eos)
+        elif isinstance(example, Sequence) and all(type(token) is int for token in example):
+            tokens = [int(token) for token in example]
+        else:
+            raise ValueError(f"{name}[{index}] must be a text or a list of token ids, not {example!r}")
+        if not tokens:
+            raise ValueError(f"{name}[{index}] has no tokens")
+        if not all(0 <= token < tokenizer.n_words for token in tokens):
+            raise ValueError(f"{name}[{index}] has a token outside the vocabulary of {tokenizer.n_words}")
+        result.append(tokens)
+    return result
+
+
+def _check_contexts(examples: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]] | None) -> None:
+    """Raise ValueError where a context is not the beginning of its example, or leaves nothing to score."""
+    if contexts is not None and len(contexts) != len(examples):
+        raise ValueError(f"{len(examples)} examples were given with {len(contexts)} contexts; give one for each")
+    for index, tokens in enumerate(examples):
+        if contexts is not None and list(tokens[: len(contexts[index])]) != list(contexts[index]):
+            raise ValueError(f"contexts[{index}] is not the beginning of examples[{index}] (compared by tokens)")
+        if len(tokens) <= (1 if contexts is None else len(contexts[index])):
+            raise ValueError(f"examples[{index}] has no token to score: it needs one behind its context")

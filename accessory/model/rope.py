@@ -1,0 +1,37 @@
+"""Rotary position embedding on interleaved pairs (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+
+Shape letters: T tokens, H heads, h width of a head.
+"""
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable:
+    """Cosines and sines of every position up to a length, float32.
+
+    Args:
+        scaling: factor on the positions (None: 1).
+    """
+
+    def __init__(
+        self, head_dim: int, length: int, *, theta: float, scaling: float | None, device: torch.device
+    ) -> None:
+        # float64 for the angles: at position 100,000 a float32 product is off by 0.004 radians.
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        positions = torch.arange(length, dtype=torch.float64) * (scaling or 1.0)
+        angles = torch.outer(positions, frequencies)
+        self.cos = angles.cos().float().to(device)
+        self.sin = angles.sin().float().to(device)
+
+    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for `rotate`, each (T, 1, h/2)."""
+        return self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1)
+
+
+def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of every head by the token's angles; computed in float32."""
+    cos, sin = rotation
+    even, odd = x_THh.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x_THh)

@@ -1,0 +1,199 @@
+"""The table: which parameters a model has, and how each is split over the model-parallel ranks.
+
+The loader, the converter, checkpoint saving, counting and the layers ask here; none has a rule of its own. Names
+are those of the Transformer's ``named_parameters()``. The experts of a layer are stacked, so that both
+placements are the same parameter with another split axis (see docs/architecture.md).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from accessory.config import ModelArgs
+
+Placement = Literal["expert", "tensor"]
+PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One row of the table.
+
+    Attributes:
+        pattern: full match for the parameter's name; ``N`` stands for a layer number.
+        axis: for each placement of the experts the axis that is cut; None where every rank holds the whole.
+        unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
+    """
+
+    pattern: str
+    shape: tuple[str, ...]
+    axis: dict[str, int | None]
+    unit: dict[str, str]
+
+
+def _row(pattern: str, shape: str, axis: int | None, unit: str = "") -> Split:
+    return Split(
+        pattern,
+        tuple(shape.split()),
+        dict.fromkeys(PLACEMENTS[1:], axis),
+        dict.fromkeys(PLACEMENTS[1:], unit),
+    )
+
+
+_EXPERT_UNITS = {"expert": "experts", "tensor": "hidden"}
+
+TABLE: tuple[Split, ...] = (
+    _row("tok_embeddings.weight", "vocab dim", 1, "dim"),
+    _row("layers.N.attention.wq.weight", "heads*head_dim dim", 0, "heads"),
+    _row("layers.N.attention.wk.weight", "kv_heads*head_dim dim", 0, "kv_heads"),
+    _row("layers.N.attention.wv.weight", "kv_heads*head_dim dim", 0, "kv_heads"),
+    _row("layers.N.attention.wo.weight", "dim heads*head_dim", 1, "heads"),
+    _row("layers.N.attention_norm.weight", "dim", None),
+    _row("layers.N.feed_forward.gate.weight", "experts dim", None),
+    Split(
+        "layers.N.feed_forward.experts.w13",
+        ("experts", "2", "hidden", "dim"),
+        {"expert": 0, "tensor": 2},
+        _EXPERT_UNITS,
+    ),
+    Split(
+        "layers.N.feed_forward.experts.w2",
+        ("experts", "dim", "hidden"),
+        {"expert": 0, "tensor": 2},
+        _EXPERT_UNITS,
+    ),
+    _row("layers.N.ffn_norm.weight", "dim", None),
+    _row("norm.weight", "dim", None),
+    _row("output.weight", "vocab dim", 0, "vocab"),
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a whole tensor: its corner and its size along each axis."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Box":
+        return cls((0,) * len(shape), shape)
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """The common part, or None."""
+        starts = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
+        ends = (min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True))
+        size = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        return Box(starts, size) if all(n > 0 for n in size) else None
+
+    def within(self, outer: "Box") -> tuple[slice, ...]:
+        """The index of this box in a tensor that holds ``outer``."""
+        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.start, outer.start, self.size, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+def sizes(args: ModelArgs) -> dict[str, int]:
+    """The counts that the table's shapes and units name."""
+    return {
+        "dim": args.dim,
+        "vocab": args.vocab_size,
+        "heads": args.n_heads,
+        "kv_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "hidden": args.hidden_dim,
+        "experts": args.moe.num_experts,
+        "2": 2,
+    }
+
+
+def split_of(name: str) -> Split:
+    """The table's row for a parameter.
+
+    Raises:
+        KeyError: no row matches; every parameter must have one.
+    """
+    generic = re.sub(r"\.\d+\.", ".N.", name)
+    for row in TABLE:
+        if row.pattern == generic:
+            return row
+    raise KeyError(f"parallel/plan.py has no row for parameter {name}")
+
+
+def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and whole shape of every parameter of a model, layer by layer."""
+    counts = sizes(args)
+
+    def shape(row: Split) -> tuple[int, ...]:
+        return tuple(math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
+
+    per_layer = [row for row in TABLE if ".N." in row.pattern]
+    yield "tok_embeddings.weight", shape(split_of("tok_embeddings.weight"))
+    for layer in range(args.n_layers):
+        for row in per_layer:
+            yield row.pattern.replace(".N.", f".{layer}."), shape(row)
+    for name in ("norm.weight", "output.weight"):
+        yield name, shape(split_of(name))
+
+
+def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: Placement, rank: int, size: int) -> Box:
+    """The part of a parameter of whole ``shape`` that model-parallel rank ``rank`` of ``size`` holds.
+
+    Where ranks outnumber key/value heads, several ranks hold the same head.
+    """
+    row = split_of(name)
+    axis = row.axis[placement]
+    if axis is None or size == 1:
+        return Box.whole(shape)
+    units = sizes(args)[row.unit[placement]]
+    copies = max(1, size // units) if row.unit[placement] == "kv_heads" else 1
+    parts = size // copies
+    width = shape[axis] // parts
+    start, local = [0] * len(shape), list(shape)
+    start[axis], local[axis] = (rank // copies) * width, width
+    return Box(tuple(start), tuple(local))
+
+
+def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
+    """Turn "auto" into a placement, and check that ``size`` ranks can hold the model.
+
+    Raises:
+        ValueError: an unknown placement, or sizes that do not divide; lists the rank counts that work.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f'expert_placement "{placement}" is unknown; choose from {", ".join(PLACEMENTS)}')
+    obstacles = _obstacles(args, placement, size)
+    if obstacles:
+        works = ", ".join(map(str, supported_sizes(args, placement)))
+        raise ValueError(
+            f"the model cannot be split over {size} ranks: {'; '.join(obstacles)}. Rank counts that work: {works}"
+        )
+    if placement == "auto":
+        return "expert" if args.moe.num_experts % size == 0 else "tensor"
+    return "expert" if placement == "expert" else "tensor"
+
+
+def supported_sizes(args: ModelArgs, placement: str = "auto") -> list[int]:
+    """All model-parallel sizes over which a model can be split for inference."""
+    return [size for size in range(1, args.n_heads + 1) if not _obstacles(args, placement, size)]
+
+
+def _obstacles(args: ModelArgs, placement: str, size: int) -> list[str]:
+    found = []
+    for label, count in (("dim", args.dim), ("n_heads", args.n_heads), ("vocab_size", args.vocab_size)):
+        if count % size:
+            found.append(f"{label} {count} is not a multiple of {size}")
+    if args.n_kv_heads % size and size % args.n_kv_heads:
+        found.append(f"n_kv_heads {args.n_kv_heads} and {size} do not divide one another")
+    experts, hidden = args.moe.num_experts, args.hidden_dim
+    if placement == "expert" and experts % size:
+        found.append(f'{experts} experts are not a multiple of {size} (expert_placement "expert")')
+    if placement == "tensor" and hidden % size:
+        found.append(f'hidden_dim {hidden} is not a multiple of {size} (expert_placement "tensor")')
+    if placement == "auto" and experts % size and hidden % size:
+        found.append(f"neither {experts} experts nor hidden_dim {hidden} are a multiple of {size}")
+    return found

@@ -1,0 +1,182 @@
+"""Which ranks work together, and on which device: one object, handed to whatever is parallel."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from accessory.errors import CheckpointError
+
+# What a rank's failure may be raised as on its peers; anything else becomes a RuntimeError with its text.
+_AGREED_TYPES: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (CheckpointError, FileNotFoundError, OSError, TypeError, ValueError)
+}
+
+
+class Place(NamedTuple):
+    """Dtype and device in which a model's parameters are created."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter: a loader or `init_weights` fills it."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelState:
+    """Process groups of a model and this process's place in them.
+
+    Ranks of ``mp_group`` hold one model together (tensor and expert parallel); ranks of ``dp_group`` hold equal
+    slices of it and see different data. A group of None has one member.
+
+    Attributes:
+        mp_group, mp_rank, mp_size: the model-parallel group.
+        dp_group, dp_rank, dp_size: the data-parallel group.
+        device: where this rank's parameters lie.
+    """
+
+    mp_group: dist.ProcessGroup | None
+    mp_rank: int
+    mp_size: int
+    dp_group: dist.ProcessGroup | None
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @classmethod
+    def single(cls, device: torch.device | str | None = None) -> Self:
+        """This process alone, whatever groups exist."""
+        return cls(
+            mp_group=None,
+            mp_rank=0,
+            mp_size=1,
+            dp_group=None,
+            dp_rank=0,
+            dp_size=1,
+            device=pick_device(device),
+        )
+
+    @classmethod
+    def from_group(cls, mp_group: dist.ProcessGroup | None, device: torch.device | str | None = None) -> Self:
+        """The model lies on the ranks of ``mp_group`` (None: on this process alone).
+
+        Raises:
+            ValueError: this process is no member of the group.
+        """
+        if mp_group is None:
+            return cls.single(device)
+        if mp_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("mp_group does not contain this rank: only its members may load the model")
+        return cls(
+            mp_group=mp_group,
+            mp_rank=dist.get_rank(mp_group),
+            mp_size=dist.get_world_size(mp_group),
+            dp_group=None,
+            dp_rank=0,
+            dp_size=1,
+            device=pick_device(device, mp_group),
+        )
+
+    @classmethod
+    def init(cls, mp_size: int, device: torch.device | str | None = None) -> Self:
+        """Lay out data- and model-parallel groups over all ranks of an initialised torch.distributed.
+
+        Raises:
+            ValueError: the world's size is not a multiple of ``mp_size``.
+        """
+        if mp_size < 1 or dist.get_world_size() % mp_size:
+            raise ValueError(
+                f"model_parallel_size {mp_size} does not divide the number of processes, {dist.get_world_size()}"
+            )
+        from fairscale.nn.model_parallel import initialize as fs_init
+
+        if fs_init.model_parallel_is_initialized():
+            fs_init.destroy_model_parallel()
+        fs_init.initialize_model_parallel(mp_size)
+        mp_group, dp_group = fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()
+        return cls(
+            mp_group=mp_group,
+            mp_rank=dist.get_rank(mp_group),
+            mp_size=mp_size,
+            dp_group=dp_group,
+            dp_rank=dist.get_rank(dp_group),
+            dp_size=dist.get_world_size(dp_group),
+            device=pick_device(device, mp_group),
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that speaks for its model: the first of its model-parallel group."""
+        return self.mp_rank == 0
+
+    def agree(self, error: Exception | None, request: Any = None) -> None:
+        """Exchange the outcome of a step that may have failed on one rank alone; collective over mp_group.
+
+        Every rank raises if any has an error, so that none waits for a peer that gave up: all raise what the
+        first failing rank met.
+
+        Args:
+            error: this rank's exception, or None where the step succeeded.
+            request: anything whose repr must be the same on all ranks (the call's arguments).
+
+        Raises:
+            ValueError: the ranks' requests differ.
+        """
+        if self.mp_size == 1:
+            if error is not None:
+                raise error
+            return
+        outcomes: list[Any] = [None] * self.mp_size
+        failure = None if error is None else (type(error).__name__, str(error))
+        dist.all_gather_object(outcomes, (failure, repr(request)), group=self.mp_group)
+        for rank, (theirs, _) in enumerate(outcomes):
+            if theirs is not None:
+                if error is not None and rank == self.mp_rank:
+                    raise error
+                kind, message = theirs
+                raise _AGREED_TYPES.get(kind, RuntimeError)(message)
+        differing = [rank for rank, (_, theirs) in enumerate(outcomes) if theirs != outcomes[0][1]]
+        if differing:
+            raise ValueError(
+                f"the ranks were given different arguments: rank(s) {differing} differ from rank 0; "
+                "every rank of a model must make the same call with the same prompts and settings"
+            )
+
+
+def pick_device(device: torch.device | str | None = None, group: dist.ProcessGroup | None = None) -> torch.device:
+    """The device asked for; else the current GPU where there is one that the group can talk over; else the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if device is None:
+        gloo = group is not None and dist.get_backend(group) == "gloo"
+        device = "cuda" if torch.cuda.is_available() and not gloo else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f'device "{device}" was asked for, but PyTorch sees no CUDA device; use device="cpu"')
+        if chosen.index is None:
+            chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
+
+
+def init_from_environment() -> dist.ProcessGroup | None:
+    """Join the process group that torchrun's variables describe; None in a process that was started alone.
+
+    On GPUs (nccl) the local rank chooses the card; without GPUs the backend is gloo.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 and "RANK" not in os.environ:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    return dist.group.WORLD
