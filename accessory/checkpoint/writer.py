@@ -4,7 +4,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
+
+from accessory.checkpoint.formats import Source
+from accessory.parallel.plan import Box
 
 
 def create_shard(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
@@ -37,7 +40,18 @@ def create_shard(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.
     return mapped
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def export_shard(parameters: Mapping[str, Tensor], sources: Iterable[Source]) -> dict[str, Tensor]:
+    """One file's tensors, without prefix, cut out of whole parameters."""
+    tensors = {}
+    for source in sources:
+        parameter = parameters[source.parameter].detach()
+        tensor = torch.empty(source.shape, dtype=parameter.dtype)
+        source.view(tensor).copy_(parameter[source.box.within(Box.whole(tuple(parameter.shape)))])
+        tensors[source.key] = tensor
+    return tensors
+
+
+def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """torch.save of a bare dictionary, aside and renamed."""
     with replacing(path) as aside:
         torch.save(dict(tensors), aside)

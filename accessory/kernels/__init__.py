@@ -1,0 +1,13 @@
+"""Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
+
+from .linear import FEW_TOKENS, few_token_linear, gathered_linear, gathered_linear_reference
+from .native import native_available, native_variant
+
+__all__ = [
+    "FEW_TOKENS",
+    "few_token_linear",
+    "gathered_linear",
+    "gathered_linear_reference",
+    "native_available",
+    "native_variant",
+]

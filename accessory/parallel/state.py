@@ -1,6 +1,8 @@
 """Which ranks work together, and on which device: one object, handed to whatever is parallel."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from accessory.errors import CheckpointError
+
+_ON_ALL_RANKS = "(raised alike on every rank of the model)"
 
 # What a rank's failure may be raised as on its peers; anything else becomes a RuntimeError with its text.
 _AGREED_TYPES: dict[str, type[Exception]] = {
@@ -136,16 +140,22 @@ class ParallelState:
         dist.all_gather_object(outcomes, (failure, repr(request)), group=self.mp_group)
         for rank, (theirs, _) in enumerate(outcomes):
             if theirs is not None:
-                if error is not None and rank == self.mp_rank:
-                    raise error
                 kind, message = theirs
-                raise _AGREED_TYPES.get(kind, RuntimeError)(message)
+                own = error if rank == self.mp_rank else None
+                raise _shared(own or _AGREED_TYPES.get(kind, RuntimeError)(message))
         differing = [rank for rank, (_, theirs) in enumerate(outcomes) if theirs != outcomes[0][1]]
         if differing:
-            raise ValueError(
-                f"the ranks were given different arguments: rank(s) {differing} differ from rank 0; "
-                "every rank of a model must make the same call with the same prompts and settings"
+            raise _shared(
+                ValueError(
+                    f"the ranks were given different arguments: rank(s) {differing} differ from rank 0; "
+                    "every rank of a model must make the same call with the same prompts and settings"
+                )
             )
+
+
+def _shared(error: Exception) -> Exception:
+    error.add_note(_ON_ALL_RANKS)
+    return error
 
 
 def pick_device(device: torch.device | str | None = None, group: dist.ProcessGroup | None = None) -> torch.device:
@@ -166,17 +176,25 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
     return chosen
 
 
-def init_from_environment() -> dist.ProcessGroup | None:
-    """Join the process group that torchrun's variables describe; None in a process that was started alone.
+@contextmanager
+def process_group_of_launcher() -> Iterator[dist.ProcessGroup | None]:
+    """Join the ranks that torchrun started, for the time of a command; None in a process started alone.
 
-    On GPUs (nccl) the local rank chooses the card; without GPUs the backend is gloo.
+    On GPUs (nccl) the local rank chooses the card; without GPUs the backend is gloo. The ranks leave together,
+    also where all of them raise alike, so that rank 0's message is out before the launcher ends the others.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 and "RANK" not in os.environ:
-        return None
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield None
+        return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
-    return dist.group.WORLD
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def raised_on_all_ranks(error: Exception) -> bool:
+    """Whether `ParallelState.agree` raised this error on every rank of the model."""
+    return _ON_ALL_RANKS in getattr(error, "__notes__", ())

@@ -1,0 +1,97 @@
+"""What `accessory inspect` says of a checkpoint folder."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from accessory.checkpoint.convert import TOKENIZER_FILES, stored_args
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.reader import Checkpoint
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
+from accessory.parallel.plan import local_box, parameter_shapes, resolve_placement
+
+RANK_COUNTS = (1, 2, 4, 8)
+
+
+def describe(folder: str | Path, *, check_values: bool = False) -> Iterator[str]:
+    """Lines about a folder: form, shards, sizes, bytes for each rank, and files that are missing or odd.
+
+    Every shard's tensors are held against the config; with ``check_values`` they are read and searched for NaN
+    and infinity.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: as loading the folder would.
+    """
+    manifest = Manifest.read(folder)
+    args = stored_args(manifest)
+    checkpoint = Checkpoint.open(manifest, args)
+    dtypes: set[torch.dtype] = set()
+    for file, path in enumerate(manifest.shards):
+        tensors = checkpoint.read_file(file)
+        dtypes |= {tensor.dtype for tensor in tensors.values()}
+        for key, tensor in tensors.items() if check_values else ():
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            if bad:
+                raise CheckpointError(f"{path}: {key} holds {bad} values that are NaN or infinite")
+    layout = "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
+    size = sum(path.stat().st_size for path in manifest.shards)
+    yield f"folder      {manifest.folder}"
+    yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
+    yield f"shards      {len(manifest.shards)}, {_bytes(size)} in all"
+    yield from _sizes(args)
+    yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    itemsize = max(dtype.itemsize for dtype in dtypes)
+    for ranks in RANK_COUNTS:
+        yield f"at mp {ranks}     {_per_rank(args, ranks, itemsize)}"
+    if check_values:
+        yield "values      all finite"
+    yield from _remarks(manifest)
+
+
+def _sizes(args: ModelArgs) -> Iterator[str]:
+    total = active = 0
+    for name, shape in parameter_shapes(args):
+        count = math.prod(shape)
+        total += count
+        share = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1
+        active += round(count * share)
+    yield (
+        f"model       {args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.n_kv_heads} key/value) of "
+        f"{args.head_dim}, vocabulary {args.vocab_size}"
+    )
+    yield (
+        f"experts     {args.moe.num_experts} in each layer, {args.moe.num_experts_per_tok} for each token, "
+        f"hidden {args.hidden_dim}"
+    )
+    yield f"parameters  {total:,}, of which {active:,} active for each token"
+
+
+def _per_rank(args: ModelArgs, ranks: int, itemsize: int) -> str:
+    try:
+        placement = resolve_placement(args, "auto", ranks)
+    except ValueError:
+        return "not possible (sizes do not divide)"
+    count = sum(
+        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel
+        for name, shape in parameter_shapes(args)
+    )
+    return f'{_bytes(count * itemsize)} for each rank (expert_placement "{placement}")'
+
+
+def _remarks(manifest: Manifest) -> Iterator[str]:
+    if not any((manifest.folder / name).exists() for name in TOKENIZER_FILES):
+        yield "missing     tokenizer.model: loading needs it here or as tokenizer_path"
+    if manifest.form == "converted" and manifest.llama_type is None:
+        yield 'missing     meta.json: taken as {"llama_type": "mistral"}'
+    if manifest.odd:
+        yield f"odd         {', '.join(manifest.odd)}: no part of a checkpoint"
+
+
+def _bytes(count: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,152 @@
+"""The command line: ``accessory COMMAND``.
+
+Under torchrun, commands that run a model share it among the ranks; results come from rank 0 alone. Bad input ends
+with one line on standard error and exit code 1 on every rank.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accessory.log import global_rank, setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    setup_logging()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        from accessory.parallel.state import raised_on_all_ranks
+
+        if global_rank() == 0 or not raised_on_all_ranks(error):
+            sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")
+    tiny.add_argument("--out", type=Path, required=True, help="folder to write, e.g. runs/tiny")
+    tiny.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the full recipe)")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=_tiny)
+
+    split = commands.add_parser("split", help="write a checkpoint as N shards, ready to load")
+    split.add_argument("source", type=Path, help="folder with consolidated.00.pth, or with other shards")
+    split.add_argument("destination", type=Path, help="folder to write")
+    split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
+    split.set_defaults(run=_split)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN or infinity is an error")
+    inspect.set_defaults(run=_inspect)
+
+    generate = commands.add_parser("generate", help="complete prompts")
+    _add_model_arguments(generate)
+    generate.add_argument("--prompt", action="append", required=True, help="text to complete; may be repeated")
+    generate.add_argument("--max-gen-len", type=int, default=512, help="tokens at most (default 512)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
+    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
+    generate.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pretrained_path", nargs="+", help="checkpoint folder; later ones overlay earlier ones")
+    parser.add_argument("--llama_type", "--llama-type", help="architecture, where meta.json does not say")
+    parser.add_argument("--llama_config", "--llama-config", nargs="+", help="config files, the last rules")
+    parser.add_argument("--tokenizer_path", "--tokenizer-path", help="tokenizer.model, or folder of tokenizer.json")
+    parser.add_argument("--max_seq_len", "--max-seq-len", type=int, default=4096, help="tokens (default 4096)")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: as stored")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    parser.add_argument("--expert_placement", "--expert-placement", default="auto", help="auto, expert or tensor")
+
+
+def _tiny(arguments: argparse.Namespace) -> None:
+    from accessory.tools.tiny import make_tiny
+
+    steps = {} if arguments.steps is None else {"steps": arguments.steps}
+    report = make_tiny(arguments.out, seed=arguments.seed, **steps)
+    lightest = report.expert_share.min().item()
+    sys.stdout.write(
+        f"wrote {arguments.out}: {report.parameters:,} parameters, loss {report.loss:.2f}, "
+        f"lightest expert {lightest:.1%} of its layer's tokens\n"
+    )
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.convert import split
+
+    split(arguments.source, arguments.destination, mp=arguments.mp)
+    sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.report import describe
+
+    for line in describe(arguments.folder, check_values=arguments.check_values):
+        sys.stdout.write(f"{line}\n")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from accessory.model.meta import MetaModel
+    from accessory.parallel.state import process_group_of_launcher
+
+    with process_group_of_launcher() as mp_group:
+        torch.manual_seed(arguments.seed)
+        model = MetaModel.from_pretrained(
+            arguments.pretrained_path,
+            llama_type=arguments.llama_type,
+            llama_config=arguments.llama_config,
+            tokenizer_path=arguments.tokenizer_path,
+            max_seq_len=arguments.max_seq_len,
+            mp_group=mp_group,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            expert_placement=arguments.expert_placement,
+        )
+        settings = {
+            "max_gen_len": arguments.max_gen_len,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "additional_stop_symbols": arguments.stop,
+        }
+        if len(arguments.prompt) == 1:
+            _print_stream(model.stream_generate(arguments.prompt[0], **settings))
+        else:
+            for text in model.generate(arguments.prompt, **settings):
+                _print(f"{text}\n")
+
+
+def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
+    start, shown, tokens = time.perf_counter(), 0, 0
+    for progress in stream:
+        _print(progress["text"][shown:])
+        shown, tokens = len(progress["text"]), tokens + 1
+    _print("\n")
+    seconds = time.perf_counter() - start
+    logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+
+
+def _print(text: str) -> None:
+    if global_rank() == 0:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,134 @@
+"""Products of few tokens with weights: decoding's, bound by reading the weights, so each is read only once.
+
+Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
+
+For inference: the operations have no derivative. Where gradients are needed, F.linear and grouped_mm serve.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .native import DTYPES, gathered_product, native_available, native_variant
+
+# Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
+# November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.
+#
+# 8 experts, bf16, pairs spread evenly, against grouped_mm:
+#               8 pairs      16           32           64
+#   7168, 1024  2622 / 4884  2600 / 4940  2827 / 4995  3962 / 5243
+#   1024, 3584  1310 / 2353  1249 / 2126  1967 / 2178  2684 / 2484
+FEW_TOKENS = 32  # pairs up to which gathered_linear is the way through the experts, and grouped_mm beyond
+
+# Dense, against F.linear:
+#                     1 token      2            4            8            16           32
+#   7168, 1024  bf16  300 / 692    260 / 625    283 / 653    531 / 710    826 / 732    1598 / 1181
+#   1024, 3584  bf16  107 / 235    126 / 222    175 / 232    299 / 265    348 / 307    567 / 440
+#   4096, 4096  bf16  610 / 1109   718 / 1057   1011 / 1123  1123 / 1187  2258 / 1390  3739 / 1999
+#   4096, 14336 bf16  2995 / 4889  2936 / 3703  3874 / 3832  5081 / 3889  7824 / 4571
+#   7168, 1024  fp32  729 / 1620   807 / 3432   1015 / 2797  1560 / 2759  1666 / 3709  3616 / 4610
+# The kernel wins while reading weights is the bound. oneDNN overtakes it where the CPU multiplies bf16 in hardware,
+# at 8 tokens, or sooner if these leave the first cache. Elsewhere it does not up to 16 (7168, 1024, bf16, 16 tokens,
+# with both held to AVX2: 1684 / 4739; to AVX-512 without bf16: 893 / 2861).
+_DENSE_TOKENS = 16
+_DENSE_TOKENS_BF16_HARDWARE = 8
+_DENSE_ELEMENTS_BF16_HARDWARE = 32768  # of x
+
+
+def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
+
+    With the native kernel every needed row of w is read once, and a pair's result does not depend on the
+    other pairs, to the bit. Otherwise (another device or dtype, rows of w without unit stride, kernels not
+    built) this is `gathered_linear_reference`. For inference only: no derivative.
+    """
+    return torch.ops.accessory.gathered_linear(x_PD, w_ERD, expert_P)
+
+
+def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    """F.linear(x, w) by the fastest way for this number of tokens; any number is right.
+
+    On CPU the native kernel serves few tokens and F.linear more, so that the last bit of a token's result
+    may depend on which of them it was. For inference only: no derivative.
+    """
+    return torch.ops.accessory.few_token_linear(x_PD, w_RD)
+
+
+def gathered_linear_reference(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    """The plain twin of `gathered_linear`: copies each pair's weight, needs no number from the device."""
+    if w_ERD.shape[0] == 0:  # a rank without experts
+        return x_PD.new_zeros(x_PD.shape[0], w_ERD.shape[1])
+    w_PRD = w_ERD[expert_P.clamp(min=0)]
+    y_PR = torch.bmm(w_PRD, x_PD.unsqueeze(-1)).squeeze(-1)
+    return y_PR.masked_fill((expert_P < 0).unsqueeze(-1), 0)
+
+
+@torch.library.custom_op("accessory::gathered_linear", mutates_args=())
+def _gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    _check_gathered(x_PD, w_ERD, expert_P)
+    return gathered_linear_reference(x_PD, w_ERD, expert_P)
+
+
+@_gathered_linear.register_kernel("cpu")
+def _gathered_linear_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    _check_gathered(x_PD, w_ERD, expert_P)
+    if _native_serves(w_ERD):
+        return gathered_product(x_PD, w_ERD, expert_P)
+    return gathered_linear_reference(x_PD, w_ERD, expert_P)
+
+
+@_gathered_linear.register_fake
+def _gathered_linear_fake(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    _check_gathered(x_PD, w_ERD, expert_P)
+    return x_PD.new_empty(x_PD.shape[0], w_ERD.shape[1])
+
+
+@torch.library.custom_op("accessory::few_token_linear", mutates_args=())
+def _few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    _check_dense(x_PD, w_RD)
+    return F.linear(x_PD, w_RD)
+
+
+@_few_token_linear.register_kernel("cpu")
+def _few_token_linear_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    _check_dense(x_PD, w_RD)
+    if _native_serves(w_RD):
+        if _kernel_beats_onednn(x_PD):
+            return gathered_product(x_PD, w_RD.unsqueeze(0), None)
+    elif x_PD.shape[0] == 1 and w_RD.dtype == torch.bfloat16:
+        # Without the kernel, one bf16 token is faster past oneDNN. None: leave the other flags alone.
+        with torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None):
+            return F.linear(x_PD, w_RD)
+    return F.linear(x_PD, w_RD)
+
+
+@_few_token_linear.register_fake
+def _few_token_linear_fake(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    _check_dense(x_PD, w_RD)
+    return x_PD.new_empty(x_PD.shape[0], w_RD.shape[0])
+
+
+def _native_serves(w: Tensor) -> bool:
+    return w.dtype in DTYPES and w.stride(-1) == 1 and native_available()
+
+
+def _kernel_beats_onednn(x_PD: Tensor) -> bool:
+    if x_PD.dtype == torch.bfloat16 and native_variant() == "avx512_bf16":
+        return x_PD.shape[0] <= _DENSE_TOKENS_BF16_HARDWARE and x_PD.numel() <= _DENSE_ELEMENTS_BF16_HARDWARE
+    return x_PD.shape[0] <= _DENSE_TOKENS
+
+
+def _check_gathered(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> None:
+    if x_PD.dim() != 2 or w_ERD.dim() != 3 or x_PD.shape[1] != w_ERD.shape[2] or x_PD.dtype != w_ERD.dtype:
+        raise ValueError(f"x_PD {_form(x_PD)} does not fit w_ERD {_form(w_ERD)}")
+    if expert_P.shape != x_PD.shape[:1] or expert_P.dtype != torch.int64:
+        raise ValueError(f"expert_P {_form(expert_P)} must hold one int64 for each row of x_PD {_form(x_PD)}")
+
+
+def _check_dense(x_PD: Tensor, w_RD: Tensor) -> None:
+    if x_PD.dim() != 2 or w_RD.dim() != 2 or x_PD.shape[1] != w_RD.shape[1] or x_PD.dtype != w_RD.dtype:
+        raise ValueError(f"x_PD {_form(x_PD)} does not fit w_RD {_form(w_RD)}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

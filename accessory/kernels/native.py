@@ -1,0 +1,114 @@
+"""Loading of the native library, and its one product.
+
+setup.py builds the library (native.cpp) where there is a C++ compiler. It holds several variants of its inner
+loop, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides that,
+for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
+PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+# torch comes first: its wheel brings the OpenMP runtime, and the library, loaded later, shares its threads.
+
+logger = logging.getLogger("accessory.kernels")
+
+VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
+DTYPES = (torch.bfloat16, torch.float32)
+_ABI = 2  # of native.cpp
+_ADVICE = "Decoding on CPU uses PyTorch's slower products; a C++ compiler and a reinstall gives speed."
+
+
+def native_available() -> bool:
+    """Whether the native products serve (on CPU, in bfloat16 and float32)."""
+    return native_variant() != "none"
+
+
+@functools.cache
+def native_variant() -> str:
+    """Name of the variant in use, one of `VARIANTS`, or 'none' where PyTorch alone serves."""
+    wanted = os.environ.get("ACCESSORY_KERNELS") or "auto"
+    allowed = ("auto", "off", *VARIANTS)
+    if wanted not in allowed:
+        raise ValueError(f"ACCESSORY_KERNELS={wanted} is unknown: it may be {', '.join(allowed)}")
+    if wanted == "off":
+        logger.warning("Kernels switched off by ACCESSORY_KERNELS=off. Decoding on CPU uses PyTorch's slower products.")
+        return "none"
+    library, reason = _load()
+    if library is None:
+        logger.warning("Kernels not built (%s). %s", reason, _ADVICE)
+        return "none"
+    runnable = runnable_variants()
+    if wanted == "auto":
+        return runnable[0]
+    if wanted not in runnable:
+        raise ValueError(f"ACCESSORY_KERNELS={wanted}: this CPU runs only {', '.join(runnable)}")
+    return wanted
+
+
+def runnable_variants() -> list[str]:
+    """The variants that this CPU runs, best first; none where the library does not serve."""
+    library, _ = _load()
+    return [name for name in VARIANTS if library and library.accessory_has_variant(name.encode())]
+
+
+def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, variant: str | None = None) -> Tensor:
+    """y[p] = w[expert[p]] @ x[p] by the native library; see `linear.gathered_linear`. No expert_P: all are 0.
+
+    The caller has checked shapes and dtypes, and that the last axis of w has unit stride.
+    """
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the native library does not serve: {reason}")
+    x_PD = x_PD.contiguous()
+    expert_P = None if expert_P is None else expert_P.contiguous()
+    pairs, (experts, rows, depth) = x_PD.shape[0], w_ERD.shape
+    y_PR = x_PD.new_empty(pairs, rows)
+    outcome = library.accessory_gathered_linear(
+        (variant or native_variant()).encode(),
+        x_PD.dtype == torch.bfloat16,
+        x_PD.data_ptr(),
+        w_ERD.data_ptr(),
+        None if expert_P is None else expert_P.data_ptr(),
+        y_PR.data_ptr(),
+        pairs,
+        experts,
+        rows,
+        depth,
+        w_ERD.stride(0),
+        w_ERD.stride(1),
+        torch.get_num_threads(),
+    )
+    if outcome > 0 and expert_P is not None:
+        bad = int(expert_P[outcome - 1])
+        raise IndexError(f"expert_P holds {bad}, but w_ERD has {experts} experts")
+    if outcome != 0:
+        raise RuntimeError(f"this CPU does not run the kernels' variant {variant or native_variant()}")
+    return y_PR
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    spec = importlib.util.find_spec("accessory.kernels._native")
+    if spec is None or spec.origin is None:
+        return None, "no library beside the package"
+    try:
+        library = ctypes.CDLL(spec.origin)
+        abi = library.accessory_kernels_abi()
+    except (OSError, AttributeError) as error:
+        return None, str(error)
+    if abi != _ABI:
+        return None, f"{spec.origin} is of another version"
+    library.accessory_has_variant.argtypes = [ctypes.c_char_p]
+    product = library.accessory_gathered_linear
+    product.restype = ctypes.c_int64
+    pointers, sizes = [ctypes.c_void_p] * 4, [ctypes.c_int64] * 6
+    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers, *sizes, ctypes.c_int]
+    return library, ""

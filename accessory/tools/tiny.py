@@ -1,0 +1,125 @@
+"""Make a tiny real Mixtral: a tokenizer and a model trained on Python's own documentation."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.formats import base_sources
+from accessory.checkpoint.writer import export_shard, new_folder, save_shard, write_json
+from accessory.config import ModelArgs, MoEArgs
+from accessory.model.LLM.mistral import Transformer
+from accessory.model.meta import MetaModel
+from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.state import ParallelState
+from accessory.tools.corpus import documentation_corpus, train_tokenizer
+from accessory.train.init import init_weights
+from accessory.train.trainer import TrainSettings, train
+
+logger = logging.getLogger(__name__)
+
+# 16 query heads and 8 key/value heads, so that the model splits over up to 8 ranks as Mixtral-8x7B does.
+ARGS = ModelArgs(
+    dim=256,
+    n_layers=4,
+    n_heads=16,
+    n_kv_heads=8,
+    head_dim=16,
+    hidden_dim=256,
+    vocab_size=2048,
+    rope_theta=1e4,
+    max_seq_len=1024,
+    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
+)
+
+# What the released params.json says; the rest of ModelArgs takes the same defaults when it is read back.
+PARAMS = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyReport:
+    """What came out.
+
+    Attributes:
+        loss: cross-entropy over the last tenth of the steps.
+        expert_share: (layers, experts) share of the token-expert pairs over held-back text.
+    """
+
+    parameters: int
+    loss: float
+    expert_share: Tensor
+
+
+def make_tiny(out: str | Path, *, steps: int = 1000, batch: int = 8, length: int = 128, seed: int = 0) -> TinyReport:
+    """Train the tiny model on the CPU and write it as the official release does.
+
+    ``out`` gets consolidated.00.pth (float32), params.json and tokenizer.model.
+
+    Args:
+        steps: optimizer steps of ``batch`` rows of ``length`` tokens.
+
+    Raises:
+        FileExistsError: ``out`` is there already and not empty.
+        ValueError: a number of steps, rows or tokens below 1 (2 tokens).
+    """
+    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("length", length, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    with new_folder(Path(out)) as aside:
+        logger.info("collecting Python's documentation and training a tokenizer on it")
+        texts = documentation_corpus()
+        train_tokenizer(texts, aside / "tokenizer.model", vocab_size=ARGS.vocab_size)
+        tokenizer = Tokenizer(aside / "tokenizer.model")
+        stream = torch.tensor([token for text in texts for token in tokenizer.encode(text, bos=True, eos=True)])
+        model = MetaModel(Transformer(ARGS, ParallelState.single("cpu")), tokenizer)
+        init_weights(model.llma, seed=seed)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            "training %.1f M parameters on %.1f M tokens of %d documents",
+            parameters / 1e6,
+            len(stream) / 1e6,
+            len(texts),
+        )
+        settings = TrainSettings(steps=steps, lr=3e-3, min_lr=1e-4, warmup=max(1, steps // 20), weight_decay=0.1)
+        windows = random_windows(stream, batch=batch, length=length, seed=seed)
+        history = train(model, ((rows, rows) for rows in windows), settings)
+        tail = history[-max(1, steps // 10) :]
+        share = expert_share(model, next(random_windows(stream, batch=32, length=length, seed=seed + 1)))
+        _write(model, aside)
+    loss = sum(metrics.loss for metrics in tail) / len(tail)
+    return TinyReport(parameters=parameters, loss=loss, expert_share=share)
+
+
+def random_windows(stream: Tensor, *, batch: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Batches (batch, length) of consecutive tokens: all windows of the stream in random order, again and again.
+
+    Every pass cuts the stream at another offset, so that the same text does not always start at the same place.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rest = torch.empty(0, length, dtype=stream.dtype)
+    while True:
+        offset = int(torch.randint(length, (1,), generator=generator))
+        windows = stream[offset : offset + (len(stream) - offset) // length * length].view(-1, length)
+        rest = torch.cat((rest, windows[torch.randperm(len(windows), generator=generator)]))
+        while len(rest) >= batch:
+            yield rest[:batch]
+            rest = rest[batch:]
+
+
+@torch.no_grad()
+def expert_share(model: MetaModel, examples: Tensor) -> Tensor:
+    """(layers, experts): which share of the pairs of token and chosen expert each expert gets."""
+    _, stats = model.llma(examples)
+    return stats.counts_E / stats.counts_E.sum(-1, keepdim=True)
+
+
+def _write(model: MetaModel, folder: Path) -> None:
+    parameters = dict(model.llma.named_parameters())
+    tensors = export_shard(parameters, [*base_sources(ARGS, 1)])
+    save_shard(folder / "consolidated.00.pth", tensors)
+    params = {name: getattr(ARGS, name) for name in PARAMS}
+    moe = {"num_experts_per_tok": ARGS.moe.num_experts_per_tok, "num_experts": ARGS.moe.num_experts}
+    write_json(folder / "params.json", {**params, "moe": moe})

@@ -1,0 +1,275 @@
+"""Encoding and decoding, against mistral-common's own and by round trips; and what is refused, by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from accessory.model.tokenizer import Tokenizer
+
+MISTRAL = Path(mistral_common.__file__).parent / "data"
+SENTENCEPIECE = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+}
+HUGGING_FACE = ("byte_level", "metaspace", "byte_fallback")
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "Der Bär aß süße Äpfel; naïve façades cost 20 €, ☃ and 😀 are characters too.",
+    "    def f(x):\n\t\treturn x  # two  spaces\n\n",
+    "日本語の文章もあります。",
+] * 3
+
+
+def train_json(kind: str, folder: Path) -> Path:
+    """A small tokenizer.json of one of the three families that checkpoints carry."""
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "byte_level":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    elif kind == "metaspace":
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        alphabet = []
+    else:  # what a Llama or Mixtral checkpoint's conversion holds
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        alphabet = []
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    layout = json.loads(tokenizer.to_str())
+    # A trainer makes every given token special; the bytes are ordinary ones in a released file.
+    layout["added_tokens"] = [item for item in layout["added_tokens"] if item["content"][:3] != "<0x"]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(layout))
+    tokenizer.add_tokens(["<tool use>", "☃☃"])
+    # What files have been seen to carry: a begin token added by itself, and the limits of a training run.
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load_all(folder: Path) -> dict[str, Tokenizer]:
+    """One tokenizer of every kind, the real ones and the trained."""
+    found = {kind: Tokenizer(MISTRAL / name) for kind, name in SENTENCEPIECE.items()}
+    return found | {kind: Tokenizer(train_json(kind, folder / kind)) for kind in HUGGING_FACE}
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    return load_all(tmp_path_factory.mktemp("json"))
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_encoding_is_mistral_commons(kind: str, loaded: dict[str, Tokenizer]) -> None:
+    theirs = SentencePieceTokenizer(str(MISTRAL / SENTENCEPIECE[kind]))
+    ours = loaded[kind]
+    assert (ours.n_words, ours.bos_id, ours.eos_id) == (theirs.n_words, theirs.bos_id, theirs.eos_id)
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=st.text(st.characters(codec="utf-8")) | st.text(" \n<s>/[INST]a1"), bos=..., eos=...)
+    def check(text: str, bos: bool, eos: bool) -> None:
+        ids = theirs.encode(text, bos=bos, eos=eos)
+        assert ours.encode(text, bos=bos, eos=eos) == ours.encode(text, bos, eos) == ids
+        assert ours.decode(ids) == theirs.decode(ids) == text.replace("▁", " ")
+
+    check()
+
+
+CHAT = [("What is 2+2?", "It is 4."), ("Et en français ? é ☃", "Quatre.\n\nVoilà"), ("and\n  now?", None)]
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_the_parts_of_an_instruct_prompt(kind: str, loaded: dict[str, Tokenizer]) -> None:
+    """Encoded turn by turn, a chat has the ids that the Instruct models were trained on."""
+    messages: list[Any] = []
+    encode = loaded[kind].encode
+    ids = [loaded[kind].bos_id]
+    for question, answer in CHAT:
+        messages.append(UserMessage(content=question))
+        if kind == "v1":
+            ids += encode(f"[INST] {question} [/INST]", bos=False, eos=False)
+        else:  # [INST] and [/INST] are control tokens 3 and 4
+            ids += [3, *encode(question, bos=False, eos=False), 4]
+        if answer is not None:
+            messages.append(AssistantMessage(content=answer))
+            ids += encode(answer, bos=False, eos=True)
+    theirs = getattr(MistralTokenizer, kind)().encode_chat_completion(ChatCompletionRequest(messages=messages))
+    assert ids == theirs.tokens
+
+
+@pytest.mark.parametrize("kind", [*SENTENCEPIECE, "byte_level", "byte_fallback"])
+def test_any_text_comes_back(kind: str, loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded[kind]
+
+    @settings(max_examples=200, deadline=None)
+    @given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁")) | st.text(" \n\ta1é☃😀"))
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        assert (ids[0], ids[-1]) == (1, 2)
+        assert not {1, 2} & set(ids[1:-1])
+        assert all(0 <= token_id < tokenizer.n_words for token_id in ids)
+        assert tokenizer.decode(ids) == text
+
+    check()
+
+
+def test_control_tokens_in_a_text_are_text(loaded: dict[str, Tokenizer]) -> None:
+    text = "<s>a</s><unk>[INST]"
+    for kind, tokenizer in loaded.items():
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+        if kind != "metaspace":  # it has no bytes to spell what its vocabulary lacks
+            assert tokenizer.decode(ids) == text
+
+
+def test_control_tokens_vanish(loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        ids = tokenizer.encode("the dog", bos=True, eos=True)
+        assert tokenizer.decode([1, *ids, 2]) == "the dog"
+        assert tokenizer.decode([]) == tokenizer.decode([1, 2]) == tokenizer.decode([1]) == ""
+        assert tokenizer.encode("", bos=True, eos=True) == [1, 2]
+        assert [tokenizer.is_control(i) for i in (1, 2, ids[1])] == [True, True, False]
+
+
+def test_what_a_json_file_was_saved_with_changes_nothing(loaded: dict[str, Tokenizer]) -> None:
+    """No second begin token from its post-processor, no truncation to 5 ids, no padding to 9."""
+    for kind in HUGGING_FACE:
+        assert loaded[kind].encode("a", bos=True, eos=False).count(1) == 1
+        assert len(loaded[kind].encode("a", bos=True, eos=True)) < 9
+        assert len(loaded[kind].encode("the quick brown fox " * 9, bos=False, eos=False)) > 9
+        assert loaded[kind].decode([loaded[kind].n_words - 2]).strip() == "<tool use>"
+
+
+def test_ids_of_other_libraries_are_taken(loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        ids = tokenizer.encode("the dog", bos=True, eos=False)
+        assert tokenizer.decode(torch.tensor(ids)) == "the dog"  # type: ignore[arg-type]
+        assert tokenizer.decode(numpy.array(ids)) == "the dog"  # type: ignore[arg-type]
+
+
+def test_ids_outside_the_vocabulary_are_named(loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        for bad in (-1, tokenizer.n_words, 10**9):
+            for call in (tokenizer.decode, lambda ids, t=tokenizer: t.is_control(ids[-1])):
+                with pytest.raises(ValueError, match=f"token id {bad} is outside 0 to {tokenizer.n_words - 1}"):
+                    call([1, bad])
+        with pytest.raises(TypeError):
+            tokenizer.decode([1.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, 3, ["a"]])
+def test_what_is_no_text_is_refused(text: Any, loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        with pytest.raises(TypeError, match="encode takes a string"):
+            tokenizer.encode(text, bos=True, eos=False)
+
+
+def test_lone_surrogates_are_refused(loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        with pytest.raises(ValueError, match=r"lone surrogate, '.udc80' at character 2"):
+            tokenizer.encode("ab\udc80", bos=True, eos=False)
+
+
+def test_other_processes_get_the_same_tokenizer(loaded: dict[str, Tokenizer]) -> None:
+    for tokenizer in loaded.values():
+        other = pickle.loads(pickle.dumps(tokenizer))
+        assert other.encode("<s> the dog", True, True) == tokenizer.encode("<s> the dog", True, True)
+        assert repr(other) == repr(tokenizer)
+
+
+def copy_model(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes((MISTRAL / SENTENCEPIECE["v1"]).read_bytes())
+    return folder
+
+
+def test_a_folder_is_searched_and_tokenizer_model_wins(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert Tokenizer.find(empty) is Tokenizer.find(tmp_path / "absent") is None
+    folder = train_json("byte_level", tmp_path / "both")
+    assert Tokenizer.find(folder) == Tokenizer(folder).path == Tokenizer(str(folder)).path == folder / "tokenizer.json"
+    assert Tokenizer(folder / "tokenizer.json").n_words == Tokenizer(folder).n_words < 32000
+    copy_model(folder)
+    assert Tokenizer.find(str(folder)) == Tokenizer(folder).path == folder / "tokenizer.model"
+    assert Tokenizer(folder).n_words == 32000
+    (folder / "tokenizer.model").rename(folder / "another.name")
+    assert Tokenizer(folder / "another.name").n_words == 32000
+
+
+def test_absent_files_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path / "absent.model", tmp_path / "absent.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            Tokenizer(path)
+    folder = train_json("byte_level", tmp_path / "json")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
+        Tokenizer(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 493443\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("data", "advice"), [(b"", "empty"), (POINTER, "git lfs pull"), (b"{ \xff\x00", "again"), (b"[1]", "again|add one")]
+)
+def test_broken_files_are_named(
+    name: str, data: bytes, advice: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = train_json("byte_level", tmp_path)
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{folder / name} .*({advice})"):
+        Tokenizer(folder)
+    assert capfd.readouterr() == ("", "")  # C++ complaints help nobody
+
+
+def test_a_truncated_model_is_refused_wherever_it_was_cut(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Sentencepiece itself takes a file that was cut between two pieces, with fewer words and other rules."""
+    whole = (MISTRAL / SENTENCEPIECE["v1"]).read_bytes()
+    path = tmp_path / "tokenizer.model"
+    for length in [1, 10, *range(200_000, 200_040), *range(len(whole) - 60, len(whole), 7), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{path} is not a whole sentencepiece model"):
+            Tokenizer(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("value", [None, 3, {"content": None}, {}, "<absent>"])
+def test_begin_and_end_must_be_named(key: str, value: Any, tmp_path: Path) -> None:
+    folder = train_json("byte_level", tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"{path}.* {key}"):
+        Tokenizer(folder)
