@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 kernels = Extension(
     "accessory.kernels._native",
     sources=["accessory/kernels/native.cpp"],
+    depends=["accessory/kernels/row_dot.h"],
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno"],
     extra_link_args=["-fopenmp"],
     language="c++",

@@ -1,0 +1,150 @@
+"""Checkpoints written by the tests themselves, independently of the library's own writer and plan.
+
+Everything starts from a transformers MixtralForCausalLM with random weights, so that its logits and greedy tokens
+are the truth. The names and cuts below are spelled out from the format's description, not from the library.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+def random_mixtral(seed: int, **sizes: Any) -> MixtralForCausalLM:
+    """A small random model in float32; sizes are transformers' names."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 1e4,
+        "initializer_range": 0.15,
+        "sliding_window": None,
+        **sizes,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**settings)).eval().float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def accessory_config(config: MixtralConfig) -> dict[str, Any]:
+    """config.json of the accessory form."""
+    theta = config.rope_parameters["rope_theta"]
+    return {
+        "dim": config.hidden_size,
+        "hidden_dim": config.intermediate_size,
+        "head_dim": config.head_dim,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": theta,
+        "max_batch_size": 32,
+        "max_seq_len": 512,
+        "moe": {"num_experts_per_tok": config.num_experts_per_tok, "num_experts": config.num_local_experts},
+    }
+
+
+def whole_tensors(model: MixtralForCausalLM) -> dict[str, Tensor]:
+    """The torrent release's names: nothing split, an expert's matrices one by one, rotary pairs interleaved."""
+    config, state = model.config, model.state_dict()
+
+    def interleaved(weight: Tensor, heads: int) -> Tensor:
+        halves = weight.view(heads, 2, config.head_dim // 2, -1)
+        return halves.transpose(1, 2).reshape(heads * config.head_dim, -1).contiguous()
+
+    tensors = {
+        "tok_embeddings.weight": state["model.embed_tokens.weight"],
+        "norm.weight": state["model.norm.weight"],
+        "output.weight": state["lm_head.weight"],
+    }
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+        attention = {name: state[f"{theirs}self_attn.{name}_proj.weight"] for name in "qkvo"}
+        tensors[f"{ours}attention.wq.weight"] = interleaved(attention["q"], config.num_attention_heads)
+        tensors[f"{ours}attention.wk.weight"] = interleaved(attention["k"], config.num_key_value_heads)
+        tensors[f"{ours}attention.wv.weight"] = attention["v"]
+        tensors[f"{ours}attention.wo.weight"] = attention["o"]
+        tensors[f"{ours}attention_norm.weight"] = state[f"{theirs}input_layernorm.weight"]
+        tensors[f"{ours}ffn_norm.weight"] = state[f"{theirs}post_attention_layernorm.weight"]
+        tensors[f"{ours}feed_forward.gate.weight"] = state[f"{theirs}mlp.gate.weight"]
+        for expert in range(config.num_local_experts):
+            gate, up = state[f"{theirs}mlp.experts.gate_up_proj"][expert].chunk(2)
+            matrices = {"w1": gate, "w3": up, "w2": state[f"{theirs}mlp.experts.down_proj"][expert]}
+            for name, matrix in matrices.items():
+                tensors[f"{ours}feed_forward.experts.{expert}.{name}.weight"] = matrix
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def base_shard(tensors: Mapping[str, Tensor], file: int, files: int, experts: int) -> dict[str, Tensor]:
+    """Shard ``file`` of ``files`` in the base form, with the prefix ``llma.``."""
+    cut_rows = ("wq.weight", "wk.weight", "wv.weight", "output.weight")
+    cut_columns = ("wo.weight", "tok_embeddings.weight")
+    shard = {}
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            expert = int(name.split(".experts.")[1].split(".")[0])
+            if file * experts // files <= expert < (file + 1) * experts // files:
+                shard[f"llma.{name}"] = tensor
+        elif name.endswith(cut_rows):
+            shard[f"llma.{name}"] = tensor.chunk(files, 0)[file].clone()
+        elif name.endswith(cut_columns):
+            shard[f"llma.{name}"] = tensor.chunk(files, 1)[file].clone()
+        else:
+            shard[f"llma.{name}"] = tensor
+    return shard
+
+
+def sparse_shard(tensors: Mapping[str, Tensor], file: int, files: int, experts: int) -> dict[str, Tensor]:
+    """Shard ``file`` of ``files`` in the sparse form: slices of every expert stacked, w2 transposed."""
+    shard = {
+        name: tensor for name, tensor in base_shard(tensors, file, files, experts).items() if ".experts." not in name
+    }
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    for layer in layers:
+        moe = f"layers.{layer}.feed_forward"
+        for matrix in ("w1", "w2", "w3"):
+            axis = 1 if matrix == "w2" else 0
+            slices = [
+                tensors[f"{moe}.experts.{expert}.{matrix}.weight"].chunk(files, axis)[file]
+                for expert in range(experts)
+            ]
+            rows = [part.T if matrix == "w2" else part for part in slices]
+            shard[f"llma.{moe}.{matrix}"] = torch.cat(rows).contiguous()
+    return shard
+
+
+def write_checkpoint(
+    folder: Path, model: MixtralForCausalLM, tokenizer: Path, *, files: int, form: str = "base"
+) -> Path:
+    """A folder in the accessory form "base" or "sparse", or as "released" (one consolidated.00.pth)."""
+    folder.mkdir(parents=True)
+    tensors, config = whole_tensors(model), accessory_config(model.config)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    if form == "released":
+        torch.save(tensors, folder / "consolidated.00.pth")
+        params = {key: value for key, value in config.items() if not key.startswith("max_")}
+        (folder / "params.json").write_text(json.dumps(params))
+        return folder
+    cut = {"base": base_shard, "sparse": sparse_shard}[form]
+    for file in range(files):
+        shard = cut(tensors, file, files, model.config.num_local_experts)
+        torch.save({"model": shard}, folder / f"consolidated.{file:02d}-of-{files:02d}.model.pth")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "meta.json").write_text(json.dumps({"llama_type": "mistral"}))
+    return folder

@@ -1,0 +1,36 @@
+"""Fixtures that tests share: pools of ranks, small tokenizers, and one tiny trained model."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from accessory.tools.corpus import documentation_corpus, train_tokenizer
+from ranks import RankPool
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """``ranks(n)`` is the session's pool of n gloo processes."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(size: int) -> RankPool:
+        return pools.setdefault(size, RankPool(size))
+
+    yield pool
+    for started in pools.values():
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model of 384 tokens: 384 divides by 2, 3, 4, 6 and 8."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(documentation_corpus(200_000), path, vocab_size=384)
+    return path
