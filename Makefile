@@ -1,16 +1,57 @@
 # Every target works in a fresh clone: the virtual environment is made on first use.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TINY := runs/tiny
+PROMPT := The list method
 
-.PHONY: install demo test lint docs pytest soak bench clean
+.PHONY: install demo test lint docs pytest bench clean
 
 install: $(READY)
 
 # torch goes first and pinned: another package's range must not choose it.
-$(READY): setup.py pyproject.toml constraints.txt accessory/kernels/native.cpp
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*.cpp accessory/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
+
+# The whole way once: make a model, convert it, ask it with one process and with two.
+demo: $(TINY)/converted
+	$(BIN)/accessory inspect $(TINY)/converted
+	$(BIN)/accessory generate $(TINY)/converted --dtype fp32 --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/one.txt
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m accessory generate $(TINY)/converted \
+		--dtype fp32 --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/two.txt
+	cmp $(TINY)/one.txt $(TINY)/two.txt
+	@echo "1 and 2 processes wrote the same text."
+
+$(TINY)/converted: $(TINY)/consolidated.00.pth
+	cp accessory/tools/split.py $(TINY)/
+	cd $(TINY) && ../../$(BIN)/python split.py
+
+$(TINY)/consolidated.00.pth: | $(READY)
+	$(BIN)/accessory tiny --out $(TINY)
+
+# Everything that CI runs.
+test: lint docs pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+pytest: $(READY)
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/inference.py
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accessory.log import global_rank, setup_logging
 
@@ -34,8 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments once, however many ranks were started with them."""
+
+    def error(self, message: str) -> NoReturn:
+        if global_rank() != 0:
+            sys.exit(2)
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
+    parser = _Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")

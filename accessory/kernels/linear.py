@@ -35,6 +35,14 @@ _DENSE_TOKENS_BF16_HARDWARE = 8
 _DENSE_ELEMENTS_BF16_HARDWARE = 32768  # of x
 
 
+def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
+    """Whether `gathered_linear` is the way for so many pairs, or grouped_mm.
+
+    Without the native kernel on CPU it is not: its twin copies the weights of every pair.
+    """
+    return pairs <= FEW_TOKENS and (x_TD.is_cuda or (x_TD.dtype in DTYPES and native_available()))
+
+
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 

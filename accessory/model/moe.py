@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
-from accessory.kernels import FEW_TOKENS, gathered_linear
+from accessory.kernels import gathered_linear, gathering_pays
 from accessory.model.balance import RouterStats
 from accessory.parallel.ops import copy_to_region, reduce_from_region
 from accessory.parallel.plan import Placement
@@ -81,7 +81,7 @@ class Experts(nn.Module):
         Args:
             skips: there may be negative expert numbers, for pairs that are not to be computed.
         """
-        if experts_TK.numel() <= FEW_TOKENS and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and gathering_pays(x_TD, experts_TK.numel()):
             y_PD = self._gathered(x_TD, experts_TK.flatten())
         else:
             y_PD = self._grouped(x_TD, experts_TK, complete=self.owns_all and not skips)

@@ -9,7 +9,8 @@ from torch import nn
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW with betas 0.9 and 0.95; norms and biases do not decay."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)

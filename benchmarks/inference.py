@@ -1,0 +1,202 @@
+"""Prefill and decoding beside transformers: the same random weights, one process, one run.
+
+    python benchmarks/inference.py              # shape 'mid', bfloat16, 2 threads
+
+transformers runs with each of its experts implementations; the best of them for each row is compared. Both sides
+take turns within every round, so that a noisy machine slows both, and ratios are of medians.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
+from transformers import DynamicCache, MixtralForCausalLM
+
+from accessory.kernels import native_variant
+from accessory.model.LLM.mistral import Transformer
+from accessory.parallel.state import ParallelState
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+PROMPT = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decode-steps", type=int, default=8, help="decoding steps in each round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--skip-fresh", action="store_true", help="leave out the time to the first token")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    theirs = transformers_mid()
+    ours = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
+    copy_weights(theirs, ours)
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown CPU")
+    print(f"{cpu}, {arguments.threads} threads, {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, kernels {native_variant()}, {time.strftime('%Y-%m-%d')}")
+    print(f"memory read by torch.sum: {read_bandwidth() / 1e9:.0f} GB/s\n")
+    print(f"{'':26}{'accessory':>12}{'transformers':>14}{'best impl.':>12}{'ratio':>8}{'read':>12}")
+    with torch.inference_mode():
+        prefill_row(ours, theirs, arguments.rounds)
+        for batch in (1, 8):
+            decode_row(ours, theirs, batch, arguments.rounds, arguments.decode_steps)
+    if not arguments.skip_fresh:
+        fresh_rows(ours, theirs)
+
+
+def prefill_row(ours: Transformer, theirs: MixtralForCausalLM, rounds: int) -> None:
+    tokens = torch.randint(3, ARGS.vocab_size, (1, PROMPT))
+
+    def run_ours() -> None:
+        ours.prefill(tokens[0], [PROMPT], [0], ours.new_cache(1, PROMPT + 64))
+
+    def run_theirs() -> None:
+        theirs(tokens, use_cache=True, logits_to_keep=1)
+
+    medians, best = compare(run_ours, run_theirs, theirs, rounds)
+    print_row(f"prefill {PROMPT} tokens", medians, best, "")
+
+
+def decode_row(ours: Transformer, theirs: MixtralForCausalLM, batch: int, rounds: int, steps: int) -> None:
+    prompt = torch.randint(3, ARGS.vocab_size, (batch, 128))
+    slots = list(range(batch))
+    active = torch.ones(batch, dtype=torch.bool)
+
+    cache = ours.new_cache(batch, 128 + rounds * len(IMPLEMENTATIONS) * steps + 2 * steps)
+    logits = ours.prefill(prompt.flatten(), [128] * batch, slots, cache)
+    state = {"token": logits.argmax(-1)}
+    read = bytes_read(ours, batch)
+
+    def run_ours() -> None:
+        for _ in range(steps):
+            state["token"] = ours.decode(state["token"], cache, active).argmax(-1)
+            cache.extend(slots, [1] * batch)
+
+    past = DynamicCache(config=theirs.config)
+    first = theirs(prompt, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+    their_state = {"token": first}
+
+    def run_theirs() -> None:
+        for _ in range(steps):
+            out = theirs(their_state["token"][:, None], past_key_values=past, use_cache=True)
+            their_state["token"] = out.logits[:, -1].argmax(-1)
+
+    with read as touched:
+        medians, best = compare(run_ours, run_theirs, theirs, rounds)
+    medians = tuple(median / steps for median in medians)
+    print_row(f"decode, batch {batch}", medians, best, f"{touched() / medians[0] / 1e9:.0f} GB/s")
+
+
+def compare(
+    run_ours: Callable[[], None], run_theirs: Callable[[], None], theirs: MixtralForCausalLM, rounds: int
+) -> tuple[tuple[float, float], str]:
+    """Median seconds of ours and of transformers' best implementation, and which that is."""
+    our_times: list[float] = []
+    their_times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    for round_number in range(rounds + 1):
+        for name in IMPLEMENTATIONS:
+            theirs.set_experts_implementation(name)
+            elapsed = seconds(run_theirs)
+            if round_number:  # the first round warms up
+                their_times[name].append(elapsed)
+            elapsed = seconds(run_ours)
+            if round_number:
+                our_times.append(elapsed)
+    medians = {name: statistics.median(times) for name, times in their_times.items()}
+    best = min(medians, key=lambda name: medians[name])
+    return (statistics.median(our_times), medians[best]), best
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def print_row(label: str, medians: tuple[float, ...], best: str, read: str) -> None:
+    ours, theirs = medians
+    print(
+        f"{label:26}{ours * 1e3:>9.1f} ms{theirs * 1e3:>11.1f} ms{best:>12}{theirs / ours:>7.2f}x{read:>12}", flush=True
+    )
+
+
+class bytes_read:  # noqa: N801 - used as a function
+    """Counts the bytes of weights that a decoding step has to read, from the experts that were really chosen."""
+
+    def __init__(self, model: Transformer, batch: int) -> None:
+        self.model, self.batch = model, batch
+        self.experts: list[int] = []
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Callable[[], float]:
+        for block in self.model.layers:
+            self.handles.append(block.feed_forward.gate.register_forward_hook(self._note))
+        return self._per_step
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, module: object, inputs: object, routing: object) -> None:
+        self.experts.append(routing.experts_TK.unique().numel())
+
+    def _per_step(self) -> float:
+        size = {name: p.numel() * p.element_size() for name, p in self.model.named_parameters()}
+        one_expert = sum(count for name, count in size.items() if ".experts." in name)
+        one_expert /= ARGS.n_layers * ARGS.moe.num_experts
+        rest = sum(count for name, count in size.items() if ".experts." not in name and "embeddings" not in name)
+        return rest + statistics.mean(self.experts) * ARGS.n_layers * one_expert
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of summing 1 GB."""
+    block = torch.ones(2**28)
+    times = [seconds(block.sum) for _ in range(5)]
+    return block.numel() * 4 / statistics.median(times)
+
+
+OURS_FRESH = """
+import sys, torch
+torch.set_num_threads({threads})
+from accessory.model.meta import MetaModel
+model = MetaModel.from_pretrained(sys.argv[1], max_seq_len=2048, dtype=torch.bfloat16, device="cpu")
+model.generate(["The best programming language in the world is"], max_gen_len=1)
+"""
+THEIRS_FRESH = """
+import sys, torch
+torch.set_num_threads({threads})
+from transformers import MixtralForCausalLM
+model = MixtralForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.generate(torch.tensor([[1, 415, 1489, 15549, 3842, 297, 272, 1526, 349]]), max_new_tokens=1, do_sample=False)
+"""
+
+
+def fresh_rows(ours: Transformer, theirs: MixtralForCausalLM) -> None:
+    """Whole processes: imports, loading 1.6 GB from the page cache, and one token."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        our_folder = write_checkpoint(Path(folder) / "ours", ours, files=8)
+        theirs.save_pretrained(Path(folder) / "theirs")
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(4):
+            for kept, code, path in (
+                (times[0], OURS_FRESH, our_folder),
+                (times[1], THEIRS_FRESH, Path(folder) / "theirs"),
+            ):
+                command = [sys.executable, "-c", code.format(threads=torch.get_num_threads()), str(path)]
+                kept.append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True)))
+        medians = tuple(statistics.median(kept[1:]) for kept in times)
+        print_row("first token, new process", medians, "default", "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Peak private memory of loading the shape 'mid' (a 1.6 GB checkpoint), at mp 1 and 2.
+
+    python benchmarks/load.py
+
+Each rank is a process of its own that notes its RssAnon every few milliseconds while it loads: private memory, without
+the pages of the mapped files, which are the kernel's to drop.
+"""
+
+import multiprocessing
+import platform
+import re
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ALLOWED_FACTOR, ALLOWED_EXTRA = 1.15, 400e6
+
+
+def main() -> None:
+    from mid import ARGS, write_checkpoint
+
+    from accessory.model.LLM.mistral import Transformer
+    from accessory.parallel.state import ParallelState
+    from accessory.train.init import init_weights
+
+    print(f"{platform.python_version()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        model = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16)
+        init_weights(model, seed=0)
+        folder = write_checkpoint(Path(scratch) / "mid", model, files=4)
+        del model
+        print(f"{'':8}{'own weights':>14}{'peak RssAnon':>14}{'allowed':>12}{'seconds':>9}")
+        failed = False
+        for size in (1, 2):
+            for rank, (own, peak, seconds) in enumerate(measure(folder, size)):
+                allowed = ALLOWED_FACTOR * own + ALLOWED_EXTRA
+                failed |= peak > allowed
+                label = f"mp {size}.{rank}"
+                print(f"{label:8}{own / 1e6:>11,.0f} MB{peak / 1e6:>11,.0f} MB{allowed / 1e6:>9,.0f} MB{seconds:>9.1f}")
+    if failed:
+        sys.exit("a rank used more private memory than allowed")
+
+
+def measure(folder: Path, size: int) -> list[tuple[int, int, float]]:
+    """(own bytes of weights, peak RssAnon in bytes, seconds) of every rank."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with context.Pool(size) as pool:
+        return pool.starmap(load_on_rank, [(folder, rank, size, port) for rank in range(size)], chunksize=1)
+
+
+def load_on_rank(folder: Path, rank: int, size: int, port: int) -> tuple[int, int, float]:
+    """Load and report; runs in a process of its own."""
+    from accessory.model.meta import MetaModel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], rss_anon())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    model = MetaModel.from_pretrained(folder, mp_group=dist.group.WORLD, dtype=torch.bfloat16, device="cpu")
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    dist.destroy_process_group()
+    return own, max(peak[0], rss_anon()), seconds
+
+
+def rss_anon() -> int:
+    """Bytes of this process's private memory."""
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The shape 'mid' (0.79 B parameters), as a transformers model and as a checkpoint of this library."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mistral_common
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from accessory.checkpoint.convert import split
+from accessory.checkpoint.formats import base_sources
+from accessory.checkpoint.writer import export_shard, new_folder, save_shard
+from accessory.config import ModelArgs, MoEArgs
+from accessory.model.LLM.mistral import Transformer
+
+ARGS = ModelArgs(
+    dim=1024,
+    hidden_dim=3584,
+    n_layers=8,
+    n_heads=16,
+    n_kv_heads=4,
+    head_dim=64,
+    vocab_size=32000,
+    rope_theta=1e6,
+    moe=MoEArgs(num_experts=8, num_experts_per_tok=2),
+)
+
+
+def transformers_mid() -> MixtralForCausalLM:
+    """Random weights in bfloat16."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=ARGS.vocab_size,
+        hidden_size=ARGS.dim,
+        intermediate_size=ARGS.hidden_dim,
+        num_hidden_layers=ARGS.n_layers,
+        num_attention_heads=ARGS.n_heads,
+        num_key_value_heads=ARGS.n_kv_heads,
+        num_local_experts=ARGS.moe.num_experts,
+        num_experts_per_tok=ARGS.moe.num_experts_per_tok,
+        rope_theta=ARGS.rope_theta,
+        max_position_embeddings=4096,
+    )
+    with torch.device("cpu"):
+        return MixtralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def copy_weights(theirs: MixtralForCausalLM, ours: Transformer) -> None:
+    """Give our model the weights of a transformers model."""
+    state = theirs.state_dict()
+
+    def interleaved(weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(0, (-1, 2, ARGS.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+    ours.tok_embeddings.weight.copy_(state["model.embed_tokens.weight"])
+    ours.norm.weight.copy_(state["model.norm.weight"])
+    ours.output.weight.copy_(state["lm_head.weight"])
+    for number, block in enumerate(ours.layers):
+        layer = f"model.layers.{number}."
+        block.attention.wq.weight.copy_(interleaved(state[f"{layer}self_attn.q_proj.weight"]))
+        block.attention.wk.weight.copy_(interleaved(state[f"{layer}self_attn.k_proj.weight"]))
+        block.attention.wv.weight.copy_(state[f"{layer}self_attn.v_proj.weight"])
+        block.attention.wo.weight.copy_(state[f"{layer}self_attn.o_proj.weight"])
+        block.attention_norm.weight.copy_(state[f"{layer}input_layernorm.weight"])
+        block.ffn_norm.weight.copy_(state[f"{layer}post_attention_layernorm.weight"])
+        block.feed_forward.gate.weight.copy_(state[f"{layer}mlp.gate.weight"])
+        experts = block.feed_forward.experts
+        experts.w13.flatten(1, 2).copy_(state[f"{layer}mlp.experts.gate_up_proj"])
+        experts.w2.copy_(state[f"{layer}mlp.experts.down_proj"])
+
+
+def write_checkpoint(folder: Path, model: Transformer, *, files: int) -> Path:
+    """``folder``/converted in ``files`` shards, with the real Mixtral tokenizer."""
+    released = folder / "released"
+    with new_folder(released) as aside:
+        save_shard(aside / "consolidated.00.pth", export_shard(dict(model.named_parameters()), base_sources(ARGS, 1)))
+        (aside / "params.json").write_text(json.dumps(ARGS.to_dict()))
+        tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+        shutil.copyfile(tokenizer, aside / "tokenizer.model")
+    split(released, folder / "converted", mp=files)
+    shutil.rmtree(released)
+    return folder / "converted"
