@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ class ModelArgs:
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - {"moe"}
         missing = sorted(required - set(given))
         if missing:
-            raise ValueError(f"key(s) {', '.join(missing)} missing")
+            raise ValueError(f"key(s) {', '.join(missing)} missing: add them")
         for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe"):
             if optional in given and given[optional] is None:
                 del given[optional]
@@ -133,9 +134,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
+        raise FileNotFoundError(f"{path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        raise ValueError(f"{path} cannot be read as JSON ({error}): correct it or copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -154,7 +155,7 @@ def _moe_from_dict(values: Any) -> MoEArgs:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_ints(args: Any, positive: Sequence[str] = (), positive_or_unset: Sequence[str] = ()) -> None:

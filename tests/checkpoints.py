@@ -2,21 +2,32 @@
 
 Everything starts from a transformers MixtralForCausalLM with random weights, so that its logits and greedy tokens
 are the truth. The names and cuts below are spelled out from the format's description, not from the library.
+
+transformers is imported where it is used: ranks import test modules, and need not wait for it.
 """
+
+from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import MixtralConfig, MixtralForCausalLM
 
 
 def random_mixtral(seed: int, **sizes: Any) -> MixtralForCausalLM:
-    """A small random model in float32; sizes are transformers' names."""
+    """A small random model in float32; sizes are transformers' names.
+
+    Its experts run in a plain loop: transformers' grouped products refuse odd sizes.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": 384,
@@ -34,16 +45,36 @@ def random_mixtral(seed: int, **sizes: Any) -> MixtralForCausalLM:
         "sliding_window": None,
         **sizes,
     }
-    model = MixtralForCausalLM(MixtralConfig(**settings)).eval().float()
+    config = MixtralConfig(**settings, experts_implementation="eager")
+    model = MixtralForCausalLM(config).eval().float()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
+def random_prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [[1, *torch.randint(3, 384, (length - 1,), generator=generator).tolist()] for length in lengths]
+
+
+@torch.no_grad()
+def hf_logits(hf: MixtralForCausalLM, tokens: list[int]) -> Tensor:
+    return hf(torch.tensor([tokens])).logits[0]
+
+
+def hf_greedy(hf: MixtralForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens through transformers' own cache; nothing ends them early."""
+    hf.generation_config.eos_token_id = None
+    return hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0, len(prompt) :].tolist()
+
+
 def accessory_config(config: MixtralConfig) -> dict[str, Any]:
     """config.json of the accessory form."""
     theta = config.rope_parameters["rope_theta"]
+    # Hugging Face's factor divides the positions, rope_scaling multiplies them.
+    linear = config.rope_parameters.get("rope_type") == "linear"
+    scaling = {"rope_scaling": 1 / config.rope_parameters["factor"]} if linear else {}
     return {
         "dim": config.hidden_size,
         "hidden_dim": config.intermediate_size,
@@ -57,6 +88,7 @@ def accessory_config(config: MixtralConfig) -> dict[str, Any]:
         "max_batch_size": 32,
         "max_seq_len": 512,
         "moe": {"num_experts_per_tok": config.num_experts_per_tok, "num_experts": config.num_local_experts},
+        **scaling,
     }
 
 
@@ -121,8 +153,7 @@ def sparse_shard(tensors: Mapping[str, Tensor], file: int, files: int, experts: 
         for matrix in ("w1", "w2", "w3"):
             axis = 1 if matrix == "w2" else 0
             slices = [
-                tensors[f"{moe}.experts.{expert}.{matrix}.weight"].chunk(files, axis)[file]
-                for expert in range(experts)
+                tensors[f"{moe}.experts.{expert}.{matrix}.weight"].chunk(files, axis)[file] for expert in range(experts)
             ]
             rows = [part.T if matrix == "w2" else part for part in slices]
             shard[f"llma.{moe}.{matrix}"] = torch.cat(rows).contiguous()
@@ -144,6 +175,85 @@ def write_checkpoint(
     cut = {"base": base_shard, "sparse": sparse_shard}[form]
     for file in range(files):
         shard = cut(tensors, file, files, model.config.num_local_experts)
+        torch.save({"model": shard}, folder / f"consolidated.{file:02d}-of-{files:02d}.model.pth")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "meta.json").write_text(json.dumps({"llama_type": "mistral"}))
+    return folder
+
+
+def small_config(**changes: Any) -> dict[str, Any]:
+    """config.json of a model that runs at 1, 2, 4 and 8 ranks and whose vocabulary is `small_tokenizer`'s."""
+    return {
+        "dim": 64,
+        "hidden_dim": 48,
+        "head_dim": 8,
+        "n_layers": 2,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "vocab_size": 384,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "max_batch_size": 32,
+        "max_seq_len": 512,
+        "moe": {"num_experts_per_tok": 2, "num_experts": 8},
+        **changes,
+    }
+
+
+def random_tensors(config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Whole tensors of a random model of these sizes, by the torrent release's names; needs no transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    dim, hidden, heads = config["dim"], config["hidden_dim"], config["n_heads"] * config["head_dim"]
+    kv_heads = config["n_kv_heads"] * config["head_dim"]
+    experts = config["moe"]["num_experts"]
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 0.15).to(dtype)
+
+    def norm() -> Tensor:
+        return (torch.rand(dim, generator=generator) + 0.5).to(dtype)
+
+    tensors = {
+        "tok_embeddings.weight": matrix(config["vocab_size"], dim),
+        "norm.weight": norm(),
+        "output.weight": matrix(config["vocab_size"], dim),
+    }
+    for layer in range(config["n_layers"]):
+        block = f"layers.{layer}."
+        tensors[f"{block}attention.wq.weight"] = matrix(heads, dim)
+        tensors[f"{block}attention.wk.weight"] = matrix(kv_heads, dim)
+        tensors[f"{block}attention.wv.weight"] = matrix(kv_heads, dim)
+        tensors[f"{block}attention.wo.weight"] = matrix(dim, heads)
+        tensors[f"{block}attention_norm.weight"] = norm()
+        tensors[f"{block}ffn_norm.weight"] = norm()
+        tensors[f"{block}feed_forward.gate.weight"] = matrix(experts, dim)
+        for expert in range(experts):
+            for name, shape in {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}.items():
+                tensors[f"{block}feed_forward.experts.{expert}.{name}.weight"] = matrix(*shape)
+    return tensors
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    files: int,
+    form: str = "base",
+    tokenizer: Path | None = None,
+) -> Path:
+    """A folder of whole tensors in the accessory form "base" or "sparse", or as "released"."""
+    folder.mkdir(parents=True)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    if form == "released":
+        torch.save(dict(tensors), folder / "consolidated.00.pth")
+        params = {key: value for key, value in config.items() if not key.startswith("max_")}
+        (folder / "params.json").write_text(json.dumps(params))
+        return folder
+    cut = {"base": base_shard, "sparse": sparse_shard}[form]
+    for file in range(files):
+        shard = cut(tensors, file, files, config["moe"]["num_experts"])
         torch.save({"model": shard}, folder / f"consolidated.{file:02d}-of-{files:02d}.model.pth")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "meta.json").write_text(json.dumps({"llama_type": "mistral"}))

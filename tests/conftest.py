@@ -8,9 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from ranks import RankPool
 
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
-from ranks import RankPool
 
 torch.set_num_threads(2)
 
@@ -34,3 +34,12 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(documentation_corpus(200_000), path, vocab_size=384)
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread: tiny products are no faster with more, and slower where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

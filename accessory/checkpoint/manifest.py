@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from accessory.config import ModelArgs, read_json
@@ -58,7 +59,7 @@ class Manifest:
         """
         folder = Path(folder)
         if not folder.exists():
-            raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+            raise FileNotFoundError(f"checkpoint folder {folder} does not exist: check the path")
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; give the folder that holds the consolidated.* files")
         names = sorted(entry.name for entry in folder.iterdir())
@@ -112,21 +113,27 @@ def _complete(folder: Path, matches: list[re.Match[str]], form: str) -> tuple[Pa
     extra = [name for index, name in found.items() if index >= count]
     if extra:
         raise CheckpointError(f"{folder} holds {extra[0]}, which numbers beyond its own total of {count}: remove it")
-    missing = [index for index in range(count) if index not in found]
-    if missing:
-        pattern = (
+    if len(found) < count:
+        name = (
             "consolidated.{:02d}-of-" + f"{count:02d}.model.pth" if form == "converted" else "consolidated.{:02d}.pth"
         )
-        names = ", ".join(pattern.format(index) for index in missing)
-        raise CheckpointError(f"{folder} lacks {names} ({len(found)} of {count} shards found): copy the rest")
-    if len(found) != len(matches):
-        raise CheckpointError(f"{folder} holds two files with one shard number: {matches[0].string} and others")
+        first = [name.format(index) for index in islice((i for i in range(count) if i not in found), 3)]
+        more = count - len(found) - len(first)
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(first)}{f' and {more} more' if more else ''} "
+            f"({len(found)} of {count} shards found): copy the rest"
+        )
+    twice = [match.string for match in matches if found[int(match[1])] != match.string]
+    if twice:
+        raise CheckpointError(
+            f"{folder} holds two files with one shard number, {twice[0]} and another: remove one of them"
+        )
     return tuple(folder / found[index] for index in range(count))
 
 
 def _no_weights(folder: Path, names: list[str]) -> str:
     if not names:
-        return f"checkpoint folder {folder} is empty"
+        return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return (
         f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, or consolidated.00.pth; "

@@ -16,6 +16,9 @@ from accessory.errors import CheckpointError
 from accessory.parallel.plan import Box, Placement, local_box
 from accessory.parallel.state import ParallelState
 
+# How torch.save began a file before it wrote zip archives: its magic number, pickled.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
 
 def open_shard(path: Path) -> dict[str, Tensor]:
     """Map a shard into memory; keys come without the ``llma.`` prefix, and no tensor's bytes are read yet.
@@ -26,26 +29,24 @@ def open_shard(path: Path) -> dict[str, Tensor]:
             pickle is executed).
     """
     if not path.exists():
-        raise FileNotFoundError(f"shard {path} does not exist")
+        raise FileNotFoundError(f"shard {path} does not exist: copy it again")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # damage can surface as almost any type
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path} holds more than plain tensors and was refused, nothing in it was executed "
-                f"({_offender(error)}). Get the weights from a source that you trust"
-            ) from None
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file "
-            f"({_first_line(error)}). Copy it again"
-        ) from None
+        raise CheckpointError(_unreadable(path, error)) from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds no dictionary of tensors")
+        raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(value).__name__}, not a named tensor; remove it and save the weights alone"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {key} is no dense tensor with data ({value.layout}, {value.device}); save it as one"
+            )
     return {key.removeprefix(PREFIX): value for key, value in content.items()}
 
 
@@ -68,7 +69,10 @@ class Checkpoint:
         files = len(manifest.shards)
         obstacles = obstacles_to_files(args, files, sparse=sparse)
         if obstacles:
-            raise CheckpointError(f"{manifest.folder}: {files} shards cannot hold this model: {'; '.join(obstacles)}")
+            raise CheckpointError(
+                f"{manifest.folder}: {files} shards cannot hold this model ({'; '.join(obstacles)}): "
+                "check the config, or copy the shards of one run"
+            )
         by_file: list[list[Source]] = [[] for _ in range(files)]
         for source in sources(args, files, sparse=sparse):
             by_file[source.file].append(source)
@@ -98,8 +102,8 @@ class Checkpoint:
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
                 raise CheckpointError(
-                    f"{path}: {key} has shape {tuple(tensor.shape)}, the config asks for {expected[key]} "
-                    f"in each of {len(self.by_file)} shards"
+                    f"{path}: {key} has shape {tuple(tensor.shape)}, config and tokenizer ask for {expected[key]} "
+                    f"in each of {len(self.by_file)} shards: check the config, or copy the shards of one run"
                 )
             if not tensor.is_floating_point():
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
@@ -134,7 +138,7 @@ def load_parameters(
         first = state.mp_rank * len(manifest.shards) // state.mp_size
         checkpoint = Checkpoint.open(manifest, args, probe=first)
         copied = _load_folder(checkpoint, parameters, boxes, first=first, partial=len(manifests) > 1)
-        filled.update(copied)
+        filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
     short = [name for name, count in filled.items() if count < boxes[name].numel]
     if short:
         folders = ", ".join(str(manifest.folder) for manifest in manifests)
@@ -178,11 +182,25 @@ def _some(keys: Iterable[str], limit: int = 3) -> str:
     return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
 
 
-def _offender(error: Exception) -> str:
-    """The global that the unpickler would have had to import."""
-    match = re.search(r"(GLOBAL \S+|Unsupported \S+ \S+)", str(error))
-    return match[1] if match else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def _unreadable(path: Path, error: Exception) -> str:
+    """One line on a file that torch.load refused, whose own message may be a page that recommends to trust it."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        if match := re.search(r"GLOBAL (\S+)", text):
+            return (
+                f"{path} holds more than plain tensors ({match[1]}) and was refused, nothing in it was executed. "
+                "Get the weights from a source that you trust"
+            )
+        text = "its pickle is broken"
+    elif "_use_new_zipfile_serialization" in text:
+        with path.open("rb") as file:
+            if file.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
+                return (
+                    f"{path} is in PyTorch's old format (before 1.6), which cannot be mapped: "
+                    "read it with torch.load(..., weights_only=True) and write it again with torch.save"
+                )
+        text = "no zip archive"
+    reason = next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
+    return (
+        f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file ({reason}). Copy it again"
+    )

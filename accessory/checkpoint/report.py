@@ -35,7 +35,10 @@ def describe(folder: str | Path, *, check_values: bool = False) -> Iterator[str]
         for key, tensor in tensors.items() if check_values else ():
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
             if bad:
-                raise CheckpointError(f"{path}: {key} holds {bad} values that are NaN or infinite")
+                raise CheckpointError(
+                    f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "
+                    "of an earlier step of its training"
+                )
     layout = "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
     size = sum(path.stat().st_size for path in manifest.shards)
     yield f"folder      {manifest.folder}"

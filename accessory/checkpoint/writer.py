@@ -31,10 +31,15 @@ def create_shard(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.
         OSError: the disk is full.
     """
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        torch.save({"model": {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}}, path)
+        _save({"model": {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}}, path)
+    size = path.stat().st_size
     # A store into a mapped hole on a full disk would kill the process; here it is an ordinary OSError.
     with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            reason = f"{error.strerror} (it takes {size:,} bytes: free some, or choose another destination)"
+            raise OSError(error.errno, reason, str(path)) from None
     with set_default_mmap_options(mmap.MAP_SHARED):
         mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)["model"]
     return mapped
@@ -54,13 +59,24 @@ def export_shard(parameters: Mapping[str, Tensor], sources: Iterable[Source]) ->
 def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """torch.save of a bare dictionary, aside and renamed."""
     with replacing(path) as aside:
-        torch.save(dict(tensors), aside)
+        _save(dict(tensors), aside)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, aside and renamed."""
     with replacing(path) as aside:
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(content: Any, path: Path) -> None:
+    """torch.save, whose own error on a full disk is a RuntimeError about its archive."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{path} cannot be written: free space, or choose another destination (torch.save: {reason})"
+        ) from None
 
 
 @contextmanager

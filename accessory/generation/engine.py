@@ -17,7 +17,7 @@ from torch import Tensor
 from accessory.config import ModelArgs
 from accessory.generation.sampling import Sampling, sample
 from accessory.generation.stopping import StreamableTokenizer, TextStream
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, on_all_ranks
 
 # Prompts are read in pieces of this many tokens, which bounds the memory of the experts' activations.
 PREFILL_TOKENS = 2048
@@ -154,4 +154,12 @@ def _choose(state: ParallelState, logits_RV: Tensor, sampling: Sampling) -> list
         tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
     if state.mp_size > 1:
         dist.broadcast(tokens, group=state.mp_group, group_src=0)
-    return tokens.tolist()
+    chosen: list[int] = tokens.tolist()
+    if min(chosen) < 0:
+        raise on_all_ranks(
+            FloatingPointError(
+                "the model's logits are not finite: look for damaged weights with `accessory inspect --check-values`, "
+                "or, in float16, load with dtype bf16 or fp32"
+            )
+        )
+    return chosen

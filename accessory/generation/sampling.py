@@ -10,6 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+# A lower temperature is as good as 0, and dividing by it could overflow.
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -52,8 +55,17 @@ class Sampling:
 
 
 def sample(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The next token of every sequence, (S,) int64; uses PyTorch's default generator of the logits' device."""
-    if temperature == 0:
+    """The next token of every sequence, (S,) int64; uses PyTorch's default generator of the logits' device.
+
+    A sequence whose logits hold NaN or +infinity gets -1: nothing can be chosen from them.
+    """
+    broken_S = (logits_SV.isnan() | logits_SV.isposinf()).any(-1)
+    tokens_S = _choose(logits_SV.nan_to_num(0.0, 0.0), temperature, top_p)
+    return tokens_S.masked_fill(broken_S, -1)
+
+
+def _choose(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
+    if temperature < _LEAST_TEMPERATURE:
         return logits_SV.argmax(-1)
     probs_SV = torch.softmax(logits_SV.float() / temperature, dim=-1)
     if top_p == 1:

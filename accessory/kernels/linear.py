@@ -38,9 +38,12 @@ _DENSE_ELEMENTS_BF16_HARDWARE = 32768  # of x
 def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """Whether `gathered_linear` is the way for so many pairs, or grouped_mm.
 
-    Without the native kernel on CPU it is not: its twin copies the weights of every pair.
+    Without the native kernel on CPU it is not: its twin copies the weights of every pair. What torch.compile
+    traces takes it even so, since no shape there may depend on the choice of experts.
     """
-    return pairs <= FEW_TOKENS and (x_TD.is_cuda or (x_TD.dtype in DTYPES and native_available()))
+    if pairs > FEW_TOKENS:
+        return False
+    return torch.compiler.is_compiling() or x_TD.is_cuda or (x_TD.dtype in DTYPES and native_available())
 
 
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:

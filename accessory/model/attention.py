@@ -51,9 +51,13 @@ class Prefill:
     Args:
         lengths: new tokens of each row.
         slots: the slot of each row; what it holds already is seen by the new tokens.
+
+    Raises:
+        ValueError: a slot has no room for its tokens.
     """
 
     def __init__(self, cache: KVCache, lengths: Sequence[int], slots: Sequence[int]) -> None:
+        cache.check_room(slots, lengths)
         self.cache, self.lengths, self.slots = cache, list(lengths), list(slots)
         self.starts = [cache.length(slot) for slot in slots]
         spans = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]

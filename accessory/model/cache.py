@@ -15,6 +15,7 @@ class KVCache:
     Attributes:
         k, v: (layers, slots, max_seq_len, local kv heads, head_dim).
         lengths: (slots,) int64 on the device: tokens held by each slot.
+        bound: how far the next decoding step reads: covers the new position of the longest slot.
     """
 
     # Decoding reads the cache up to a multiple of this, so that shapes change once in 256 tokens.
@@ -38,6 +39,7 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
         self._host_lengths = [0] * slots
+        self._set_bound()
 
     @property
     def slots(self) -> int:
@@ -47,12 +49,6 @@ class KVCache:
     def max_seq_len(self) -> int:
         return self.k.shape[2]
 
-    @property
-    def bound(self) -> int:
-        """How far the next decoding step reads: covers the new position of the longest slot."""
-        longest = max(self._host_lengths) + 1
-        return min(-(-longest // self.BLOCK) * self.BLOCK, self.max_seq_len)
-
     def length(self, slot: int) -> int:
         """Tokens held by a slot."""
         return self._host_lengths[slot]
@@ -61,18 +57,30 @@ class KVCache:
         """Forget a slot's sequence."""
         self._host_lengths[slot] = 0
         self.lengths[slot] = 0
+        self._set_bound()
 
-    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """Record that ``counts`` tokens were written to ``slots``.
-
-        Raises:
-            ValueError: a slot would exceed max_seq_len.
-        """
+    def check_room(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Raise ValueError where ``counts`` more tokens in ``slots`` would exceed max_seq_len."""
         for slot, count in zip(slots, counts, strict=True):
             if self._host_lengths[slot] + count > self.max_seq_len:
                 raise ValueError(
                     f"slot {slot} holds {self._host_lengths[slot]} tokens: {count} more exceed the cache's "
                     f"max_seq_len of {self.max_seq_len}"
                 )
+
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Record that ``counts`` tokens were written to ``slots``.
+
+        Raises:
+            ValueError: a slot would exceed max_seq_len; nothing is recorded then.
+        """
+        self.check_room(slots, counts)
+        for slot, count in zip(slots, counts, strict=True):
             self._host_lengths[slot] += count
         self.lengths.copy_(torch.tensor(self._host_lengths))
+        self._set_bound()
+
+    def _set_bound(self) -> None:
+        # A number, not a property: torch.compile would make the lengths behind it part of what it compiled for.
+        longest = max(self._host_lengths) + 1
+        self.bound = min(-(-longest // self.BLOCK) * self.BLOCK, self.max_seq_len)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from accessory.model.requests import Examples, agreed, example_tokens, prompt_to
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.plan import parameter_shapes, resolve_placement
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, pick_device
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +78,11 @@ class MetaModel(nn.Module):
             FileNotFoundError, CheckpointError, ValueError: naming the file, tensor or setting and what to do; the
                 same on every rank.
         """
-        state = ParallelState.from_group(mp_group, device)
-        request = (pretrained_path, llama_type, llama_config, max_seq_len, dtype, quant, expert_placement)
+        members = ParallelState.from_group(mp_group)
 
-        def settle() -> tuple[Pretrained, torch.dtype]:
+        def settle() -> tuple[ParallelState, Pretrained, torch.dtype]:
             _refuse_unsupported(with_visual=with_visual, quant=quant)
+            state = replace(members, device=pick_device(device, mp_group))
             found = Pretrained.resolve(
                 pretrained_path,
                 llama_type=llama_type,
@@ -90,9 +91,9 @@ class MetaModel(nn.Module):
                 max_seq_len=max_seq_len,
             )
             resolve_placement(found.args, expert_placement, state.mp_size)
-            return found, _settle_dtype(dtype, found, state.device)
+            return state, found, _settle_dtype(dtype, found, state.device)
 
-        pretrained, chosen_dtype = agreed(state, settle, request)
+        state, pretrained, chosen_dtype = agreed(members, settle)
         llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=chosen_dtype)
 
         def load() -> None:
@@ -106,7 +107,8 @@ class MetaModel(nn.Module):
             )
 
         with torch.no_grad():
-            agreed(state, load)
+            # Paths may differ between hosts; what was found there must not.
+            agreed(state, load, (pretrained.args, chosen_dtype, llma.placement))
         return cls(llma, pretrained.tokenizer, pretrained.llama_type).eval()
 
     def get_trainable_params(self) -> dict[str, nn.Parameter]:
@@ -135,6 +137,11 @@ class MetaModel(nn.Module):
         if examples.shape[1] > self.llma.args.max_seq_len:
             raise ValueError(
                 f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
+            )
+        if self.training and self.llma.state.mp_size > self.llma.args.n_kv_heads:
+            raise ValueError(
+                f"{self.llma.state.mp_size} ranks share {self.llma.args.n_kv_heads} key/value heads: the copies would "
+                "train apart; train on at most as many model-parallel ranks as there are key/value heads"
             )
         counted = _not_padding(examples)
         logits, stats = self.llma(examples, counted)

@@ -110,11 +110,17 @@ class Experts(nn.Module):
         order_P = local_P.argsort(stable=True)
         counts_E = F.one_hot(local_P, experts + 1).sum(0)[:experts]
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        if not complete:
+        # Compiled code may not ask for that number, and a GPU should not be waited for: there the foreign rows go
+        # through no group's product and are masked instead.
+        static = not torch.is_grad_enabled() and (torch.compiler.is_compiling() or x_TD.is_cuda)
+        if not complete and not static:
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
         gate_PF, up_PF = _grouped_linear(x_PD, self.w13.flatten(1, 2), ends_E).chunk(2, dim=-1)
         y_PD = _grouped_linear(F.silu(gate_PF) * up_PF, self.w2, ends_E)
+        if not complete and static:
+            own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
+            y_PD = y_PD.masked_fill(~own_P[:, None], 0)
         # Undo the sort by a scatter of distinct rows: deterministic, and rows of other ranks stay zero.
         return y_PD.new_zeros(experts_TK.numel(), y_PD.shape[-1]).index_copy(0, order_P, y_PD)
 

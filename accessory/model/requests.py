@@ -132,7 +132,7 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
         else:
             raise ValueError(f"{name}[{index}] must be a text or a list of token ids, not {example!r}")
         if not tokens:
-            raise ValueError(f"{name}[{index}] has no tokens")
+            raise ValueError(f"{name}[{index}] has no tokens: give it at least one")
         if not all(0 <= token < tokenizer.n_words for token in tokens):
             raise ValueError(f"{name}[{index}] has a token outside the vocabulary of {tokenizer.n_words}")
         result.append(tokens)

@@ -3,6 +3,8 @@
 A region is the part of a layer in which every rank computes with its own slice of the weights. Megatron-LM's
 pair of operations bounds it (Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053): `copy_to_region` on what
 enters and `reduce_from_region` on what leaves.
+
+Without gradients they are plain collectives, which torch.compile takes into its graph.
 """
 
 from typing import Any
@@ -14,12 +16,17 @@ from torch import Tensor
 
 def copy_to_region(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Identity; in the backward pass the gradients of all ranks are summed."""
-    return x if _alone(group) else _CopyToRegion.apply(x, group)
+    return _CopyToRegion.apply(x, group) if torch.is_grad_enabled() and not _alone(group) else x
 
 
 def reduce_from_region(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over the ranks; in the backward pass identity. ``x`` may be overwritten."""
-    return x if _alone(group) else _ReduceFromRegion.apply(x, group)
+    if _alone(group):
+        return x
+    if torch.is_grad_enabled():
+        return _ReduceFromRegion.apply(x, group)
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def gather_last_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -27,11 +34,20 @@ def gather_last_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     The gathered tensor must be used alike on every rank (its gradient is the same on all of them).
     """
-    return x if _alone(group) else _GatherLastDim.apply(x, group)
+    if _alone(group):
+        return x
+    return _GatherLastDim.apply(x, group) if torch.is_grad_enabled() else _gathered(x, group)
 
 
 def _alone(group: dist.ProcessGroup | None) -> bool:
     return group is None or dist.get_world_size(group) == 1
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim=-1)
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -64,10 +80,7 @@ class _GatherLastDim(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.width = group, x.shape[-1]
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts, dim=-1)
+        return _gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,8 @@ from accessory.errors import CheckpointError
 
 _ON_ALL_RANKS = "(raised alike on every rank of the model)"
 
-# What a rank's failure may be raised as on its peers; anything else becomes a RuntimeError with its text.
+# What a rank's failure may be raised as on its peers, the nearest of its types that stands here; anything else
+# becomes a RuntimeError with its text.
 _AGREED_TYPES: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (CheckpointError, FileNotFoundError, OSError, TypeError, ValueError)
 }
@@ -136,16 +137,17 @@ class ParallelState:
                 raise error
             return
         outcomes: list[Any] = [None] * self.mp_size
-        failure = None if error is None else (type(error).__name__, str(error))
+        failure = None if error is None else ([kind.__name__ for kind in type(error).__mro__], str(error))
         dist.all_gather_object(outcomes, (failure, repr(request)), group=self.mp_group)
         for rank, (theirs, _) in enumerate(outcomes):
             if theirs is not None:
-                kind, message = theirs
+                kinds, message = theirs
                 own = error if rank == self.mp_rank else None
-                raise _shared(own or _AGREED_TYPES.get(kind, RuntimeError)(message))
+                known = [_AGREED_TYPES[kind] for kind in kinds if kind in _AGREED_TYPES]
+                raise on_all_ranks(own or (known or [RuntimeError])[0](message))
         differing = [rank for rank, (_, theirs) in enumerate(outcomes) if theirs != outcomes[0][1]]
         if differing:
-            raise _shared(
+            raise on_all_ranks(
                 ValueError(
                     f"the ranks were given different arguments: rank(s) {differing} differ from rank 0; "
                     "every rank of a model must make the same call with the same prompts and settings"
@@ -153,7 +155,8 @@ class ParallelState:
             )
 
 
-def _shared(error: Exception) -> Exception:
+def on_all_ranks(error: Exception) -> Exception:
+    """Mark an error that every rank of a model raises alike, so that a command says it once."""
     error.add_note(_ON_ALL_RANKS)
     return error
 
@@ -162,12 +165,17 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
     """The device asked for; else the current GPU where there is one that the group can talk over; else the CPU.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: CUDA is asked for and not there, or what is asked for is no device.
     """
     if device is None:
         gloo = group is not None and dist.get_backend(group) == "gloo"
         device = "cuda" if torch.cuda.is_available() and not gloo else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f'device {device!r} is unknown; give "cpu", "cuda" or "cuda:N"') from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f'device "{device}" was asked for, but PyTorch sees no CUDA device; use device="cpu"')

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 # 16 query heads and 8 key/value heads, so that the model splits over up to 8 ranks as Mixtral-8x7B does.
 ARGS = ModelArgs(
-    dim=256,
+    dim=192,
     n_layers=4,
     n_heads=16,
     n_kv_heads=8,
     head_dim=16,
-    hidden_dim=256,
+    hidden_dim=192,
     vocab_size=2048,
     rope_theta=1e4,
     max_seq_len=1024,
@@ -53,7 +53,7 @@ class TinyReport:
     expert_share: Tensor
 
 
-def make_tiny(out: str | Path, *, steps: int = 1000, batch: int = 8, length: int = 128, seed: int = 0) -> TinyReport:
+def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int = 128, seed: int = 0) -> TinyReport:
     """Train the tiny model on the CPU and write it as the official release does.
 
     ``out`` gets consolidated.00.pth (float32), params.json and tokenizer.model.

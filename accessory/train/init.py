@@ -5,14 +5,15 @@ from torch import nn
 
 from accessory.model.LLM.mistral import Transformer
 
-STD = 0.02
+ROUTER_STD = 0.02
 
 
 @torch.no_grad()
 def init_weights(model: Transformer, *, seed: int) -> None:
-    """Normal with deviation 0.02, norms 1; what adds to the residual stream is scaled by 1 / sqrt(2 layers).
+    """Normal weights that keep a signal's size: deviation 1 / sqrt(inputs) for matrices, 1 for the embedding.
 
-    The scaling is GPT-2's (Radford et al., 2019): the stream's variance then does not grow with depth.
+    Norms are 1. The router starts nearly even (0.02). What adds to the residual stream is scaled by
+    1 / sqrt(2 layers), as GPT-2's is (Radford et al., 2019): the stream's variance then does not grow with depth.
     """
     generator = torch.Generator(device=model.state.device).manual_seed(seed)
     residual_scale = (2 * model.args.n_layers) ** -0.5
@@ -20,5 +21,11 @@ def init_weights(model: Transformer, *, seed: int) -> None:
         if "norm" in name:
             nn.init.ones_(parameter)
             continue
+        if name.endswith("tok_embeddings.weight"):
+            std = 1.0
+        elif name.endswith("gate.weight"):
+            std = ROUTER_STD
+        else:
+            std = parameter.shape[-1] ** -0.5
         adds_to_residual = name.endswith((".wo.weight", ".w2"))
-        parameter.normal_(0.0, STD * (residual_scale if adds_to_residual else 1.0), generator=generator)
+        parameter.normal_(0.0, std * (residual_scale if adds_to_residual else 1.0), generator=generator)

@@ -1,0 +1,57 @@
+"""Models of the library as the tests load and run them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from accessory.generation.engine import complete
+from accessory.generation.sampling import Sampling
+from accessory.model.LLM.mistral import Transformer
+from accessory.model.meta import MetaModel
+
+FIRST_LETTER = 0x4E00
+
+
+def load(folder: Path, placement: str = "auto", max_seq_len: int = 128, dtype: str = "fp32") -> MetaModel:
+    """On the ranks of a pool, over all of them; in the test's own process, on it alone."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return MetaModel.from_pretrained(
+        folder, mp_group=group, dtype=dtype, device="cpu", max_seq_len=max_seq_len, expert_placement=placement
+    )
+
+
+class Letters:
+    """Every token is one distinct character, so that equal texts are equal tokens. Nothing ends a text by default."""
+
+    def __init__(self, eos_id: int = -1) -> None:
+        self.eos_id = eos_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(FIRST_LETTER + token) for token in ids)
+
+    def is_control(self, token_id: int) -> bool:
+        return False
+
+    def joins_next(self, token_id: int) -> bool:
+        return False
+
+
+def completions(
+    llma: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_gen_len: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+    eos_id: int = -1,
+) -> list[list[int]]:
+    """The token ids that the engine adds to each prompt."""
+    sampling = Sampling(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    texts: dict[int, str] = {}
+    for step in complete(llma, Letters(eos_id), prompts, sampling):
+        for progress in step:
+            assert progress.index not in texts, "a finished sequence moved again"
+            if progress.finished:
+                texts[progress.index] = progress.text
+    return [[ord(letter) - FIRST_LETTER for letter in texts[index]] for index in range(len(prompts))]

@@ -1,0 +1,176 @@
+"""The package's architecture, read off its source: who may import whom, and a few bans."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import accessory
+
+ROOT = Path(accessory.__file__).parent
+MODULES = {
+    ".".join(["accessory", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(ROOT).parts)
+}
+
+# Layers from the ground up; the first pattern that matches a module is its layer. A module imports from layers below
+# its own, and within its layer only where the layer is one concern.
+LAYERS: list[tuple[str, str]] = [
+    ("package", r"accessory"),
+    ("kernels", r"accessory\.kernels(\..*)?"),
+    ("ground", r"accessory\.(config|log|errors)"),
+    ("parallel", r"accessory\.parallel(\..*)?"),
+    ("checkpoint", r"accessory\.checkpoint(\..*)?"),
+    ("generation", r"accessory\.generation(\..*)?"),
+    ("tokenizer", r"accessory\.model\.tokenizer"),
+    ("data", r"accessory\.data(\..*)?"),
+    ("metamodel", r"accessory\.model\.(meta|requests|scoring|pretrained)"),
+    ("llm", r"accessory\.model\.LLM(\..*)?"),
+    ("quant", r"accessory\.quant(\..*)?"),
+    ("blocks", r"accessory\.model(\..*)?"),
+    ("tools", r"accessory\.tools(\..*)?"),
+    ("train", r"accessory\.train(\..*)?"),
+    ("serve", r"accessory\.serve(\..*)?"),
+    ("programs", r"accessory\.(main_\w+|cli|__main__)|accessory\.(demos|exps|configs)(\..*)?"),
+]
+
+BELOW: dict[str, set[str]] = {
+    "package": set(),
+    "kernels": set(),
+    "ground": set(),
+    "parallel": {"kernels", "ground"},
+    "checkpoint": {"ground", "parallel"},
+    "generation": {"ground", "parallel"},  # what a Transformer promises, but no class of the model
+    "tokenizer": {"ground"},
+    "data": {"ground", "tokenizer"},
+    "quant": {"kernels", "ground", "parallel"},
+    "blocks": {"kernels", "ground", "parallel", "quant"},
+    "llm": {"ground", "parallel", "quant", "blocks"},
+    "metamodel": {"ground", "parallel", "checkpoint", "generation", "tokenizer", "quant", "blocks", "llm"},
+}
+EVERYTHING_ELSE = set(BELOW)
+BELOW["train"] = EVERYTHING_ELSE | {"data"}
+BELOW["serve"] = EVERYTHING_ELSE | {"data"}
+BELOW["tools"] = BELOW["train"] | {"train"}
+BELOW["programs"] = BELOW["tools"] | {"serve", "tools"}
+
+
+def layer_of(module: str) -> str:
+    for layer, pattern in LAYERS:
+        if re.fullmatch(pattern, module):
+            return layer
+    raise AssertionError(f"{module} belongs to no layer: say in {__file__} which it is, and what it may import")
+
+
+def imports_of(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything imported, inside functions and `if TYPE_CHECKING` too."""
+    package = module if MODULES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # `from accessory.parallel import plan` imports a module, `from ...plan import Box` does not.
+                name = f"{origin}.{alias.name}"
+                yield node.lineno, name if name in MODULES else origin
+
+
+def offences(module: str, source: str) -> list[str]:
+    """The imports of a module that go upward."""
+    own = layer_of(module)
+    found = []
+    for line, name in imports_of(module, source):
+        if name.split(".")[0] != "accessory":
+            continue
+        theirs = layer_of(name)
+        if theirs != own and theirs not in BELOW[own]:
+            found.append(f"{module}:{line} ({own}) imports {name} ({theirs})")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    found = [line for module, path in MODULES.items() for line in offences(module, path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_layers_have_no_circle() -> None:
+    seen: set[str] = set()
+    while len(seen) < len(BELOW):
+        ready = {layer for layer, below in BELOW.items() if below <= seen and layer not in seen}
+        assert ready, f"a circle among {set(BELOW) - seen}"
+        seen |= ready
+
+
+def test_no_module_is_part_of_a_circle() -> None:
+    graph = {
+        module: {name for _, name in imports_of(module, path.read_text()) if name in MODULES} - {module}
+        for module, path in MODULES.items()
+    }
+    while leaves := {module for module, below in graph.items() if not below & graph.keys()}:
+        graph = {module: below for module, below in graph.items() if module not in leaves}
+    assert not graph, f"these import one another: {sorted(graph)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "caught"),
+    [
+        ("accessory.parallel.plan", "from accessory.model.moe import MoE", True),
+        ("accessory.parallel.plan", "def f():\n    import accessory.checkpoint.reader", True),
+        ("accessory.model.moe", "from ..model import meta", True),
+        ("accessory.model.moe", "from .LLM.mistral import Transformer", True),
+        ("accessory.model.LLM.mistral", "from ..meta import MetaModel", True),
+        ("accessory.generation.engine", "if TYPE_CHECKING:\n    from accessory.model.LLM import mistral", True),
+        ("accessory.checkpoint.reader", "from accessory.model.norm import RMSNorm", True),
+        ("accessory.kernels.linear", "import accessory.config", True),
+        ("accessory.model.meta", "from accessory.train.trainer import train", True),
+        ("accessory.data.alpaca", "from accessory.model.norm import RMSNorm", True),
+        ("accessory.data.alpaca", "from accessory.model.tokenizer import Tokenizer", False),
+        ("accessory.model.moe", "from accessory.model.balance import RouterStats\nimport torch", False),
+        ("accessory.train.trainer", "from accessory.data import conversation", False),
+        ("accessory.cli", "from accessory.tools.tiny import make_tiny", False),
+    ],
+)
+def test_this_test_catches_upward_imports(module: str, source: str, caught: bool) -> None:
+    assert bool(offences(module, source)) is caught
+
+
+def test_kernels_import_nothing_of_the_rest() -> None:
+    """They are built and used by themselves."""
+    for module, path in MODULES.items():
+        if layer_of(module) == "kernels":
+            names = {name for _, name in imports_of(module, path.read_text()) if name.startswith("accessory")}
+            assert all(layer_of(name) == "kernels" for name in names), module
+
+
+def test_fairscale_has_one_importer() -> None:
+    importers = {
+        module
+        for module, path in MODULES.items()
+        for _, name in imports_of(module, path.read_text())
+        if name.split(".")[0] == "fairscale"
+    }
+    assert importers == {"accessory.parallel.state"}
+
+
+def test_nothing_prints() -> None:
+    """Text that is the product goes to sys.stdout.write, everything else to logging."""
+    found = [
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name) and node.id == "print"
+    ]
+    assert not found
+
+
+def test_no_file_of_the_package_hides_a_module_of_python() -> None:
+    """Started as `python accessory/main_finetune.py`, a program finds its own folder first."""
+    names = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & {"numpy", "sentencepiece", "tokenizers", "torch", "tqdm", "transformers", "yaml"}
