@@ -1,8 +1,7 @@
 """Text to token ids and back, with the tokenizer that lies beside a checkpoint.
 
-A checkpoint carries either a sentencepiece model (`tokenizer.model`) or Hugging Face's pair
-`tokenizer.json` and `tokenizer_config.json`. Both are hidden behind one class, `Tokenizer`, so that nothing
-else in the library asks which it is.
+A checkpoint carries either a sentencepiece model (`tokenizer.model`) or Hugging Face's pair `tokenizer.json`
+and `tokenizer_config.json`. One class, `Tokenizer`, hides which: nothing else in the library asks.
 """
 
 from __future__ import annotations
@@ -60,16 +59,17 @@ class Tokenizer:
         The text is taken literally: a "<s>" in it is three characters, never the control token. Raises
         TypeError for what is not a string, ValueError for a string that has no UTF-8 form.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"encode takes a string, not {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"{text[error.start]!r} at character {error.start}"
-            raise ValueError(
-                f"the text holds a lone surrogate, {where}: decode its source with errors='replace'"
-            ) from error
+        _check_text(text)
         return [self.bos_id] * bool(bos) + self._backend.encode(text) + [self.eos_id] * bool(eos)
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids that `encode` gives without begin and end, and the characters that each stands for.
+
+        A span is begin and end in `text`, the end excluded; empty for a prefix that the text lacks. The bytes
+        of a character share it, or all but the last are empty at its begin. Raises as `encode` does.
+        """
+        _check_text(text)
+        return self._backend.encode_with_spans(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Control tokens vanish, bytes that form no character become U+FFFD.
@@ -85,8 +85,8 @@ class Tokenizer:
     def joins_next(self, token_id: int) -> bool:
         """Whether the token's text stays open until another kind of token follows it.
 
-        So it is with the byte tokens of a `tokenizer.json`: one wrong byte turns the whole run of bytes
-        around it into U+FFFD, across control tokens too. Sentencepiece decides character by character.
+        The byte tokens of a `tokenizer.json` do: one wrong byte turns the whole run around it into U+FFFD,
+        across control tokens too. Sentencepiece decides character by character.
         """
         return self._backend.joins_next(self._checked(token_id))
 
@@ -97,9 +97,7 @@ class Tokenizer:
         return number
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        # Another process (a data loader's worker) reads the file again: settings such as
-        # encode_special_tokens are not part of what the `tokenizers` library pickles.
-        return Tokenizer, (self.path.absolute(),)
+        return Tokenizer, (self.path.absolute(),)  # `tokenizers` does not pickle encode_special_tokens
 
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, n_words={self.n_words})"
@@ -112,8 +110,8 @@ class _SentencePiece:
         data = _read(path)
         advice = f"{path} is not a whole sentencepiece model: copy or download it again"
         # The format ends without a mark: a file cut off between two pieces still parses, as a smaller
-        # vocabulary with default settings. The settings come after the pieces, so they tell.
-        if not {_PIECES, _TRAINER, _NORMALIZER} <= set(_top_level_fields(data)):
+        # vocabulary with default settings. The settings, fields 2 and 3, come after the pieces, field 1.
+        if not {1, 2, 3} <= set(_top_level_fields(data)):
             raise ValueError(advice)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -127,6 +125,10 @@ class _SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._processor.encode(text, return_type="offset_mapping")
+        return found["ids"], found["offsets"]
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode(ids)) if ids else ""
@@ -151,19 +153,19 @@ class _Json:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{advice} ({error})") from error
-        # A file may have been saved with the limits of the run that made it.
+        # A file may have been saved with the limits of the run that made it, and its post-processor often
+        # adds the begin token itself (it would stand there twice) or takes white space out of the spans.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None
         self._tokenizer.encode_special_tokens = True  # "<s>" in a text is text
         self._names = {token_id: name for name, token_id in self._tokenizer.get_vocab().items()}
         if not self._names:
             raise ValueError(advice)
         self.n_words = max(self._names) + 1
-        config_path = path.with_name(CONFIG_NAME)
-        self.bos_id, self.eos_id = self._named_tokens(config_path, ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = self._named_tokens(path.with_name(CONFIG_NAME), ("bos_token", "eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
-        self._control = {token_id for token_id, token in added.items() if token.special}
-        self._control |= {self.bos_id, self.eos_id}
+        self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
 
     def _named_tokens(self, path: Path, keys: Sequence[str]) -> Iterator[int]:
         data = _read(path)
@@ -182,8 +184,11 @@ class _Json:
             yield token_id
 
     def encode(self, text: str) -> list[int]:
-        # The file's post-processor often adds the begin token itself: then it would stand there twice.
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: list[int]) -> str:
         visible = [token_id for token_id in ids if token_id not in self._control]
@@ -200,10 +205,20 @@ class _Json:
         return token_id in self._control or _BYTE_TOKEN.fullmatch(self._names[token_id]) is not None
 
 
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"encode takes a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = f"{text[error.start]!r} at character {error.start}"
+        raise ValueError(f"the text holds a lone surrogate, {at}: decode its source with errors='replace'") from error
+
+
 def _read(path: Path) -> bytes:
     """The bytes of a file that may be there in name only."""
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer file {path}")
+        raise FileNotFoundError(f"no tokenizer file {path}: check the path")
     data = path.read_bytes()
     if not data:
         raise ValueError(f"{path} is empty: copy or download it again")
@@ -212,15 +227,8 @@ def _read(path: Path) -> bytes:
     return data
 
 
-# The fields of sentencepiece's ModelProto that every trained model has.
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-
-
 def _top_level_fields(data: bytes) -> Iterator[int]:
-    """The field numbers of a protobuf message, all of whose fields are length-delimited.
-
-    It stops where that does not hold, or where a field would run past the end.
-    """
+    """A protobuf message's field numbers, until one is not length-delimited or would run past the end."""
 
     def varint(at: int) -> tuple[int, int]:
         value = shift = 0

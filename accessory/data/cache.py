@@ -1,0 +1,217 @@
+"""Examples tokenised once, in files that all processes of a host map into memory.
+
+    <cache folder>/<key>/tokens.bin, labels.bin   the examples one after another, uint16 or int32
+                         offsets.bin              int64: example i is [offsets[i], offsets[i + 1])
+                         meta.json                the sizes, and what became of the records
+    <cache folder>/<key>.lock                     held by the one process that writes
+
+The key is a digest of all that the files depend on: the bytes of the data and of the tokenizer, the templates,
+the settings. So nothing has to be deleted by hand when data change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accessory.data.conversation import default_conversation
+from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
+from accessory.data.sources import Source, read_data_config
+from accessory.data.system_prompt import format_prompt
+from accessory.data.tokenise import Recipe, as_json, check_source, token_dtype, write_source
+from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there every process writes its own, and the last one wins
+    fcntl = None  # type: ignore[assignment]
+
+_FORMAT = 1  # raise it when records become other examples than before
+CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
+
+logger = logging.getLogger(__name__)
+
+
+def load_finetune_data(
+    config: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    dialog: bool,
+    max_words: int,
+    seed: int = 0,
+    skip_bad_records: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> FinetuneData:
+    """The examples of the data yaml `config`, from the cache, or tokenised into it first.
+
+    `dialog` reads dialogues, else Alpaca records; `max_words` is the most tokens of an example; `seed` draws the
+    share of a source with a ratio. `cache_dir` is by default $ACCESSORY_DATA_CACHE, else ~/.cache/accessory/data.
+    Any number of processes may call it at once: one writes, the others wait and map its files. If the data are
+    bad each finds that out for itself, so let one process of a host call it first and tell the others.
+
+    Raises FileNotFoundError or ValueError, with file and place, for bad data as the modules sources, readers
+    and tokenise say, and OSError where the cache cannot be written.
+    """
+    if isinstance(max_words, bool) or not isinstance(max_words, int) or max_words < 2:
+        raise ValueError(f"--max_words is {max_words!r}: give a number of tokens of 2 or more")
+    sources = read_data_config(config)
+    if dialog and any((source.preprocess, source.prompt_type) != ("alpaca", "alpaca") for source in sources):
+        logger.warning("%s: preprocess and prompt_type have no effect on dialogues", config)
+    recipe = Recipe(tokenizer, dialog, max_words, seed)
+    folder = _cache_dir(cache_dir) / _key(sources, recipe)
+    if not is_complete(folder):
+        with _explained(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_suffix(".lock")) as alone:
+            if not is_complete(folder):
+                _write(folder, sources, recipe, skip_bad_records=skip_bad_records, progress=progress, alone=alone)
+    data = FinetuneData(folder)
+    for source, report in zip(sources, data.reports, strict=True):
+        report.path = str(source.path)  # the same data may have lain elsewhere when they were written
+    bad = next((report for report in data.reports if report.bad), None)
+    if bad is not None and not skip_bad_records:  # it was written by a run that skipped them
+        fix = "correct it, or pass --skip_bad_records to leave such records out"
+        raise ValueError(f"bad record in {bad.path}, {bad.listed[0]}; {fix}")
+    for report in data.reports:
+        for level, line in report.lines(max_words):
+            logger.log(level, line)
+    return data
+
+
+def _write(
+    folder: Path, sources: Sequence[Source], recipe: Recipe, *, skip_bad_records: bool, progress: bool, alone: bool
+) -> None:
+    """Write the cache aside, then move it to `folder`; `alone`: nobody else writes here."""
+    reports = [check_source(source, recipe, skip_bad_records=skip_bad_records, progress=progress) for source in sources]
+    if alone:
+        for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # a process was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{folder.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with _explained(folder.parent):
+            aside.mkdir()
+            lengths: list[int] = []
+            with (aside / "tokens.bin").open("wb") as tokens, (aside / "labels.bin").open("wb") as labels:
+                for order, (source, report) in enumerate(zip(sources, reports, strict=True)):
+                    files = (tokens, labels)
+                    lengths += write_source(source, recipe, report, files, order=order, progress=progress)
+                _flush(tokens)
+                _flush(labels)
+            _finish(aside, lengths, {"reports": as_json(reports), "dtype": token_dtype(recipe.tokenizer).str})
+            if not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # half of one, from a host that lost power
+                try:
+                    aside.rename(folder)
+                except OSError:  # another process may have been faster, without a lock
+                    if not is_complete(folder):
+                        raise
+            _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _finish(aside: Path, lengths: Sequence[int], meta: dict[str, Any]) -> None:
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype("<i8")
+    sizes = {"examples": len(lengths), "tokens": int(offsets[-1])}
+    for name, content in (("offsets.bin", offsets.tobytes()), (META_NAME, json.dumps(sizes | meta).encode())):
+        with (aside / name).open("wb") as file:
+            file.write(content)
+            _flush(file)
+    _sync_folder(aside)
+
+
+def _key(sources: Sequence[Source], recipe: Recipe) -> str:
+    """A digest of all that the cached files depend on."""
+    tokenizer_files = [recipe.tokenizer.path]
+    if recipe.tokenizer.path.suffix == ".json":
+        tokenizer_files.append(recipe.tokenizer.path.with_name(CONFIG_NAME))
+    probe = default_conversation()
+    probe.load_qas([("q", "a"), ("q", "a")])
+    drawn = any(source.ratio < 1 for source in sources)
+    parts = {
+        "format": _FORMAT,
+        "dialog": recipe.dialog,
+        "max_words": recipe.max_words,
+        "seed": recipe.seed if drawn else None,
+        "tokenizer": [_digest(file) for file in tokenizer_files],
+        "libraries": [importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")],
+        "template": probe.get_prompt() if recipe.dialog else None,
+        "sources": [
+            [
+                _digest(source.path),
+                source.path.suffix.lower(),
+                source.ratio,
+                None if recipe.dialog else source.preprocess,
+                None if recipe.dialog else format_prompt({"instruction": "i", "input": "x"}, source.prompt_type),
+                None if recipe.dialog else format_prompt({"instruction": "i"}, source.prompt_type),
+            ]
+            for source in sources
+        ],
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cache_dir(given: str | Path | None) -> Path:
+    if given is not None:
+        return Path(given)
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "accessory" / "data"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file, after waiting for it; False where the file system has no locks."""
+    with _explained(path.parent):
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is tokenising the same data: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (OSError, AttributeError):
+            yield False
+            return
+        yield True  # the lock goes with the file, or with the process if it dies
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say what to do about a folder that cannot be written, or is full."""
+    try:
+        yield
+    except OSError as error:
+        fix = f"free space or make it writable, or name another folder in ${CACHE_VARIABLE}"
+        raise OSError(error.errno, f"cannot write the data cache in {folder} ({error}): {fix}") from error
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,99 @@
+"""The data yaml: which files a finetuning learns from, and how their records are read.
+
+META:
+  - path: ../data/alpaca.json    # from the working folder, else from the folder accessory/
+    type: text                   # the only one: there is no image encoder here
+    ratio: 0.5                   # the share of its usable records, drawn by seed; all of them by default
+    preprocess: alpaca           # one of PREPROCESSORS
+    prompt_type: alpaca          # one of system_prompt.PROMPT_NAMES
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accessory.data.readers import check_data_file
+from accessory.data.system_prompt import PROMPT_NAMES
+
+PREPROCESSORS = ("alpaca", "single_turn_llava")
+_KEYS = ("path", "type", "ratio", "preprocess", "prompt_type")
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data file: `ratio` (0 to 1) is the share of its usable records; the other two concern Alpaca records."""
+
+    path: Path
+    ratio: float = 1.0
+    preprocess: str = "alpaca"
+    prompt_type: str = "alpaca"
+
+
+def read_data_config(path: str | Path) -> list[Source]:
+    """The sources that the yaml at `path` lists, in order; each file was looked at, none was read.
+
+    Raises FileNotFoundError where the yaml or a file is absent, ValueError where the yaml or an entry of it is
+    wrong and for a file that cannot be read; the message names the yaml and the entry, or the file.
+    """
+    config = Path(path)
+    entries = _entries(config)
+    return [_source(entry, f"{config}: entry {number} of META", config) for number, entry in enumerate(entries, 1)]
+
+
+def _entries(config: Path) -> list[Any]:
+    if not config.is_file():
+        raise FileNotFoundError(f"no data yaml {config}: check --data_config")
+    try:
+        content = yaml.safe_load(config.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "META" not in content:
+        raise ValueError(f"{config} has no META: list the data files under it, as in `META: [{{path: data.json}}]`")
+    if unknown := sorted(str(key) for key in content if key != "META"):
+        raise ValueError(f"{config} has the unknown key {unknown[0]!r}: only META is known, remove it")
+    if not isinstance(content["META"], list) or not content["META"]:
+        raise ValueError(f"META of {config} is {content['META']!r}: give a list of entries with a path")
+    return content["META"]
+
+
+def _source(entry: Any, where: str, config: Path) -> Source:
+    """The source of one entry; the oldest form of these files has a list [path, type] in its place."""
+    if isinstance(entry, list) and len(entry) == 2:
+        entry = {"path": entry[0], "type": entry[1]}
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {entry!r}: give a mapping with the keys {', '.join(_KEYS)}")
+    if unknown := [key for key in entry if key not in _KEYS]:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}: the known ones are {', '.join(_KEYS)}")
+    # An absent value is the default, so `preprocess:` with nothing after it is as good as no line.
+    given = {key: value for key, value in entry.items() if value is not None}
+    if not isinstance(given.get("path"), str) or not given["path"]:
+        raise ValueError(f"{where} has no path: name its data file")
+    if given.get("type", "text") != "text":
+        raise ValueError(f"{where} has type {given['type']!r}: only 'text' can be trained on, images are not supported")
+    ratio = given.get("ratio", 1.0)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"{where} has ratio {ratio!r}: give a share over 0 and up to 1")
+    preprocess = given.get("preprocess", "alpaca")
+    if preprocess not in PREPROCESSORS:
+        raise ValueError(f"{where} has preprocess {preprocess!r}: take one of {', '.join(PREPROCESSORS)}")
+    prompt_type = given.get("prompt_type", "alpaca")
+    if prompt_type not in PROMPT_NAMES:
+        raise ValueError(f"{where} has prompt_type {prompt_type!r}: take one of {', '.join(PROMPT_NAMES)}")
+    return Source(_located(given["path"], config), float(ratio), preprocess, prompt_type)
+
+
+def _located(name: str, config: Path) -> Path:
+    """The file that `name` means, absolute."""
+    path = Path(name).expanduser()
+    candidates = list(dict.fromkeys([Path.cwd() / path, _PACKAGE / path]))  # the same one for an absolute name
+    for candidate in candidates:
+        if candidate.exists():
+            check_data_file(candidate)
+            return candidate.resolve()
+    tried = " nor ".join(str(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"the data file {name} of {config} is absent: there is no {tried}")
