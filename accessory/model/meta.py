@@ -15,12 +15,13 @@ from accessory.checkpoint.reader import load_parameters
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
 from accessory.log import say_once
-from accessory.model.balance import load_balancing_loss
+from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.pretrained import DTYPES, Paths, Pretrained
 from accessory.model.requests import Examples, agreed, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import parameter_shapes, resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
 
@@ -94,21 +95,7 @@ class MetaModel(nn.Module):
             return state, found, _settle_dtype(dtype, found, state.device)
 
         state, pretrained, chosen_dtype = agreed(members, settle)
-        llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=chosen_dtype)
-
-        def load() -> None:
-            load_parameters(
-                dict(llma.named_parameters()),
-                dict(parameter_shapes(pretrained.args)),
-                pretrained.manifests,
-                pretrained.args,
-                state,
-                placement=llma.placement,
-            )
-
-        with torch.no_grad():
-            # Paths may differ between hosts; what was found there must not.
-            agreed(state, load, (pretrained.args, chosen_dtype, llma.placement))
+        llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
         return cls(llma, pretrained.tokenizer, pretrained.llama_type).eval()
 
     def get_trainable_params(self) -> dict[str, nn.Parameter]:
@@ -126,7 +113,8 @@ class MetaModel(nn.Module):
 
         Returns:
             The mean loss over the learned tokens (0 where there are none), and in training mode the extra losses
-            as {name: (value, weight)}, to be added as value * weight.
+            as {name: (value, weight)}, to be added as value * weight. The load-balancing loss is that of the
+            tokens of all data-parallel ranks.
         """
         refuse_images(images)
         if examples.shape != labels.shape or examples.dim() != 2:
@@ -151,6 +139,8 @@ class MetaModel(nn.Module):
         if not self.training:
             return loss, {}
         args = self.llma.args
+        # Not linear in the batch: every data-parallel rank takes the balance of all their tokens together.
+        stats = RouterStats(*(reduce_from_region(sums, self.llma.state.dp_group) for sums in stats))
         balance = load_balancing_loss(stats, args.moe.num_experts_per_tok)
         return loss, {"load_balancing": (balance, args.load_balancing_weight)}
 
@@ -247,6 +237,32 @@ class MetaModel(nn.Module):
             scored=True,
         )
         return evaluate(score_tokens(self.llma, tokens), tokens, context_tokens)
+
+
+def load_transformer(
+    pretrained: Pretrained, state: ParallelState, *, dtype: torch.dtype, expert_placement: str = "auto"
+) -> Transformer:
+    """Build this rank's part of a model and read its weights; collective over the model-parallel ranks.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
+    """
+    llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
+
+    def load() -> None:
+        load_parameters(
+            dict(llma.named_parameters()),
+            dict(parameter_shapes(pretrained.args)),
+            pretrained.manifests,
+            pretrained.args,
+            state,
+            placement=llma.placement,
+        )
+
+    with torch.no_grad():
+        # Paths may differ between hosts; what was found there must not.
+        agreed(state, load, (pretrained.args, dtype, llma.placement))
+    return llma
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.kernels import gathered_linear, gathering_pays
 from accessory.model.balance import RouterStats
-from accessory.parallel.ops import copy_to_region, reduce_from_region
+from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement
 from accessory.parallel.state import ParallelState, Place
 
@@ -52,7 +52,7 @@ class Router(nn.Module):
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        probs_TE = F.linear(x_TD, self.weight).float().softmax(-1)
+        probs_TE = F.linear(x_TD, local(self.weight)).float().softmax(-1)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE)
 
@@ -70,6 +70,7 @@ class Experts(nn.Module):
             experts //= state.mp_size
         else:
             hidden //= state.mp_size
+        self.count = experts
         self.first = experts * state.mp_rank if placement == "expert" else 0
         self.owns_all = experts == args.moe.num_experts
         self.w13 = place.parameter(experts, 2, hidden, args.dim)
@@ -92,10 +93,10 @@ class Experts(nn.Module):
         """Few tokens: read only the chosen experts' rows; shapes do not depend on the choice."""
         if not self.owns_all:
             local_P = experts_P - self.first
-            experts_P = torch.where((local_P >= 0) & (local_P < self.w13.shape[0]), local_P, -1)
+            experts_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, -1)
         x_PD = x_TD.repeat_interleave(experts_P.shape[0] // x_TD.shape[0], dim=0)
-        gate_PF, up_PF = gathered_linear(x_PD, self.w13.flatten(1, 2), experts_P).chunk(2, dim=-1)
-        return gathered_linear(F.silu(gate_PF) * up_PF, self.w2, experts_P)
+        gate_PF, up_PF = gathered_linear(x_PD, local(self.w13).flatten(1, 2), experts_P).chunk(2, dim=-1)
+        return gathered_linear(F.silu(gate_PF) * up_PF, local(self.w2), experts_P)
 
     def _grouped(self, x_TD: Tensor, experts_TK: Tensor, *, complete: bool) -> Tensor:
         """Many tokens: sort the pairs by expert, one product for each group.
@@ -103,12 +104,11 @@ class Experts(nn.Module):
         Args:
             complete: every pair is this rank's to compute, so their number need not be asked of the device.
         """
-        experts = self.w13.shape[0]
         local_P = experts_TK.flatten() - self.first
         # Pairs of other ranks (and skipped ones) sort behind this rank's own, as expert number El.
-        local_P = torch.where((local_P >= 0) & (local_P < experts), local_P, experts)
+        local_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, self.count)
         order_P = local_P.argsort(stable=True)
-        counts_E = F.one_hot(local_P, experts + 1).sum(0)[:experts]
+        counts_E = F.one_hot(local_P, self.count + 1).sum(0)[: self.count]
         ends_E = counts_E.cumsum(0).to(torch.int32)
         # Compiled code may not ask for that number, and a GPU should not be waited for: there the foreign rows go
         # through no group's product and are masked instead.
@@ -116,8 +116,8 @@ class Experts(nn.Module):
         if not complete and not static:
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
-        gate_PF, up_PF = _grouped_linear(x_PD, self.w13.flatten(1, 2), ends_E).chunk(2, dim=-1)
-        y_PD = _grouped_linear(F.silu(gate_PF) * up_PF, self.w2, ends_E)
+        gate_PF, up_PF = _grouped_linear(x_PD, local(self.w13).flatten(1, 2), ends_E).chunk(2, dim=-1)
+        y_PD = _grouped_linear(F.silu(gate_PF) * up_PF, local(self.w2), ends_E)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)

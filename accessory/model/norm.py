@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from accessory.parallel.ops import local
 from accessory.parallel.state import Place
 
 
@@ -18,4 +19,4 @@ class RMSNorm(nn.Module):
         """Same shape and dtype as ``x``."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).type_as(x) * self.weight
+        return (wide * scale).type_as(x) * local(self.weight)

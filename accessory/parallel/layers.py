@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.kernels import FEW_TOKENS, few_token_linear
-from accessory.parallel.ops import copy_to_region, gather_last_dim, reduce_from_region
+from accessory.parallel.ops import copy_to_region, gather_last_dim, local, reduce_from_region
 from accessory.parallel.state import ParallelState, Place
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x @ weight.T, for a few tokens in inference through the kernel that reads the weights fastest."""
-    if x_TD.shape[0] <= FEW_TOKENS and not x_TD.is_cuda and not torch.is_grad_enabled():
-        return few_token_linear(x_TD, weight_OD)
+    """x @ weight.T, for a few tokens in inference through the kernel that reads the weights fastest.
+
+    ``x`` may have more axes before D.
+    """
+    if x_TD.numel() <= FEW_TOKENS * x_TD.shape[-1] and not x_TD.is_cuda and not torch.is_grad_enabled():
+        return few_token_linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     return F.linear(x_TD, weight_OD)
 
 
@@ -33,7 +36,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, Ol)."""
-        return linear(x_TD, self.weight)
+        return linear(x_TD, local(self.weight))
 
 
 class RowParallelLinear(nn.Module):
@@ -46,7 +49,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_TDl: Tensor) -> Tensor:
         """(T, Dl) -> (T, O), the same on every rank."""
-        return reduce_from_region(linear(x_TDl, self.weight), self.group)
+        return reduce_from_region(linear(x_TDl, local(self.weight)), self.group)
 
 
 class ParallelEmbedding(nn.Module):
@@ -59,7 +62,7 @@ class ParallelEmbedding(nn.Module):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """(T,) int64 -> (T, D), the same on every rank."""
-        return gather_last_dim(F.embedding(tokens_T, self.weight), self.group)
+        return gather_last_dim(F.embedding(tokens_T, local(self.weight)), self.group)
 
 
 class ParallelOutput(nn.Module):
@@ -72,4 +75,4 @@ class ParallelOutput(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""
-        return gather_last_dim(linear(copy_to_region(x_TD, self.group), self.weight), self.group)
+        return gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)

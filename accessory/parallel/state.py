@@ -1,8 +1,9 @@
 """Which ranks work together, and on which device: one object, handed to whatever is parallel."""
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -102,7 +103,8 @@ class ParallelState:
 
         if fs_init.model_parallel_is_initialized():
             fs_init.destroy_model_parallel()
-        fs_init.initialize_model_parallel(mp_size)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
+            fs_init.initialize_model_parallel(mp_size)
         mp_group, dp_group = fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()
         return cls(
             mp_group=mp_group,
@@ -184,7 +186,7 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
     return chosen
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group_of_launcher() -> Iterator[dist.ProcessGroup | None]:
     """Join the ranks that torchrun started, for the time of a command; None in a process started alone.
 

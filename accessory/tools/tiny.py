@@ -85,7 +85,7 @@ def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int
         )
         settings = TrainSettings(steps=steps, lr=3e-3, min_lr=1e-4, warmup=max(1, steps // 20), weight_decay=0.1)
         windows = random_windows(stream, batch=batch, length=length, seed=seed)
-        history = train(model, ((rows, rows) for rows in windows), settings)
+        history = train(model, ([(rows, rows)] for rows in windows), settings)
         tail = history[-max(1, steps // 10) :]
         share = expert_share(model, next(random_windows(stream, batch=32, length=length, seed=seed + 1)))
         _write(model, aside)

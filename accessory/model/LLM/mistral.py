@@ -102,9 +102,10 @@ class Transformer(nn.Module):
         pattern = CausalRows(rows, length, tokens_BL.device)
         counted_T = None if counted_BL is None else counted_BL.flatten()
         x_TD, routings = self._run(tokens_BL.flatten(), pattern)
-        logits_TV = self.output(self.norm(x_TD))
+        # FSDP's hooks want no view here, so the rows are told apart before the product and not behind it.
+        logits_BLV = self.output(self.norm(x_TD).unflatten(0, (rows, length)))
         counts, probs = zip(*(routing.stats(counted_T) for routing in routings), strict=True)
-        return logits_TV.unflatten(0, (rows, length)), RouterStats(torch.stack(counts), torch.stack(probs))
+        return logits_BLV, RouterStats(torch.stack(counts), torch.stack(probs))
 
     def score(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (T, V) of every token of ragged rows that stand one after another."""
