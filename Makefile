@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 TINY := runs/tiny
 PROMPT := The list method
@@ -30,7 +30,7 @@ demo: $(TINY)/converted
 
 $(TINY)/converted: $(TINY)/consolidated.00.pth
 	cp accessory/tools/split.py $(TINY)/
-	cd $(TINY) && ../../$(BIN)/python split.py
+	cd $(TINY) && $(BIN)/python split.py
 
 $(TINY)/consolidated.00.pth: | $(READY)
 	$(BIN)/accessory tiny --out $(TINY)
@@ -54,4 +54,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/inference.py
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so

@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
+    except SystemExit as error:
+        return int(error.code or 0)
     except (OSError, ValueError, FloatingPointError) as error:
         from accessory.parallel.state import raised_on_all_ranks
 
         if global_rank() == 0 or not raised_on_all_ranks(error):
-            sys.stderr.write(f"error: {error}\n")
+            _say(error)
         return 1
     return 0
 
@@ -57,11 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("source", type=Path, help="folder with consolidated.00.pth, or with other shards")
     split.add_argument("destination", type=Path, help="folder to write")
     split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
+    _add_config_argument(split)
     split.set_defaults(run=_split)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN or infinity is an error")
+    _add_config_argument(inspect)
     inspect.set_defaults(run=_inspect)
 
     generate = commands.add_parser("generate", help="complete prompts")
@@ -79,12 +83,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pretrained_path", nargs="+", help="checkpoint folder; later ones overlay earlier ones")
     parser.add_argument("--llama_type", "--llama-type", help="architecture, where meta.json does not say")
-    parser.add_argument("--llama_config", "--llama-config", nargs="+", help="config files, the last rules")
+    _add_config_argument(parser)
     parser.add_argument("--tokenizer_path", "--tokenizer-path", help="tokenizer.model, or folder of tokenizer.json")
     parser.add_argument("--max_seq_len", "--max-seq-len", type=int, default=4096, help="tokens (default 4096)")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: as stored")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     parser.add_argument("--expert_placement", "--expert-placement", default="auto", help="auto, expert or tensor")
+
+
+def _add_config_argument(parser: argparse.ArgumentParser) -> None:
+    help_text = "config files in place of the folder's own, the last rules"
+    parser.add_argument("--llama_config", "--llama-config", nargs="+", help=help_text)
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
@@ -102,14 +111,14 @@ def _tiny(arguments: argparse.Namespace) -> None:
 def _split(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.convert import split
 
-    split(arguments.source, arguments.destination, mp=arguments.mp)
+    split(arguments.source, arguments.destination, mp=arguments.mp, llama_config=arguments.llama_config)
     sys.stdout.write(f"wrote {arguments.destination}\n")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.report import describe
 
-    for line in describe(arguments.folder, check_values=arguments.check_values):
+    for line in describe(arguments.folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
         sys.stdout.write(f"{line}\n")
 
 
@@ -119,7 +128,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import process_group_of_launcher
 
-    with process_group_of_launcher() as mp_group:
+    with process_group_of_launcher(arguments.device, say=_say) as mp_group:
         torch.manual_seed(arguments.seed)
         model = MetaModel.from_pretrained(
             arguments.pretrained_path,
@@ -153,6 +162,11 @@ def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
     _print("\n")
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+
+
+def _say(error: Exception) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
 
 
 def _print(text: str) -> None:

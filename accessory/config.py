@@ -155,7 +155,12 @@ def _moe_from_dict(values: Any) -> MoEArgs:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _require_ints(args: Any, positive: Sequence[str] = (), positive_or_unset: Sequence[str] = ()) -> None:

@@ -10,12 +10,9 @@ import sys
 
 
 def global_rank() -> int:
-    """Rank of this process among those that torchrun or SLURM started (0 where nothing says otherwise)."""
-    for variable in ("RANK", "SLURM_PROCID"):
-        value = os.environ.get(variable, "")
-        if value.isdigit():
-            return int(value)
-    return 0
+    """Rank of this process among those that torchrun started (0 where it was started alone)."""
+    value = os.environ.get("RANK", "")
+    return int(value) if value.isdigit() else 0
 
 
 def setup_logging(rank: int | None = None) -> None:
@@ -23,6 +20,8 @@ def setup_logging(rank: int | None = None) -> None:
     rank = global_rank() if rank is None else rank
     logger = logging.getLogger("accessory")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # What is true of the whole machine is said by one rank.
+    logging.getLogger("accessory.kernels").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     mark = "" if rank == 0 else f"[rank {rank}] "
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{mark}%(levelname)s: %(message)s"))

@@ -72,7 +72,7 @@ def decode_row(ours: Transformer, theirs: MixtralForCausalLM, batch: int, rounds
     slots = list(range(batch))
     active = torch.ones(batch, dtype=torch.bool)
 
-    cache = ours.new_cache(batch, 128 + rounds * len(IMPLEMENTATIONS) * steps + 2 * steps)
+    cache = ours.new_cache(batch, 128 + (rounds + 1) * len(IMPLEMENTATIONS) * steps)
     logits = ours.prefill(prompt.flatten(), [128] * batch, slots, cache)
     state = {"token": logits.argmax(-1)}
     read = bytes_read(ours, batch)

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
-from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.manifest import TOKENIZER_FILES, Manifest
 from accessory.checkpoint.reader import Checkpoint, open_shard
 from accessory.checkpoint.writer import create_shard, new_folder, write_json
 from accessory.config import ModelArgs
@@ -17,14 +18,18 @@ from accessory.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
-
-def split(source: str | Path, destination: str | Path, *, mp: int = 8) -> None:
+def split(
+    source: str | Path, destination: str | Path, *, mp: int = 8, llama_config: Sequence[str | Path] | None = None
+) -> None:
     """Write a checkpoint as ``mp`` accessory shards with config.json, meta.json and the tokenizer beside them.
 
     Any form that the library loads may be the source, whatever its number of shards. Both sides are
     memory-mapped: memory use does not grow with the checkpoint. The weights keep their dtype.
+
+    Args:
+        mp: number of shards to write.
+        llama_config: config files for a source that has none, or to overrule it.
 
     Raises:
         ValueError: ``mp`` shards cannot hold the model; lists the numbers that can.
@@ -33,7 +38,7 @@ def split(source: str | Path, destination: str | Path, *, mp: int = 8) -> None:
         OSError: the disk is full.
     """
     manifest = Manifest.read(source)
-    args = stored_args(manifest)
+    args = stored_args(manifest, llama_config)
     checkpoint = Checkpoint.open(manifest, args)
     opened = [checkpoint.read_file(file) for file in range(len(manifest.shards))]
     obstacles = obstacles_to_files(args, mp, sparse=False) if mp >= 1 else ["it must be at least 1"]
@@ -53,12 +58,12 @@ def split(source: str | Path, destination: str | Path, *, mp: int = 8) -> None:
                 progress.update(len(wanted))
         write_json(aside / "config.json", args.to_dict())
         write_json(aside / "meta.json", {"llama_type": "mistral"})
-        copy_tokenizer(manifest.folder, aside)
+        copy_tokenizer(manifest, aside)
 
 
-def stored_args(manifest: Manifest) -> ModelArgs:
+def stored_args(manifest: Manifest, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
     """The folder's sizes; a vocabulary left to the tokenizer is read off the embedding."""
-    args = manifest.load_args()
+    args = manifest.load_args(llama_config)
     if args.vocab_size == -1:
         embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
         if embedding is None:
@@ -67,12 +72,13 @@ def stored_args(manifest: Manifest) -> ModelArgs:
     return args
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
+def copy_tokenizer(manifest: Manifest, destination: Path) -> None:
     """Copy the tokenizer's files; says so where there are none."""
-    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
-    for name in found:
-        shutil.copyfile(source / name, destination / name)
-    if not found:
+    source = manifest.folder
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, destination / name)
+    if not manifest.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the converted folder before using it", source)
 
 

@@ -1,6 +1,7 @@
 """What lies in a checkpoint folder, found from names alone: no weight is read here."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,14 +11,13 @@ from accessory.errors import CheckpointError
 
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
 _RELEASED = re.compile(r"consolidated\.(\d+)\.pth")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 _COMPANIONS = frozenset(
     {
         "config.json",
         "meta.json",
         "params.json",
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
+        *TOKENIZER_FILES,
         "special_tokens_map.json",
         "generation_config.json",
         "split.py",
@@ -85,13 +85,21 @@ class Manifest:
             odd=tuple(name for name in names if name not in known),
         )
 
-    def load_args(self) -> ModelArgs:
-        """The model's sizes from the folder's own config file.
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer in one of its two forms."""
+        spm, *pair = ((self.folder / name).exists() for name in TOKENIZER_FILES)
+        return spm or all(pair)
+
+    def load_args(self, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
+        """The model's sizes from the given config files, else from the folder's own.
 
         Raises:
             CheckpointError: there is none.
             ValueError: it is unusable; names file and key.
         """
+        if llama_config is not None:
+            return ModelArgs.load(llama_config)
         if self.config is None:
             raise CheckpointError(
                 f"{self.folder} has neither config.json nor params.json: add it, or pass llama_config=PATH"

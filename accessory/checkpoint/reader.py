@@ -32,6 +32,8 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"shard {path} does not exist: copy it again")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
     except Exception as error:  # damage can surface as almost any type
         raise CheckpointError(_unreadable(path, error)) from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -109,6 +111,30 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
         return tensors
 
+    def check_pieces(self) -> None:
+        """Refuse a folder of which some files hold their part of a tensor and others lack it.
+
+        As an overlay it would mix two models within one matrix.
+
+        Raises:
+            CheckpointError: naming the tensor and a file that lacks it.
+        """
+        holders: dict[str, list[Path]] = {}
+        wanted: dict[str, list[Path]] = {}
+        for path, contents in zip(self.manifest.shards, self.by_file, strict=True):
+            tensors = open_shard(path)
+            for source in contents:
+                wanted.setdefault(source.key, []).append(path)
+                if source.key in tensors:
+                    holders.setdefault(source.key, []).append(path)
+        for key, paths in holders.items():
+            lacking = [path for path in wanted[key] if path not in paths]
+            if lacking:
+                raise CheckpointError(
+                    f"{lacking[0]} lacks its part of tensor {key}, which {paths[0].name} has: copy the folder again, "
+                    "or leave the tensor out of all files"
+                )
+
 
 def load_parameters(
     parameters: Mapping[str, Tensor],
@@ -137,7 +163,10 @@ def load_parameters(
         # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
         first = state.mp_rank * len(manifest.shards) // state.mp_size
         checkpoint = Checkpoint.open(manifest, args, probe=first)
-        copied = _load_folder(checkpoint, parameters, boxes, first=first, partial=len(manifests) > 1)
+        partial = len(manifests) > 1
+        if partial:
+            checkpoint.check_pieces()
+        copied = _load_folder(checkpoint, parameters, boxes, first=first, partial=partial)
         filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
     short = [name for name, count in filled.items() if count < boxes[name].numel]
     if short:

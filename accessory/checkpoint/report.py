@@ -1,12 +1,12 @@
 """What `accessory inspect` says of a checkpoint folder."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from accessory.checkpoint.convert import TOKENIZER_FILES, stored_args
+from accessory.checkpoint.convert import stored_args
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
@@ -16,7 +16,9 @@ from accessory.parallel.plan import local_box, parameter_shapes, resolve_placeme
 RANK_COUNTS = (1, 2, 4, 8)
 
 
-def describe(folder: str | Path, *, check_values: bool = False) -> Iterator[str]:
+def describe(
+    folder: str | Path, *, check_values: bool = False, llama_config: Sequence[str | Path] | None = None
+) -> Iterator[str]:
     """Lines about a folder: form, shards, sizes, bytes for each rank, and files that are missing or odd.
 
     Every shard's tensors are held against the config; with ``check_values`` they are read and searched for NaN
@@ -26,7 +28,7 @@ def describe(folder: str | Path, *, check_values: bool = False) -> Iterator[str]
         CheckpointError, FileNotFoundError, ValueError: as loading the folder would.
     """
     manifest = Manifest.read(folder)
-    args = stored_args(manifest)
+    args = stored_args(manifest, llama_config)
     checkpoint = Checkpoint.open(manifest, args)
     dtypes: set[torch.dtype] = set()
     for file, path in enumerate(manifest.shards):
@@ -85,7 +87,7 @@ def _per_rank(args: ModelArgs, ranks: int, itemsize: int) -> str:
 
 
 def _remarks(manifest: Manifest) -> Iterator[str]:
-    if not any((manifest.folder / name).exists() for name in TOKENIZER_FILES):
+    if not manifest.has_tokenizer:
         yield "missing     tokenizer.model: loading needs it here or as tokenizer_path"
     if manifest.form == "converted" and manifest.llama_type is None:
         yield 'missing     meta.json: taken as {"llama_type": "mistral"}'

@@ -91,7 +91,8 @@ def complete(
     waiting = deque(_Sequence(index, prompt, tokenizer, sampling) for index, prompt in enumerate(prompts))
     slots = min(len(waiting), model.args.max_batch_size)
     longest = max(len(prompt) for prompt in prompts) + sampling.max_gen_len
-    cache = model.new_cache(slots, min(longest, model.args.max_seq_len))
+    with torch.inference_mode(False):  # the caller may leave such a mode while the generator lives on
+        cache = model.new_cache(slots, min(longest, model.args.max_seq_len))
     running: dict[int, _Sequence] = {}
     while waiting or running:
         joining = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
@@ -110,7 +111,7 @@ def complete(
                 cache.free(slot)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _prefill(model: Model[C], cache: C, joining: dict[int, _Sequence]) -> Tensor:
     """Read prompts, at most PREFILL_TOKENS of them at a time; logits (R, V) of their last tokens, in order."""
     unread = deque((slot, sequence.prompt) for slot, sequence in joining.items())
@@ -134,7 +135,7 @@ def _prefill(model: Model[C], cache: C, joining: dict[int, _Sequence]) -> Tensor
     return torch.cat(finals)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _decode(model: Model[C], cache: C, running: dict[int, _Sequence], slots: int) -> Tensor:
     """One step of all running sequences; logits (R, V) in the order of ``running``."""
     last = [running[slot].last_token if slot in running else 0 for slot in range(slots)]
@@ -145,7 +146,7 @@ def _decode(model: Model[C], cache: C, running: dict[int, _Sequence], slots: int
     return logits_SV[list(running)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _choose(state: ParallelState, logits_RV: Tensor, sampling: Sampling) -> list[int]:
     """Sample on the model's first rank; equal seeds would not give equal samples on different ranks."""
     if state.is_first:

@@ -5,6 +5,7 @@ Shape letters: S sequences, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -35,11 +36,13 @@ class Sampling:
     def of(cls, max_gen_len: int, temperature: float, top_p: float, stop: Any) -> Self:
         """Take a user's arguments; `check` judges them. One string stands for a list of one."""
         symbols = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+        # The order means nothing, and that of a set differs between processes, whose requests must be alike.
+        symbols = tuple(sorted(symbols, key=str))
         return cls(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, stop=symbols)
 
     def check(self, max_seq_len: int) -> None:
         """Raise ValueError, naming the setting, where one makes no sense for such a context length."""
-        if not isinstance(self.max_gen_len, int) or isinstance(self.max_gen_len, bool) or self.max_gen_len < 1:
+        if not isinstance(self.max_gen_len, Integral) or isinstance(self.max_gen_len, bool) or self.max_gen_len < 1:
             raise ValueError(f"max_gen_len must be a whole number of at least 1, not {self.max_gen_len!r}")
         if max_seq_len - self.max_gen_len < 2:
             raise ValueError(
@@ -78,4 +81,4 @@ def _choose(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

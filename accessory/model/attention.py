@@ -20,6 +20,7 @@ from accessory.model.cache import KVCache
 from accessory.model.rope import rotate
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.parallel.ops import copy_to_region
+from accessory.parallel.plan import local_sizes
 from accessory.parallel.state import ParallelState, Place
 
 
@@ -119,9 +120,8 @@ class Attention(nn.Module):
     def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place) -> None:
         super().__init__()
         self.layer, self.head_dim, self.group = layer, args.head_dim, state.mp_group
-        heads = args.n_heads // state.mp_size
-        # Where ranks outnumber the key/value heads, several hold the same one.
-        kv_heads = max(1, args.n_kv_heads // state.mp_size)
+        own = local_sizes(args, state.mp_size)
+        heads, kv_heads = own["heads"], own["kv_heads"]
         self.wq = ColumnParallelLinear(args.dim, heads * args.head_dim, place)
         self.wk = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)
         self.wv = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)

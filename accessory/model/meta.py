@@ -1,6 +1,7 @@
 """MetaModel: the Python door to a model."""
 
 import logging
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,7 @@ class MetaModel(nn.Module):
                 max_seq_len=max_seq_len,
             )
             resolve_placement(found.args, expert_placement, state.mp_size)
-            return state, found, _settle_dtype(dtype, found, state.device)
+            return state, found, _settle_dtype(dtype, found, state)
 
         state, pretrained, chosen_dtype = agreed(members, settle)
         llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
@@ -186,7 +187,9 @@ class MetaModel(nn.Module):
         """Complete one prompt, yielding {"text": all so far, "end_of_content": bool} after every token.
 
         The last dictionary has end_of_content True. Text that was shown is never taken back. Arguments are those
-        of `generate`; errors are raised by the call itself, before the first token is asked for.
+        of `generate`; errors are raised by the call itself, before the first token is asked for. Where several
+        ranks hold the model, all of them must take equally many steps: one that leaves early leaves the others
+        waiting for it.
         """
         sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
         tokens = prompt_tokens(self.llma, self.tokenizer, [prompt], sampling, images=image)
@@ -220,13 +223,14 @@ class MetaModel(nn.Module):
 
         Args:
             examples, bos, eos: as in `compute_logits`.
-            contexts: for each example a text (or token list) with which it begins and which is not scored.
+            contexts: for each example a text (or token list) with which it begins and which is not scored. A token
+                that reaches beyond a text's end is scored.
 
         Returns:
             Lists under log_likelihood, ppl (exponential of the mean negative log-likelihood), max_equal (would
             greedy decoding say the same) and non_context_logits.
         """
-        tokens, context_tokens = example_tokens(
+        tokens, context_lengths = example_tokens(
             self.llma,
             self.tokenizer,
             examples,
@@ -236,7 +240,7 @@ class MetaModel(nn.Module):
             contexts=contexts,
             scored=True,
         )
-        return evaluate(score_tokens(self.llma, tokens), tokens, context_tokens)
+        return evaluate(score_tokens(self.llma, tokens), tokens, context_lengths)
 
 
 def load_transformer(
@@ -247,7 +251,9 @@ def load_transformer(
     Raises:
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
     """
-    llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
+
+    def build() -> Transformer:
+        return Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
 
     def load() -> None:
         load_parameters(
@@ -259,32 +265,45 @@ def load_transformer(
             placement=llma.placement,
         )
 
-    with torch.no_grad():
+    # Parameters made in a caller's inference_mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
         # Paths may differ between hosts; what was found there must not.
-        agreed(state, load, (pretrained.args, dtype, llma.placement))
+        llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
+        agreed(state, load)
     return llma
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(state: ParallelState) -> torch.dtype:
     """bfloat16, or float32 on a CPU whose bfloat16 products would be emulated; the latter is said once."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if state.device.type != "cpu" or _cpu_multiplies_bf16():
         return torch.bfloat16
-    say_once(logger, logging.WARNING, "this CPU has no native bfloat16 products: the model computes in float32")
+    if state.is_first:
+        say_once(logger, logging.WARNING, "this CPU has no native bfloat16 products: the model computes in float32")
     return torch.float32
 
 
-def _settle_dtype(dtype: torch.dtype | str | None, found: Pretrained, device: torch.device) -> torch.dtype:
+def _cpu_multiplies_bf16() -> bool:
+    if platform.machine() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # oneDNN says yes for any AVX-512, and emulates.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _settle_dtype(dtype: torch.dtype | str | None, found: Pretrained, state: ParallelState) -> torch.dtype:
     if isinstance(dtype, str) and dtype == "auto":
         dtype = found.stored_dtype()
-        return default_dtype(device) if dtype == torch.bfloat16 else dtype
+        return default_dtype(state) if dtype == torch.bfloat16 else dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype is not None:
         names = ", ".join([*DTYPES, "auto"])
-        raise ValueError(f"dtype {dtype!r} is unknown; give a floating-point torch dtype or one of {names}")
-    return default_dtype(device)
+        raise ValueError(
+            f"dtype {dtype!r} is none that the model computes in: give torch.bfloat16, torch.float16 or "
+            f"torch.float32, or one of {names}"
+        )
+    return default_dtype(state)
 
 
 def _refuse_unsupported(*, with_visual: bool, quant: bool | str) -> None:

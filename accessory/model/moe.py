@@ -15,7 +15,7 @@ from accessory.config import ModelArgs
 from accessory.kernels import gathered_linear, gathering_pays
 from accessory.model.balance import RouterStats
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
-from accessory.parallel.plan import Placement
+from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
 
 
@@ -65,11 +65,8 @@ class Experts(nn.Module):
 
     def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
         super().__init__()
-        experts, hidden = args.moe.num_experts, args.hidden_dim
-        if placement == "expert":
-            experts //= state.mp_size
-        else:
-            hidden //= state.mp_size
+        own = local_sizes(args, state.mp_size, placement)
+        experts, hidden = own["experts"], own["hidden"]
         self.count = experts
         self.first = experts * state.mp_rank if placement == "expert" else 0
         self.owns_all = experts == args.moe.num_experts

@@ -60,8 +60,8 @@ def prompt_tokens(
                 raise ValueError(f"prompts[{index}] must be a string, not {prompt!r}")
         return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    room = limit - sampling.max_gen_len
     encoded = agreed(llma.state, check, (prompts, sampling))
+    room = limit - sampling.max_gen_len
     for index, tokens in enumerate(encoded):
         if len(tokens) > room:
             if llma.state.is_first:
@@ -85,10 +85,11 @@ def example_tokens(
     eos: bool,
     contexts: Examples | None = None,
     scored: bool = False,
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """Token ids of examples and of their contexts; collective over the model's ranks.
+) -> tuple[list[list[int]], list[int] | None]:
+    """Token ids of examples, and how many of each are context; collective over the model's ranks.
 
     Args:
+        contexts: for each example the text or tokens with which it begins.
         scored: demand that every example has a token to score behind its context.
 
     Raises:
@@ -96,21 +97,26 @@ def example_tokens(
     """
     limit = llma.args.max_seq_len
 
-    def check() -> tuple[list[list[int]], list[list[int]] | None]:
+    def check() -> tuple[list[list[int]], list[int] | None]:
         refuse_images(images)
         tokens = _tokens_of(examples, tokenizer, bos=bos, eos=eos, name="examples")
-        context_tokens = None
-        if contexts is not None:
-            context_tokens = _tokens_of(contexts, tokenizer, bos=bos, eos=False, name="contexts")
         for index, example in enumerate(tokens):
             if len(example) > limit:
                 raise ValueError(
                     f"examples[{index}] has {len(example)} tokens, more than max_seq_len {limit}: "
                     "load the model with a larger max_seq_len or shorten it"
                 )
-        if scored:
-            _check_contexts(tokens, context_tokens)
-        return tokens, context_tokens
+        if not scored:
+            return tokens, None
+        given = None if contexts is None else _context_lengths(examples, contexts, tokenizer, bos=bos)
+        for index, (example, context) in enumerate(zip(tokens, given or [1] * len(tokens), strict=True)):
+            if context >= len(example):
+                raise ValueError(
+                    f"examples[{index}] has no token to score: it needs one behind its {context} of context"
+                )
+            if context < 1:
+                raise ValueError(f"contexts[{index}] has no tokens: the first token of a text cannot be scored")
+        return tokens, given
 
     return agreed(llma.state, check, (examples, contexts, bos, eos))
 
@@ -139,12 +145,19 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
     return result
 
 
-def _check_contexts(examples: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]] | None) -> None:
-    """Raise ValueError where a context is not the beginning of its example, or leaves nothing to score."""
-    if contexts is not None and len(contexts) != len(examples):
+def _context_lengths(examples: Examples, contexts: Examples, tokenizer: Tokenizer, *, bos: bool) -> list[int]:
+    """How many tokens of each example belong to its context: of a text those that end within it."""
+    if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
+        raise ValueError(f"contexts must be a non-empty list of texts or of token lists, not {contexts!r}")
+    if len(contexts) != len(examples):
         raise ValueError(f"{len(examples)} examples were given with {len(contexts)} contexts; give one for each")
-    for index, tokens in enumerate(examples):
-        if contexts is not None and list(tokens[: len(contexts[index])]) != list(contexts[index]):
-            raise ValueError(f"contexts[{index}] is not the beginning of examples[{index}] (compared by tokens)")
-        if len(tokens) <= (1 if contexts is None else len(contexts[index])):
-            raise ValueError(f"examples[{index}] has no token to score: it needs one behind its context")
+    lengths = []
+    for index, (example, context) in enumerate(zip(examples, contexts, strict=True)):
+        if isinstance(context, str) != isinstance(example, str) or list(example[: len(context)]) != list(context):
+            raise ValueError(f"contexts[{index}] is not the beginning of examples[{index}]")
+        if isinstance(example, str):
+            _, spans = tokenizer.encode_with_spans(example)
+            lengths.append(int(bos) + sum(end <= len(context) for _, end in spans))
+        else:
+            lengths.append(len(context))
+    return lengths

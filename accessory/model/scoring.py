@@ -12,7 +12,7 @@ from accessory.model.LLM.mistral import Transformer
 SCORE_TOKENS = 4096
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_tokens(model: Transformer, examples: Sequence[Sequence[int]]) -> list[Tensor]:
     """Float32 logits (tokens, vocab) of every example, whole on every rank."""
     device = model.state.device
@@ -24,19 +24,20 @@ def score_tokens(model: Transformer, examples: Sequence[Sequence[int]]) -> list[
         if sum(map(len, batch)) + following > SCORE_TOKENS:
             lengths = [len(tokens) for tokens in batch]
             flat = torch.tensor([token for tokens in batch for token in tokens], device=device)
-            result += [part.float() for part in model.score(flat, lengths).split(lengths)]
+            # Copies: whoever keeps one example's logits should not keep the batch's.
+            result += [part.to(torch.float32, copy=True) for part in model.score(flat, lengths).split(lengths)]
             batch = []
     return result
 
 
 def evaluate(
-    logits: Sequence[Tensor], examples: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]] | None
+    logits: Sequence[Tensor], examples: Sequence[Sequence[int]], contexts: Sequence[int] | None
 ) -> dict[str, list]:
     """Likelihood measures of every example's tokens behind its context.
 
     Args:
         logits: as `score_tokens` gives them.
-        contexts: for each example a prefix of it that is not scored; None scores all but the first token.
+        contexts: how many of each example's first tokens are not scored; None scores all but the first.
 
     Returns:
         Lists under log_likelihood (sum, natural logarithm), ppl (exponential of the mean negative log-likelihood),
@@ -44,7 +45,7 @@ def evaluate(
     """
     result: dict[str, list] = {"log_likelihood": [], "ppl": [], "max_equal": [], "non_context_logits": []}
     for index, (scores, tokens) in enumerate(zip(logits, examples, strict=True)):
-        first = 1 if contexts is None else len(contexts[index])
+        first = 1 if contexts is None else contexts[index]
         # The logits at a position are those of the next token.
         scored = scores[first - 1 : -1]
         targets = torch.tensor(tokens[first:], device=scores.device)

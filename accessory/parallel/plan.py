@@ -111,6 +111,19 @@ def sizes(args: ModelArgs) -> dict[str, int]:
     }
 
 
+def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert") -> dict[str, int]:
+    """The same counts of what one of ``size`` model-parallel ranks holds of the split axes.
+
+    Where ranks outnumber key/value heads, several ranks hold the same head.
+    """
+    counts = sizes(args)
+    local = {unit: counts[unit] // size for unit in ("dim", "vocab", "heads")}
+    local["kv_heads"] = max(1, counts["kv_heads"] // size)
+    local["experts"] = counts["experts"] // size if placement == "expert" else counts["experts"]
+    local["hidden"] = counts["hidden"] // size if placement == "tensor" else counts["hidden"]
+    return local
+
+
 def split_of(name: str) -> Split:
     """The table's row for a parameter.
 
@@ -141,21 +154,17 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: Placement, rank: int, size: int) -> Box:
-    """The part of a parameter of whole ``shape`` that model-parallel rank ``rank`` of ``size`` holds.
-
-    Where ranks outnumber key/value heads, several ranks hold the same head.
-    """
+    """The part of a parameter of whole ``shape`` that model-parallel rank ``rank`` of ``size`` holds."""
     row = split_of(name)
     axis = row.axis[placement]
     if axis is None or size == 1:
         return Box.whole(shape)
-    units = sizes(args)[row.unit[placement]]
-    copies = max(1, size // units) if row.unit[placement] == "kv_heads" else 1
-    parts = size // copies
-    width = shape[axis] // parts
-    start, local = [0] * len(shape), list(shape)
-    start[axis], local[axis] = (rank // copies) * width, width
-    return Box(tuple(start), tuple(local))
+    unit = row.unit[placement]
+    units, local = sizes(args)[unit], local_sizes(args, size, placement)[unit]
+    width = shape[axis] // units
+    start, part = [0] * len(shape), list(shape)
+    start[axis], part[axis] = rank * units // size * width, local * width
+    return Box(tuple(start), tuple(part))
 
 
 def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:

@@ -1,9 +1,12 @@
 """Which ranks work together, and on which device: one object, handed to whatever is parallel."""
 
+import atexit
 import contextlib
+import functools
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -78,6 +81,7 @@ class ParallelState:
             return cls.single(device)
         if mp_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("mp_group does not contain this rank: only its members may load the model")
+        _outlive_gloo()
         return cls(
             mp_group=mp_group,
             mp_rank=dist.get_rank(mp_group),
@@ -105,6 +109,7 @@ class ParallelState:
             fs_init.destroy_model_parallel()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
             fs_init.initialize_model_parallel(mp_size)
+        _outlive_gloo()
         mp_group, dp_group = fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()
         return cls(
             mp_group=mp_group,
@@ -157,6 +162,17 @@ class ParallelState:
             )
 
 
+@functools.cache
+def _outlive_gloo() -> None:
+    """Let gloo's threads come to rest before Python ends.
+
+    A thread lets go of a collective's tensors after the collective has returned, and needs Python's lock for it.
+    Should Python be ending by then, the process aborts ("terminate called without an active exception"; PyTorch's
+    issue 190489). Nothing tells when they are done, so a process that used a group pauses at its exit.
+    """
+    atexit.register(time.sleep, 0.1)
+
+
 def on_all_ranks(error: Exception) -> Exception:
     """Mark an error that every rank of a model raises alike, so that a command says it once."""
     error.add_note(_ON_ALL_RANKS)
@@ -187,20 +203,39 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
 
 
 @contextlib.contextmanager
-def process_group_of_launcher() -> Iterator[dist.ProcessGroup | None]:
+def process_group_of_launcher(
+    device: str | None = None, *, say: Callable[[Exception], None]
+) -> Iterator[dist.ProcessGroup | None]:
     """Join the ranks that torchrun started, for the time of a command; None in a process started alone.
 
-    On GPUs (nccl) the local rank chooses the card; without GPUs the backend is gloo. The ranks leave together,
-    also where all of them raise alike, so that rank 0's message is out before the launcher ends the others.
+    With a GPU for every rank of this host the backend is nccl and the local rank chooses the card; otherwise, or
+    where ``device`` is "cpu", it is gloo and the ranks compute on the CPU. An error that all ranks raise alike is
+    given to ``say`` on rank 0, and the ranks leave together afterwards: the launcher ends the rest as soon as one
+    has failed.
+
+    Raises:
+        ValueError: ``device`` names one card, which ranks cannot share.
+        SystemExit: with code 1, after an error that was said.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield None
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device is not None and ":" in device:
+        raise on_all_ranks(ValueError(f'device "{device}" is one card for all ranks; give "cuda" or "cpu" alone'))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpus = torch.cuda.device_count() >= local_size and device != "cpu"
+    if on_gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
     try:
         yield dist.group.WORLD
+    except Exception as error:
+        if not raised_on_all_ranks(error):
+            raise
+        if dist.get_rank() == 0:
+            say(error)
+        dist.barrier()
+        raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
 

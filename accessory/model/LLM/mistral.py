@@ -17,7 +17,7 @@ from accessory.model.moe import MoE, Routing
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable
 from accessory.parallel.layers import ParallelEmbedding, ParallelOutput
-from accessory.parallel.plan import Placement, resolve_placement
+from accessory.parallel.plan import Placement, local_sizes, resolve_placement
 from accessory.parallel.state import ParallelState, Place
 
 
@@ -69,13 +69,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.args, self.state = args, state
         self.placement = resolve_placement(args, expert_placement, state.mp_size)
+        own = local_sizes(args, state.mp_size, self.placement)
         place = Place(dtype, state.device if device is None else device)
-        self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim // state.mp_size, state, place)
+        self.tok_embeddings = ParallelEmbedding(args.vocab_size, own["dim"], state, place)
         self.layers = nn.ModuleList(
             TransformerBlock(layer, args, state, self.placement, place) for layer in range(args.n_layers)
         )
         self.norm = RMSNorm(args.dim, args.norm_eps, place)
-        self.output = ParallelOutput(args.dim, args.vocab_size // state.mp_size, state, place)
+        self.output = ParallelOutput(args.dim, own["vocab"], state, place)
         self.rotary = RotaryTable(
             args.head_dim,
             args.max_seq_len,
@@ -146,7 +147,7 @@ class Transformer(nn.Module):
             layers=self.args.n_layers,
             slots=slots,
             max_seq_len=max_seq_len,
-            kv_heads=max(1, self.args.n_kv_heads // self.state.mp_size),
+            kv_heads=local_sizes(self.args, self.state.mp_size)["kv_heads"],
             head_dim=self.args.head_dim,
             dtype=self.dtype,
             device=self.state.device,
