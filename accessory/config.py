@@ -40,7 +40,8 @@ class ModelArgs:
         n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
         vocab_size: rows of the embedding; -1 means the tokenizer's size.
         rope_scaling: factor on positions before the rotary embedding (1 / Hugging Face's linear factor).
-        max_batch_size, max_seq_len: hints; what from_pretrained is called with rules.
+        max_batch_size: sequences that are generated at once.
+        max_seq_len: a hint; the argument of from_pretrained rules.
         load_balancing_weight: factor on the load-balancing loss in training.
     """
 

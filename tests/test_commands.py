@@ -1,0 +1,290 @@
+"""The commands as a user types them: whole processes, their output, their exit codes."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import base_shard, random_tensors, small_config, write_folder
+from ranks import free_port, run_command
+
+import accessory
+from accessory.model.meta import MetaModel
+
+PYTHON = Path(sys.executable)
+MODULE = (PYTHON, "-m", "accessory")
+SCRIPT = (PYTHON.with_name("accessory"),)
+CONFIG = small_config()
+PROMPTS = ("The list method", "a", "Return the number of words")
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    return random_tensors(CONFIG, 5)
+
+
+@pytest.fixture(scope="module")
+def folder(tensors, small_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "converted"
+    return write_folder(folder, tensors, CONFIG, files=8, tokenizer=small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def texts(folder) -> list[str]:
+    """What the model says to the prompts."""
+    model = MetaModel.from_pretrained(folder, dtype="fp32", max_seq_len=4096)
+    return model.generate(PROMPTS, max_gen_len=16)
+
+
+def good(*command: str | Path, cwd: Path | None = None, seconds: float = 90) -> str:
+    """Standard output of a command that must succeed without a word of trouble."""
+    done = run_command(command, cwd=cwd, seconds=seconds)
+    assert done.returncode == 0, done.stderr
+    for word in ("Traceback", "Warning", "error:"):
+        assert word not in done.stderr, done.stderr
+    return done.stdout
+
+
+def refused(*command: str | Path, cwd: Path | None = None, says: tuple[str, ...] = (), seconds: float = 90) -> str:
+    """Standard error of a command that must end with exactly one line of error and no output."""
+    done = run_command(command, cwd=cwd, seconds=seconds)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert all(text in errors[0] for text in says), errors[0]
+    return done.stderr
+
+
+# -- help
+
+
+def test_help_is_quick_and_complete():
+    text = good(*SCRIPT, "--help")
+    for command in ("tiny", "split", "inspect", "generate"):
+        assert re.search(rf"^ +{command} ", text, re.MULTILINE)
+    assert good(*MODULE, "--help") == text
+    assert "--max-gen-len" in good(*MODULE, "generate", "--help")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["inspect"]])
+def test_help_and_usage_do_not_import_torch(arguments):
+    code = (
+        "import sys\nfrom accessory.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        "loaded = [name for name in ('torch', 'numpy', 'sentencepiece', 'tqdm') if name in sys.modules]\n"
+        "sys.exit(f'{loaded} after {code}' if loaded else code)"
+    )
+    done = run_command([PYTHON, "-c", code])
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+    assert "usage: accessory" in done.stdout + done.stderr
+
+
+def test_an_unknown_command_says_which_there_are():
+    done = run_command([*SCRIPT, "trian"])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "'trian'" in done.stderr
+    assert "generate" in done.stderr
+
+
+# -- inspect
+
+
+def size_of(text: str) -> float:
+    number, unit = re.match(r"([\d.]+) (bytes|kB|MB|GB)", text).groups()
+    return float(number) * {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def facts_of(output: str) -> dict[str, str]:
+    return {line[:11].strip(): line[12:] for line in output.splitlines()}
+
+
+def test_inspect_says_what_the_folder_holds(folder, tensors):
+    output = good(*MODULE, "inspect", folder)
+    facts = facts_of(output)
+    assert facts["folder"] == str(folder)
+    assert all(text in facts["format"] for text in ("converted", "base", "mistral"))
+    assert facts["shards"].startswith("8, ")
+    files = sum(path.stat().st_size for path in folder.glob("*.pth"))
+    assert size_of(facts["shards"].split(", ")[1]) == pytest.approx(files, rel=0.01)
+    total = sum(tensor.numel() for tensor in tensors.values())
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    assert facts["parameters"] == f"{total:,}, of which {total - experts * 3 // 4:,} active for each token"
+    assert facts["dtype"] == "float32"
+    for ranks in (1, 2, 4, 8):
+        local = sum(tensor.nbytes for tensor in base_shard(tensors, 0, ranks, 8).values())
+        assert size_of(facts[f"at mp {ranks}"]) == pytest.approx(local, rel=0.01)
+        assert 'expert_placement "expert"' in facts[f"at mp {ranks}"]
+    assert "missing" not in facts
+    assert "odd" not in facts
+
+
+def test_inspect_names_missing_and_odd_files(tmp_path):
+    config = small_config(n_layers=1, n_heads=6, n_kv_heads=2, dim=48, moe={"num_experts": 3, "num_experts_per_tok": 2})
+    held = random_tensors(config, 1, torch.bfloat16)
+    source = write_folder(tmp_path / "c", held, config, files=1, form="released")
+    (source / "consolidated.00.pth.aria2").write_text("")
+    facts = facts_of(good(*SCRIPT, "inspect", source, "--check-values"))
+    assert "consolidated" in facts["format"]
+    assert facts["dtype"] == "bfloat16"
+    assert 'expert_placement "tensor"' in facts["at mp 2"]
+    assert facts["at mp 4"] == facts["at mp 8"] == "not possible (sizes do not divide)"
+    assert "tokenizer.model" in facts["missing"]
+    assert "consolidated.00.pth.aria2" in facts["odd"]
+    assert facts["values"] == "all finite"
+
+
+def test_inspect_refuses(folder, tmp_path):
+    refused(*MODULE, "inspect", tmp_path / "absent", says=(str(tmp_path / "absent"), "check the path"))
+    spoilt = Path(shutil.copytree(folder, tmp_path / "c"))
+    path = spoilt / "consolidated.05-of-08.model.pth"
+    content = torch.load(path)
+    content["model"]["llma.layers.1.feed_forward.experts.5.w2.weight"][3, 1] = float("nan")
+    torch.save(content, path)
+    says = (str(path), "layers.1.feed_forward.experts.5.w2.weight", "NaN", "copy it again")
+    refused(*SCRIPT, "inspect", spoilt, "--check-values", says=says)
+
+
+# -- tiny and split
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A barely trained tiny model."""
+    folder = tmp_path_factory.mktemp("runs") / "deep" / "tiny"
+    output = good(*SCRIPT, "tiny", "--out", folder, "--steps", "3", seconds=200)
+    assert re.search(rf"wrote {folder}: [\d,]+ parameters, loss [\d.]+, lightest expert", output)
+    return folder
+
+
+def test_tiny_writes_what_the_release_has(tiny):
+    assert {path.name for path in tiny.iterdir()} == {"consolidated.00.pth", "params.json", "tokenizer.model"}
+    params = json.loads((tiny / "params.json").read_text())
+    held = torch.load(tiny / "consolidated.00.pth", weights_only=True)
+    assert held["tok_embeddings.weight"].shape == (params["vocab_size"], params["dim"])
+    assert held["layers.0.feed_forward.experts.7.w2.weight"].shape == (params["dim"], params["hidden_dim"])
+    # About 5 to 15 million parameters.
+    assert 5 <= round(sum(tensor.numel() for tensor in held.values()) / 1e6) <= 15
+    assert params["n_kv_heads"] == 8
+    refused(*MODULE, "tiny", "--out", tiny, says=(str(tiny), "exists already", "choose another"))
+    refused(*MODULE, "tiny", "--out", tiny.parent / "other", "--steps", "0", says=("steps must be at least 1, not 0",))
+    assert [path.name for path in tiny.parent.iterdir()] == ["tiny"]
+
+
+def test_split_as_the_reference_page_says(tiny, tmp_path):
+    source = Path(shutil.copytree(tiny, tmp_path / "tiny"))
+    tool = source / "split.py"
+    shutil.copy(Path(accessory.__file__).parent / "tools" / "split.py", tool)
+    assert f"wrote {source / 'converted'}" in good(PYTHON, "split.py", cwd=source)
+    converted = source / "converted"
+    names = {f"consolidated.{file:02d}-of-08.model.pth" for file in range(8)}
+    assert {path.name for path in converted.iterdir()} == {*names, "config.json", "meta.json", "tokenizer.model"}
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    says = (str(converted), "exists already: remove it first")
+    refused(PYTHON, "split.py", "--mp", "2", cwd=source, says=says)
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+    # By the command instead, again into 8 and from there into 2; and the script, with another working folder.
+    good(*SCRIPT, "split", source, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
+    shutil.rmtree(converted)
+    good(PYTHON, tool, "--mp", "2", cwd=tmp_path)
+    good(*MODULE, "split", tmp_path / "again", tmp_path / "2", "--mp", "2")
+    for file in range(2):
+        name = f"consolidated.{file:02d}-of-02.model.pth"
+        first, second = (torch.load(place / name)["model"] for place in (converted, tmp_path / "2"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_split_refuses(tiny, tmp_path):
+    says = ("cannot write 3 shards", "n_heads 16 is not a multiple of 3", "Numbers that work: [1, 2, 4, 8]")
+    refused(*MODULE, "split", tiny, tmp_path / "out", "--mp", "3", says=says)
+    assert list(tmp_path.iterdir()) == []
+    tool = shutil.copy(Path(accessory.__file__).parent / "tools" / "split.py", tmp_path)
+    refused(PYTHON, tool, cwd=tmp_path, says=(str(tmp_path), "holds no weights", "expected consolidated"))
+
+
+# -- generate
+
+
+def torchrun(processes: int, *arguments: str | Path) -> tuple[str | Path, ...]:
+    port = ("--master-port", str(free_port()))
+    return (PYTHON.with_name("torchrun"), "--nproc-per-node", str(processes), *port, "-m", "accessory", *arguments)
+
+
+def asked(*prompts: str) -> list[str]:
+    return [part for prompt in prompts for part in ("--prompt", prompt)] + ["--max-gen-len", "16"]
+
+
+def test_generate_one_prompt_and_several(folder, texts):
+    assert good(*SCRIPT, "generate", folder, *asked(PROMPTS[0])) == f"{texts[0]}\n"
+    assert good(*MODULE, "generate", folder, *asked(*PROMPTS)) == "".join(f"{text}\n" for text in texts)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_torchrun_prints_the_same_once(processes, folder, texts):
+    prompts = PROMPTS[:1] if processes == 2 else PROMPTS
+    done = run_command(torchrun(processes, "generate", folder, *asked(*prompts)), seconds=150)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error:" not in done.stderr
+    assert done.stdout == "".join(f"{text}\n" for text in texts[: len(prompts)])
+
+
+def test_generate_takes_the_settings(folder, texts, small_tokenizer, tmp_path):
+    stop = texts[0][len(texts[0]) // 2 :][:3]
+    cut = texts[0][: texts[0].index(stop)]
+    legacy = tmp_path / "legacy"
+    legacy.mkdir()
+    for path in folder.glob("*.pth"):
+        (legacy / path.name).symlink_to(path)
+    (tmp_path / "sizes.json").write_text(json.dumps({**CONFIG, "norm_eps": 5.0}))
+    (tmp_path / "override.json").write_text(json.dumps({"norm_eps": CONFIG["norm_eps"]}))
+    given = ("--llama_type", "mistral", "--llama_config", tmp_path / "sizes.json", tmp_path / "override.json")
+    given = (*given, "--tokenizer_path", small_tokenizer, "--max_seq_len", "64", "--dtype", "fp32")
+    command = (*MODULE, "generate", legacy, *given, "--expert-placement", "tensor")
+    assert good(*command, *asked(PROMPTS[0]), "--stop", stop, "--stop", "never there") == f"{cut}\n"
+    sampled = (*MODULE, "generate", folder, *asked(PROMPTS[1]), "--temperature", "2", "--top-p", "1", "--seed", "7")
+    first = good(*sampled)
+    assert first == good(*sampled)
+    assert first != f"{texts[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--max-seq-len", "16", "--max-gen-len", "15"], ("max_gen_len 15", "max_seq_len 16", "at most 14")),
+        (["--llama-config", "absent.json"], ("absent.json", "check the path")),
+    ],
+)
+def test_generate_refuses(arguments, says, folder):
+    refused(*MODULE, "generate", folder, "--prompt", "a", *arguments, says=says)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_generate_refuses_once_under_torchrun(processes, folder, tmp_path):
+    if processes == 2:
+        command = torchrun(2, "generate", folder, "--prompt", "a", "--device", "abacus")
+        says = ("'abacus'", 'give "cpu"')
+    else:
+        # A file that the last rank alone reads.
+        spoilt = Path(shutil.copytree(folder, tmp_path / "c"))
+        path = spoilt / "consolidated.07-of-08.model.pth"
+        path.write_bytes(path.read_bytes()[:-50])
+        command = torchrun(4, "generate", spoilt, "--prompt", "a")
+        says = (str(path), "truncated", "Copy it again")
+    # torchrun adds its own summary, in which no line begins like ours.
+    done = run_command(command, seconds=150)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert all(text in errors[0] for text in says), errors[0]
+    # The one traceback is torchrun's.
+    assert done.stderr.count("Traceback") == 1
+    assert re.search(r"Traceback .*\n  File \"\S+/torchrun", done.stderr)
