@@ -114,7 +114,8 @@ class Experts(nn.Module):
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
         gate_PF, up_PF = _grouped_linear(x_PD, local(self.w13).flatten(1, 2), ends_E).chunk(2, dim=-1)
-        y_PD = _grouped_linear(F.silu(gate_PF) * up_PF, local(self.w2), ends_E)
+        hidden_PF = F.silu(gate_PF, inplace=not torch.is_grad_enabled()) * up_PF
+        y_PD = _grouped_linear(hidden_PF, local(self.w2), ends_E)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)

@@ -17,6 +17,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).type_as(x) * local(self.weight)
+        wide = x.to(torch.float32, copy=True)
+        mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]
+        scale = torch.rsqrt(mean_square + self.eps)
+        if torch.is_grad_enabled():
+            return (wide * scale).type_as(x) * local(self.weight)
+        # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
+        return wide.mul_(scale).type_as(x).mul_(local(self.weight))

@@ -1,0 +1,143 @@
+"""A trained model in the reference page's layout: what from_pretrained and the demos load.
+
+File i of as many as there are model-parallel ranks is written by the first data-parallel rank that holds slice i.
+Parameters are gathered one after another straight into the file, so that no rank holds more than one of others'.
+"""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from accessory.checkpoint.formats import PREFIX, Source, obstacles_to_files, sources
+from accessory.checkpoint.writer import create_shard, sync, write_json
+from accessory.model.meta import MetaModel
+from accessory.model.requests import agreed
+from accessory.parallel.plan import Placement as ExpertPlacement
+from accessory.parallel.plan import local_box, split_of
+from accessory.train.state import over_all_ranks, reshard
+
+logger = logging.getLogger(__name__)
+
+_META_FILE = "meta.json"
+
+
+def export_name(epoch: int, iteration: int | None = None) -> str:
+    """The folder's name at an epoch's end, or within one."""
+    return f"epoch{epoch}" if iteration is None else f"epoch{epoch}-iter{iteration}"
+
+
+def export_checkpoint(model: MetaModel, folder: str | Path, *, dtype: torch.dtype) -> Path:
+    """Write the model as accessory shards with config.json, meta.json and the tokenizer; collective over all ranks.
+
+    The files have the base form; where their number does not divide the experts, which then lie whole in none, they
+    have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds something else than an export.
+        ValueError: the model's slices fit neither form.
+        OSError: a file cannot be written, for instance on a full disk; what was there before is untouched.
+    """
+    start = time.monotonic()
+    folder = Path(folder).absolute()
+    state = model.llma.state
+    everyone = over_all_ranks(state)
+    aside = folder.with_name(f".{folder.name}.exporting")
+    name = f"consolidated.{state.mp_rank:02d}-of-{state.mp_size:02d}.model.pth"
+    try:
+        sparse = agreed(everyone, lambda: _choose_form(model), (folder.name, dtype))
+        agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
+        everything = sources(model.llma.args, state.mp_size, sparse=sparse)
+        targets = [source for source in everything if source.file == state.mp_rank]
+        tensors = {PREFIX + target.key: (target.shape, dtype) for target in targets}
+        writes = state.dp_rank == 0
+        shard = agreed(everyone, lambda: create_shard(aside / name, tensors) if writes else {})
+        with torch.no_grad():
+            _fill(model, targets, shard, placement="tensor" if sparse else "expert", dtype=dtype)
+        del shard
+        agreed(everyone, lambda: sync(aside / name) if writes else None)
+        agreed(everyone, lambda: _finish(model, folder, aside, sparse) if everyone.is_first else None)
+    finally:
+        if everyone.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+    if everyone.is_first:
+        logger.info("model %s: written in %.1f s", folder, time.monotonic() - start)
+    return folder
+
+
+def _choose_form(model: MetaModel) -> bool:
+    """Whether the files must be sparse."""
+    args, state = model.llma.args, model.llma.state
+    if state.mp_size > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("a model on several ranks must be sharded for training (shard_model) to be exported")
+    forms = {sparse: obstacles_to_files(args, state.mp_size, sparse=sparse) for sparse in (False, True)}
+    for sparse, obstacles in forms.items():
+        if not obstacles:
+            return sparse
+    raise ValueError(f"{state.mp_size} files cannot hold this model: {'; '.join(forms[False])}; train at another mp")
+
+
+def _prepare(folder: Path, aside: Path) -> None:
+    if folder.exists() and not (folder / _META_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is no exported model: move it away or choose another output_dir")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut short
+    aside.mkdir(parents=True)
+
+
+def _fill(
+    model: MetaModel, targets: list[Source], shard: dict[str, Tensor], *, placement: ExpertPlacement, dtype: torch.dtype
+) -> None:
+    """Gather the parameters one by one and copy them into this rank's file, if it writes one."""
+    args, state = model.llma.args, model.llma.state
+    reshard(model)
+    of_parameter: dict[str, list[Source]] = {}
+    for target in targets:
+        of_parameter.setdefault(target.parameter, []).append(target)
+    for name, parameter in model.llma.named_parameters():
+        own = local_box(name, tuple(parameter.shape), args, placement=placement, rank=state.mp_rank, size=state.mp_size)
+        gathered = _slice(name, parameter, placement, dtype)
+        for target in of_parameter[name] if shard else []:
+            target.view(shard[PREFIX + target.key]).copy_(gathered[target.box.within(own)])
+
+
+def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype: torch.dtype) -> Tensor:
+    """This rank's slice of a parameter, cut as ``placement`` says, whichever way it is cut now."""
+    if not isinstance(parameter, DTensor):
+        return parameter.to(dtype)
+    axis = split_of(name).axis[placement]
+    wanted: list[Placement] = [Replicate(), Replicate() if axis is None else Shard(axis)]
+    cast = parameter.to(dtype)
+    assert isinstance(cast, DTensor)
+    return cast.redistribute(placements=wanted).to_local()
+
+
+def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:
+    """Write what lies beside the shards, then give the whole its name."""
+    write_json(aside / "config.json", model.llma.args.to_dict())
+    kind = model.llama_type.removesuffix("_sparse")
+    write_json(aside / _META_FILE, {"llama_type": f"{kind}_sparse" if sparse else kind})
+    tokenizer = model.tokenizer.path
+    if tokenizer.suffix == ".json":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer.with_name(name), aside / name)
+    else:
+        shutil.copyfile(tokenizer, aside / "tokenizer.model")
+    for file in aside.iterdir():
+        sync(file)
+    sync(aside)
+    if folder.exists():
+        replaced = aside.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+        aside.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        aside.rename(folder)
+    sync(folder.parent)

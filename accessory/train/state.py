@@ -1,0 +1,369 @@
+"""Training state on disk: saved beside the training steps, complete or not at all, for any number of ranks.
+
+A checkpoint is a folder in the run's output folder. torch.distributed.checkpoint (DCP) writes the tensors, each
+once and whole however it is sharded, so that other ranks can read it; state.json holds the plain values, the
+model's sizes and the length of every file. A small file, ``latest``, names the checkpoint to go on from.
+"""
+
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.fsdp import FSDPModule
+
+from accessory.checkpoint.writer import Shelf, sync, write_json
+from accessory.config import ModelArgs, read_json
+from accessory.errors import CheckpointError
+from accessory.model.meta import MetaModel
+from accessory.model.requests import agreed
+from accessory.parallel.state import ParallelState
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# A rank that has written its part waits for the slowest one; the death of one is noticed at once.
+_PATIENCE = timedelta(hours=2)
+# Settings of a run, which a resumed one may change.
+_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+
+
+class StateStore:
+    """The checkpoints of a run. Every method is collective over all ranks, and raises on all of them alike.
+
+    Attributes:
+        folder: the run's output folder, on a file system that all ranks share.
+    """
+
+    def __init__(self, output_dir: str | Path, state: ParallelState, *, keep_last: int | None = None) -> None:
+        """Make the folder, and see that it can be written to.
+
+        Args:
+            keep_last: how many checkpoints stay; None: all.
+
+        Raises:
+            ValueError: keep_last is not positive.
+            OSError: the folder cannot be written, or is not the same one on all ranks.
+        """
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}: keep at least 1, or None for all")
+        self.folder = Path(output_dir).absolute()
+        self._shelf, self._state, self._keep_last = Shelf(self.folder), state, keep_last
+        # Saves run in a thread beside training steps, whose collectives theirs must not meet.
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._world = over_all_ranks(state, self._group)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._saved = ""
+        make = partial(self._shelf.aside, "probe")
+        where = f"output_dir {self.folder} cannot be written to"
+        probe, _ = self._on_first(partial(_explained, make, where, "choose a folder that you may write to"))
+        try:
+            agreed(self._world, partial(_must_be_shared, probe))
+        finally:
+            self._discard(probe)
+
+    def save(
+        self,
+        model: MetaModel,
+        optimizer: torch.optim.Optimizer,
+        progress: dict[str, Any],
+        name: str,
+        *,
+        asynchronous: bool = True,
+    ) -> None:
+        """Save model, optimizer, the ranks' random states and ``progress`` in the folder ``name``.
+
+        Waits for the save before this one. Where an earlier run has left a folder of this name, the new one gets a
+        number behind it; what this store has saved last is not saved again.
+
+        Args:
+            progress: plain JSON values, the same on every rank: step, epoch, sampler and scaler state, ...
+            asynchronous: return once the tensors are copied to memory; they are written while training goes on.
+
+        Raises:
+            OSError: this save (or the asynchronous one before it) failed; earlier checkpoints are untouched.
+            TypeError: progress holds something else than JSON values.
+        """
+        self.wait()
+        if name == self._saved:
+            return
+        sizes = {"dp_size": self._state.dp_size, "mp_size": self._state.mp_size}
+        record = {"torch": torch.__version__, **sizes, "args": model.llma.args.to_dict(), "progress": progress}
+        record = agreed(self._world, lambda: json.loads(json.dumps(record)), (name, progress))
+        aside, final = self._on_first(partial(self._shelf.aside, name))
+
+        def stage() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            _must_be_shared(aside)
+            tensors = tensors_of(model, optimizer)
+            return _copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
+
+        try:
+            tensors, rng = agreed(self._world, stage)
+        except BaseException:
+            self._discard(aside)
+            raise
+        self._say(f"checkpoint {final}: writing")
+        write = partial(self._write, tensors, rng, record, aside, final)
+        self._saved = name
+        if asynchronous:
+            self._pending = self._thread.submit(write)
+        else:
+            write()
+
+    def wait(self) -> None:
+        """Wait until an asynchronous save is on disk.
+
+        Raises:
+            OSError: it failed; earlier checkpoints are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish what is under way and give the process group back; raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            dist.destroy_process_group(self._group)
+
+    def latest(self) -> Path | None:
+        """The checkpoint to go on from: what ``latest`` names, else the newest complete one; None without any.
+
+        Half-written folders are ignored, with a warning.
+        """
+        self.wait()
+        return self._on_first(self._shelf.latest)
+
+    def load(
+        self, path: str | Path, model: MetaModel, optimizer: torch.optim.Optimizer, *, seed: int = 0
+    ) -> dict[str, Any]:
+        """Fill model, optimizer and the rank's random state from a checkpoint; returns its ``progress``.
+
+        The ranks and the experts' placement may be others than those of the save; the random states then begin
+        anew from seed and rank, which is said. Learning rate, betas and weight decay stay those of ``optimizer``.
+        DCP's index is a pickle: resume only from folders that you trust.
+
+        Raises:
+            CheckpointError: incomplete, damaged, or of a model of other sizes; names the folder and the field.
+        """
+        self.wait()
+        path = Path(path).absolute()
+
+        def check() -> dict[str, Any]:
+            reason = Shelf.incomplete(path)
+            if reason:
+                raise CheckpointError(f"{path} is no complete checkpoint ({reason}): resume from another one")
+            content = read_json(path / Shelf.INDEX)
+            check_same_model(path, content["args"], model.llma.args)
+            return content
+
+        def read() -> None:
+            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
+            dcp.load(tensors_of(model, optimizer), checkpoint_id=path, process_group=self._group)
+
+        record = agreed(self._world, check, path.name)
+        agreed(self._world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))
+        same = (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size)
+        if same:
+            file = path / f"rng.{self._world.mp_rank}.pt"
+            agreed(self._world, lambda: restore_rng(torch.load(file, weights_only=True), self._state.device))
+        else:
+            seed_rank(seed, self._world.mp_rank)
+            self._say(
+                f"{path} was saved at dp {record['dp_size']}, mp {record['mp_size']}, and is resumed at dp "
+                f"{self._state.dp_size}, mp {self._state.mp_size}: random states begin anew from seed {seed} and rank"
+            )
+        progress: dict[str, Any] = record["progress"]
+        return progress
+
+    def _write(
+        self, tensors: dict[str, Tensor], rng: dict[str, Any], record: dict[str, Any], aside: Path, final: Path
+    ) -> None:
+        start, rank = time.monotonic(), self._world.mp_rank
+
+        def write() -> dict[str, int]:
+            """Returns the lengths of the files that this rank wrote."""
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
+            torch.save(rng, aside / f"rng.{rank}.pt")
+            sync(aside / f"rng.{rank}.pt")
+            names = [f"rng.{rank}.pt", *(path.name for path in aside.glob(f"__{rank}_*"))]
+            return {name: (aside / name).stat().st_size for name in [*names, *([".metadata"] if rank == 0 else [])]}
+
+        def finish(lengths: list[dict[str, int]]) -> None:
+            files = {name: length for own in lengths for name, length in own.items()}
+            write_json(aside / Shelf.INDEX, {**record, "files": files})
+            self._say(f"checkpoint {final}: renaming")
+            self._shelf.publish(aside, final, keep_last=self._keep_last)
+
+        def explained(step: Callable[[], Result]) -> Result:
+            remedy = "free space, or choose another output_dir; earlier checkpoints are untouched"
+            return _explained(step, f"checkpoint {final} cannot be written", remedy)
+
+        try:
+            own = agreed(self._world, partial(explained, write))
+            lengths: list[dict[str, int]] = [{} for _ in range(self._world.mp_size)]
+            dist.all_gather_object(lengths, own, group=self._group)
+            self._on_first(partial(explained, partial(finish, lengths)))
+        except BaseException:
+            self._saved = ""
+            self._discard(aside)
+            raise
+        self._say(f"checkpoint {final}: saved in {time.monotonic() - start:.1f} s")
+
+    def _on_first(self, step: Callable[[], Result]) -> Result:
+        """What rank 0 alone does, its result or its error on every rank."""
+        values: list[Any] = [agreed(self._world, lambda: step() if self._world.is_first else None)]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        result: Result = values[0]
+        return result
+
+    def _discard(self, aside: Path) -> None:
+        if self._world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _say(self, message: str) -> None:
+        if self._world.is_first:
+            logger.info(message)
+
+
+def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:
+    """A state in which all ranks of the run are one group, to agree over; ``group``: other than the default one."""
+    if not dist.is_initialized():
+        return state
+    group = group or dist.group.WORLD
+    return replace(state, mp_group=group, mp_rank=dist.get_rank(), mp_size=dist.get_world_size())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP has gathered and still keeps, so that the model's parameters are the sharded ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def tensors_of(model: MetaModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a training state by the names of the checkpoint; they are the state's own."""
+    reshard(model)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def prime(optimizer: torch.optim.Optimizer, *, empty: bool) -> None:
+    """Give a new optimizer the tensors of one that has taken steps, to be filled, or take them away (``empty``)."""
+    if empty:
+        optimizer.state.clear()
+    if empty or optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a step that changes no parameter
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def check_same_model(path: Path, saved: dict[str, Any], args: ModelArgs) -> None:
+    """Hold the sizes in a checkpoint against the model's.
+
+    Raises:
+        CheckpointError: names the folder and the fields that differ.
+    """
+    own = args.to_dict()
+    keys = [key for key in (*own, *(saved.keys() - own.keys())) if key not in _FREE_ARGS]
+    differing = [f"{key} {saved.get(key)} (here {own.get(key)})" for key in keys if saved.get(key) != own.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{path} holds the state of another model: {', '.join(differing)}; "
+            "resume with the model's own config, or choose another output_dir"
+        )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of all random generators of this process, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Begin all random generators anew, on every rank in another way."""
+    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, which training does not change."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        return stager.stage(tensors)  # type: ignore[return-value]
+    finally:
+        stager.close()
+
+
+def _must_be_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError(f"{folder.parent} is not the same folder on all ranks: choose an output_dir that all hosts share")
+
+
+def _explained(step: Callable[[], Result], what: str, remedy: str, damaged: Path | None = None) -> Result:
+    """Run a step of DCP; its errors, of many types and many lines, become one line of one type.
+
+    Raises:
+        CheckpointError: the step failed, and ``damaged`` is the folder that it read.
+        OSError: the step failed.
+    """
+    try:
+        with torch.no_grad():
+            return step()
+    except (CheckpointException, Exception) as error:
+        where = ""
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+            where = f" on rank {rank}"
+        text = next(iter(str(cause).strip().splitlines()), "")
+        kind = OSError if damaged is None else CheckpointError
+        raise kind(f"{what}{where} ({type(cause).__name__}: {text}): {remedy}") from None
