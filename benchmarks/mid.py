@@ -10,8 +10,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.formats import base_sources
-from accessory.checkpoint.writer import export_shard, new_folder, save_shard
+from accessory.checkpoint.writer import export_shard, save_shard
 from accessory.config import ModelArgs, MoEArgs
+from accessory.files import new_folder
 from accessory.model.LLM.mistral import Transformer
 
 ARGS = ModelArgs(

@@ -26,7 +26,8 @@ from accessory.parallel.state import ParallelState
 from accessory.train import state as state_module
 from accessory.train.optim import adamw
 from accessory.train.sharding import device_mesh, shard_model
-from accessory.train.state import StateStore, tensors_of
+from accessory.train.snapshot import tensors_of
+from accessory.train.state import StateStore
 from accessory.train.trainer import train_step
 
 STOP, END = 6, 12

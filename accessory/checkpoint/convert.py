@@ -12,9 +12,10 @@ from tqdm import tqdm
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import TOKENIZER_FILES, Manifest
 from accessory.checkpoint.reader import Checkpoint, open_shard
-from accessory.checkpoint.writer import create_shard, new_folder, write_json
+from accessory.checkpoint.writer import create_shard
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
+from accessory.files import new_folder, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
 from accessory.data.sources import Source, read_data_config
 from accessory.data.system_prompt import format_prompt
 from accessory.data.tokenise import Recipe, as_json, check_source, token_dtype, write_source
+from accessory.files import sync
 from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
 
 try:
@@ -117,7 +118,7 @@ def _write(
                 except OSError:  # another process may have been faster, without a lock
                     if not is_complete(folder):
                         raise
-            _sync_folder(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -129,7 +130,7 @@ def _finish(aside: Path, lengths: Sequence[int], meta: dict[str, Any]) -> None:
         with (aside / name).open("wb") as file:
             file.write(content)
             _flush(file)
-    _sync_folder(aside)
+    sync(aside)
 
 
 def _key(sources: Sequence[Source], recipe: Recipe) -> str:
@@ -207,11 +208,3 @@ def _explained(folder: Path) -> Iterator[None]:
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,13 +11,14 @@ import inspect
 import io
 import itertools
 import math
-import os
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
+
+from accessory.files import replacing
 
 # Tests, and what a user installed: neither is the same from one machine to the next, nor good prose.
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
@@ -89,13 +90,8 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, *, vocab_size: int) 
         # The message begins with a place in the library's source and a condition in brackets.
         reason = str(error).rpartition("] ")[2]
         raise ValueError(f"no vocab_size {vocab_size} can be had from these texts: {reason}") from error
-    target = Path(path)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as aside:
         aside.write_bytes(model.getvalue())
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _sample(lines: list[str]) -> list[str]:

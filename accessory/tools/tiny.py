@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats import base_sources
-from accessory.checkpoint.writer import export_shard, new_folder, save_shard, write_json
+from accessory.checkpoint.writer import export_shard, save_shard
 from accessory.config import ModelArgs, MoEArgs
+from accessory.files import new_folder, write_json
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.tokenizer import Tokenizer

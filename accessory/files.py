@@ -1,0 +1,68 @@
+"""Writing so that nothing is ever half there: aside, synced to the disk, then renamed."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, aside and renamed."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to; on success it is synced and renamed over ``path``."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        sync(aside)
+        aside.rename(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
+
+    Raises:
+        FileExistsError: ``path`` is there already and not empty (nothing of the user's is overwritten).
+    """
+    path = path.resolve()
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's or folder's data to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""The folders of a run: written aside, published whole, and the newest of them named."""
+
+import logging
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from accessory.config import read_json
+from accessory.files import replacing, sync
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Folders of a run, each written aside and renamed when complete, and a file ``latest`` that names one of them.
+
+    A complete folder holds INDEX, whose "files" gives the length of every file; other folders are left alone.
+    """
+
+    folder: Path
+
+    INDEX = "state.json"
+    LATEST = "latest"
+
+    def aside(self, name: str) -> tuple[Path, Path]:
+        """Make a folder to write to; returns it and the free name to `publish` it under.
+
+        A name that is taken gets a number behind it, since replacing a folder is not one step.
+        """
+        final, number = self.folder / name, 0
+        while final.exists():
+            number += 1
+            final = self.folder / f"{name}.{number}"
+        aside = self.folder / f".{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+        aside.mkdir(parents=True)
+        return aside, final
+
+    def publish(self, aside: Path, final: Path, *, keep_last: int | None = None) -> None:
+        """Rename a written folder, then move ``latest`` to it, then remove all but the newest ``keep_last``."""
+        sync(aside)
+        aside.rename(final)
+        sync(self.folder)
+        with replacing(self.folder / self.LATEST) as pointer:
+            pointer.write_text(final.name + "\n", encoding="utf-8")
+        for path in self._half_written():
+            shutil.rmtree(path, ignore_errors=True)
+        if keep_last is not None:
+            for path in [path for path in self._by_age() if path != final][keep_last - 1 :]:
+                # Without its index first: a removal that is cut short leaves nothing that looks complete.
+                (path / self.INDEX).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The folder that ``latest`` names, else the newest complete one; warns of what it passes over."""
+        for path in self._half_written():
+            logger.warning("ignoring %s: its writing was cut short", path)
+        pointer = self.folder / self.LATEST
+        if pointer.exists():
+            named = self.folder / pointer.read_text(encoding="utf-8").strip()
+            reason = self.incomplete(named)
+            if not reason:
+                return named
+            logger.warning("ignoring %s, which %s names: %s", named, pointer, reason)
+        for path in self._by_age():
+            reason = self.incomplete(path)
+            if not reason:
+                return path
+            logger.warning("ignoring %s: %s", path, reason)
+        return None
+
+    @classmethod
+    def incomplete(cls, path: Path) -> str:
+        """What a folder lacks; empty where it is complete."""
+        if not (path / cls.INDEX).is_file():
+            return f"it has no {cls.INDEX}"
+        try:
+            files = read_json(path / cls.INDEX)["files"]
+            wrong = [name for name, size in files.items() if (path / name).stat().st_size != size]
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return f"{wrong[0]} is cut short" if wrong else ""
+
+    def _half_written(self) -> list[Path]:
+        return sorted(self.folder.glob(".*.tmp-*"))
+
+    def _by_age(self) -> list[Path]:
+        """The folders with an index, newest first."""
+        indices = sorted(self.folder.glob(f"[!.]*/{self.INDEX}"), key=lambda path: path.stat().st_mtime_ns)
+        return [index.parent for index in reversed(indices)]

@@ -1,0 +1,108 @@
+"""What a training state consists of: tensors by name, the model's sizes, and the random generators."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
+from accessory.model.meta import MetaModel
+from accessory.parallel.state import ParallelState
+
+# Settings of a run, which a resumed one may change.
+_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+
+
+def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:
+    """A state in which all ranks of the run are one group, to agree over; ``group``: other than the default one."""
+    if not dist.is_initialized():
+        return state
+    group = group or dist.group.WORLD
+    return replace(state, mp_group=group, mp_rank=dist.get_rank(), mp_size=dist.get_world_size())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP has gathered and still keeps, so that the model's parameters are the sharded ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def tensors_of(model: MetaModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a training state by the names of the checkpoint; they are the state's own."""
+    reshard(model)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def prime(optimizer: torch.optim.Optimizer, *, empty: bool) -> None:
+    """Give a new optimizer the tensors of one that has taken steps, to be filled, or take them away (``empty``)."""
+    if empty:
+        optimizer.state.clear()
+    if empty or optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a step that changes no parameter
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def check_same_model(path: Path, saved: dict[str, Any], args: ModelArgs) -> None:
+    """Hold the sizes in a checkpoint against the model's.
+
+    Raises:
+        CheckpointError: names the folder and the fields that differ.
+    """
+    own = args.to_dict()
+    keys = [key for key in (*own, *(saved.keys() - own.keys())) if key not in _FREE_ARGS]
+    differing = [f"{key} {saved.get(key)} (here {own.get(key)})" for key in keys if saved.get(key) != own.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{path} holds the state of another model: {', '.join(differing)}; "
+            "resume with the model's own config, or choose another output_dir"
+        )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of all random generators of this process, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Begin all random generators anew, on every rank in another way."""
+    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
