@@ -14,8 +14,8 @@ from test_training import SETTINGS, step_rows
 from torch import Tensor
 
 from accessory.checkpoint.reader import open_shard
-from accessory.model.meta import MetaModel, load_transformer
-from accessory.model.pretrained import Pretrained
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
 from accessory.train.export import export_checkpoint, export_name
 from accessory.train.optim import adamw

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from accessory.data.sampler import StepSampler
-from accessory.model.meta import MetaModel, load_transformer
-from accessory.model.pretrained import Pretrained
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
 from accessory.train import state as state_module
 from accessory.train.optim import adamw

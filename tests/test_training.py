@@ -10,8 +10,8 @@ from checkpoints import random_mixtral, whole_tensors, write_checkpoint
 from test_gradients import Batch, reference_loss, released_names
 from torch import Tensor
 
-from accessory.model.meta import MetaModel, load_transformer
-from accessory.model.pretrained import Pretrained
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
 from accessory.train.optim import adamw
 from accessory.train.sharding import device_mesh, shard_model

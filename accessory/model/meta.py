@@ -1,7 +1,5 @@
 """MetaModel: the Python door to a model."""
 
-import logging
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +10,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.checkpoint.reader import load_parameters
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
-from accessory.log import say_once
 from accessory.model.balance import RouterStats, load_balancing_loss
+from accessory.model.dtypes import settle_dtype
 from accessory.model.LLM.mistral import Transformer
-from accessory.model.pretrained import DTYPES, Paths, Pretrained
+from accessory.model.pretrained import Paths, Pretrained, load_transformer
 from accessory.model.requests import Examples, agreed, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.ops import reduce_from_region
-from accessory.parallel.plan import parameter_shapes, resolve_placement
+from accessory.parallel.plan import resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
-
-logger = logging.getLogger(__name__)
 
 
 class MetaModel(nn.Module):
@@ -93,7 +88,7 @@ class MetaModel(nn.Module):
                 max_seq_len=max_seq_len,
             )
             resolve_placement(found.args, expert_placement, state.mp_size)
-            return state, found, _settle_dtype(dtype, found, state)
+            return state, found, settle_dtype(dtype, found.stored_dtype, state)
 
         state, pretrained, chosen_dtype = agreed(members, settle)
         llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
@@ -241,69 +236,6 @@ class MetaModel(nn.Module):
             scored=True,
         )
         return evaluate(score_tokens(self.llma, tokens), tokens, context_lengths)
-
-
-def load_transformer(
-    pretrained: Pretrained, state: ParallelState, *, dtype: torch.dtype, expert_placement: str = "auto"
-) -> Transformer:
-    """Build this rank's part of a model and read its weights; collective over the model-parallel ranks.
-
-    Raises:
-        CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
-    """
-
-    def build() -> Transformer:
-        return Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
-
-    def load() -> None:
-        load_parameters(
-            dict(llma.named_parameters()),
-            dict(parameter_shapes(pretrained.args)),
-            pretrained.manifests,
-            pretrained.args,
-            state,
-            placement=llma.placement,
-        )
-
-    # Parameters made in a caller's inference_mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad():
-        # Paths may differ between hosts; what was found there must not.
-        llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
-        agreed(state, load)
-    return llma
-
-
-def default_dtype(state: ParallelState) -> torch.dtype:
-    """bfloat16, or float32 on a CPU whose bfloat16 products would be emulated; the latter is said once."""
-    if state.device.type != "cpu" or _cpu_multiplies_bf16():
-        return torch.bfloat16
-    if state.is_first:
-        say_once(logger, logging.WARNING, "this CPU has no native bfloat16 products: the model computes in float32")
-    return torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    if platform.machine() in ("aarch64", "arm64"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # oneDNN says yes for any AVX-512, and emulates.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _settle_dtype(dtype: torch.dtype | str | None, found: Pretrained, state: ParallelState) -> torch.dtype:
-    if isinstance(dtype, str) and dtype == "auto":
-        dtype = found.stored_dtype()
-        return default_dtype(state) if dtype == torch.bfloat16 else dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if dtype is not None:
-        names = ", ".join([*DTYPES, "auto"])
-        raise ValueError(
-            f"dtype {dtype!r} is none that the model computes in: give torch.bfloat16, torch.float16 or "
-            f"torch.float32, or one of {names}"
-        )
-    return default_dtype(state)
 
 
 def _refuse_unsupported(*, with_visual: bool, quant: bool | str) -> None:

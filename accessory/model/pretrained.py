@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 
 from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.reader import open_shard
+from accessory.checkpoint.reader import load_parameters, open_shard
 from accessory.config import ModelArgs
+from accessory.model.LLM.mistral import Transformer
+from accessory.model.requests import agreed
 from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.plan import parameter_shapes
+from accessory.parallel.state import ParallelState
 
 # Names that checkpoints carry for the architecture of model/LLM/mistral.py. Base and sparse differ in the layout
 # of their files only, which the reader recognises by itself.
 LLAMA_TYPES = ("mistral", "mixtral", "mistral_sparse", "mixtral_sparse")
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -70,6 +72,36 @@ class Pretrained:
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights on disk (of the first tensor of the first shard)."""
         return next(iter(open_shard(self.manifests[0].shards[0]).values())).dtype
+
+
+def load_transformer(
+    pretrained: Pretrained, state: ParallelState, *, dtype: torch.dtype, expert_placement: str = "auto"
+) -> Transformer:
+    """Build this rank's part of a model and read its weights; collective over the model-parallel ranks.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
+    """
+
+    def build() -> Transformer:
+        return Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
+
+    def load() -> None:
+        load_parameters(
+            dict(llma.named_parameters()),
+            dict(parameter_shapes(pretrained.args)),
+            pretrained.manifests,
+            pretrained.args,
+            state,
+            placement=llma.placement,
+        )
+
+    # Parameters made in a caller's inference_mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        # Paths may differ between hosts; what was found there must not.
+        llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
+        agreed(state, load)
+    return llma
 
 
 def _several(paths: Paths, setting: str) -> list[str | Path]:
