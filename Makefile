@@ -7,6 +7,8 @@ BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 TINY := runs/tiny
 PROMPT := The list method
+# One process and two write the same text in float32 on one kind of device.
+ALIKE := --dtype fp32 --device cpu
 
 .PHONY: install demo test lint docs pytest bench clean
 
@@ -22,9 +24,9 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*
 # The whole way once: make a model, convert it, ask it with one process and with two.
 demo: $(TINY)/converted
 	$(BIN)/accessory inspect $(TINY)/converted
-	$(BIN)/accessory generate $(TINY)/converted --dtype fp32 --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/one.txt
+	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/one.txt
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m accessory generate $(TINY)/converted \
-		--dtype fp32 --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/two.txt
+		$(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/two.txt
 	cmp $(TINY)/one.txt $(TINY)/two.txt
 	@echo "1 and 2 processes wrote the same text."
 
