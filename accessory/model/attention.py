@@ -8,7 +8,6 @@ G query heads that share one (H = K * G), h width of a head; all heads are this 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -89,30 +88,30 @@ class Score:
         return torch.cat([_attend_row(q, k, v, 0) for q, k, v in zip(*split, strict=True)])
 
 
-@dataclass
 class Decode:
     """One new token for every slot: fixed shapes, whatever the slots hold.
 
-    Attributes:
-        positions_T: (S,) where each slot's token goes; also the last position that it sees.
+    Args:
+        positions_S: where each slot's token goes; also the last position that it sees.
         bound: how far the cache is read.
     """
 
-    cache: KVCache
-    positions_T: Tensor
-    bound: int
+    def __init__(self, cache: KVCache, positions_S: Tensor, bound: int) -> None:
+        self.cache, self.positions_T, self.bound = cache, positions_S, bound
+        device = positions_S.device
+        self.places = (torch.arange(positions_S.shape[0], device=device), positions_S)
+        seen_SL = torch.arange(bound, device=device) <= positions_S[:, None]
+        self.seen_S11L = seen_SL[:, None, None]
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        slots = torch.arange(q_THh.shape[0], device=q_THh.device)
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys.index_put_((slots, self.positions_T), k_TKh)
-        values.index_put_((slots, self.positions_T), v_TKh)
-        seen = torch.arange(self.bound, device=q_THh.device) <= self.positions_T[:, None]
+        keys.index_put_(self.places, k_TKh)
+        values.index_put_(self.places, v_TKh)
         # The heads of a group see the same keys through the same mask: they can stand where a query's length
         # stands, and no key is repeated.
         q_SKGh = q_THh.unflatten(1, (keys.shape[2], -1))
         k_SKLh, v_SKLh = keys[:, : self.bound].transpose(1, 2), values[:, : self.bound].transpose(1, 2)
-        out = F.scaled_dot_product_attention(q_SKGh, k_SKLh, v_SKLh, attn_mask=seen[:, None, None])
+        out = F.scaled_dot_product_attention(q_SKGh, k_SKLh, v_SKLh, attn_mask=self.seen_S11L)
         return out.flatten(1, 2)
 
 

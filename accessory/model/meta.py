@@ -20,7 +20,7 @@ from accessory.model.requests import Examples, agreed, example_tokens, prompt_to
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.ops import reduce_from_region
-from accessory.parallel.plan import resolve_placement
+from accessory.parallel.plan import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
 
 
@@ -122,11 +122,8 @@ class MetaModel(nn.Module):
             raise ValueError(
                 f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
             )
-        if self.training and self.llma.state.mp_size > self.llma.args.n_kv_heads:
-            raise ValueError(
-                f"{self.llma.state.mp_size} ranks share {self.llma.args.n_kv_heads} key/value heads: the copies would "
-                "train apart; train on at most as many model-parallel ranks as there are key/value heads"
-            )
+        if self.training:
+            refuse_shared_heads(self.llma.args, self.llma.state.mp_size)
         counted = _not_padding(examples)
         logits, stats = self.llma(examples, counted)
         targets = labels[:, 1:].flatten()

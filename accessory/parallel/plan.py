@@ -186,6 +186,15 @@ def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
     return "expert" if placement == "expert" else "tensor"
 
 
+def refuse_shared_heads(args: ModelArgs, size: int) -> None:
+    """Raise ValueError where several of ``size`` ranks would train copies of one key/value head, which drift apart."""
+    if size > args.n_kv_heads:
+        raise ValueError(
+            f"{size} model-parallel ranks share {args.n_kv_heads} key/value heads, whose copies would train apart: "
+            f"train with model_parallel_size {args.n_kv_heads} at most"
+        )
+
+
 def supported_sizes(args: ModelArgs, placement: str = "auto") -> list[int]:
     """All model-parallel sizes over which a model can be split for inference."""
     return [size for size in range(1, args.n_heads + 1) if not _obstacles(args, placement, size)]

@@ -241,5 +241,5 @@ def process_group_of_launcher(
 
 
 def raised_on_all_ranks(error: Exception) -> bool:
-    """Whether `ParallelState.agree` raised this error on every rank of the model."""
+    """Whether every rank of the model raised this error alike: it went through `on_all_ranks`."""
     return _ON_ALL_RANKS in getattr(error, "__notes__", ())

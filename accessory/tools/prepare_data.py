@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from accessory.data.dialogue import read_turns
 from accessory.data.readers import READERS, Record, read_records
+from accessory.files import replacing
 from accessory.log import setup_logging
 
 _LISTED = 5  # left out records that are named; the others are counted
@@ -60,24 +60,18 @@ def convert_data(kind: str, source: str | Path, target: str | Path) -> Outcome:
     if path.resolve() in [file.resolve() for file in files]:
         raise ValueError(f"{path} is to be read and written: give another DST")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     outcome = Outcome()
-    try:
+    with replacing(path) as aside:
         with aside.open("w", encoding="utf-8") as out:
             for turns in _dialogues(files, DATASETS[kind], outcome):
                 out.write(",\n" if outcome.written else "[\n")
                 json.dump({"conversations": turns}, out, ensure_ascii=False)
                 outcome.written += 1
             out.write("\n]\n")
-            out.flush()
-            os.fsync(out.fileno())
         if not outcome.written:
             raise ValueError(
                 f"no record of {source} is a usable dialogue of {kind}: {outcome.listed[:1] or 'no record'}"
             )
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return outcome
 
 

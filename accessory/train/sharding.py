@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from accessory.model.LLM.mistral import Transformer
-from accessory.parallel.plan import split_of
+from accessory.parallel.plan import refuse_shared_heads, split_of
 from accessory.parallel.state import ParallelState
 
 DataParallel = Literal["fsdp", "sdp"]
@@ -51,11 +51,7 @@ def shard_model(
         ValueError: ranks outnumber the key/value heads, whose copies would train apart.
     """
     state = model.state
-    if state.mp_size > model.args.n_kv_heads:
-        raise ValueError(
-            f"model_parallel_size {state.mp_size} exceeds the {model.args.n_kv_heads} key/value heads, whose copies "
-            f"would train apart: use at most {model.args.n_kv_heads}"
-        )
+    refuse_shared_heads(model.args, state.mp_size)
     _distribute(model, mesh["mp"])
     shard = partial(
         fully_shard,
