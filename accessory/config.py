@@ -43,6 +43,7 @@ class ModelArgs:
         max_batch_size: sequences that are generated at once.
         max_seq_len: a hint; the argument of from_pretrained rules.
         load_balancing_weight: factor on the load-balancing loss in training.
+        z_loss_weight: factor on the router's z-loss in training; ST-MoE takes 0.001.
     """
 
     dim: int
@@ -59,6 +60,7 @@ class ModelArgs:
     max_seq_len: int = 2048
     moe: MoEArgs = field(default_factory=MoEArgs)
     load_balancing_weight: float = 0.1
+    z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _require_ints(self, positive=("dim", "n_layers", "n_heads", "hidden_dim", "max_batch_size", "max_seq_len"))
@@ -68,8 +70,9 @@ class ModelArgs:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
         if self.rope_scaling is not None and (not _is_number(self.rope_scaling) or self.rope_scaling <= 0):
             raise ValueError(f"rope_scaling must be null or a number above 0, not {self.rope_scaling!r}")
-        if not _is_number(self.load_balancing_weight) or self.load_balancing_weight < 0:
-            raise ValueError(f"load_balancing_weight must be 0 or more, not {self.load_balancing_weight!r}")
+        for name in ("load_balancing_weight", "z_loss_weight"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
         if self.n_kv_heads == -1:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim == -1:
@@ -121,8 +124,14 @@ class ModelArgs:
             raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that gives these arguments back."""
-        return dataclasses.asdict(self)
+        """The content of a config.json that gives these arguments back.
+
+        Keys of this library alone stand in it only where they say something: other tools refuse what they do not know.
+        """
+        values = dataclasses.asdict(self)
+        if self.z_loss_weight == 0:
+            del values["z_loss_weight"]
+        return values
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

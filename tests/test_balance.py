@@ -1,8 +1,11 @@
-"""The load-balancing loss and the training loss, against references written out token by token."""
+"""The router's losses and the training loss, against references written out token by token."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -11,13 +14,15 @@ from models import load
 from torch import Tensor
 
 from accessory.config import ModelArgs, MoEArgs
-from accessory.model.balance import RouterStats, load_balancing_loss
+from accessory.model.balance import RouterStats, load_balancing_loss, router_z_loss
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Routing
+from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import ParallelState
 from accessory.train.init import init_weights
+from accessory.train.sharding import device_mesh, shard_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,13 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def routing_of(logits_TE: Tensor, top_k: int) -> Routing:
     probs = logits_TE.softmax(-1)
     weights, experts = probs.topk(top_k)
-    return Routing(weights / weights.sum(-1, keepdim=True), experts, probs)
+    return Routing(weights / weights.sum(-1, keepdim=True), experts, probs, logits_TE)
+
+
+def stats_of(layers: Sequence[Tensor], top_k: int, counted: Tensor | None = None) -> RouterStats:
+    return RouterStats.stacked([routing_of(logits, top_k).stats(counted) for logits in layers])
 
 
 def loss_of(layers: Sequence[Tensor], top_k: int, counted: Tensor | None = None) -> Tensor:
     """The library's loss for router logits (T, E) of each layer."""
-    counts, probs = zip(*(routing_of(logits, top_k).stats(counted) for logits in layers), strict=True)
-    return load_balancing_loss(RouterStats(torch.stack(counts), torch.stack(probs)), top_k)
+    return load_balancing_loss(stats_of(layers, top_k, counted), top_k)
 
 
 def reference(layers: Sequence[Tensor], top_k: int, counted: Sequence[bool]) -> float:
@@ -95,14 +103,26 @@ def test_transformers_loss_is_k_times_ours(top_k: int) -> None:
     assert loss_of([logits], top_k, counted.flatten()).item() == pytest.approx(theirs.item() / top_k, rel=1e-5)
 
 
-def test_no_counted_token_gives_zero_and_a_finite_gradient() -> None:
+@pytest.mark.parametrize("loss_from", [load_balancing_loss, router_z_loss])
+def test_no_counted_token_gives_zero_and_a_finite_gradient(loss_from: Callable[[RouterStats, int], Tensor]) -> None:
     (logits,) = random_logits(0, layers=1, tokens=4, experts=4)
     logits.requires_grad_()
-    loss = loss_of([logits], 2, torch.zeros(4, dtype=torch.bool))
+    loss = loss_from(stats_of([logits], 2, torch.zeros(4, dtype=torch.bool)), 2)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
     assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_z_loss_worked_by_hand(top_k: int) -> None:
+    # Sums of the exponentials: e and e^2 in the first layer, e^3 and e^-1 in the second; the third token of each is
+    # padding. So the squares of the logarithms are 1, 4 and 9, 1, whose means over tokens are 2.5 and 5.
+    quarter = torch.ones(4) / 4
+    first = torch.stack([quarter.log() + 1, quarter.log() + 2, quarter.log() + 50])
+    second = torch.stack([quarter.log() + 3, quarter.log() - 1, quarter.log() + 50])
+    stats = stats_of([first, second], top_k, torch.tensor([True, True, False]))
+    assert router_z_loss(stats, top_k).item() == pytest.approx(3.75)
 
 
 # --- MetaModel.forward
@@ -224,6 +244,7 @@ def test_statistics_are_sums(model: MetaModel) -> None:
         both, first, second = (model.llma(part)[1] for part in (rows, rows[:1], rows[1:]))
     assert torch.equal(both.counts_E, first.counts_E + second.counts_E)
     torch.testing.assert_close(both.probs_E, first.probs_E + second.probs_E)
+    torch.testing.assert_close(both.squares, first.squares + second.squares)
     assert (both.counts_E.sum(-1) == 40).all()
     torch.testing.assert_close(both.probs_E.sum(-1), torch.full((2,), 20.0))
 
@@ -238,3 +259,123 @@ def test_examples_that_do_not_fit_are_refused(model: MetaModel) -> None:
         model(too_long, too_long)
     with pytest.raises(ValueError, match="reads text only"):
         model(examples, examples, images=torch.zeros(1))
+
+
+# --- training_losses over several ranks, against transformers' router logits
+
+Z_WEIGHT = 0.03
+
+
+class RouterCourse(NamedTuple):
+    """What one rank found: the losses' values and weights, the pairs, and the z-loss's gradients by name."""
+
+    extras: dict[str, tuple[float, float]]
+    counts_LE: Tensor
+    grads: dict[str, Tensor]
+
+
+def router_batch() -> Tensor:
+    """Four rows of unequal length, so that data-parallel ranks count unequally many tokens."""
+    return tokens_of(11, 12, 3, 7, 9, width=12)
+
+
+def z_loss_on_rank(folder: Path, mp_size: int, placement: str) -> RouterCourse:
+    state = ParallelState.init(mp_size, "cpu")
+    pretrained = Pretrained.resolve(folder, max_seq_len=64)
+    llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
+    shard_model(llma, device_mesh(state))
+    model = MetaModel(llma, pretrained.tokenizer).train()
+    own = router_batch().chunk(state.dp_size)[state.dp_rank]
+    _, extras, counts_LE = model.training_losses(own, own)
+    assert not counts_LE.requires_grad
+    extras["z_loss"][0].backward()
+    found = {name: parameter.grad for name, parameter in llma.named_parameters()}
+    grads = {name: grad.full_tensor() for name, grad in found.items() if grad is not None}
+    return RouterCourse({name: (value.item(), weight) for name, (value, weight) in extras.items()}, counts_LE, grads)
+
+
+@pytest.fixture(scope="module")
+def z_folder(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("z-loss") / "base", random_mixtral(5), small_tokenizer, files=2)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "z_loss_weight": Z_WEIGHT}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "mp_size", "placement"),
+    [(1, 1, "auto"), (2, 1, "auto"), (1, 2, "expert"), (1, 2, "tensor"), (2, 2, "expert"), (2, 2, "tensor")],
+)
+def test_z_loss_is_that_of_transformers_router_logits(
+    dp_size: int, mp_size: int, placement: str, ranks: Any, z_folder: Path
+) -> None:
+    hf, examples = random_mixtral(5), router_batch()
+    kept = (examples != 0).flatten()
+    layers = [logits[kept] for logits in hf(examples, output_router_logits=True).router_logits]
+    expected = torch.stack([logits.exp().sum(-1).log().pow(2).mean() for logits in layers]).mean()
+    expected.backward()
+    counts = torch.stack([logits.topk(2).indices.flatten().bincount(minlength=8).float() for logits in layers])
+
+    for found in ranks(dp_size * mp_size).run(z_loss_on_rank, z_folder, mp_size, placement):
+        assert found.extras["z_loss"] == (pytest.approx(expected.item(), rel=1e-5), Z_WEIGHT)
+        balance = reference([logits.detach() for logits in layers], 2, [True] * int(kept.sum()))
+        assert found.extras["load_balancing"] == (pytest.approx(balance, rel=1e-5), 0.1)
+        assert torch.equal(found.counts_LE, counts)
+        for layer, block in enumerate(hf.model.layers):
+            theirs = {
+                "feed_forward.gate": block.mlp.gate.weight.grad,
+                "attention_norm": block.input_layernorm.weight.grad,
+            }
+            for name, grad in theirs.items():
+                ours = found.grads[f"layers.{layer}.{name}.weight"]
+                torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
+        torch.testing.assert_close(
+            found.grads["tok_embeddings.weight"], hf.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_z_loss_is_given_where_it_has_a_weight(model: MetaModel) -> None:
+    examples = tokens_of(12, 10, 4, width=10)
+    without = model.training_losses(examples, examples)
+    assert without.extras.keys() == {"load_balancing"}
+    model.llma.args = model.llma.args.replace(z_loss_weight=0.5)
+    losses = model.training_losses(examples, examples)
+    assert losses.extras["z_loss"][1] == 0.5
+    assert losses.loss.item() == without.loss.item()
+    assert torch.equal(losses.counts_LE, without.counts_LE)
+    assert losses.counts_LE.sum().item() == 14 * 2 * 2
+    # forward gives the same, in training alone.
+    loss, extras = model(examples, examples)
+    assert loss.item() == losses.loss.item()
+    assert {name: value.item() for name, (value, _) in extras.items()} == {
+        name: value.item() for name, (value, _) in losses.extras.items()
+    }
+    assert model.eval()(examples, examples)[1] == {}
+
+
+def test_statistics_are_float32_in_bfloat16(model: MetaModel) -> None:
+    """A sum over many tokens would lose its last ones in the compute dtype."""
+    model.bfloat16()
+    model.llma.args = model.llma.args.replace(z_loss_weight=0.5)
+    examples = tokens_of(13, 10, width=10)
+    _, stats = model.llma(examples)
+    assert {sums.dtype for sums in stats} == {torch.float32}
+    assert {value.dtype for value, _ in model.training_losses(examples, examples).extras.values()} == {torch.float32}
+
+
+def losses_without_collectives(folder: Path) -> None:
+    state = ParallelState.init(1, "cpu")
+    pretrained = Pretrained.resolve(folder, max_seq_len=64)
+    model = MetaModel(load_transformer(pretrained, state, dtype=torch.float32), pretrained.tokenizer)
+    with mock.patch("torch.distributed.all_reduce", side_effect=AssertionError("a collective")) as all_reduce:
+        loss, extras = model.eval()(router_batch(), router_batch())
+        assert all_reduce.call_count == 0
+        with pytest.raises(AssertionError, match="a collective"):
+            model.train()(router_batch(), router_batch())
+        assert all_reduce.call_count == 1
+    assert loss.item() > 0
+    assert extras == {}
+
+
+def test_only_training_sums_over_data_parallel_ranks(ranks: Any, z_folder: Path) -> None:
+    ranks(2).run(losses_without_collectives, z_folder)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
-from accessory.model.balance import RouterStats, load_balancing_loss
+from accessory.model.balance import RouterStats, TrainingLosses, not_padding, router_losses
 from accessory.model.dtypes import settle_dtype
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.pretrained import Paths, Pretrained, load_transformer
 from accessory.model.requests import Examples, agreed, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
 
@@ -109,10 +108,28 @@ class MetaModel(nn.Module):
 
         Returns:
             The mean loss over the learned tokens (0 where there are none), and in training mode the extra losses
-            as {name: (value, weight)}, to be added as value * weight. The load-balancing loss is that of the
-            tokens of all data-parallel ranks.
+            as {name: (value, weight)}, to be added as value * weight; see `training_losses`.
         """
         refuse_images(images)
+        if self.training:
+            loss, extras, _ = self.training_losses(examples, labels)
+            return loss, extras
+        return self._cross_entropy(examples, labels)[0], {}
+
+    def training_losses(self, examples: Tensor, labels: Tensor) -> TrainingLosses:
+        """The losses of a micro-batch as `forward` takes it, in any mode, and what its tokens were routed to.
+
+        The extra losses and the counts are those of the tokens of all data-parallel ranks, which must all call.
+        """
+        args, state = self.llma.args, self.llma.state
+        refuse_shared_heads(args, state.mp_size)
+        loss, stats = self._cross_entropy(examples, labels)
+        # Not linear in the batch: every data-parallel rank takes the losses of all their tokens together.
+        stats = stats.summed(state.dp_group)
+        return TrainingLosses(loss, router_losses(stats, args), stats.counts_E)
+
+    def _cross_entropy(self, examples: Tensor, labels: Tensor) -> tuple[Tensor, RouterStats]:
+        """Mean over this rank's learned tokens, and the router's statistics of its tokens."""
         if examples.shape != labels.shape or examples.dim() != 2:
             raise ValueError(
                 "examples and labels must both be (batch, length), "
@@ -122,20 +139,10 @@ class MetaModel(nn.Module):
             raise ValueError(
                 f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
             )
-        if self.training:
-            refuse_shared_heads(self.llma.args, self.llma.state.mp_size)
-        counted = _not_padding(examples)
-        logits, stats = self.llma(examples, counted)
+        logits, stats = self.llma(examples, not_padding(examples))
         targets = labels[:, 1:].flatten()
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=0, reduction="sum")
-        loss = losses / (targets != 0).sum().clamp(min=1)
-        if not self.training:
-            return loss, {}
-        args = self.llma.args
-        # Not linear in the batch: every data-parallel rank takes the balance of all their tokens together.
-        stats = RouterStats(*(reduce_from_region(sums, self.llma.state.dp_group) for sums in stats))
-        balance = load_balancing_loss(stats, args.moe.num_experts_per_tok)
-        return loss, {"load_balancing": (balance, args.load_balancing_weight)}
+        return losses / (targets != 0).sum().clamp(min=1), stats
 
     def generate(
         self,
@@ -240,8 +247,3 @@ def _refuse_unsupported(*, with_visual: bool, quant: bool | str) -> None:
         raise ValueError("with_visual=True: Mixtral has no image encoder; leave it False")
     if quant:
         raise ValueError(f"quant={quant!r}: weights cannot be quantized yet; leave it False")
-
-
-def _not_padding(examples: Tensor) -> Tensor:
-    """Bool mask of the tokens before each row's trailing zeros."""
-    return (examples != 0).flip(1).cumsum(1).flip(1) > 0

@@ -26,18 +26,21 @@ class Routing(NamedTuple):
         weights_TK: float32, renormalised over the chosen experts.
         experts_TK: int64 expert numbers, the most probable first.
         probs_TE: float32 softmax over all experts.
+        logits_TE: float32, what the softmax was taken of.
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
     probs_TE: Tensor
+    logits_TE: Tensor
 
     def stats(self, counted_T: Tensor | None) -> RouterStats:
         """Sums over the tokens that count (None: all do)."""
         experts = self.probs_TE.shape[-1]
         chosen_TE = F.one_hot(self.experts_TK, experts).sum(1).float()
         weight_T = torch.ones_like(chosen_TE[:, 0]) if counted_T is None else counted_T.float()
-        return RouterStats(weight_T @ chosen_TE, weight_T @ self.probs_TE)
+        squares_T = self.logits_TE.logsumexp(-1).square()
+        return RouterStats(weight_T @ chosen_TE, weight_T @ self.probs_TE, weight_T @ squares_T)
 
 
 class Router(nn.Module):
@@ -52,9 +55,10 @@ class Router(nn.Module):
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        probs_TE = F.linear(x_TD, local(self.weight)).float().softmax(-1)
+        logits_TE = F.linear(x_TD, local(self.weight)).float()
+        probs_TE = logits_TE.softmax(-1)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
-        return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE)
+        return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE)
 
 
 class Experts(nn.Module):

@@ -12,7 +12,7 @@ from accessory.config import ModelArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.requests import agreed
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.plan import parameter_shapes
+from accessory.parallel.plan import local_boxes
 from accessory.parallel.state import ParallelState
 
 # Names that checkpoints carry for the architecture of model/LLM/mistral.py. Base and sparse differ in the layout
@@ -53,21 +53,34 @@ class Pretrained:
         """
         manifests = tuple(Manifest.read(path) for path in _several(pretrained_path, "pretrained_path"))
         last = manifests[-1]
-        if llama_type is None:
-            llama_type = last.llama_type or "mistral"
-        if llama_type not in LLAMA_TYPES:
-            raise ValueError(f'llama_type "{llama_type}" is unknown; known are {", ".join(LLAMA_TYPES)}')
+        llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         args = last.load_args() if llama_config is None else ModelArgs.load(_several(llama_config, "llama_config"))
         tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else tokenizer_path)
-        if args.vocab_size not in (-1, tokenizer.n_words):
-            raise ValueError(
-                f"tokenizer {tokenizer.path} has {tokenizer.n_words} tokens, the model's vocab_size is "
-                f"{args.vocab_size}: they belong to different models"
-            )
-        if not isinstance(max_seq_len, int) or isinstance(max_seq_len, bool) or max_seq_len < 3:
-            raise ValueError(f"max_seq_len must be a whole number of at least 3, not {max_seq_len!r}")
-        args = args.replace(vocab_size=tokenizer.n_words, max_seq_len=max_seq_len)
+        args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
+
+    @classmethod
+    def untrained(
+        cls,
+        *,
+        llama_type: str | None = None,
+        llama_config: Paths | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 4096,
+    ) -> "Pretrained":
+        """The same for a model that is trained from nothing: no folders, everything given.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file or setting.
+        """
+        if llama_config is None or tokenizer_path is None:
+            missing = "llama_config" if llama_config is None else "tokenizer_path"
+            raise ValueError(f"{missing} is not given: a model without a pretrained_path needs it")
+        llama_type = _known_type(llama_type)
+        args = ModelArgs.load(_several(llama_config, "llama_config"))
+        tokenizer = Tokenizer(tokenizer_path)
+        args = _settle(args, tokenizer, max_seq_len)
+        return cls(manifests=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights on disk (of the first tensor of the first shard)."""
@@ -89,11 +102,10 @@ def load_transformer(
     def load() -> None:
         load_parameters(
             dict(llma.named_parameters()),
-            dict(parameter_shapes(pretrained.args)),
+            local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size),
             pretrained.manifests,
-            pretrained.args,
+            llma.args,
             state,
-            placement=llma.placement,
         )
 
     # Parameters made in a caller's inference_mode could never be trained.
@@ -102,6 +114,30 @@ def load_transformer(
         llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
         agreed(state, load)
     return llma
+
+
+def _known_type(llama_type: str | None) -> str:
+    if llama_type is None:
+        return LLAMA_TYPES[0]
+    if llama_type not in LLAMA_TYPES:
+        raise ValueError(f'llama_type "{llama_type}" is unknown; known are {", ".join(LLAMA_TYPES)}')
+    return llama_type
+
+
+def _settle(args: ModelArgs, tokenizer: Tokenizer, max_seq_len: int) -> ModelArgs:
+    """The sizes with the vocabulary and the context length that the model will have.
+
+    Raises:
+        ValueError: another model's tokenizer, or a context length below 3.
+    """
+    if args.vocab_size not in (-1, tokenizer.n_words):
+        raise ValueError(
+            f"tokenizer {tokenizer.path} has {tokenizer.n_words} tokens, the model's vocab_size is "
+            f"{args.vocab_size}: they belong to different models"
+        )
+    if not isinstance(max_seq_len, int) or isinstance(max_seq_len, bool) or max_seq_len < 3:
+        raise ValueError(f"max_seq_len must be a whole number of at least 3, not {max_seq_len!r}")
+    return args.replace(vocab_size=tokenizer.n_words, max_seq_len=max_seq_len)
 
 
 def _several(paths: Paths, setting: str) -> list[str | Path]:

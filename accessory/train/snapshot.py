@@ -17,7 +17,7 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.state import ParallelState
 
 # Settings of a run, which a resumed one may change.
-_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight")
+_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight")
 
 
 def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:

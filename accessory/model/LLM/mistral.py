@@ -97,7 +97,7 @@ class Transformer(nn.Module):
             counted_BL: bool; which tokens the router's statistics count (None: all).
 
         Returns:
-            Logits (B, L, V) in the compute dtype, and the statistics stacked over layers, each (layers, E).
+            Logits (B, L, V) in the compute dtype, and the statistics stacked over layers.
         """
         rows, length = tokens_BL.shape
         pattern = CausalRows(rows, length, tokens_BL.device)
@@ -105,8 +105,7 @@ class Transformer(nn.Module):
         x_TD, routings = self._run(tokens_BL.flatten(), pattern)
         # FSDP's hooks want no view here, so the rows are told apart before the product and not behind it.
         logits_BLV = self.output(self.norm(x_TD).unflatten(0, (rows, length)))
-        counts, probs = zip(*(routing.stats(counted_T) for routing in routings), strict=True)
-        return logits_BLV, RouterStats(torch.stack(counts), torch.stack(probs))
+        return logits_BLV, RouterStats.stacked([routing.stats(counted_T) for routing in routings])
 
     def score(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (T, V) of every token of ragged rows that stand one after another."""
