@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from accessory.log import global_rank, setup_logging
+from accessory.log import RankParser, global_rank, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments once, however many ranks were started with them."""
-
-    def error(self, message: str) -> NoReturn:
-        if global_rank() != 0:
-            sys.exit(2)
-        super().error(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
+    parser = RankParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")
@@ -70,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="complete prompts")
     _add_model_arguments(generate)
-    generate.add_argument("--prompt", action="append", required=True, help="text to complete; may be repeated")
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="text to complete; may be repeated")
+    prompts.add_argument("--prompt-file", type=Path, help="file with a text to complete on each line")
+    generate.add_argument("--dialog", action="store_true", help="prompts are questions to a chat model")
     generate.add_argument("--max-gen-len", type=int, default=512, help="tokens at most (default 512)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
     generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
@@ -126,7 +120,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from accessory.model.meta import MetaModel
-    from accessory.parallel.state import process_group_of_launcher
+    from accessory.parallel.rendezvous import process_group_of_launcher
 
     with process_group_of_launcher(arguments.device, say=_say) as mp_group:
         torch.manual_seed(arguments.seed)
@@ -147,11 +141,35 @@ def _generate(arguments: argparse.Namespace) -> None:
             "top_p": arguments.top_p,
             "additional_stop_symbols": arguments.stop,
         }
-        if len(arguments.prompt) == 1:
-            _print_stream(model.stream_generate(arguments.prompt[0], **settings))
+        texts = arguments.prompt or _lines_of(arguments.prompt_file)
+        prompts = texts
+        if arguments.dialog:
+            prompts, end = _open_dialogues(texts)
+            settings["additional_stop_symbols"] = [*arguments.stop, end]
+        if len(prompts) == 1:
+            _print_stream(model.stream_generate(prompts[0], **settings))
         else:
-            for text in model.generate(arguments.prompt, **settings):
-                _print(f"{text}\n")
+            for text, answer in zip(texts, model.generate(prompts, **settings), strict=True):
+                _print(f"{text}\n  {answer.strip()}\n" if arguments.dialog else f"{answer}\n")
+
+
+def _lines_of(file: Path) -> list[str]:
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt-file {file} has no line to complete: write some into it")
+    return lines
+
+
+def _open_dialogues(questions: Sequence[str]) -> tuple[list[str], str]:
+    """A prompt for each question, and the text that ends an answer."""
+    from accessory.data.conversation import default_conversation
+
+    conversation = default_conversation()
+    prompts = []
+    for question in questions:
+        conversation.load_qas([[question, None]])
+        prompts.append(conversation.get_prompt())
+    return prompts, conversation.response_end_signal
 
 
 def _print_stream(stream: Iterator[dict[str, Any]]) -> None:

@@ -4,28 +4,44 @@ Modules log through ``logging.getLogger(__name__)``. Programs call `setup_loggin
 INFO and the other ranks only at WARNING, each of their lines marked with its rank.
 """
 
+import argparse
 import logging
-import os
 import sys
+from pathlib import Path
+from typing import NoReturn
+
+from accessory.launch import Launch
 
 
 def global_rank() -> int:
-    """Rank of this process among those that torchrun started (0 where it was started alone)."""
-    value = os.environ.get("RANK", "")
-    return int(value) if value.isdigit() else 0
+    """Rank of this process among those that a launcher started (0 where it was started alone)."""
+    try:
+        return Launch.find().rank
+    except ValueError:
+        return 0  # said where the ranks are joined
 
 
-def setup_logging(rank: int | None = None) -> None:
-    """Send the package's records to standard error; calling it again only changes the rank."""
+def setup_logging(rank: int | None = None, *, file: Path | None = None) -> None:
+    """Send the package's records to standard error; calling it again only changes the settings.
+
+    Args:
+        file: a file to append rank 0's records to as well.
+    """
     rank = global_rank() if rank is None else rank
     logger = logging.getLogger("accessory")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # What is true of the whole machine is said by one rank.
-    logging.getLogger("accessory.kernels").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
+    for name in ("kernels", "data"):
+        logging.getLogger(f"accessory.{name}").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     mark = "" if rank == 0 else f"[rank {rank}] "
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{mark}%(levelname)s: %(message)s"))
-    logger.handlers[:] = [handler]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setFormatter(logging.Formatter(f"{mark}%(levelname)s: %(message)s"))
+    if file is not None and rank == 0:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers[:] = handlers
     logger.propagate = False
 
 
@@ -37,3 +53,12 @@ def say_once(logger: logging.Logger, level: int, message: str) -> None:
 
 
 _said: set[str] = set()
+
+
+class RankParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments once, however many ranks were started with them."""
+
+    def error(self, message: str) -> NoReturn:
+        if global_rank() != 0:
+            sys.exit(2)
+        super().error(message)

@@ -421,6 +421,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rope_scaling NaN": ({"rope_scaling": float("nan")}, ("rope_scaling", "nan", "null or a number above 0")),
     "balance negative": ({"load_balancing_weight": -1}, ("load_balancing_weight", "-1", "must be 0 or more")),
     "balance NaN": ({"load_balancing_weight": float("nan")}, ("load_balancing_weight", "nan", "must be 0 or more")),
+    "z-loss negative": ({"z_loss_weight": -0.5}, ("z_loss_weight", "-0.5", "must be 0 or more")),
+    "z-loss true": ({"z_loss_weight": True}, ("z_loss_weight", "True", "must be 0 or more")),
     "moe a number": ({"moe": 8}, ("moe", "8", "must be an object with num_experts")),
     "moe experts text": ({"moe": {"num_experts": "8"}}, ("num_experts", "'8'", "must be a whole number above 0")),
     "no expert chosen": (

@@ -22,7 +22,7 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config|log|errors|files)"),
+    ("ground", r"accessory\.(config|log|errors|files|launch)"),
     ("parallel", r"accessory\.parallel(\..*)?"),
     ("checkpoint", r"accessory\.checkpoint(\..*)?"),
     ("generation", r"accessory\.generation(\..*)?"),

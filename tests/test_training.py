@@ -13,13 +13,15 @@ from torch import Tensor
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
-from accessory.train.optim import adamw
+from accessory.train.optim import CosineSchedule, adamw
 from accessory.train.sharding import device_mesh, shard_model
-from accessory.train.trainer import TrainSettings, train_step
+from accessory.train.trainer import train_step
 
 STEPS = 20
 ROWS = 4
-SETTINGS = TrainSettings(steps=STEPS, lr=2e-3, min_lr=1e-4, warmup=3, weight_decay=0.1, clip_grad=0.5)
+SCHEDULE = CosineSchedule(steps=STEPS, lr=2e-3, min_lr=1e-4, warmup=3)
+WEIGHT_DECAY = 0.1
+CLIP_GRAD = 0.5
 
 
 class Course(NamedTuple):
@@ -56,7 +58,7 @@ def train_on_rank(folder: Path, mp_size: int, placement: str, data_parallel: Any
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
     shard_model(llma, device_mesh(state), data_parallel=data_parallel)
     model = MetaModel(llma, pretrained.tokenizer).train()
-    optimizer = adamw(model.named_parameters(), lr=SETTINGS.lr, weight_decay=SETTINGS.weight_decay)
+    optimizer = adamw(model.named_parameters(), lr=SCHEDULE.lr, weight_decay=WEIGHT_DECAY)
     history = []
     for step in range(STEPS):
         micro_batches = []
@@ -64,7 +66,7 @@ def train_on_rank(folder: Path, mp_size: int, placement: str, data_parallel: Any
             share = len(examples) // state.dp_size
             own = slice(state.dp_rank * share, (state.dp_rank + 1) * share)
             micro_batches.append((examples[own], labels[own]))
-        history.append(train_step(model, optimizer, micro_batches, SETTINGS, step))
+        history.append(train_step(model, optimizer, micro_batches, lr=SCHEDULE(step), clip_grad=CLIP_GRAD))
     weights = {name: parameter.detach().full_tensor() for name, parameter in llma.named_parameters()}
     return Course(
         [metrics.loss for metrics in history],
@@ -79,15 +81,15 @@ def plain_loop(accumulation: int) -> Course:
     hf = random_mixtral(5).train()
     decayed = [parameter for parameter in hf.parameters() if parameter.dim() > 1]
     norms = [parameter for parameter in hf.parameters() if parameter.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": SETTINGS.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=False)
     course = Course([], [], [], {})
     for step in range(STEPS):
-        if step < SETTINGS.warmup:
-            lr = SETTINGS.lr * (step + 1) / SETTINGS.warmup
+        if step < SCHEDULE.warmup:
+            lr = SCHEDULE.lr * (step + 1) / SCHEDULE.warmup
         else:
-            done = (step - SETTINGS.warmup) / (STEPS - SETTINGS.warmup)
-            lr = SETTINGS.min_lr + (SETTINGS.lr - SETTINGS.min_lr) * (1 + math.cos(math.pi * done)) / 2
+            done = (step - SCHEDULE.warmup) / (STEPS - SCHEDULE.warmup)
+            lr = SCHEDULE.min_lr + (SCHEDULE.lr - SCHEDULE.min_lr) * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples, labels = step_rows(step)
@@ -101,7 +103,7 @@ def plain_loop(accumulation: int) -> Course:
             balances += balance.item() / accumulation / 0.1
         course.losses.append(losses)
         course.balances.append(balances)
-        course.norms.append(torch.nn.utils.clip_grad_norm_(hf.parameters(), SETTINGS.clip_grad).item())
+        course.norms.append(torch.nn.utils.clip_grad_norm_(hf.parameters(), CLIP_GRAD).item())
         optimizer.step()
         optimizer.zero_grad()
     return course._replace(weights=whole_tensors(hf))
@@ -142,6 +144,10 @@ def assert_same_course(ours: Course, theirs: Course) -> None:
         (1, 4, "expert", "fsdp", 2),
         (1, 4, "tensor", "fsdp", 1),
         (4, 1, "auto", "fsdp", 1),
+        (2, 1, "auto", "ddp", 1),
+        (2, 1, "auto", "ddp", 2),
+        (2, 2, "expert", "ddp", 2),
+        (2, 2, "tensor", "ddp", 1),
     ],
 )
 def test_training_is_the_same_however_it_is_spread(

@@ -13,7 +13,7 @@ from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to
 from accessory.checkpoint.manifest import Manifest
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
-from accessory.parallel.plan import Box, Placement, local_box
+from accessory.parallel.plan import Box
 from accessory.parallel.state import ParallelState
 
 # How torch.save began a file before it wrote zip archives: its magic number, pickled.
@@ -138,26 +138,20 @@ class Checkpoint:
 
 def load_parameters(
     parameters: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
+    boxes: Mapping[str, Box],
     manifests: Sequence[Manifest],
     args: ModelArgs,
     state: ParallelState,
-    *,
-    placement: Placement,
 ) -> None:
-    """Fill this rank's parameters from checkpoint folders; later folders overlay earlier ones.
+    """Fill a rank's parameters from checkpoint folders; later folders overlay earlier ones.
 
     Args:
         parameters: local tensors by name, filled in place (converted to their dtype and device).
-        shapes: whole shape of each parameter.
+        boxes: the part of each whole parameter that the local tensor holds; may be empty.
 
     Raises:
         CheckpointError: a file or tensor that does not fit, or a parameter that no folder fills.
     """
-    boxes = {
-        name: local_box(name, shape, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
-        for name, shape in shapes.items()
-    }
     filled: dict[str, int] = dict.fromkeys(boxes, 0)
     for manifest in manifests:
         # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.

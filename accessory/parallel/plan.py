@@ -92,6 +92,14 @@ class Box:
         """The index of this box in a tensor that holds ``outer``."""
         return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.start, outer.start, self.size, strict=True))
 
+    def chunk(self, axis: int, *, rank: int, size: int) -> "Box":
+        """Piece ``rank`` of ``size`` along an axis, as torch.chunk cuts: the last may be smaller, or empty."""
+        piece = -(-self.size[axis] // size)
+        skipped = min(rank * piece, self.size[axis])
+        start, part = list(self.start), list(self.size)
+        start[axis], part[axis] = start[axis] + skipped, min(piece, part[axis] - skipped)
+        return Box(tuple(start), tuple(part))
+
     @property
     def numel(self) -> int:
         return math.prod(self.size)
@@ -165,6 +173,14 @@ def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: 
     start, part = [0] * len(shape), list(shape)
     start[axis], part[axis] = rank * units // size * width, local * width
     return Box(tuple(start), tuple(part))
+
+
+def local_boxes(args: ModelArgs, *, placement: Placement, rank: int, size: int) -> dict[str, Box]:
+    """`local_box` of every parameter of a model, by name."""
+    return {
+        name: local_box(name, shape, args, placement=placement, rank=rank, size=size)
+        for name, shape in parameter_shapes(args)
+    }
 
 
 def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:

@@ -4,9 +4,7 @@ import atexit
 import contextlib
 import functools
 import io
-import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -200,44 +198,6 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen
-
-
-@contextlib.contextmanager
-def process_group_of_launcher(
-    device: str | None = None, *, say: Callable[[Exception], None]
-) -> Iterator[dist.ProcessGroup | None]:
-    """Join the ranks that torchrun started, for the time of a command; None in a process started alone.
-
-    With a GPU for every rank of this host the backend is nccl and the local rank chooses the card; otherwise, or
-    where ``device`` is "cpu", it is gloo and the ranks compute on the CPU. An error that all ranks raise alike is
-    given to ``say`` on rank 0, and the ranks leave together afterwards: the launcher ends the rest as soon as one
-    has failed.
-
-    Raises:
-        ValueError: ``device`` names one card, which ranks cannot share.
-        SystemExit: with code 1, after an error that was said.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        yield None
-        return
-    if device is not None and ":" in device:
-        raise on_all_ranks(ValueError(f'device "{device}" is one card for all ranks; give "cuda" or "cpu" alone'))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_gpus = torch.cuda.device_count() >= local_size and device != "cpu"
-    if on_gpus:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    try:
-        yield dist.group.WORLD
-    except Exception as error:
-        if not raised_on_all_ranks(error):
-            raise
-        if dist.get_rank() == 0:
-            say(error)
-        dist.barrier()
-        raise SystemExit(1) from None
-    finally:
-        dist.destroy_process_group()
 
 
 def raised_on_all_ranks(error: Exception) -> bool:

@@ -1,9 +1,11 @@
 """Initial weights for a model that is trained from nothing."""
 
 import torch
-from torch import nn
 
 from accessory.model.LLM.mistral import Transformer
+from accessory.parallel.ops import local
+from accessory.parallel.plan import Box, parameter_shapes
+from accessory.train.sharding import own_boxes
 
 ROUTER_STD = 0.02
 
@@ -14,18 +16,27 @@ def init_weights(model: Transformer, *, seed: int) -> None:
 
     Norms are 1. The router starts nearly even (0.02). What adds to the residual stream is scaled by
     1 / sqrt(2 layers), as GPT-2's is (Radford et al., 2019): the stream's variance then does not grow with depth.
+
+    The whole model is the same to the bit however it is split and sharded: each rank draws every parameter whole,
+    one after another, and keeps its own piece.
     """
-    generator = torch.Generator(device=model.state.device).manual_seed(seed)
+    device = model.state.device
+    generator = torch.Generator(device=device).manual_seed(seed)
     residual_scale = (2 * model.args.n_layers) ** -0.5
+    shapes, boxes = dict(parameter_shapes(model.args)), own_boxes(model)
     for name, parameter in model.named_parameters():
+        own = local(parameter)
         if "norm" in name:
-            nn.init.ones_(parameter)
+            own.fill_(1.0)
             continue
+        shape = shapes[name]
         if name.endswith("tok_embeddings.weight"):
             std = 1.0
         elif name.endswith("gate.weight"):
             std = ROUTER_STD
         else:
-            std = parameter.shape[-1] ** -0.5
+            std = shape[-1] ** -0.5
         adds_to_residual = name.endswith((".wo.weight", ".w2"))
-        parameter.normal_(0.0, std * (residual_scale if adds_to_residual else 1.0), generator=generator)
+        whole = torch.empty(shape, dtype=parameter.dtype, device=device)
+        whole.normal_(0.0, std * (residual_scale if adds_to_residual else 1.0), generator=generator)
+        own.copy_(whole[boxes[name].within(Box.whole(shape))])

@@ -1,22 +1,25 @@
 """A model's parameters as 2-D DTensors: split by the plan over the model-parallel ranks, and by FSDP over the others.
 
-With both axes in every parameter, gradient norms, checkpoints and counts see the whole model.
+With both axes in every parameter, gradient norms, checkpoints and counts see the whole model. Under "ddp" the
+data-parallel axis is there as well, with every rank of it holding the same.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from accessory.model.LLM.mistral import Transformer
-from accessory.parallel.plan import refuse_shared_heads, split_of
+from accessory.parallel.plan import Box, local_boxes, refuse_shared_heads, split_of
 from accessory.parallel.state import ParallelState
 
-DataParallel = Literal["fsdp", "sdp"]
+DataParallel = Literal["fsdp", "sdp", "ddp"]
 
 
 def device_mesh(state: ParallelState) -> DeviceMesh:
@@ -37,29 +40,36 @@ def shard_model(
     data_parallel: DataParallel = "fsdp",
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Turn the parameters, which hold a model-parallel rank's slices by now, into sharded DTensors, in place.
+    """Turn the parameters of a model-parallel rank into sharded DTensors, in place.
 
     Each block is one unit of communication. Parameters, gradients and optimizer state keep the parameters' dtype
     and are split over the data-parallel ranks; products run in ``compute_dtype`` and gradients are summed (not
-    averaged) in float32.
+    averaged) in float32. Parameters on the meta device stay there, and take no memory yet.
 
     Args:
         data_parallel: "fsdp" gathers a block's parameters for its forward and again for its backward pass; "sdp"
-            keeps them from the one to the other.
+            keeps them from the one to the other; "ddp" splits nothing over the data-parallel ranks, each of which
+            holds parameters, gradients and optimizer state whole.
 
     Raises:
-        ValueError: ranks outnumber the key/value heads, whose copies would train apart.
+        ValueError: ranks outnumber the key/value heads, whose copies would train apart; an unknown data_parallel.
     """
-    state = model.state
-    refuse_shared_heads(model.args, state.mp_size)
+    if data_parallel not in get_args(DataParallel):
+        raise ValueError(f"data_parallel is {data_parallel!r}: give one of {', '.join(get_args(DataParallel))}")
+    refuse_shared_heads(model.args, model.state.mp_size)
     _distribute(model, mesh["mp"])
-    shard = partial(
-        fully_shard,
-        mesh=mesh["dp"],
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        reshard_after_forward=data_parallel == "fsdp",
-        shard_placement_fn=partial(_dp_placement, dp_size=state.dp_size),
-    )
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    shard: Callable[[nn.Module], object]
+    if data_parallel == "ddp":
+        shard = partial(replicate, mesh=mesh["dp"], mp_policy=policy)
+    else:
+        shard = partial(
+            fully_shard,
+            mesh=mesh["dp"],
+            mp_policy=policy,
+            reshard_after_forward=data_parallel == "fsdp",
+            shard_placement_fn=lambda parameter: Shard(_dp_axis(parameter, model.state.dp_size)),
+        )
     for block in model.layers:
         shard(block)
     shard(model)
@@ -71,6 +81,31 @@ def shard_model(
             module.set_gradient_divide_factor(1.0)
 
 
+def set_last_backward(model: nn.Module, *, last: bool) -> None:
+    """Say before a backward pass whether it is the last of its step: a "ddp" model reduces gradients in that one alone.
+
+    In those before, gradients are added up on each rank, in float32. That takes no memory that "ddp" would not need
+    anyway. Any other model would have to keep gradients of its unsharded parameters, and reduces in every pass.
+    """
+    for module in model.modules():
+        if isinstance(module, ReplicateModule):
+            module.set_requires_gradient_sync(last, recurse=False)
+
+
+def own_boxes(model: Transformer) -> dict[str, Box]:
+    """The part of each whole parameter that lies on this rank; an empty one too, where ranks outnumber the rows."""
+    args, state = model.args, model.state
+    slices = local_boxes(args, placement=model.placement, rank=state.mp_rank, size=state.mp_size)
+    boxes = {}
+    for name, parameter in model.named_parameters():
+        boxes[name] = slices[name]
+        over_dp = parameter.placements[:-1] if isinstance(parameter, DTensor) else ()
+        if any(not isinstance(placement, Replicate) for placement in over_dp):
+            axis = _dp_axis(parameter, state.dp_size)
+            boxes[name] = slices[name].chunk(axis, rank=state.dp_rank, size=state.dp_size)
+    return boxes
+
+
 def _distribute(model: Transformer, mp_mesh: DeviceMesh) -> None:
     for name, parameter in list(model.named_parameters()):
         axis = split_of(name).axis[model.placement]
@@ -80,13 +115,14 @@ def _distribute(model: Transformer, mp_mesh: DeviceMesh) -> None:
         setattr(owner, name.rpartition(".")[2], nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _dp_placement(parameter: nn.Parameter, dp_size: int) -> Shard | None:
-    """The longest axis that the plan leaves whole and the data-parallel ranks divide; None: axis 0, unevenly.
+def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
+    """Where FSDP cuts: the longest axis that the plan leaves whole and the data-parallel ranks divide, else axis 0.
 
     By default FSDP cuts axis 0. Of stacked experts a rank may hold fewer than there are data-parallel ranks, and
-    the last of these would then hold nothing.
+    the last of these would then hold nothing. Axis 0 is the only one that it cuts unevenly.
     """
     assert isinstance(parameter, DTensor)
-    taken = {placement.dim for placement in parameter.placements if isinstance(placement, Shard)}
-    free = [axis for axis, size in enumerate(parameter.shape) if axis not in taken and size % dp_size == 0]
-    return Shard(max(free, key=lambda axis: parameter.shape[axis])) if free else None
+    split = parameter.placements[-1]  # over the model-parallel ranks
+    taken = split.dim if isinstance(split, Shard) else None
+    free = [axis for axis, size in enumerate(parameter.shape) if axis != taken and size % dp_size == 0]
+    return max(free, key=lambda axis: parameter.shape[axis], default=0)

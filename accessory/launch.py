@@ -1,0 +1,118 @@
+"""Who started this process, and as which of how many: read from the environment of torchrun or of SLURM."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+_DEFAULT_PORT = 29500
+# Ports for the jobs of a cluster: below those that Linux gives to outgoing connections (32768 and up).
+_FIRST_PORT, _PORTS = 20_000, 12_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A process's place among those that were started with it.
+
+    Attributes:
+        launcher: "torchrun" (or whatever sets its variables), "slurm" (srun), or "alone".
+        rank, world_size: among all processes.
+        local_rank, local_size: among those of this host.
+        address, port: where rank 0 waits for the others.
+    """
+
+    launcher: Literal["torchrun", "slurm", "alone"] = "alone"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = _DEFAULT_PORT
+
+    @classmethod
+    def find(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Read the variables of torchrun (RANK, WORLD_SIZE, ...), else those of SLURM (SLURM_PROCID, ...).
+
+        MASTER_ADDR and MASTER_PORT rule under both. SLURM tells no port: it is made of the job's number, so that
+        two jobs on a host do not meet.
+
+        Raises:
+            ValueError: names the variable that is missing or wrong.
+        """
+        environment = os.environ if environment is None else environment
+        if "RANK" in environment:
+            return cls._of_torchrun(environment)
+        if "SLURM_PROCID" in environment and ("SLURM_NTASKS" in environment or "SLURM_NPROCS" in environment):
+            return cls._of_slurm(environment)
+        return cls()
+
+    @classmethod
+    def _of_torchrun(cls, environment: Mapping[str, str]) -> Self:
+        world_size = _number(environment, "WORLD_SIZE", least=1)
+        return cls(
+            launcher="torchrun",
+            rank=_number(environment, "RANK", below=world_size),
+            world_size=world_size,
+            local_rank=_number(environment, "LOCAL_RANK", default=0, below=world_size),
+            local_size=_number(environment, "LOCAL_WORLD_SIZE", default=1, least=1),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number(environment, "MASTER_PORT", default=_DEFAULT_PORT),
+        )
+
+    @classmethod
+    def _of_slurm(cls, environment: Mapping[str, str]) -> Self:
+        tasks = "SLURM_NTASKS" if "SLURM_NTASKS" in environment else "SLURM_NPROCS"
+        world_size = _number(environment, tasks, least=1)
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
+        job = _number(environment, "SLURM_JOB_ID", default=-1, least=-1)
+        step = _number(environment, "SLURM_STEP_ID", default=0)
+        made = _DEFAULT_PORT if job < 0 else _FIRST_PORT + (17 * job + step) % _PORTS
+        return cls(
+            launcher="slurm",
+            rank=_number(environment, "SLURM_PROCID", below=world_size),
+            world_size=world_size,
+            local_rank=_number(environment, "SLURM_LOCALID", default=0, below=world_size),
+            local_size=_tasks_of_first_node(environment, world_size, nodes),
+            address=environment.get("MASTER_ADDR") or first_host(nodes),
+            port=_number(environment, "MASTER_PORT", default=made),
+        )
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list, such as "gpu[07-09,12],login1"; this host where the list is empty."""
+    match = re.match(r"(?P<name>[^,\[\s]+)(\[(?P<number>\d+)[^\]]*\](?P<rest>[^,\[\s]*))?", nodes.strip())
+    if match is None:
+        if nodes.strip():
+            raise ValueError(f"SLURM_NODELIST is {nodes!r}: no host can be read from it; set MASTER_ADDR")
+        return "127.0.0.1"
+    return match["name"] + (match["number"] or "") + (match["rest"] or "")
+
+
+def _tasks_of_first_node(environment: Mapping[str, str], world_size: int, nodes: str) -> int:
+    """Tasks per host; SLURM writes "8(x4)" or "8,4", of which the first number serves."""
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if match := re.match(r"\d+", environment.get(name, "")):
+            return max(1, int(match[0]))
+    several = "," in nodes or "[" in nodes
+    return 1 if several else world_size
+
+
+def _number(
+    environment: Mapping[str, str],
+    name: str,
+    *,
+    default: int | None = None,
+    least: int = 0,
+    below: int | None = None,
+) -> int:
+    value = environment.get(name, "")
+    if not value and default is not None:
+        return default
+    if not re.fullmatch(r"-?\d+", value) or int(value) < least or (below is not None and int(value) >= below):
+        fit = f"from {least}" + ("" if below is None else f" to {below - 1}")
+        raise ValueError(
+            f"the environment has {name}={value!r}, which should be a number {fit}: "
+            "start through torchrun or srun, or unset RANK and SLURM_PROCID to run alone"
+        )
+    return int(value)

@@ -1,0 +1,166 @@
+"""Where the processes of a command meet: process groups made from what the launcher tells, and left together."""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from accessory.launch import Launch
+from accessory.parallel.state import on_all_ranks, raised_on_all_ranks
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+# After so many seconds a process says for whom it waits.
+_SAY_AFTER = 15.0
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
+
+# What gloo, NCCL and the store say when a peer is gone; they raise plain RuntimeErrors.
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket (closed|timeout)|timed out|timeout|"
+    r"gloo|nccl|tcpstore|"
+    r"failed to (recv|send)|no route to host",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def process_group_of_launcher(
+    device: str | None = None,
+    *,
+    say: Callable[[Exception], None],
+    even_alone: bool = False,
+    timeout: timedelta | None = None,
+) -> Iterator[dist.ProcessGroup | None]:
+    """Join the processes that torchrun or srun started, for the time of a command.
+
+    With a GPU for every rank of this host the backend is nccl and the local rank chooses the card; otherwise, or
+    where ``device`` is "cpu", it is gloo and the ranks compute on the CPU. An error that all ranks raise alike is
+    given to ``say`` on rank 0, and the ranks leave together afterwards: the launcher ends the rest as soon as one
+    has failed. Of the ranks that lose a peer one says so.
+
+    Args:
+        even_alone: a process started alone gets a group of itself; otherwise None.
+        timeout: of collectives; None: torch's own.
+
+    Raises:
+        ValueError: ``device`` names one card, which ranks cannot share, or the launcher's variables are wrong.
+        OSError: the ranks do not find one another.
+        SystemExit: with code 1, after an error that was said.
+    """
+    launch = Launch.find()
+    if launch.world_size == 1 and not even_alone:
+        yield None
+        return
+    if device is not None and ":" in device and launch.world_size > 1:
+        raise on_all_ranks(ValueError(f'device "{device}" is one card for all ranks; give "cuda" or "cpu" alone'))
+    store = _join(launch, device, timeout)
+    try:
+        yield dist.group.WORLD
+    except Exception as error:
+        if raised_on_all_ranks(error):
+            if launch.rank == 0:
+                say(error)
+            dist.barrier()
+        elif is_lost_peer(error):
+            if _says_so(store, launch):
+                say(RuntimeError(f"a rank of this run is gone, so it ends ({_first_line(error)})"))
+        else:
+            raise
+        raise SystemExit(1) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended or cannot be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and bool(_LOST_PEER.search(str(error)))
+
+
+def _join(launch: Launch, device: str | None, timeout: timedelta | None) -> dist.Store:
+    """Make the default process group; returns the store through which its ranks found one another."""
+    # Where every task of SLURM sees the one card that is bound to it, all of them see one card.
+    cards = torch.cuda.device_count()
+    bound = launch.launcher == "slurm" and cards == 1
+    on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
+    if on_gpus:
+        torch.cuda.set_device(launch.local_rank % cards)
+    if launch.world_size > launch.local_size:
+        _choose_interface(launch.address)
+    os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
+    place = f"{launch.address}:{launch.port}"
+    others = launch.world_size - 1
+    waiting = threading.Timer(
+        _SAY_AFTER,
+        lambda: logger.warning(
+            "rank %d still waits at %s for the %d other processes: were all of them started?",
+            *(launch.rank, place, others),
+        ),
+    )
+    waiting.daemon = True
+    if launch.local_rank == 0:
+        waiting.start()
+    try:
+        if launch.launcher == "alone":
+            store: dist.Store = dist.HashStore()
+        else:
+            store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.world_size))
+        dist.init_process_group(
+            "nccl" if on_gpus else "gloo",
+            store=dist.PrefixStore("accessory", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise OSError(
+            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {place} ({_first_line(error)}): "
+            "see that the address can be reached and the port is free, or set MASTER_ADDR and MASTER_PORT"
+        ) from None
+    finally:
+        waiting.cancel()
+    return store
+
+
+def _says_so(store: dist.Store, launch: Launch) -> bool:
+    """Whether this rank is the one to report a lost peer: the first that the store hears of."""
+    try:
+        return store.add("accessory/lost-peer", 1) == 1
+    except Exception:  # the store went with its host
+        return launch.local_rank == 0 or launch.rank == 1
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo use the network interface that leads to rank 0.
+
+    By itself it takes the one that the host's own name stands for, which on many hosts is the loopback.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or fcntl is None:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                if socket.inet_ntoa(fcntl.ioctl(probe, _GET_ADDRESS, request)[20:24]) == own:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
