@@ -10,7 +10,7 @@ PROMPT := The list method
 # One process and two write the same text in float32 on one kind of device.
 ALIKE := --dtype fp32 --device cpu
 
-.PHONY: install demo test lint docs pytest bench clean
+.PHONY: install demo finetune-demo test lint docs pytest bench clean
 
 install: $(READY)
 
@@ -36,6 +36,19 @@ $(TINY)/converted: $(TINY)/consolidated.00.pth
 
 $(TINY)/consolidated.00.pth: | $(READY)
 	$(BIN)/accessory tiny --out $(TINY)
+
+# The tiny model learns dialogues on two processes; it is asked before and after.
+finetune-demo: $(TINY)/converted
+	rm -rf runs/dialogues runs/finetuned
+	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit 300
+	@echo "--- before (the last two questions are not in the training data)"
+	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 accessory/main_finetune.py \
+		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --dialog --output_dir runs/finetuned \
+		--epochs 12 --batch_size 8 --lr 2e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
+		--precision fp32 --device cpu --save_interval 12 --save_iteration_interval 0
+	@echo "--- after"
+	$(BIN)/accessory generate runs/finetuned/epoch11 $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
 
 # Everything that CI runs.
 test: lint docs pytest

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
 from ranks import alike, error_of
-from test_training import SETTINGS, step_rows
+from test_training import CLIP_GRAD, SCHEDULE, step_rows
 from torch import Tensor
 
 from accessory.checkpoint.reader import open_shard
@@ -46,7 +46,7 @@ def trained_model(folder: Path, mp_size: int, placement: str) -> MetaModel:
     model = MetaModel(llma, pretrained.tokenizer)
     optimizer = adamw(model.named_parameters(), lr=1.0, weight_decay=0.0)
     examples, labels = (rows.tensor_split(state.dp_size)[state.dp_rank] for rows in step_rows(0))
-    train_step(model.train(), optimizer, [(examples, labels)], SETTINGS, 0)
+    train_step(model.train(), optimizer, [(examples, labels)], lr=SCHEDULE(0), clip_grad=CLIP_GRAD)
     return model.eval()
 
 

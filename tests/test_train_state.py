@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
 from ranks import error_of
-from test_training import SETTINGS, step_rows
+from test_training import CLIP_GRAD, SCHEDULE, WEIGHT_DECAY, step_rows
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ def running(
     shard_model(llma, device_mesh(state))
     model = MetaModel(llma, pretrained.tokenizer).train()
     store = StateStore(output, state, keep_last=keep_last)
-    yield Run(model, adamw(model.named_parameters(), lr=1.0, weight_decay=SETTINGS.weight_decay), store)
+    yield Run(model, adamw(model.named_parameters(), lr=1.0, weight_decay=WEIGHT_DECAY), store)
     store.close()
 
 
@@ -84,7 +84,7 @@ def steps_on_rank(folder: Path, output: Path, mp_size: int, placement: str, end:
             share = len(step_rows(step)[0]) // state.dp_size
             own = slice(state.dp_rank * share, (state.dp_rank + 1) * share)
             batch = tuple(rows[own] for rows in step_rows(step))
-            losses.append(train_step(run.model, run.optimizer, [batch], SETTINGS, step).loss)  # type: ignore[list-item]
+            losses.append(train_step(run.model, run.optimizer, [batch], lr=SCHEDULE(step), clip_grad=CLIP_GRAD).loss)  # type: ignore[list-item]
             torch.rand(1)
             if step + 1 == save_at:
                 # The steps that follow must not reach what is being written.
@@ -161,7 +161,7 @@ def asynchronous_on_rank(folder: Path, output: Path) -> bool:
     with running(folder, output, 2) as run:
         with mock.patch.object(state_module.dcp, "save", held_up):
             for step in range(2):
-                train_step(run.model, run.optimizer, [step_rows(step)], SETTINGS, step)
+                train_step(run.model, run.optimizer, [step_rows(step)], lr=SCHEDULE(step), clip_grad=CLIP_GRAD)
                 if step == 0:
                     before = {name: value.clone() for name, value in tensors_of(run.model, run.optimizer).items()}
                     run.save(1, asynchronous=True)

@@ -114,14 +114,19 @@ def _documents() -> Iterator[str]:
 
 def _docstrings(root: Path) -> Iterator[str]:
     """The docstrings of every .py file under `root`, by path and then by place in the file."""
+    for _, tree in library_trees(root):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node, clean=False) or ""
+
+
+def library_trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    """Every .py file of the standard library under `root`: its path from there and its syntax tree, by path."""
     files = [file for file in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(file.relative_to(root).parts)]
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about others' string escapes
-                tree = ast.parse(file.read_bytes())
+                yield file.relative_to(root), ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield ast.get_docstring(node, clean=False) or ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.writer import export_shard, save_shard
@@ -18,7 +19,8 @@ from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import ParallelState
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.train.init import init_weights
-from accessory.train.trainer import TrainSettings, train
+from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.trainer import train_step
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +90,24 @@ def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int
             len(stream) / 1e6,
             len(texts),
         )
-        settings = TrainSettings(steps=steps, lr=3e-3, min_lr=1e-4, warmup=max(1, steps // 20), weight_decay=0.1)
-        windows = random_windows(stream, batch=batch, length=length, seed=seed)
-        train(model, ([(rows, rows)] for rows in windows), settings)
+        _train(model, random_windows(stream, batch=batch, length=length, seed=seed), steps=steps)
         loss, share = evaluate(model, held_back[: len(held_back) // length * length].view(-1, length))
         if share.min() < LEAST_SHARE:
             logger.warning("an expert gets only %.1f %% of its layer's tokens: train longer", 100 * share.min())
         _write(model, aside)
     return TinyReport(parameters=parameters, loss=loss, expert_share=share)
+
+
+def _train(model: MetaModel, windows: Iterator[Tensor], *, steps: int) -> None:
+    model.train()
+    optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=0.1)
+    schedule = CosineSchedule(steps=steps, lr=3e-3, min_lr=1e-4, warmup=max(1, steps // 20))
+    with tqdm(total=steps, desc="training", unit="step", dynamic_ncols=True) as progress:
+        for step, rows in zip(range(steps), windows, strict=False):
+            result = train_step(model, optimizer, [(rows, rows)], lr=schedule(step), clip_grad=1.0)
+            postfix = {"loss": f"{result.loss:.3f}", "balance": f"{result.balance_loss:.3f}"}
+            progress.set_postfix(postfix, refresh=False)
+            progress.update()
 
 
 def token_stream(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

@@ -112,11 +112,14 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype
     """This rank's slice of a parameter, cut as ``placement`` says, whichever way it is cut now."""
     if not isinstance(parameter, DTensor):
         return parameter.to(dtype)
-    axis = split_of(name).axis[placement]
-    wanted: list[Placement] = [Replicate(), Replicate() if axis is None else Shard(axis)]
     cast = parameter.to(dtype)
     assert isinstance(cast, DTensor)
-    return cast.redistribute(placements=wanted).to_local()
+    axis = split_of(name).axis[placement]
+    wanted: Placement = Replicate() if axis is None else Shard(axis)
+    if cast.placements[-1] != wanted:
+        # Whole in between: gloo has no direct way from one split to another.
+        cast = cast.redistribute(placements=[Replicate()] * len(cast.placements))
+    return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 
 
 def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:

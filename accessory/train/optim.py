@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,9 +19,24 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_d
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def cosine_lr(step: int, *, steps: int, warmup: int, lr: float, min_lr: float) -> float:
-    """Learning rate of a step: linear from 0 over ``warmup`` steps, then half a cosine down to ``min_lr``."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """Learning rate by step: linear up over ``warmup`` steps, then half a cosine down.
+
+    Attributes:
+        steps: optimizer steps of the whole course.
+        warmup: steps until the highest rate; may be a fraction.
+        lr, min_lr: learning rate at its highest and at the end.
+    """
+
+    steps: int
+    lr: float
+    min_lr: float = 0.0
+    warmup: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The rate of the step after so many; the first one has a rate above 0 already."""
+        if step < self.warmup:
+            return self.lr * min(1.0, (step + 1) / self.warmup)
+        done = (step - self.warmup) / max(1.0, self.steps - self.warmup)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accessory.config import read_json
+from accessory.errors import CheckpointError
 from accessory.files import replacing, sync
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class Shelf:
 
     folder: Path
 
+    CHECKPOINTS = "checkpoints"
     INDEX = "state.json"
     LATEST = "latest"
 
@@ -69,6 +71,21 @@ class Shelf:
                 return path
             logger.warning("ignoring %s: %s", path, reason)
         return None
+
+    @classmethod
+    def locate(cls, path: Path) -> Path:
+        """The checkpoint that ``path`` is, or the last one within it or its folder CHECKPOINTS.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if (path / cls.INDEX).exists():
+            return path
+        for folder in (path, path / cls.CHECKPOINTS):
+            found = cls(folder).latest() if folder.is_dir() else None
+            if found is not None:
+                return found
+        raise CheckpointError(f"{path} holds no training state: name a run's output_dir or a folder of its checkpoints")
 
     @classmethod
     def incomplete(cls, path: Path) -> str:

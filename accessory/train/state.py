@@ -28,6 +28,7 @@ from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
 from accessory.model.requests import agreed
+from accessory.parallel.rendezvous import is_lost_peer
 from accessory.parallel.state import ParallelState
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
@@ -52,7 +53,8 @@ class StateStore:
     """The checkpoints of a run. Every method is collective over all ranks, and raises on all of them alike.
 
     Attributes:
-        folder: the run's output folder, on a file system that all ranks share.
+        folder: where the checkpoints lie, on a file system that all ranks share.
+        world: all ranks as one group, whose members may wait for one another for hours.
     """
 
     def __init__(self, output_dir: str | Path, state: ParallelState, *, keep_last: int | None = None) -> None:
@@ -71,7 +73,7 @@ class StateStore:
         self._shelf, self._state, self._keep_last = Shelf(self.folder), state, keep_last
         # Saves run in a thread beside training steps, whose collectives theirs must not meet.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._world = over_all_ranks(state, self._group)
+        self.world = over_all_ranks(state, self._group)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._saved = ""
@@ -79,7 +81,7 @@ class StateStore:
         where = f"output_dir {self.folder} cannot be written to"
         probe, _ = self._on_first(partial(_explained, make, where, "choose a folder that you may write to"))
         try:
-            agreed(self._world, partial(_must_be_shared, probe))
+            agreed(self.world, partial(_must_be_shared, probe))
         finally:
             self._discard(probe)
 
@@ -110,7 +112,7 @@ class StateStore:
             return
         sizes = {"dp_size": self._state.dp_size, "mp_size": self._state.mp_size}
         record = {"torch": torch.__version__, **sizes, "args": model.llma.args.to_dict(), "progress": progress}
-        record = agreed(self._world, lambda: json.loads(json.dumps(record)), (name, progress))
+        record = agreed(self.world, lambda: json.loads(json.dumps(record)), (name, progress))
         aside, final = self._on_first(partial(self._shelf.aside, name))
 
         def stage() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,7 +121,7 @@ class StateStore:
             return _copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
 
         try:
-            tensors, rng = agreed(self._world, stage)
+            tensors, rng = agreed(self.world, stage)
         except BaseException:
             self._discard(aside)
             raise
@@ -157,6 +159,14 @@ class StateStore:
         self.wait()
         return self._on_first(self._shelf.latest)
 
+    def locate(self, path: str | Path) -> Path:
+        """The checkpoint at a path that a user gave: one itself, or the last of another run's folder.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return self._on_first(partial(Shelf.locate, Path(path).absolute()))
+
     def load(
         self, path: str | Path, model: MetaModel, optimizer: torch.optim.Optimizer, *, seed: int = 0
     ) -> dict[str, Any]:
@@ -185,14 +195,14 @@ class StateStore:
             prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
             dcp.load(tensors_of(model, optimizer), checkpoint_id=path, process_group=self._group)
 
-        record = agreed(self._world, check, path.name)
-        agreed(self._world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))
+        record = agreed(self.world, check, path.name)
+        agreed(self.world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))
         same = (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size)
         if same:
-            file = path / f"rng.{self._world.mp_rank}.pt"
-            agreed(self._world, lambda: restore_rng(torch.load(file, weights_only=True), self._state.device))
+            file = path / f"rng.{self.world.mp_rank}.pt"
+            agreed(self.world, lambda: restore_rng(torch.load(file, weights_only=True), self._state.device))
         else:
-            seed_rank(seed, self._world.mp_rank)
+            seed_rank(seed, self.world.mp_rank)
             self._say(
                 f"{path} was saved at dp {record['dp_size']}, mp {record['mp_size']}, and is resumed at dp "
                 f"{self._state.dp_size}, mp {self._state.mp_size}: random states begin anew from seed {seed} and rank"
@@ -203,7 +213,7 @@ class StateStore:
     def _write(
         self, tensors: dict[str, Tensor], rng: dict[str, Any], record: dict[str, Any], aside: Path, final: Path
     ) -> None:
-        start, rank = time.monotonic(), self._world.mp_rank
+        start, rank = time.monotonic(), self.world.mp_rank
 
         def write() -> dict[str, int]:
             """Returns the lengths of the files that this rank wrote."""
@@ -224,8 +234,8 @@ class StateStore:
             return _explained(step, f"checkpoint {final} cannot be written", remedy)
 
         try:
-            own = agreed(self._world, partial(explained, write))
-            lengths: list[dict[str, int]] = [{} for _ in range(self._world.mp_size)]
+            own = agreed(self.world, partial(explained, write))
+            lengths: list[dict[str, int]] = [{} for _ in range(self.world.mp_size)]
             dist.all_gather_object(lengths, own, group=self._group)
             self._on_first(partial(explained, partial(finish, lengths)))
         except BaseException:
@@ -236,17 +246,17 @@ class StateStore:
 
     def _on_first(self, step: Callable[[], Result]) -> Result:
         """What rank 0 alone does, its result or its error on every rank."""
-        values: list[Any] = [agreed(self._world, lambda: step() if self._world.is_first else None)]
+        values: list[Any] = [agreed(self.world, lambda: step() if self.world.is_first else None)]
         dist.broadcast_object_list(values, src=0, group=self._group)
         result: Result = values[0]
         return result
 
     def _discard(self, aside: Path) -> None:
-        if self._world.is_first:
+        if self.world.is_first:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _say(self, message: str) -> None:
-        if self._world.is_first:
+        if self.world.is_first:
             logger.info(message)
 
 
@@ -280,6 +290,8 @@ def _explained(step: Callable[[], Result], what: str, remedy: str, damaged: Path
         if isinstance(error, CheckpointException) and error.failures:
             rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
             where = f" on rank {rank}"
+        if is_lost_peer(cause):
+            raise  # nothing is wrong with the folder
         text = next(iter(str(cause).strip().splitlines()), "")
         kind = OSError if damaged is None else CheckpointError
         raise kind(f"{what}{where} ({type(cause).__name__}: {text}): {remedy}") from None

@@ -1,0 +1,59 @@
+"""Finetune a Mixtral checkpoint: ``python main_finetune.py``, under torchrun or srun with many ranks.
+
+``--help`` lists the options; docs/finetune.md walks through a run.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and __package__ in (None, ""):
+    # Started as a file, Python looks for modules in its folder first; the package is one above.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.launch import Launch
+from accessory.log import global_rank, setup_logging
+
+logger = logging.getLogger("accessory.main_finetune")  # the file may be run as __main__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code: 0 also after a signal that asked for a checkpoint."""
+    setup_logging()
+    try:
+        from accessory.train.options import FinetuneOptions
+
+        options = FinetuneOptions.parse(arguments)
+    except ValueError as error:
+        if global_rank() == 0:
+            _say(error)
+        return 1
+    try:
+        from accessory.parallel.rendezvous import process_group_of_launcher
+        from accessory.train.finetune import COLLECTIVE_TIMEOUT, finetune
+        from accessory.train.interruption import Stop
+
+        with process_group_of_launcher(options.device, say=_say, even_alone=True, timeout=COLLECTIVE_TIMEOUT):
+            stop = finetune(options, Launch.find())
+        return 1 if stop is Stop.LAUNCHER_GONE else 0
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except (OSError, ValueError, FloatingPointError) as error:
+        _say(error)
+        return 1
+
+
+def _say(error: Exception) -> None:
+    logger.error("%s", error)
+
+
+if __name__ == "__main__":
+    code = main()
+    # Threads that wait for a rank which is gone must not hold this one back.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

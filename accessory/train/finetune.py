@@ -1,0 +1,157 @@
+"""A finetuning run from its options to its last checkpoint."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accessory.data.cache import load_finetune_data
+from accessory.data.finetune_data import FinetuneData
+from accessory.data.sampler import StepSampler
+from accessory.files import write_json
+from accessory.launch import Launch
+from accessory.log import setup_logging
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained
+from accessory.model.requests import agreed
+from accessory.parallel.plan import refuse_shared_heads, resolve_placement
+from accessory.parallel.state import ParallelState
+from accessory.train.build import build_for_training
+from accessory.train.interruption import Interruption, Stop
+from accessory.train.loop import FinetuneLoop
+from accessory.train.optim import adamw
+from accessory.train.options import FinetuneOptions
+from accessory.train.output_folder import held, refuse_earlier_run
+from accessory.train.parameters import describe_trainable
+from accessory.train.precision import COMPUTE_DTYPES, matmul_precision
+from accessory.train.recompute import recompute_activations
+from accessory.train.run_log import RunLog
+from accessory.train.sharding import device_mesh
+from accessory.train.snapshot import over_all_ranks, seed_rank
+from accessory.train.state import StateStore
+
+logger = logging.getLogger(__name__)
+
+# How long ranks wait for one another: one may be reading a large checkpoint.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+
+def finetune(options: FinetuneOptions, launch: Launch) -> Stop:
+    """Run to the end, or until asked to stop; collective over all ranks of an initialised torch.distributed.
+
+    Returns:
+        Why it stopped before its end, or Stop.NO.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError, OSError, FloatingPointError: naming the option, file or
+            tensor, on every rank alike.
+    """
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption(launch))
+        stack.enter_context(matmul_precision(options.precision))
+        # 1. Ranks, and a folder that they can all write to.
+        everyone = over_all_ranks(ParallelState.single("cpu"))
+        state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device), options)
+        store = StateStore(options.checkpoints, state, keep_last=options.keep_last)
+        stack.callback(store.close)
+        world, output = store.world, Path(options.output_dir).absolute()
+        agreed(world, lambda: stack.enter_context(_output_of(options, output)) if world.is_first else None)
+        resumed = _state_to_resume(options, store)
+        if resumed is None:
+            agreed(world, lambda: refuse_earlier_run(output) if world.is_first else None)
+        # 2. All that can be wrong with model and data, before long work.
+        pretrained = agreed(world, lambda: _resolve(options, state))
+        data, sampler = _data(options, launch, pretrained, store)
+        # 3. The model, its parameters sharded over all ranks.
+        seed_rank(options.seed, world.mp_rank)
+        model = _build(options, pretrained, state)
+        optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        loop = FinetuneLoop(options, model, optimizer, data, sampler, store)
+        logger.info("%s", describe_trainable(model))
+        # 4. Steps, from where an earlier run stopped.
+        if resumed is not None:
+            loop.resume(resumed)
+        logger.info("%s", loop.describe())
+        active = world.is_first
+        log = stack.enter_context(RunLog(output, total_steps=loop.end, first_step=loop.done, active=active))
+        return loop.run(log, interruption)
+
+
+@contextlib.contextmanager
+def _output_of(options: FinetuneOptions, output: Path) -> Iterator[None]:
+    """What rank 0 does with the run's folder: hold it, log into it, note the options."""
+    with held(output):
+        setup_logging(0, file=output / "output.log")
+        write_json(output / "options.json", dataclasses.asdict(options))
+        yield
+
+
+def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
+    found = store.latest() if options.auto_resume else None
+    if found is None and options.resume is not None:
+        found = store.locate(options.resume)
+    if found is None and options.auto_resume:
+        logger.info("no training state in %s yet: beginning anew", store.folder)
+    return found
+
+
+def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
+    """Checkpoint, sizes and tokenizer, with the options' weights of the losses."""
+    settings: dict[str, Any] = {
+        "llama_type": options.llama_type,
+        "llama_config": options.llama_config or None,
+        "tokenizer_path": options.tokenizer_path,
+        "max_seq_len": options.max_words,
+    }
+    if options.pretrained_path:
+        found = Pretrained.resolve(options.pretrained_path, **settings)
+    else:
+        found = Pretrained.untrained(**settings)
+    weights = {
+        name: value
+        for name in ("load_balancing_weight", "z_loss_weight")
+        if (value := getattr(options, name)) is not None
+    }
+    refuse_shared_heads(found.args, state.mp_size)
+    resolve_placement(found.args, options.expert_placement, state.mp_size)
+    return dataclasses.replace(found, args=found.args.replace(**weights))
+
+
+def _data(
+    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, store: StateStore
+) -> tuple[FinetuneData, StepSampler]:
+    def load() -> FinetuneData:
+        return load_finetune_data(
+            options.data_config,
+            pretrained.tokenizer,
+            dialog=options.dialog,
+            max_words=options.max_words,
+            seed=options.seed,
+            skip_bad_records=options.skip_bad_records,
+            progress=launch.rank == 0,
+        )
+
+    def sample(data: FinetuneData) -> StepSampler:
+        global_batch = options.batch_size * options.accum_iter * (store.world.mp_size // options.model_parallel_size)
+        return StepSampler(data.lengths, global_batch, seed=options.seed)
+
+    # One process of each host tokenises, and finds what is wrong; the others map its files.
+    first = agreed(store.world, lambda: load() if launch.local_rank == 0 else None)
+    data = agreed(store.world, lambda: first or load())
+    return data, agreed(store.world, lambda: sample(data))
+
+
+def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelState) -> MetaModel:
+    llma = build_for_training(
+        pretrained,
+        state,
+        device_mesh(state),
+        data_parallel=options.data_parallel,
+        compute_dtype=COMPUTE_DTYPES[options.precision],
+        expert_placement=options.expert_placement,
+        before_sharding=lambda llma: recompute_activations(llma, options.grad_ckpt_policy),
+    )
+    return MetaModel(llma, pretrained.tokenizer, pretrained.llama_type).train()

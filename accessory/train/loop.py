@@ -1,0 +1,187 @@
+"""The steps of a finetuning run: through the epochs, saving and stopping as asked."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from accessory.data.collate import collate
+from accessory.data.finetune_data import FinetuneData
+from accessory.data.sampler import StepSampler
+from accessory.model.meta import MetaModel
+from accessory.model.requests import agreed
+from accessory.train.export import export_checkpoint, export_name
+from accessory.train.flops import flops_per_token, peak_flops
+from accessory.train.interruption import Interruption, Stop
+from accessory.train.metrics import StepMetrics, peak_memory_gib
+from accessory.train.optim import CosineSchedule
+from accessory.train.options import FinetuneOptions
+from accessory.train.precision import COMPUTE_DTYPES, loss_scaler
+from accessory.train.run_log import RunLog
+from accessory.train.state import StateStore
+from accessory.train.trainer import MicroBatches, StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class FinetuneLoop:
+    """A model on its way through the data; every method is collective over all ranks.
+
+    Attributes:
+        done: optimizer steps taken.
+        end: optimizer steps after which the run is over.
+    """
+
+    def __init__(
+        self,
+        options: FinetuneOptions,
+        model: MetaModel,
+        optimizer: torch.optim.Optimizer,
+        data: FinetuneData,
+        sampler: StepSampler,
+        store: StateStore,
+    ) -> None:
+        self.options, self.model, self.optimizer = options, model, optimizer
+        self.data, self.sampler, self.store = data, sampler, store
+        self.scaler = loss_scaler(options.precision, model.llma.state.device)
+        self.dtype = COMPUTE_DTYPES[options.precision]
+        per_epoch = sampler.steps_per_epoch
+        total = per_epoch * options.epochs
+        warmup = options.warmup_epochs * per_epoch
+        self.schedule = CosineSchedule(steps=total, lr=options.lr, min_lr=options.min_lr, warmup=warmup)
+        self.end = min(total, options.max_steps or total)
+        self.done = 0
+        # Where the next step begins.
+        self.epoch = self.step_of_epoch = 0
+
+    def describe(self) -> str:
+        """One line on the work ahead."""
+        state, options = self.model.llma.state, self.options
+        layout = f"dp {state.dp_size} ({options.data_parallel}) x mp {state.mp_size} ({self.model.llma.placement})"
+        begin = f"from step {self.done} " if self.done else ""
+        return (
+            f"{len(self.data):,} examples, {self.sampler.steps_per_epoch:,} steps of {self.sampler.global_batch} an "
+            f"epoch; {begin}to step {self.end:,} on {layout}, {options.precision}, {state.device.type}"
+        )
+
+    def resume(self, path: Path) -> None:
+        """Go on from a training state.
+
+        Raises:
+            CheckpointError: of another model, or damaged.
+            ValueError: saved with other data, seed or examples in a step.
+        """
+        progress = self.store.load(path, self.model, self.optimizer, seed=self.options.seed)
+        position = agreed(self.store.world, lambda: self.sampler.resume(progress["sampler"]), progress)
+        self.epoch, self.step_of_epoch = position
+        self.done = progress["step"]
+        if self.scaler is not None and progress["scaler"] is not None:
+            self.scaler.load_state_dict(progress["scaler"])
+        logger.info("resuming %s after step %d", path, self.done)
+
+    def run(self, log: RunLog, interruption: Interruption) -> Stop:
+        """Take all steps up to the end; returns why it stopped before."""
+        interruption.stepping = True
+        last = time.perf_counter()
+        for examples in self._upcoming():
+            result, lr = self._step(examples)
+            stop, memory = self._exchange(interruption)
+            now = time.perf_counter()
+            log.step(self._metrics(result, lr, now - last, memory))
+            last = now
+            if stop is not Stop.NO:
+                interruption.saves = True
+                self._save(asynchronous=False)
+                reason = "a signal" if stop is Stop.SIGNAL else "the launcher is gone"
+                logger.warning("stopped after step %d (%s): go on with --auto_resume", self.done, reason)
+                return stop
+            self._save_where_due()
+        interruption.saves = True
+        self.store.wait()
+        logger.info("done: %d of %d steps, models in %s", self.done, self.end, self.options.output_dir)
+        return Stop.NO
+
+    def _upcoming(self) -> Iterator[NDArray[np.int64]]:
+        """The examples of each step that is left; the position moves on when the next one is asked for."""
+        while self.done < self.end:
+            steps = self.sampler.steps(self.epoch)
+            while self.step_of_epoch < len(steps) and self.done < self.end:
+                yield steps[self.step_of_epoch]
+            if self.step_of_epoch == len(steps):
+                self.epoch, self.step_of_epoch = self.epoch + 1, 0
+
+    def _step(self, examples: NDArray[np.int64]) -> tuple[StepResult, float]:
+        state, lr = self.model.llma.state, self.schedule(self.done)
+        dealt = self.sampler.micro_batches(
+            examples, dp_rank=state.dp_rank, dp_size=state.dp_size, accum=self.options.accum_iter
+        )
+        micro_batches: MicroBatches = [collate([self.data[index] for index in rows]) for rows in dealt]
+        result = train_step(
+            self.model, self.optimizer, micro_batches, lr=lr, clip_grad=self.options.clip_grad, scaler=self.scaler
+        )
+        self.done += 1
+        self.step_of_epoch += 1
+        return result, lr
+
+    def _exchange(self, interruption: Interruption) -> tuple[Stop, float]:
+        """Whether any rank was asked to stop, and the most memory that one has used."""
+        device = self.model.llma.state.device
+        own = torch.tensor([int(interruption.asked), peak_memory_gib(device)], dtype=torch.float64, device=device)
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        asked, memory = own.tolist()
+        return Stop(int(asked)), memory
+
+    def _metrics(self, result: StepResult, lr: float, seconds: float, memory: float) -> StepMetrics:
+        state, args = self.model.llma.state, self.model.llma.args
+        peak = peak_flops(state.device, self.dtype)
+        speed = result.tokens / seconds
+        length = float(self.data.lengths.mean())
+        ranks = state.dp_size * state.mp_size
+        return StepMetrics(
+            step=self.done,
+            epoch=self.done / self.sampler.steps_per_epoch,
+            loss=result.loss,
+            balance_loss=result.balance_loss,
+            z_loss=result.z_loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=speed,
+            memory=memory,
+            mfu=None if peak is None else speed * flops_per_token(args, length) / (peak * ranks),
+            loss_scale=None if self.scaler is None else self.scaler.get_scale(),
+            skipped=result.skipped,
+            pairs_LE=result.pairs_LE,
+        )
+
+    def _save_where_due(self) -> None:
+        """Model and training state at the end, at epochs' ends and at intervals within one.
+
+        The model first: a run that is killed between the two takes the steps again and writes the model anew.
+        """
+        options = self.options
+        ends_epoch = self.step_of_epoch == self.sampler.steps_per_epoch
+        ends_run = self.done == self.end
+        interval = options.save_iteration_interval
+        within = interval > 0 and self.step_of_epoch % max(1, interval // options.accum_iter) == 0
+        if ends_epoch and ((self.epoch + 1) % options.save_interval == 0 or ends_run):
+            name = export_name(self.epoch)
+        elif not ends_epoch and (within or ends_run):
+            name = export_name(self.epoch, self.step_of_epoch * options.accum_iter)
+        else:
+            return
+        export_checkpoint(self.model, Path(options.output_dir) / name, dtype=self.dtype)
+        self._save(asynchronous=not ends_run)
+
+    def _save(self, *, asynchronous: bool) -> None:
+        progress = {
+            "step": self.done,
+            "sampler": self.sampler.state(self.epoch, self.step_of_epoch),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        name = f"step-{self.done:08d}"
+        self.store.save(self.model, self.optimizer, progress, name, asynchronous=asynchronous)

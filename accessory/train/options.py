@@ -1,0 +1,168 @@
+"""What main_finetune.py is told: names as users' scripts have them, checked before any work."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from accessory.log import RankParser
+from accessory.train.recompute import RecomputePolicy
+from accessory.train.sharding import DataParallel
+
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """The options of a finetuning run; each is a flag of main_finetune.py, whose help explains it."""
+
+    data_config: str
+    llama_config: tuple[str, ...] = ()
+    llama_type: str | None = None
+    tokenizer_path: str | None = None
+    pretrained_path: tuple[str, ...] = ()
+    expert_placement: str = "auto"
+    max_words: int = 1024
+    dialog: bool = False
+    skip_bad_records: bool = False
+    batch_size: int = 4
+    accum_iter: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    load_balancing_weight: float | None = None
+    z_loss_weight: float | None = None
+    seed: int = 0
+    model_parallel_size: int = 1
+    data_parallel: DataParallel = "sdp"
+    precision: Precision = "bf16"
+    grad_ckpt_policy: RecomputePolicy = "none"
+    device: str | None = None
+    output_dir: str = "./output_dir"
+    save_interval: int = 1
+    save_iteration_interval: int = 5000
+    keep_last: int = 2
+    only_save_trainable: bool = False
+    resume: str | None = None
+    auto_resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            *(("batch_size", 1), ("accum_iter", 1), ("epochs", 1), ("max_steps", 1), ("max_words", 2)),
+            *(("model_parallel_size", 1), ("save_interval", 1), ("save_iteration_interval", 0), ("keep_last", 1)),
+            *(("lr", 0), ("min_lr", 0), ("warmup_epochs", 0), ("weight_decay", 0), ("seed", 0)),
+            *(("load_balancing_weight", 0), ("z_loss_weight", 0), ("clip_grad", -math.inf)),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(
+                    f"--{name} is {value}: give {least} or more" if least > -math.inf else f"--{name} is {value}"
+                )
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if not self.output_dir:
+            raise ValueError("--output_dir is empty: name a folder, which need not exist")
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Read the command line.
+
+        Raises:
+            ValueError: a value out of range, or an option that this version cannot serve.
+        """
+        given = vars(_parser().parse_args(arguments))
+        quant, checkpointing = given.pop("quant"), given.pop("checkpointing")
+        if quant is not None:
+            raise ValueError(f"--quant {quant}: weights cannot be quantized yet; leave it out")
+        if given["grad_ckpt_policy"] is None:
+            given["grad_ckpt_policy"] = "full" if checkpointing else "none"
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return cls(**{name: value for name, value in values.items() if name in fields})
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the training states lie."""
+        return Path(self.output_dir).absolute() / "checkpoints"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = RankParser(
+        prog="main_finetune.py",
+        description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_optimizer_flags(parser.add_argument_group("optimization"))
+    _add_parallel_flags(parser.add_argument_group("parallelism and memory"))
+    _add_output_flags(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--llama_type", help="architecture; by default what the checkpoint's meta.json says")
+    group.add_argument("--llama_config", nargs="+", default=[], help="config files, merged, the last rules")
+    group.add_argument("--tokenizer_path", help="tokenizer.model, or a folder with tokenizer.json")
+    help_text = "checkpoint folders, later ones overlay earlier ones; none: train from nothing"
+    group.add_argument("--pretrained_path", nargs="+", default=[], help=help_text)
+    group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")
+    group.add_argument("--no_visual", action="store_true", help="accepted; Mixtral reads no images")
+    group.add_argument("--quant", nargs="?", const="nf4", metavar="TYPE", help="quantize the frozen weights")
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data_config", required=True, help="yaml file that lists the data files")
+    group.add_argument("--dialog", action="store_true", help="records are dialogues, not instructions")
+    group.add_argument("--max_words", type=int, default=1024, help="tokens of an example at most; the rest is cut")
+    group.add_argument("--skip_bad_records", action="store_true", help="leave bad records out, and list them")
+    group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted; tokens always lie in mapped files")
+    group.add_argument("--num_workers", type=int, help="accepted; mapped files need no workers")
+    group.add_argument("--pin_mem", action="store_true", help="accepted; batches are small")
+    group.add_argument("--no_pin_mem", action="store_true", help="accepted; batches are small")
+
+
+def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch_size", type=int, default=4, help="examples of a data-parallel rank's micro-batch")
+    group.add_argument("--accum_iter", type=int, default=1, help="micro-batches of an optimizer step")
+    group.add_argument("--epochs", type=int, default=1)
+    group.add_argument("--max_steps", type=int, help="end after so many optimizer steps; the schedule follows --epochs")
+    group.add_argument("--lr", type=float, default=2e-5, help="highest learning rate")
+    group.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
+    group.add_argument("--warmup_epochs", type=float, default=0.0, help="epochs, or a part of one, until --lr")
+    group.add_argument("--weight_decay", type=float, default=0.0)
+    group.add_argument("--clip_grad", type=float, default=1.0, help="limit of the gradients' norm; 0 or less: off")
+    group.add_argument("--load_balancing_weight", type=float, help="in place of the config's")
+    group.add_argument("--z_loss_weight", type=float, help="weight of the router's z-loss, in place of the config's")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model_parallel_size", type=int, default=1, help="ranks that hold one model together")
+    help_text = "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
+    group.add_argument("--data_parallel", choices=get_args(DataParallel), default="sdp", help=help_text)
+    group.add_argument("--expert_placement", default="auto", help="auto, expert or tensor")
+    help_text = "of the products; weights and optimizer are float32"
+    group.add_argument("--precision", choices=get_args(Precision), default="bf16", help=help_text)
+    group.add_argument("--checkpointing", action="store_true", help="the same as --grad_ckpt_policy full")
+    help_text = "what is computed again in the backward pass: full (each block), moe (its experts), none"
+    group.add_argument("--grad_ckpt_policy", choices=get_args(RecomputePolicy), help=help_text)
+    group.add_argument("--device", choices=["cpu", "cuda"], help="by default CUDA where every rank has a card")
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output_dir", default="./output_dir", help="folder of the run, shared by all hosts")
+    group.add_argument("--save_interval", type=int, default=1, help="epochs between saves")
+    help_text = "micro-batches between saves within an epoch; 0: none"
+    group.add_argument("--save_iteration_interval", type=int, default=5000, help=help_text)
+    group.add_argument("--keep_last", type=int, default=2, help="training states that stay; models all stay")
+    group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
+    group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
+    group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")

@@ -1,0 +1,29 @@
+"""Which parameters a run trains, told by what they belong to."""
+
+from collections import Counter
+
+from accessory.model.meta import MetaModel
+
+# The first whose text stands in a parameter's name.
+_GROUPS = {
+    "LoRA": "lora_",
+    "biases": ".bias",
+    "norms": "norm",
+    "router": "gate.",
+    "experts": ".experts.",
+    "attention": ".attention.",
+    "embedding": "tok_embeddings",
+    "output head": "output.",
+}
+
+
+def describe_trainable(model: MetaModel) -> str:
+    """One line: how many parameters train, of how many, and in which groups; of the whole model, not a rank's part."""
+    trained: Counter[str] = Counter()
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trained[next(group for group, part in _GROUPS.items() if part in name)] += parameter.numel()
+    groups = ", ".join(f"{group} {count:,}" for group, count in trained.most_common())
+    return f"training {trained.total():,} of {total:,} parameters: {groups}"

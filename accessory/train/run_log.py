@@ -1,0 +1,203 @@
+"""The record of a finetuning run, written step by step beside its checkpoints.
+
+In output_dir: log.jsonl, one line for each optimizer step; tensorboard/; experts.png, how the experts shared the
+tokens of late.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from accessory.files import replacing
+from accessory.train.appended_file import AppendedFile
+from accessory.train.heatmap import draw
+from accessory.train.metrics import StepMetrics, expert_shares, heaviest, lightest
+from accessory.train.progress import ProgressBar, ProgressLines
+
+if TYPE_CHECKING:
+    from accessory.train.event_file import EventFile
+
+logger = logging.getLogger(__name__)
+
+LINES, EVENTS, PICTURE = "log.jsonl", "tensorboard", "experts.png"
+
+
+class RunLog:
+    """What rank 0 writes about each step; on the other ranks it does nothing.
+
+    Nothing that goes wrong here ends a run: it is said once, and training goes on.
+
+    Args:
+        output_dir: folder of the run.
+        total_steps: the step with which the run ends.
+        first_step: steps taken before; what the folder says of later ones, which will be taken again, is dropped.
+        active: whether this is the rank that writes.
+        heatmap_every: steps between two pictures of the experts.
+
+    Raises:
+        ValueError: heatmap_every is not positive.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        active: bool,
+        heatmap_every: int = 50,
+    ) -> None:
+        if heatmap_every < 1:
+            raise ValueError(f"heatmap_every is {heatmap_every}: give 1 or more")
+        self._folder, self._heatmap_every = Path(output_dir), heatmap_every
+        self._open = active
+        self._said: set[tuple[type, int | None]] = set()
+        # Pairs of token and expert since the last picture, and the steps that they are of.
+        self._pairs_LE: Tensor | None = None
+        self._steps = range(first_step + 1, first_step + 1)
+        if not active:
+            return
+        self._lines = StepLines(self._folder / LINES, first_step=first_step)
+        self._events: EventFile | None = None
+        with self._forgiving():
+            self._events = _event_file(self._folder / EVENTS, first_step=first_step)
+        progress = ProgressBar if sys.stderr.isatty() else ProgressLines
+        self._progress = progress(total_steps=total_steps, first_step=first_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write down a step."""
+        if not self._open:
+            return
+        with self._forgiving():
+            self._lines.add(metrics.to_record())
+        with self._forgiving():
+            if self._events is not None:
+                self._events.add(metrics.step, _scalars(metrics))
+        with self._forgiving():
+            self._progress.update(metrics)
+        pairs_LE = metrics.pairs_LE.detach().double().cpu()
+        self._pairs_LE = pairs_LE if self._pairs_LE is None else self._pairs_LE + pairs_LE
+        self._steps = range(self._steps.start, metrics.step + 1)
+        if metrics.step % self._heatmap_every == 0:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw what has not been drawn, and close the files; a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self._draw()
+        for part in (self._progress, self._lines, self._events):
+            with self._forgiving():
+                if part is not None:
+                    part.close()
+
+    def _draw(self) -> None:
+        """The picture of the steps since the last one, as a file and for TensorBoard."""
+        if self._pairs_LE is None:
+            return
+        first, last = self._steps.start, self._steps.stop - 1
+        with self._forgiving():
+            steps = f"step {last}" if first == last else f"steps {first} to {last}"
+            png = draw(expert_shares(self._pairs_LE), title=f"Tokens of each expert, {steps}")
+            with self._forgiving(), replacing(self._folder / PICTURE) as aside:
+                aside.write_bytes(png)
+            if self._events is not None:
+                self._events.add_picture(last, "experts", png)
+        self._pairs_LE, self._steps = None, range(last + 1, last + 1)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Go on where writing fails, and say so; a full disk fails many times and is said once."""
+        try:
+            yield
+        except Exception as error:  # what TensorBoard and matplotlib raise where they do not work is their choice
+            kind = (type(error), getattr(error, "errno", None))
+            if kind not in self._said:
+                self._said.add(kind)
+                what = f"{type(error).__name__}: {error}"
+                logger.warning("writing the run's log in %s failed (%s): training goes on", self._folder, what)
+
+
+class StepLines:
+    """log.jsonl: a JSON object on a line for each step, in order.
+
+    Args:
+        first_step: steps taken before; only their lines stay.
+    """
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        self._path, self._first_step = path, first_step
+        self._file = AppendedFile(path)
+        self._continued = False
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a line.
+
+        Raises:
+            OSError: the file cannot be written now; the line still waits.
+        """
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if not self._continued:
+            self._drop_later()
+            self._continued = True
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_later(self) -> None:
+        """Take out steps that are taken again, and lines that a crash cut off."""
+        if not self._path.exists():
+            return
+        content = self._path.read_bytes()
+        kept = {
+            step: line
+            for line in content.split(b"\n")
+            if (step := _step_of(line)) is not None and step <= self._first_step
+        }
+        lines = b"".join(line + b"\n" for line in kept.values())
+        if lines != content:
+            with replacing(self._path) as aside:
+                aside.write_bytes(lines)
+
+
+def _event_file(folder: Path, *, first_step: int) -> "EventFile":
+    # The import takes a while, and other ranks have no use for it.
+    from accessory.train.event_file import EventFile
+
+    return EventFile(folder, first_step=first_step)
+
+
+def _step_of(line: bytes) -> int | None:
+    """None where the line is no whole record."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _scalars(metrics: StepMetrics) -> dict[str, float]:
+    """The finite numbers of a step by TensorBoard's tags, with the extreme shares of every layer."""
+    values = metrics.scalars()
+    shares_LE = metrics.shares()
+    for tag, extremes in (("expert_share_max", heaviest(shares_LE)), ("expert_share_min", lightest(shares_LE))):
+        values |= {f"{tag}/layer_{layer:02d}": share for layer, (_, share) in enumerate(extremes)}
+    return {tag: value for tag, value in values.items() if math.isfinite(value)}
