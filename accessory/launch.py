@@ -20,6 +20,7 @@ class Launch:
         rank, world_size: among all processes.
         local_rank, local_size: among those of this host.
         address, port: where rank 0 waits for the others.
+        run: tells this run from others that may come to the same port; empty where the launcher gives no name.
     """
 
     launcher: Literal["torchrun", "slurm", "alone"] = "alone"
@@ -29,6 +30,7 @@ class Launch:
     local_size: int = 1
     address: str = "127.0.0.1"
     port: int = _DEFAULT_PORT
+    run: str = ""
 
     @classmethod
     def find(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -57,7 +59,7 @@ class Launch:
             local_rank=_number(environment, "LOCAL_RANK", default=0, below=world_size),
             local_size=_number(environment, "LOCAL_WORLD_SIZE", default=1, least=1),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=_number(environment, "MASTER_PORT", default=_DEFAULT_PORT),
+            port=_number(environment, "MASTER_PORT", default=_DEFAULT_PORT, least=1, below=2**16),
         )
 
     @classmethod
@@ -73,25 +75,28 @@ class Launch:
             rank=_number(environment, "SLURM_PROCID", below=world_size),
             world_size=world_size,
             local_rank=_number(environment, "SLURM_LOCALID", default=0, below=world_size),
-            local_size=_tasks_of_first_node(environment, world_size, nodes),
+            local_size=min(world_size, _tasks_of_first_node(environment, world_size, nodes)),
             address=environment.get("MASTER_ADDR") or first_host(nodes),
-            port=_number(environment, "MASTER_PORT", default=made),
+            port=_number(environment, "MASTER_PORT", default=made, least=1, below=2**16),
+            run="" if job < 0 else f"{job}.{step}",
         )
 
 
 def first_host(nodes: str) -> str:
     """The first of a SLURM node list, such as "gpu[07-09,12],login1"; this host where the list is empty."""
-    match = re.match(r"(?P<name>[^,\[\s]+)(\[(?P<number>\d+)[^\]]*\](?P<rest>[^,\[\s]*))?", nodes.strip())
-    if match is None:
-        if nodes.strip():
-            raise ValueError(f"SLURM_NODELIST is {nodes!r}: no host can be read from it; set MASTER_ADDR")
+    if not nodes.strip():
         return "127.0.0.1"
-    return match["name"] + (match["number"] or "") + (match["rest"] or "")
+    # A name may hold several brackets: "rack[1-2]node[01-16]".
+    match = re.match(r"[^,\[\]\s](\[\d[^\]]*\]|[^,\[\]\s])*(?=,|$)", nodes.strip())
+    if match is None:
+        raise ValueError(f"SLURM_NODELIST is {nodes!r}: no host can be read from it; set MASTER_ADDR")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def _tasks_of_first_node(environment: Mapping[str, str], world_size: int, nodes: str) -> int:
     """Tasks per host; SLURM writes "8(x4)" or "8,4", of which the first number serves."""
-    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+    # What the step was given comes before what was asked for the job.
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if match := re.match(r"\d+", environment.get(name, "")):
             return max(1, int(match[0]))
     several = "," in nodes or "[" in nodes

@@ -15,6 +15,7 @@ if __name__ == "__main__" and __package__ in (None, ""):
 
 from accessory.launch import Launch
 from accessory.log import global_rank, setup_logging
+from accessory.train.interruption import Interruption, Stop
 
 logger = logging.getLogger("accessory.main_finetune")  # the file may be run as __main__
 
@@ -22,6 +23,17 @@ logger = logging.getLogger("accessory.main_finetune")  # the file may be run as 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code: 0 also after a signal that asked for a checkpoint."""
     setup_logging()
+    try:
+        launch = Launch.find()
+    except ValueError as error:
+        _say(error)
+        return 1
+    # The launcher may be gone before the imports are done.
+    with Interruption(launch) as interruption:
+        return _run(arguments, launch, interruption)
+
+
+def _run(arguments: Sequence[str] | None, launch: Launch, interruption: Interruption) -> int:
     try:
         from accessory.train.options import FinetuneOptions
 
@@ -33,10 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from accessory.parallel.rendezvous import process_group_of_launcher
         from accessory.train.finetune import COLLECTIVE_TIMEOUT, finetune
-        from accessory.train.interruption import Stop
 
         with process_group_of_launcher(options.device, say=_say, even_alone=True, timeout=COLLECTIVE_TIMEOUT):
-            stop = finetune(options, Launch.find())
+            stop = finetune(options, launch, interruption)
         return 1 if stop is Stop.LAUNCHER_GONE else 0
     except KeyboardInterrupt:
         return 130

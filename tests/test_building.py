@@ -229,12 +229,12 @@ def rows_of(state: ParallelState, vocabulary: int, rows: int = 4) -> tuple[Tenso
     return own, own
 
 
-def trained_on_rank(folder: Path, mp_size: int, kind: str) -> list[tuple[Any, ...]]:
+def trained_on_rank(folder: Path, mp_size: int, kind: Any) -> list[tuple[Any, ...]]:
     """Loss, norm and weights after a step of a built and of a loaded model."""
     state = ParallelState.init(mp_size, "cpu")
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     loaded = load_transformer(pretrained, state, dtype=torch.float32)
-    shard_model(loaded, device_mesh(state), data_parallel=kind)  # type: ignore[arg-type]
+    shard_model(loaded, device_mesh(state), data_parallel=kind)
     found = []
     for llma in (build(pretrained, state, data_parallel=kind), loaded):
         model = MetaModel(llma, pretrained.tokenizer).train()

@@ -22,9 +22,7 @@ def test_alone() -> None:
 
 
 def test_torchrun() -> None:
-    expected = Launch(
-        launcher="torchrun", rank=5, world_size=8, local_rank=1, local_size=4, address="head", port=1234
-    )
+    expected = Launch(launcher="torchrun", rank=5, world_size=8, local_rank=1, local_size=4, address="head", port=1234)
     assert Launch.find(TORCHRUN) == expected
     assert Launch.find(TORCHRUN | SLURM) == expected, "torchrun started by srun rules"
 

@@ -385,6 +385,15 @@ def test_a_folder_that_cannot_be_written_to_ends_nothing(tmp_path: Path, log: py
     assert warning.endswith("training goes on")
 
 
+def test_a_picture_that_cannot_be_saved_still_reaches_tensorboard(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "experts.png").mkdir()
+    write(tmp_path, range(1, 5), every=2)
+    assert [picture.step for picture in events(tmp_path).Images("experts")] == [2, 4]
+    assert len(warnings_of(log)) == 1
+
+
 def test_drawing_that_fails_ends_nothing(
     tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

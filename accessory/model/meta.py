@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
 from accessory.model.balance import RouterStats, TrainingLosses, not_padding, router_losses
+from accessory.model.cross_entropy import cross_entropy
 from accessory.model.dtypes import settle_dtype
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.pretrained import Paths, Pretrained, load_transformer
@@ -140,8 +141,8 @@ class MetaModel(nn.Module):
                 f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
             )
         logits, stats = self.llma(examples, not_padding(examples))
-        targets = labels[:, 1:].flatten()
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=0, reduction="sum")
+        targets = F.pad(labels[:, 1:], (0, 1)).flatten()  # nothing follows a row's last token
+        losses = cross_entropy(logits.flatten(0, 1), targets)
         return losses / (targets != 0).sum().clamp(min=1), stats
 
     def generate(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.kernels import gathered_linear, gathering_pays
 from accessory.model.balance import RouterStats
+from accessory.model.expert_products import experts_product
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -55,7 +56,7 @@ class Router(nn.Module):
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = F.linear(x_TD, local(self.weight)).float()
+        logits_TE = F.linear(x_TD, local(self.weight).type_as(x_TD)).float()
         probs_TE = logits_TE.softmax(-1)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE)
@@ -83,10 +84,15 @@ class Experts(nn.Module):
         Args:
             skips: there may be negative expert numbers, for pairs that are not to be computed.
         """
-        if not torch.is_grad_enabled() and gathering_pays(x_TD, experts_TK.numel()):
+        complete = self.owns_all and not skips
+        if torch.is_grad_enabled():
+            order_P, ends_E = self._sorted(experts_TK)
+            own_P = order_P if complete else order_P[: int(ends_E[-1])]
+            return experts_product(x_TD, weights_TK, local(self.w13), local(self.w2), own_P, ends_E)
+        if gathering_pays(x_TD, experts_TK.numel()):
             y_PD = self._gathered(x_TD, experts_TK.flatten())
         else:
-            y_PD = self._grouped(x_TD, experts_TK, complete=self.owns_all and not skips)
+            y_PD = self._grouped(x_TD, experts_TK, complete=complete)
         y_TKD = y_PD.unflatten(0, experts_TK.shape)
         return torch.einsum("tk,tkd->td", weights_TK, y_TKD.float())
 
@@ -99,27 +105,31 @@ class Experts(nn.Module):
         gate_PF, up_PF = gathered_linear(x_PD, local(self.w13).flatten(1, 2), experts_P).chunk(2, dim=-1)
         return gathered_linear(F.silu(gate_PF) * up_PF, local(self.w2), experts_P)
 
+    def _sorted(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of all pairs in (T, K) sorted by expert, and where each of this rank's experts' pairs end (int32).
+
+        Pairs of other ranks, and skipped ones, stand behind this rank's own.
+        """
+        local_P = experts_TK.flatten() - self.first
+        local_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, self.count)
+        counts_E = F.one_hot(local_P, self.count + 1).sum(0)[: self.count]
+        return local_P.argsort(stable=True), counts_E.cumsum(0).to(torch.int32)
+
     def _grouped(self, x_TD: Tensor, experts_TK: Tensor, *, complete: bool) -> Tensor:
-        """Many tokens: sort the pairs by expert, one product for each group.
+        """Many tokens in inference: sort the pairs by expert, one product for each group.
 
         Args:
             complete: every pair is this rank's to compute, so their number need not be asked of the device.
         """
-        local_P = experts_TK.flatten() - self.first
-        # Pairs of other ranks (and skipped ones) sort behind this rank's own, as expert number El.
-        local_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, self.count)
-        order_P = local_P.argsort(stable=True)
-        counts_E = F.one_hot(local_P, self.count + 1).sum(0)[: self.count]
-        ends_E = counts_E.cumsum(0).to(torch.int32)
+        order_P, ends_E = self._sorted(experts_TK)
         # Compiled code may not ask for that number, and a GPU should not be waited for: there the foreign rows go
         # through no group's product and are masked instead.
-        static = not torch.is_grad_enabled() and (torch.compiler.is_compiling() or x_TD.is_cuda)
+        static = torch.compiler.is_compiling() or x_TD.is_cuda
         if not complete and not static:
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
         gate_PF, up_PF = _grouped_linear(x_PD, local(self.w13).flatten(1, 2), ends_E).chunk(2, dim=-1)
-        hidden_PF = F.silu(gate_PF, inplace=not torch.is_grad_enabled()) * up_PF
-        y_PD = _grouped_linear(hidden_PF, local(self.w2), ends_E)
+        y_PD = _grouped_linear(F.silu(gate_PF, inplace=True) * up_PF, local(self.w2), ends_E)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)

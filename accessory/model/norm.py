@@ -21,6 +21,6 @@ class RMSNorm(nn.Module):
         mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]
         scale = torch.rsqrt(mean_square + self.eps)
         if torch.is_grad_enabled():
-            return (wide * scale).type_as(x) * local(self.weight)
+            return (wide * scale).type_as(x) * local(self.weight).type_as(x)
         # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
         return wide.mul_(scale).type_as(x).mul_(local(self.weight))

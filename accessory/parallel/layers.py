@@ -1,8 +1,11 @@
 """Linear layers and the embedding, each holding its rank's slice.
 
 Shape letters: T tokens, D input width, O output width, V vocabulary; a trailing l marks a rank's own slice.
-Parameters are created uninitialised: a loader or `init_weights` fills them.
+Parameters are created uninitialised: a loader or `init_weights` fills them. Products run in the dtype of what comes
+in; in training, weights in another one (float32) are cast to it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,12 @@ from accessory.parallel.state import ParallelState, Place
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x @ weight.T, for a few tokens in inference through the kernel that reads the weights fastest.
+    """x @ weight.T in x's dtype, for a few tokens in inference through the kernel that reads the weights fastest.
 
     ``x`` may have more axes before D.
     """
+    if weight_OD.dtype != x_TD.dtype:
+        return _CastLinear.apply(x_TD, weight_OD)
     if x_TD.numel() <= FEW_TOKENS * x_TD.shape[-1] and not x_TD.is_cuda and not torch.is_grad_enabled():
         return few_token_linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     return F.linear(x_TD, weight_OD)
@@ -53,16 +58,22 @@ class RowParallelLinear(nn.Module):
 
 
 class ParallelEmbedding(nn.Module):
-    """Every rank looks up its slice of the width; the slices are gathered."""
+    """Every rank looks up its slice of the width; the slices are gathered.
+
+    Attributes:
+        dtype: of what comes out; None: the weight's.
+    """
 
     def __init__(self, vocab_size: int, dim: int, state: ParallelState, place: Place) -> None:
         super().__init__()
         self.group = state.mp_group
+        self.dtype: torch.dtype | None = None
         self.weight = place.parameter(vocab_size, dim)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """(T,) int64 -> (T, D), the same on every rank."""
-        return gather_last_dim(F.embedding(tokens_T, local(self.weight)), self.group)
+        x_TDl = F.embedding(tokens_T, local(self.weight))
+        return gather_last_dim(x_TDl if self.dtype is None else x_TDl.to(self.dtype), self.group)
 
 
 class ParallelOutput(nn.Module):
@@ -76,3 +87,18 @@ class ParallelOutput(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""
         return gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)
+
+
+class _CastLinear(torch.autograd.Function):
+    """Casts the weight for each pass, so that no copy of it is kept from the one to the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_OD)
+        return F.linear(x_TD, weight_OD.to(x_TD.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_OD = ctx.saved_tensors
+        grad_weight = grad_TO.flatten(0, -2).T @ x_TD.flatten(0, -2)
+        return grad_TO @ weight_OD.to(x_TD.dtype), grad_weight.to(weight_OD.dtype)

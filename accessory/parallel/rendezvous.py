@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from accessory.launch import Launch
+from accessory.parallel.peers import PeerWatch, own_address
+from accessory.parallel.run_store import ALL_THERE, SAY_AFTER, run_store
 from accessory.parallel.state import on_all_ranks, raised_on_all_ranks
 
 try:
@@ -23,8 +25,6 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
-# After so many seconds a process says for whom it waits.
-_SAY_AFTER = 15.0
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 # What gloo, NCCL and the store say when a peer is gone; they raise plain RuntimeErrors.
@@ -49,7 +49,7 @@ def process_group_of_launcher(
     With a GPU for every rank of this host the backend is nccl and the local rank chooses the card; otherwise, or
     where ``device`` is "cpu", it is gloo and the ranks compute on the CPU. An error that all ranks raise alike is
     given to ``say`` on rank 0, and the ranks leave together afterwards: the launcher ends the rest as soon as one
-    has failed. Of the ranks that lose a peer one says so.
+    has failed. When a rank dies, one of the others says so, and all of them end.
 
     Args:
         even_alone: a process started alone gets a group of itself; otherwise None.
@@ -66,22 +66,30 @@ def process_group_of_launcher(
         return
     if device is not None and ":" in device and launch.world_size > 1:
         raise on_all_ranks(ValueError(f'device "{device}" is one card for all ranks; give "cuda" or "cpu" alone'))
-    store = _join(launch, device, timeout)
-    try:
-        yield dist.group.WORLD
-    except Exception as error:
-        if raised_on_all_ranks(error):
-            if launch.rank == 0:
-                say(error)
-            dist.barrier()
-        elif is_lost_peer(error):
-            if _says_so(store, launch):
-                say(RuntimeError(f"a rank of this run is gone, so it ends ({_first_line(error)})"))
-        else:
-            raise
-        raise SystemExit(1) from None
-    finally:
-        dist.destroy_process_group()
+    store = _meet(launch)
+    joined = False
+    with PeerWatch(launch, store, say=say) as peers:
+        try:
+            _join(launch, store, device, timeout)
+            joined = True
+            yield dist.group.WORLD
+            peers.leave()
+        except Exception as error:
+            lost = not joined or is_lost_peer(error)
+            if raised_on_all_ranks(error):
+                if launch.rank == 0:
+                    say(error)
+                with contextlib.suppress(RuntimeError):
+                    dist.barrier()
+                peers.leave()
+            elif not peers.explain(wait=lost):
+                if not joined or not lost:
+                    raise
+                say(RuntimeError(f"the ranks have lost touch, so this one ends ({_first_line(error)})"))
+            raise SystemExit(1) from None
+        finally:
+            if joined:
+                dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -91,21 +99,17 @@ def is_lost_peer(error: BaseException) -> bool:
     return type(error) is RuntimeError and bool(_LOST_PEER.search(str(error)))
 
 
-def _join(launch: Launch, device: str | None, timeout: timedelta | None) -> dist.Store:
-    """Make the default process group; returns the store through which its ranks found one another."""
-    # Where every task of SLURM sees the one card that is bound to it, all of them see one card.
-    cards = torch.cuda.device_count()
-    bound = launch.launcher == "slurm" and cards == 1
-    on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
-    if on_gpus:
-        torch.cuda.set_device(launch.local_rank % cards)
+def _meet(launch: Launch) -> dist.Store:
+    """The store through which the ranks find one another, once all of them are there."""
     if launch.world_size > launch.local_size:
         _choose_interface(launch.address)
     os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
+    with _explained(launch):
+        store = run_store(launch)
     place = f"{launch.address}:{launch.port}"
     others = launch.world_size - 1
     waiting = threading.Timer(
-        _SAY_AFTER,
+        SAY_AFTER,
         lambda: logger.warning(
             "rank %d still waits at %s for the %d other processes: were all of them started?",
             *(launch.rank, place, others),
@@ -115,10 +119,24 @@ def _join(launch: Launch, device: str | None, timeout: timedelta | None) -> dist
     if launch.local_rank == 0:
         waiting.start()
     try:
-        if launch.launcher == "alone":
-            store: dist.Store = dist.HashStore()
-        else:
-            store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.world_size))
+        with _explained(launch):
+            # A launcher's own store is there before the ranks are.
+            store.set(f"accessory/here/{launch.rank}", "")
+            store.wait([f"accessory/here/{rank}" for rank in range(launch.world_size)], ALL_THERE)
+    finally:
+        waiting.cancel()
+    return store
+
+
+def _join(launch: Launch, store: dist.Store, device: str | None, timeout: timedelta | None) -> None:
+    """Make the default process group."""
+    # Where every task of SLURM sees the one card that is bound to it, all of them see one card.
+    cards = torch.cuda.device_count()
+    bound = launch.launcher == "slurm" and cards == 1
+    on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
+    if on_gpus:
+        torch.cuda.set_device(launch.local_rank % cards)
+    with _explained(launch):
         dist.init_process_group(
             "nccl" if on_gpus else "gloo",
             store=dist.PrefixStore("accessory", store),
@@ -126,22 +144,18 @@ def _join(launch: Launch, device: str | None, timeout: timedelta | None) -> dist
             world_size=launch.world_size,
             timeout=timeout,
         )
-    except (dist.DistError, RuntimeError) as error:
+
+
+@contextlib.contextmanager
+def _explained(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistError, OSError, RuntimeError) as error:
         raise OSError(
-            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {place} ({_first_line(error)}): "
+            f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.address}:{launch.port} "
+            f"({_first_line(error)}): "
             "see that the address can be reached and the port is free, or set MASTER_ADDR and MASTER_PORT"
         ) from None
-    finally:
-        waiting.cancel()
-    return store
-
-
-def _says_so(store: dist.Store, launch: Launch) -> bool:
-    """Whether this rank is the one to report a lost peer: the first that the store hears of."""
-    try:
-        return store.add("accessory/lost-peer", 1) == 1
-    except Exception:  # the store went with its host
-        return launch.local_rank == 0 or launch.rank == 1
 
 
 def _choose_interface(address: str) -> None:
@@ -152,8 +166,7 @@ def _choose_interface(address: str) -> None:
     if "GLOO_SOCKET_IFNAME" in os.environ or fcntl is None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing
-        own = probe.getsockname()[0]
+        _, own, _ = own_address(address)
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
                 request = struct.pack("256s", name.encode()[:15])

@@ -30,6 +30,7 @@ from accessory.train.precision import COMPUTE_DTYPES, matmul_precision
 from accessory.train.recompute import recompute_activations
 from accessory.train.run_log import RunLog
 from accessory.train.sharding import device_mesh
+from accessory.train.shelf import Shelf
 from accessory.train.snapshot import over_all_ranks, seed_rank
 from accessory.train.state import StateStore
 
@@ -39,8 +40,11 @@ logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
-def finetune(options: FinetuneOptions, launch: Launch) -> Stop:
+def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruption | None = None) -> Stop:
     """Run to the end, or until asked to stop; collective over all ranks of an initialised torch.distributed.
+
+    Args:
+        interruption: entered already; None: one for the time of this call.
 
     Returns:
         Why it stopped before its end, or Stop.NO.
@@ -50,7 +54,7 @@ def finetune(options: FinetuneOptions, launch: Launch) -> Stop:
             tensor, on every rank alike.
     """
     with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption(launch))
+        interruption = interruption or stack.enter_context(Interruption(launch))
         stack.enter_context(matmul_precision(options.precision))
         # 1. Ranks, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
@@ -60,8 +64,7 @@ def finetune(options: FinetuneOptions, launch: Launch) -> Stop:
         world, output = store.world, Path(options.output_dir).absolute()
         agreed(world, lambda: stack.enter_context(_output_of(options, output)) if world.is_first else None)
         resumed = _state_to_resume(options, store)
-        if resumed is None:
-            agreed(world, lambda: refuse_earlier_run(output) if world.is_first else None)
+        agreed(world, lambda: _begin(options, output, resumed) if world.is_first else None)
         # 2. All that can be wrong with model and data, before long work.
         pretrained = agreed(world, lambda: _resolve(options, state))
         data, sampler = _data(options, launch, pretrained, store)
@@ -87,6 +90,17 @@ def _output_of(options: FinetuneOptions, output: Path) -> Iterator[None]:
         setup_logging(0, file=output / "output.log")
         write_json(output / "options.json", dataclasses.asdict(options))
         yield
+
+
+def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None:
+    """What rank 0 does first: see that nothing of another run is in the way."""
+    shelf = Shelf(options.checkpoints)
+    if resumed is not None and shelf.folder.resolve() in resumed.resolve().parents:
+        return
+    # A run that was killed before its first state is complete may have left models.
+    if not (options.auto_resume and shelf.is_begun):
+        refuse_earlier_run(output)
+    shelf.begin()
 
 
 def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
@@ -153,5 +167,6 @@ def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelStat
         compute_dtype=COMPUTE_DTYPES[options.precision],
         expert_placement=options.expert_placement,
         before_sharding=lambda llma: recompute_activations(llma, options.grad_ckpt_policy),
+        seed=options.seed,
     )
     return MetaModel(llma, pretrained.tokenizer, pretrained.llama_type).train()

@@ -83,10 +83,13 @@ class FinetuneLoop:
         if self.scaler is not None and progress["scaler"] is not None:
             self.scaler.load_state_dict(progress["scaler"])
         logger.info("resuming %s after step %d", path, self.done)
+        name = self._model_due()
+        if name is not None and path.parent == self.store.folder and self._on_any_rank(not self._model(name).exists()):
+            self._export(name)  # the run was stopped, or killed, before it came to that
 
     def run(self, log: RunLog, interruption: Interruption) -> Stop:
         """Take all steps up to the end; returns why it stopped before."""
-        interruption.stepping = True
+        interruption.begin()
         last = time.perf_counter()
         for examples in self._upcoming():
             result, lr = self._step(examples)
@@ -128,6 +131,11 @@ class FinetuneLoop:
         self.step_of_epoch += 1
         return result, lr
 
+    def _on_any_rank(self, condition: bool) -> bool:
+        found = torch.tensor([int(condition)], device=self.model.llma.state.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
+
     def _exchange(self, interruption: Interruption) -> tuple[Stop, float]:
         """Whether any rank was asked to stop, and the most memory that one has used."""
         device = self.model.llma.state.device
@@ -163,19 +171,29 @@ class FinetuneLoop:
 
         The model first: a run that is killed between the two takes the steps again and writes the model anew.
         """
-        options = self.options
-        ends_epoch = self.step_of_epoch == self.sampler.steps_per_epoch
-        ends_run = self.done == self.end
+        name = self._model_due()
+        if name is not None:
+            self._export(name)
+            self._save(asynchronous=self.done < self.end)
+
+    def _model_due(self) -> str | None:
+        """Name of the model to write after the last step, if any."""
+        options, per_epoch = self.options, self.sampler.steps_per_epoch
+        epoch, step = (self.done - 1) // per_epoch, (self.done - 1) % per_epoch + 1
+        ends_epoch, ends_run = step == per_epoch, self.done == self.end
         interval = options.save_iteration_interval
-        within = interval > 0 and self.step_of_epoch % max(1, interval // options.accum_iter) == 0
-        if ends_epoch and ((self.epoch + 1) % options.save_interval == 0 or ends_run):
-            name = export_name(self.epoch)
-        elif not ends_epoch and (within or ends_run):
-            name = export_name(self.epoch, self.step_of_epoch * options.accum_iter)
-        else:
-            return
-        export_checkpoint(self.model, Path(options.output_dir) / name, dtype=self.dtype)
-        self._save(asynchronous=not ends_run)
+        within = interval > 0 and step % max(1, interval // options.accum_iter) == 0
+        if ends_epoch and ((epoch + 1) % options.save_interval == 0 or ends_run):
+            return export_name(epoch)
+        if not ends_epoch and (within or ends_run):
+            return export_name(epoch, step * options.accum_iter)
+        return None
+
+    def _model(self, name: str) -> Path:
+        return Path(self.options.output_dir) / name
+
+    def _export(self, name: str) -> None:
+        export_checkpoint(self.model, self._model(name), dtype=self.dtype)
 
     def _save(self, *, asynchronous: bool) -> None:
         progress = {

@@ -84,7 +84,9 @@ class FinetuneOptions:
         if given["grad_ckpt_policy"] is None:
             given["grad_ckpt_policy"] = "full" if checkpointing else "none"
         fields = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
         return cls(**{name: value for name, value in values.items() if name in fields})
 
     @property

@@ -46,6 +46,9 @@ def shard_model(
     and are split over the data-parallel ranks; products run in ``compute_dtype`` and gradients are summed (not
     averaged) in float32. Parameters on the meta device stay there, and take no memory yet.
 
+    A single data-parallel rank needs no FSDP, whose copies between buffers take a good part of a step's time: there
+    the layers cast the weights as they use them.
+
     Args:
         data_parallel: "fsdp" gathers a block's parameters for its forward and again for its backward pass; "sdp"
             keeps them from the one to the other; "ddp" splits nothing over the data-parallel ranks, each of which
@@ -58,7 +61,11 @@ def shard_model(
         raise ValueError(f"data_parallel is {data_parallel!r}: give one of {', '.join(get_args(DataParallel))}")
     refuse_shared_heads(model.args, model.state.mp_size)
     _distribute(model, mesh["mp"])
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    if model.state.dp_size == 1:
+        model.tok_embeddings.dtype = compute_dtype
+        return
+    # Inputs are not cast: tokens begin in the compute dtype, and rotations stay float32 as in inference.
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     shard: Callable[[nn.Module], object]
     if data_parallel == "ddp":
         shard = partial(replicate, mesh=mesh["dp"], mp_policy=policy)

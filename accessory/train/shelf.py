@@ -25,6 +25,16 @@ class Shelf:
     CHECKPOINTS = "checkpoints"
     INDEX = "state.json"
     LATEST = "latest"
+    BEGUN = ".begun"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has begun here and was ended before its first folder was published."""
+        return (self.folder / self.BEGUN).exists()
+
+    def begin(self) -> None:
+        """Note that a run begins here anew."""
+        (self.folder / self.BEGUN).touch()
 
     def aside(self, name: str) -> tuple[Path, Path]:
         """Make a folder to write to; returns it and the free name to `publish` it under.
@@ -35,7 +45,7 @@ class Shelf:
         while final.exists():
             number += 1
             final = self.folder / f"{name}.{number}"
-        aside = self.folder / f".{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+        aside = self._hidden(final.name)
         aside.mkdir(parents=True)
         return aside, final
 
@@ -46,18 +56,18 @@ class Shelf:
         sync(self.folder)
         with replacing(self.folder / self.LATEST) as pointer:
             pointer.write_text(final.name + "\n", encoding="utf-8")
-        for path in self._half_written():
-            shutil.rmtree(path, ignore_errors=True)
+        (self.folder / self.BEGUN).unlink(missing_ok=True)
         if keep_last is not None:
             for path in [path for path in self._by_age() if path != final][keep_last - 1 :]:
-                # Without its index first: a removal that is cut short leaves nothing that looks complete.
-                (path / self.INDEX).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
+                # Renamed first: a removal that is cut short leaves nothing that looks complete, and is taken up again.
+                path.rename(self._hidden(path.name))
+        for path in self._half_written():
+            shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> Path | None:
         """The folder that ``latest`` names, else the newest complete one; warns of what it passes over."""
         for path in self._half_written():
-            logger.warning("ignoring %s: its writing was cut short", path)
+            logger.warning("ignoring %s: its writing or removal was cut short", path)
         pointer = self.folder / self.LATEST
         if pointer.exists():
             named = self.folder / pointer.read_text(encoding="utf-8").strip()
@@ -98,6 +108,9 @@ class Shelf:
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return f"{wrong[0]} is cut short" if wrong else ""
+
+    def _hidden(self, name: str) -> Path:
+        return self.folder / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
 
     def _half_written(self) -> list[Path]:
         return sorted(self.folder.glob(".*.tmp-*"))

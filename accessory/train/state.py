@@ -291,7 +291,7 @@ def _explained(step: Callable[[], Result], what: str, remedy: str, damaged: Path
             rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
             where = f" on rank {rank}"
         if is_lost_peer(cause):
-            raise  # nothing is wrong with the folder
+            raise cause from None  # nothing is wrong with the folder
         text = next(iter(str(cause).strip().splitlines()), "")
         kind = OSError if damaged is None else CheckpointError
         raise kind(f"{what}{where} ({type(cause).__name__}: {text}): {remedy}") from None

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import on_all_ranks
+from accessory.train.optim import clip_gradients
+from accessory.train.sharding import set_last_backward
 
 # The micro-batches of one rank for one step: (examples, labels), each int64 (batch, length).
 MicroBatches = Sequence[tuple[Tensor, Tensor]]
@@ -65,8 +67,7 @@ def train_step(
     loss, balance, z_loss, pairs_LE = _gradients(model, micro_batches, scaler)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    limit = clip_grad if clip_grad > 0 else float("inf")
-    grad_norm = _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
+    grad_norm = clip_gradients(model.parameters(), clip_grad, model.llma.state)
     finite = math.isfinite(loss + balance + (z_loss or 0.0) + grad_norm)
     if scaler is None:
         if not finite:
@@ -97,7 +98,8 @@ def _gradients(
     all_learned = _sum_over(torch.stack(learned).sum(), state.dp_group).clamp(min=1)
     sums: dict[str, Tensor] = {}
     pairs_LE = torch.zeros(args.n_layers, args.moe.num_experts, device=state.device)
-    for (examples, labels), own_learned in zip(micro_batches, learned, strict=True):
+    for number, ((examples, labels), own_learned) in enumerate(zip(micro_batches, learned, strict=True), start=1):
+        set_last_backward(model.llma, last=number == count)
         loss, extras, counts_LE = model.training_losses(examples.to(state.device), labels.to(state.device))
         parts = {"loss": loss * (own_learned / all_learned)}
         total = parts["loss"] + sum(value * weight / count for value, weight in extras.values())
@@ -107,8 +109,9 @@ def _gradients(
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
         pairs_LE += counts_LE
-    totals = _sum_over(torch.stack(list(sums.values())), state.dp_group).tolist()
-    losses = dict(zip(sums, totals, strict=True))
+    # Model-parallel ranks hold equal values; should one compute otherwise, all must judge the same numbers.
+    of_all = _sum_over(_sum_over(torch.stack(list(sums.values())), state.dp_group), state.mp_group) / state.mp_size
+    losses = dict(zip(sums, of_all.tolist(), strict=True))
     return losses["loss"], losses["load_balancing"], losses.get("z_loss"), pairs_LE
 
 
@@ -116,9 +119,3 @@ def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A norm over DTensors is one itself."""
-    full = getattr(value, "full_tensor", None)
-    return value if full is None else full()

@@ -1,0 +1,238 @@
+"""A training step beside transformers: tokens per second and peak memory of every rank, on the same model and data.
+
+    python benchmarks/train.py                  # shape 'mid' with 4 layers, bfloat16, 1 rank x 2 threads, 2 x 1
+
+Over several ranks ours is measured with the model split over all of them (mp), and with the data (dp, mp 1).
+Both sides hold float32 weights under FSDP2, compute in bfloat16, add the load-balancing loss, clip and step a fused
+AdamW. transformers runs with each of its experts implementations; the best counts. The sides take turns within a run,
+each in processes of its own, so that a noisy machine slows both; ratios are of medians. Memory is each rank's peak
+RssAnon, over a process that does nothing else.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import re
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LAYERS = 4
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies an expert's matrices for every token that chose it
+OURS = "accessory"
+BALANCE_WEIGHT, CLIP_GRAD, LR = 0.1, 2.0, 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4, help="examples of a step, over all ranks")
+    parser.add_argument("--length", type=int, default=512, help="tokens of an example")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again, on both sides")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    import transformers
+
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown CPU")
+    print(f"{cpu}, 2 threads in all, {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
+    tokens = arguments.rows * arguments.length
+    print(f"steps of {arguments.rows} x {arguments.length} tokens, checkpointing {arguments.checkpointing}\n")
+    print(f"{'ranks':>5} {'':16}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
+    for ranks in arguments.ranks:
+        work = (arguments.rows, arguments.length, arguments.checkpointing)
+        memory = {side: peak_memory(side, ranks, work) for side in IMPLEMENTATIONS}
+        for mp_size in range(ranks, 0, -1):
+            ours = f"{OURS} mp {mp_size}"
+            speeds = compare(ours, ranks, work, arguments.rounds)
+            memory[ours] = peak_memory(ours, ranks, work)
+            for side, times in speeds.items():
+                median = statistics.median(times)
+                peak = max(memory[side]) / 1e6
+                print(f"{ranks:>5} {side:16}{median:>9.2f}{tokens / median:>10.0f}{peak:>18,.0f}", flush=True)
+            best = min(IMPLEMENTATIONS, key=lambda side: statistics.median(speeds[side]))
+            faster = statistics.median(speeds[best]) / statistics.median(speeds[ours])
+            leaner = max(memory[ours]) / min(max(memory[side]) for side in IMPLEMENTATIONS)
+            print(f"{ranks:>5} {faster:.2f} x the speed of {best}, {leaner:.2f} x the least memory of both\n", flush=True)
+
+
+def compare(ours: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step by side; the sides take turns."""
+    our_side, their_side = Side(ours, ranks, work), Side("transformers", ranks, work)
+    times: dict[str, list[float]] = {name: [] for name in (ours, *IMPLEMENTATIONS)}
+    try:
+        for round_number in range(rounds + 1):
+            for name in IMPLEMENTATIONS:
+                for side, command in ((their_side, name), (our_side, ours)):
+                    elapsed = side.step(command)
+                    if round_number:  # the first round warms up
+                        times[command].append(elapsed)
+    finally:
+        our_side.close()
+        their_side.close()
+    return times
+
+
+def peak_memory(side: str, ranks: int, work: tuple[int, int, bool]) -> list[int]:
+    """Peak private memory of each rank over three steps, in bytes."""
+    processes = Side(side, ranks, work)
+    try:
+        for _ in range(3):
+            processes.step(side)
+        return processes.peaks()
+    finally:
+        processes.close()
+
+
+class Side:
+    """The ranks of one side, each a process that waits for commands."""
+
+    def __init__(self, kind: str, ranks: int, work: tuple[int, int, bool]) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(ranks):
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, kind, rank, ranks, port, work), daemon=True)
+            process.start()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+        self._ask("ready")
+
+    def step(self, command: str) -> float:
+        """Seconds of the slowest rank."""
+        return max(self._ask(command))
+
+    def peaks(self) -> list[int]:
+        return self._ask("peak")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def _ask(self, command: str) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send(command)
+        return [pipe.recv() for pipe in self.pipes]
+
+
+def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: tuple[int, int, bool]) -> None:
+    """A rank: builds its model, then steps when told to."""
+    torch.set_num_threads(2 // ranks)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    peak, length = Peak(), work[1]
+    mp_size = int(kind.split()[-1]) if kind.startswith(OURS) else 1
+    rows, dp_rank = work[0] * mp_size // ranks, rank // mp_size
+    step = our_step(mp_size, checkpointing=work[2]) if kind.startswith(OURS) else their_step(checkpointing=work[2])
+    generator = torch.Generator().manual_seed(dp_rank)
+    while True:
+        command = pipe.recv()
+        if command == "ready":
+            pipe.send(None)
+        elif command == "peak":
+            pipe.send(peak.value)
+        else:
+            tokens = torch.randint(3, 32000, (rows, length), generator=generator)
+            dist.barrier()
+            start = time.perf_counter()
+            step(tokens, command)
+            pipe.send(time.perf_counter() - start)
+
+
+def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
+    from mid import ARGS
+
+    from accessory.model.LLM.mistral import Transformer
+    from accessory.model.meta import MetaModel
+    from accessory.parallel.state import ParallelState
+    from accessory.train.init import init_weights
+    from accessory.train.optim import adamw
+    from accessory.train.recompute import recompute_activations
+    from accessory.train.sharding import device_mesh, shard_model
+    from accessory.train.trainer import train_step
+
+    state = ParallelState.init(mp_size, "cpu")
+    llma = Transformer(ARGS.replace(n_layers=LAYERS), state, device=torch.device("meta"))
+    recompute_activations(llma, "full" if checkpointing else "none")
+    shard_model(llma, device_mesh(state), data_parallel="fsdp", compute_dtype=torch.bfloat16)
+    llma.to_empty(device="cpu")
+    init_weights(llma, seed=0)
+    model = MetaModel(llma, tokenizer=None).train()  # type: ignore[arg-type]
+    optimizer = adamw(model.named_parameters(), lr=LR, weight_decay=0.0)
+
+    def step(tokens: torch.Tensor, _: str) -> None:
+        train_step(model, optimizer, [(tokens, tokens)], lr=LR, clip_grad=CLIP_GRAD)
+
+    return step
+
+
+def their_step(*, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
+    from mid import ARGS
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=ARGS.vocab_size,
+        hidden_size=ARGS.dim,
+        intermediate_size=ARGS.hidden_dim,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=ARGS.n_heads,
+        num_key_value_heads=ARGS.n_kv_heads,
+        num_local_experts=ARGS.moe.num_experts,
+        num_experts_per_tok=ARGS.moe.num_experts_per_tok,
+        rope_theta=ARGS.rope_theta,
+        max_position_embeddings=4096,
+        router_aux_loss_coef=OURS = "accessory"
+BALANCE_WEIGHT,
+        output_router_logits=True,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM._from_config(config, dtype=torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(tokens: torch.Tensor, implementation: str) -> None:
+        model.set_experts_implementation(implementation)
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+class Peak:
+    """The largest RssAnon of this process since it was made, looked at every 5 ms."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            self.value = max(self.value, int(match[1]) * 1024 if match else 0)
+            time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    main()
