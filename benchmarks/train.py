@@ -62,7 +62,7 @@ def main() -> None:
             best = min(IMPLEMENTATIONS, key=lambda side: statistics.median(speeds[side]))
             faster = statistics.median(speeds[best]) / statistics.median(speeds[ours])
             leaner = max(memory[ours]) / min(max(memory[side]) for side in IMPLEMENTATIONS)
-            print(f"{ranks:>5} {faster:.2f} x the speed of {best}, {leaner:.2f} x the least memory of both\n", flush=True)
+            print(f"{ranks:>5} {faster:.2f} x the speed of {best}, {leaner:.2f} x the least memory\n", flush=True)
 
 
 def compare(ours: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> dict[str, list[float]]:
@@ -195,8 +195,7 @@ def their_step(*, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
         num_experts_per_tok=ARGS.moe.num_experts_per_tok,
         rope_theta=ARGS.rope_theta,
         max_position_embeddings=4096,
-        router_aux_loss_coef=OURS = "accessory"
-BALANCE_WEIGHT,
+        router_aux_loss_coef=BALANCE_WEIGHT,
         output_router_logits=True,
         use_cache=False,
     )
