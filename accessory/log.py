@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from accessory.launch import Launch
 
@@ -56,7 +56,11 @@ _said: set[str] = set()
 
 
 class RankParser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments once, however many ranks were started with them."""
+    """Says what is wrong with the arguments, or the help, once, however many ranks were started with them."""
+
+    def print_help(self, file: Any = None) -> None:
+        if global_rank() == 0:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         if global_rank() != 0:

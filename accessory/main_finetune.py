@@ -3,6 +3,7 @@
 ``--help`` lists the options; docs/finetune.md walks through a run.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ if __name__ == "__main__" and __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.launch import Launch
-from accessory.log import global_rank, setup_logging
+from accessory.log import setup_logging
 from accessory.train.interruption import Interruption, Stop
 
 logger = logging.getLogger("accessory.main_finetune")  # the file may be run as __main__
@@ -34,14 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, launch: Launch, interruption: Interruption) -> int:
-    try:
-        from accessory.train.options import FinetuneOptions
+    from accessory.train.options import FinetuneOptions
 
+    try:
         options = FinetuneOptions.parse(arguments)
-    except ValueError as error:
-        if global_rank() == 0:
-            _say(error)
-        return 1
+    except (ValueError, SystemExit) as error:
+        return _refuse(error, launch)
     try:
         from accessory.parallel.rendezvous import process_group_of_launcher
         from accessory.train.finetune import COLLECTIVE_TIMEOUT, finetune
@@ -56,6 +55,24 @@ def _run(arguments: Sequence[str] | None, launch: Launch, interruption: Interrup
     except (OSError, ValueError, FloatingPointError) as error:
         _say(error)
         return 1
+
+
+def _refuse(wrong: ValueError | SystemExit, launch: Launch) -> int:
+    """Say what is wrong with the arguments, once, and end with the other ranks; returns the exit code."""
+    code = 1 if isinstance(wrong, ValueError) else int(wrong.code or 0)
+    if launch.rank == 0 and isinstance(wrong, ValueError):  # argparse has said its own
+        _say(wrong)
+    if code and launch.world_size > 1:
+        from accessory.parallel.rendezvous import process_group_of_launcher
+        from accessory.parallel.state import ParallelState
+        from accessory.train.snapshot import over_all_ranks
+
+        # A launcher ends all ranks with the first one: none may leave before rank 0 has spoken. And a rank whose
+        # arguments are in order learns here, with its first collective, that another's are not.
+        with contextlib.suppress(OSError, SystemExit), process_group_of_launcher(say=lambda error: None):
+            text = wrong if isinstance(wrong, ValueError) else "its arguments are wrong"
+            over_all_ranks(ParallelState.single("cpu")).agree(ValueError(f"rank {launch.rank}: {text}"))
+    return code
 
 
 def _say(error: Exception) -> None:

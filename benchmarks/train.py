@@ -158,12 +158,14 @@ def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, st
     from accessory.model.LLM.mistral import Transformer
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import ParallelState
+    from accessory.train.allocator import return_freed_memory
     from accessory.train.init import init_weights
     from accessory.train.optim import adamw
     from accessory.train.recompute import recompute_activations
     from accessory.train.sharding import device_mesh, shard_model
     from accessory.train.trainer import train_step
 
+    return_freed_memory()  # as the finetuning command does
     state = ParallelState.init(mp_size, "cpu")
     llma = Transformer(ARGS.replace(n_layers=LAYERS), state, device=torch.device("meta"))
     recompute_activations(llma, "full" if checkpointing else "none")

@@ -4,19 +4,32 @@
 set -euo pipefail
 repository="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# Said by one rank; the others give it time, since srun ends all with the first.
+usage() {
+    if [ "${SLURM_PROCID:-${RANK:-0}}" = 0 ]; then
+        echo "usage: [srun ...] bash $0 PRETRAINED CONFIG_JSON TOKENIZER [OPTIONS OF main_finetune.py ...]" >&2
+    else
+        trap 'kill $!' TERM
+        sleep 2 &
+        wait $! || true
+    fi
+    exit 2
+}
+
 # run_experiment PRETRAINED CONFIG_JSON TOKENIZER [OPTIONS OF main_finetune.py ...]
 run_experiment() {
-    if [ $# -lt 3 ]; then
-        echo "usage: [srun ...] bash $0 PRETRAINED CONFIG_JSON TOKENIZER [OPTIONS OF main_finetune.py ...]" >&2
-        exit 2
+    # One that begins with a dash is an option: one of the three was left out.
+    if [ $# -lt 3 ] || [[ "$1" == -* || "$2" == -* || "$3" == -* ]]; then
+        usage
     fi
     local pretrained="$1" config="$2" tokenizer="$3"
     shift 3
+    # `configs` is written so because bash before 4.4 takes an empty array for an unset variable.
     # Not a child but this very process, so that signals of SLURM reach the training.
     exec "${PYTHON:-python}" -u "$repository/accessory/main_finetune.py" \
         --output_dir "output/$name" \
         --pretrained_path "$pretrained" --pretrained_type consolidated \
-        --llama_config "$config" "${configs[@]}" --tokenizer_path "$tokenizer" --no_visual \
+        --llama_config "$config" ${configs[@]+"${configs[@]}"} --tokenizer_path "$tokenizer" --no_visual \
         --data_config "$repository/accessory/configs/data/finetune/sg/dialog_ultrachat200kWizardcode.yaml" --dialog \
         --epochs 1 --warmup_epochs 0.1 --accum_iter 8 --max_words 4096 --num_workers 4 \
         --min_lr 0 --clip_grad 2 --weight_decay 0 \

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from checkpoints import random_tensors, small_config, write_folder
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import accessory
 from accessory.data.cache import CACHE_VARIABLE
 from accessory.launch import Launch
 from accessory.log import setup_logging
@@ -132,3 +134,17 @@ def state_tensors(folder: Path) -> dict[str, Tensor]:
 
 def latest_state(output: Path) -> Path:
     return output / "checkpoints" / (output / "checkpoints" / "latest").read_text().strip()
+
+
+PYTHON = Path(sys.executable)
+SCRIPT = Path(accessory.__file__).parent / "main_finetune.py"
+
+
+def alone(arguments: Sequence[str]) -> list[str | Path]:
+    """The command as one process."""
+    return [PYTHON, SCRIPT, *arguments]
+
+
+def under_torchrun(size: int, arguments: Sequence[str], *settings: str) -> list[str | Path]:
+    """The command as so many ranks; ``settings`` are torchrun's."""
+    return [PYTHON.with_name("torchrun"), "--standalone", "--nproc-per-node", str(size), *settings, SCRIPT, *arguments]

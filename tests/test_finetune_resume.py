@@ -29,7 +29,8 @@ from accessory.train.state import StateStore
 
 Pools = Callable[[int], RankPool]
 
-STOPS, END = (13, 20), 30
+# Within an epoch, and at the end of one.
+STOPS, END = (13, 3 * PER_EPOCH), 30
 LAYOUTS = {"2 x 2": layout(2, 2), "1 x 1": layout(1, 1)}
 
 
@@ -114,18 +115,19 @@ def test_a_run_goes_on_with_other_ranks(
 def test_a_run_goes_on_with_another_kind_of_data_parallelism(
     before: str, after: str, ranks: Pools, setting: Setting, unbroken: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    for end, kind in ((STOPS[0], before), (END, after)):
+    for end, kind in ((8, before), (16, after)):
         train(ranks, setting, tmp_path, LAYOUTS["2 x 2"], max_steps=end, auto_resume=True, data_parallel=kind)
-    assert losses(tmp_path) == pytest.approx(losses(unbroken("2 x 2")), rel=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(unbroken("2 x 2"))[:16], rel=1e-4)
 
 
 def test_a_step_of_other_examples_is_refused(ranks: Pools, setting: Setting, stopped: Path, tmp_path: Path) -> None:
     output = copy_of(stopped, tmp_path / "run")
     before = state_tensors(latest_state(output))
+    fewer = make_setting(tmp_path / "fewer", setting.model / "tokenizer.model", examples=50)
     for changes, says in (
-        ({"batch_size": 3}, "that their product is 8"),
+        ({"batch_size": 3}, "choose the three so that their product is 8"),
         ({"seed": 1}, "keep --seed"),
-        ({"max_words": 8, "skip_bad_records": True}, "give the same data and --max_words"),
+        ({"data_config": fewer.folder / "data.yaml"}, "give the same data and --max_words"),
     ):
         arguments = setting.arguments(output, **{**layout(1, 2), "auto_resume": True, **changes})
         for kind, text in ranks(2).run(error_on_rank, setting, arguments):
@@ -188,19 +190,26 @@ def test_a_run_that_begins_finds_no_other_runs_models(
     ranks: Pools, setting: Setting, stopped: Path, tmp_path: Path
 ) -> None:
     output = copy_of(stopped, tmp_path / "run")
-    before = sorted(path.name for path in output.rglob("*"))
+    before = contents(output)
     for changes in ({}, {"resume": stopped}):
         arguments = setting.arguments(output, **LAYOUTS["2 x 2"], **changes)
-        for kind, text in ranks(4).run(error_on_rank, setting, arguments):
-            assert kind == "FileExistsError"
+        for _, text in ranks(4).run(error_on_rank, setting, arguments):
             assert re.search(r"holds an earlier run \(\S+\): go on with it by --auto_resume", text)
     shutil.rmtree(output / "checkpoints")  # without its states a finished run cannot be gone on with
     arguments = setting.arguments(output, **LAYOUTS["2 x 2"], auto_resume=True)
-    for kind, _ in ranks(4).run(error_on_rank, setting, arguments):
-        assert kind == "FileExistsError"
-    assert sorted(path.name for path in output.rglob("*") if "checkpoints" not in path.parts) == [
-        name for name in before if not re.match(r"checkpoints|latest|step-|__|rng|\.metadata|state", name)
-    ]
+    for _, text in ranks(4).run(error_on_rank, setting, arguments):
+        assert "holds an earlier run (epoch1-iter12)" in text
+    assert contents(output) == before
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """The run's files, but for its training states and the text that it prints."""
+    files = {str(path.relative_to(output)): path for path in output.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in files.items()
+        if not name.startswith("checkpoints/") and name != "output.log"
+    }
 
 
 def cut_short_on_rank(setting: Setting, arguments: list[str]) -> tuple[str, str]:

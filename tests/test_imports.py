@@ -173,4 +173,14 @@ def test_no_file_of_the_package_hides_a_module_of_python() -> None:
     """Started as `python accessory/main_finetune.py`, a program finds its own folder first."""
     names = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     assert not names & set(sys.stdlib_module_names)
-    assert not names & {"numpy", "sentencepiece", "tokenizers", "torch", "tqdm", "transformers", "yaml"}
+    assert not names & {
+        "matplotlib",
+        "numpy",
+        "sentencepiece",
+        "tensorboard",
+        "tokenizers",
+        "torch",
+        "tqdm",
+        "transformers",
+        "yaml",
+    }

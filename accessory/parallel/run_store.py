@@ -21,7 +21,7 @@ SAY_AFTER = 15.0
 # A host's name may be unknown for a moment.
 _NAME_PATIENCE = 60.0
 # Whoever listens and does not answer as this run's store within so many seconds is somebody else.
-_ANSWERS_WITHIN = 30.0
+_ANSWERS_WITHIN = 20.0
 _LOOK_EVERY = 0.2
 
 
@@ -97,6 +97,6 @@ def _open(launch: Launch, *, serves: bool) -> dist.Store:
     except queue.Empty:
         raise OSError("what listens there does not answer, so it is no rank of this run") from None
     if isinstance(found, Exception):
-        raise found
+        raise OSError("another program has taken the port") if "EADDRINUSE" in str(found) else found
     found.set_timeout(ALL_THERE)
     return found

@@ -29,6 +29,7 @@ def build_for_training(
     expert_placement: str = "auto",
     before_sharding: Callable[[Transformer], None] | None = None,
     seed: int = 0,
+    fill: bool = True,
 ) -> Transformer:
     """A sharded Transformer with float32 weights; collective over all ranks of the run.
 
@@ -39,6 +40,7 @@ def build_for_training(
         before_sharding: changes the model, whose parameters have no memory yet, for instance to recompute
             activations, or not to train some of them.
         seed: of the weights that no checkpoint gives.
+        fill: False leaves the weights to a training state that is loaded next.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained` and `shard_model`, on all
@@ -55,7 +57,7 @@ def build_for_training(
         llma.to_empty(device=state.device)
         return llma
 
-    def fill() -> None:
+    def give_weights() -> None:
         if not pretrained.manifests:
             init_weights(llma, seed=seed)
             return
@@ -68,5 +70,6 @@ def build_for_training(
     with torch.inference_mode(False), torch.no_grad():
         request = (pretrained.args, data_parallel, compute_dtype, expert_placement, bool(pretrained.manifests), seed)
         llma = agreed(everyone, build, request)
-        agreed(everyone, fill)
+        if fill:
+            agreed(everyone, give_weights)
     return llma

@@ -19,6 +19,7 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.requests import agreed
 from accessory.parallel.plan import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState
+from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
@@ -56,13 +57,14 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
     with contextlib.ExitStack() as stack:
         interruption = interruption or stack.enter_context(Interruption(launch))
         stack.enter_context(matmul_precision(options.precision))
+        return_freed_memory()
         # 1. Ranks, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
         state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device), options)
         store = StateStore(options.checkpoints, state, keep_last=options.keep_last)
         stack.callback(store.close)
         world, output = store.world, Path(options.output_dir).absolute()
-        agreed(world, lambda: stack.enter_context(_output_of(options, output)) if world.is_first else None)
+        agreed(world, lambda: stack.enter_context(_output_of(output)) if world.is_first else None)
         resumed = _state_to_resume(options, store)
         agreed(world, lambda: _begin(options, output, resumed) if world.is_first else None)
         # 2. All that can be wrong with model and data, before long work.
@@ -70,7 +72,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         data, sampler = _data(options, launch, pretrained, store)
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
-        model = _build(options, pretrained, state)
+        model = _build(options, pretrained, state, fill=resumed is None)
         optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
         loop = FinetuneLoop(options, model, optimizer, data, sampler, store)
         logger.info("%s", describe_trainable(model))
@@ -84,23 +86,22 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
 
 
 @contextlib.contextmanager
-def _output_of(options: FinetuneOptions, output: Path) -> Iterator[None]:
-    """What rank 0 does with the run's folder: hold it, log into it, note the options."""
+def _output_of(output: Path) -> Iterator[None]:
+    """What rank 0 does with the run's folder: hold it, and log into it."""
     with held(output):
         setup_logging(0, file=output / "output.log")
-        write_json(output / "options.json", dataclasses.asdict(options))
         yield
 
 
 def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None:
-    """What rank 0 does first: see that nothing of another run is in the way."""
+    """What rank 0 does first: see that nothing of another run is in the way, and note the options."""
     shelf = Shelf(options.checkpoints)
-    if resumed is not None and shelf.folder.resolve() in resumed.resolve().parents:
-        return
-    # A run that was killed before its first state is complete may have left models.
-    if not (options.auto_resume and shelf.is_begun):
-        refuse_earlier_run(output)
-    shelf.begin()
+    if resumed is None or shelf.folder.resolve() not in resumed.resolve().parents:
+        # A run that was killed before its first state is complete may have left models.
+        if not (options.auto_resume and shelf.is_begun):
+            refuse_earlier_run(output)
+        shelf.begin()
+    write_json(output / "options.json", dataclasses.asdict(options))
 
 
 def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
@@ -158,7 +159,7 @@ def _data(
     return data, agreed(store.world, lambda: sample(data))
 
 
-def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelState) -> MetaModel:
+def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelState, *, fill: bool) -> MetaModel:
     llma = build_for_training(
         pretrained,
         state,
@@ -168,5 +169,6 @@ def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelStat
         expert_placement=options.expert_placement,
         before_sharding=lambda llma: recompute_activations(llma, options.grad_ckpt_policy),
         seed=options.seed,
+        fill=fill,
     )
     return MetaModel(llma, pretrained.tokenizer, pretrained.llama_type).train()

@@ -44,9 +44,9 @@ class Peaks(NamedTuple):
     single: float
 
 
-# From NVIDIA's data sheets and, for GeForce and RTX cards, the appendices of its Ampere GA102, Ada and Blackwell white
-# papers. Where a sheet shows the rate with 2:4 sparsity alone, it is half of that. The first pattern that is found in
-# the card's name rules.
+# As NVIDIA publishes them, in data sheets and, for GeForce and RTX cards, in the appendices of its white papers on
+# Ampere GA102, Ada and Blackwell. Where a sheet shows the rate with 2:4 sparsity alone, it is half of that. The first
+# pattern that is found in the card's name rules.
 _PEAKS: tuple[tuple[str, Peaks], ...] = (
     (r"\bB200\b", Peaks(2250, 1125, 75)),
     (r"\b(H100|H200) NVL\b", Peaks(835.5, 417.5, 60)),

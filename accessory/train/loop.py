@@ -55,6 +55,9 @@ class FinetuneLoop:
         warmup = options.warmup_epochs * per_epoch
         self.schedule = CosineSchedule(steps=total, lr=options.lr, min_lr=options.min_lr, warmup=warmup)
         self.end = min(total, options.max_steps or total)
+        # A token sees half of its example's, and longer examples have more of them.
+        seen = float((data.lengths.astype(float) ** 2).sum() / data.lengths.sum())
+        self.flops_per_token = flops_per_token(model.llma.args, seen)
         self.done = 0
         # Where the next step begins.
         self.epoch = self.step_of_epoch = 0
@@ -145,10 +148,9 @@ class FinetuneLoop:
         return Stop(int(asked)), memory
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, memory: float) -> StepMetrics:
-        state, args = self.model.llma.state, self.model.llma.args
+        state = self.model.llma.state
         peak = peak_flops(state.device, self.dtype)
         speed = result.tokens / seconds
-        length = float(self.data.lengths.mean())
         ranks = state.dp_size * state.mp_size
         return StepMetrics(
             step=self.done,
@@ -160,7 +162,7 @@ class FinetuneLoop:
             grad_norm=result.grad_norm,
             tokens_per_s=speed,
             memory=memory,
-            mfu=None if peak is None else speed * flops_per_token(args, length) / (peak * ranks),
+            mfu=None if peak is None else speed * self.flops_per_token / (peak * ranks),
             loss_scale=None if self.scaler is None else self.scaler.get_scale(),
             skipped=result.skipped,
             pairs_LE=result.pairs_LE,

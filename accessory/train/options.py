@@ -55,20 +55,23 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         for name, least in (
-            *(("batch_size", 1), ("accum_iter", 1), ("epochs", 1), ("max_steps", 1), ("max_words", 2)),
+            *(("batch_size", 1), ("accum_iter", 1), ("epochs", 1), ("max_steps", 1), ("max_words", 3)),
             *(("model_parallel_size", 1), ("save_interval", 1), ("save_iteration_interval", 0), ("keep_last", 1)),
             *(("lr", 0), ("min_lr", 0), ("warmup_epochs", 0), ("weight_decay", 0), ("seed", 0)),
             *(("load_balancing_weight", 0), ("z_loss_weight", 0), ("clip_grad", -math.inf)),
         ):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(
-                    f"--{name} is {value}: give {least} or more" if least > -math.inf else f"--{name} is {value}"
-                )
+                fit = f"{least} or more" if math.isfinite(value) else "a finite number"
+                raise ValueError(f"--{name} is {value}: give {fit}")
+        if self.seed >= 2**64:
+            raise ValueError(f"--seed is {self.seed}: give a number below 2^64")
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
-        if not self.output_dir:
-            raise ValueError("--output_dir is empty: name a folder, which need not exist")
+        for name in ("data_config", "llama_config", "tokenizer_path", "pretrained_path", "output_dir", "resume"):
+            given = getattr(self, name)
+            if given == "" or (isinstance(given, tuple) and "" in given):
+                raise ValueError(f"--{name} is given an empty name: is a variable of your script not set?")
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:
@@ -98,6 +101,7 @@ class FinetuneOptions:
 def _parser() -> argparse.ArgumentParser:
     parser = RankParser(
         prog="main_finetune.py",
+        usage="%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)",
         description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,0 +1,322 @@
+"""Starting main_finetune.py: by hand, through torchrun, through the experiments under srun, on two hosts."""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetuning import Setting, finetune_on_rank, log_lines, losses, make_setting
+from ranks import free_port, run_command
+from stand_in_srun import install_srun
+from two_hosts import ADDRESSES, run_on_two_hosts, why_not
+
+import accessory
+from accessory.launch import Launch
+from accessory.model.meta import MetaModel
+
+PYTHON = Path(sys.executable)
+TORCHRUN = PYTHON.with_name("torchrun")
+PACKAGE = Path(accessory.__file__).resolve().parent
+ROOT = PACKAGE.parent
+EXPERIMENTS = sorted((ROOT / "exps").glob("finetune/**/*.sh"))
+NAMES = [path.stem for path in EXPERIMENTS]
+
+STEPS, BATCH = 3, 8
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, small_tokenizer) -> Setting:
+    return make_setting(tmp_path_factory.mktemp("launch"), small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def one_process(setting, ranks, tmp_path_factory) -> Path:
+    """The folder of a run on one process, which all others must agree with."""
+    output = tmp_path_factory.mktemp("launch") / "one"
+    ranks(1).run(finetune_on_rank, setting, arguments(setting, output))
+    return output
+
+
+def arguments(setting: Setting, output: Path, **changes: Any) -> list[str]:
+    return setting.arguments(output, **{"max_steps": STEPS, "batch_size": BATCH, **changes})
+
+
+def started(*command: str | Path, environment: Mapping[str, str], cwd: Path, seconds: float = 120) -> str:
+    """Standard error of a run that must end well, without a word of trouble, and write nothing into ``cwd``."""
+    before = set(cwd.iterdir())
+    done = run_command(command, cwd=cwd, env=environment, seconds=seconds)
+    assert_quiet(done)
+    assert set(cwd.iterdir()) == before
+    return done.stderr
+
+
+def assert_quiet(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    for line in done.stderr.splitlines():
+        # torchrun says that it has set OMP_NUM_THREADS, where nobody else has.
+        assert line.startswith("INFO: "), done.stderr
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if "ERROR" in line or "error:" in line]
+
+
+def exported_loss(folder: Path) -> float:
+    """Cross-entropy of one text, as the exported model gives it."""
+    model = MetaModel.from_pretrained(folder, dtype="fp32", max_seq_len=64)
+    tokens = torch.tensor([model.tokenizer.encode("Say the value of the list method", bos=True, eos=True)])
+    with torch.no_grad():
+        return model(tokens, tokens)[0].item()
+
+
+# -- alone
+
+
+@pytest.mark.parametrize(
+    ("start", "cwd"),
+    [
+        (("main_finetune.py",), PACKAGE),
+        (("accessory/main_finetune.py",), ROOT),
+        (("-m", "accessory.main_finetune"), ROOT),
+    ],
+    ids=["as the reference page", "from the root", "as a module"],
+)
+def test_one_process(start, cwd, setting, one_process, tmp_path):
+    out = tmp_path / "out"
+    stderr = started(PYTHON, *start, *arguments(setting, out), environment=setting.environment, cwd=cwd)
+    assert f"done: {STEPS} of {STEPS} steps" in stderr
+    assert log_lines(out) == log_lines(one_process)
+    assert exported_loss(out / "epoch0-iter3") == exported_loss(one_process / "epoch0-iter3")
+
+
+def test_the_exported_folder_is_a_checkpoint(one_process, setting):
+    folder = one_process / "epoch0-iter3"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"consolidated.00-of-01.model.pth", "config.json", "meta.json", "tokenizer.model"}
+    assert (folder / "tokenizer.model").read_bytes() == (setting.model / "tokenizer.model").read_bytes()
+    assert json.loads((folder / "meta.json").read_text()) == {"llama_type": "mistral"}
+    before, after = (json.loads((path / "config.json").read_text()) for path in (setting.model, folder))
+    assert {key: after[key] for key in before if key != "max_seq_len"} == {
+        key: value for key, value in before.items() if key != "max_seq_len"
+    }
+    done = run_command([PYTHON, "-m", "accessory", "inspect", folder, "--check-values"])
+    assert done.returncode == 0, done.stderr
+    assert "converted" in done.stdout
+    assert "all finite" in done.stdout
+    assert abs(exported_loss(folder) - exported_loss(setting.model)) > 1e-3, "three steps have changed nothing"
+
+
+# -- torchrun
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": BATCH // 2}, {"model_parallel_size": 2}], ids=["dp 2", "mp 2"])
+def test_torchrun(changes, setting, one_process, tmp_path):
+    out = tmp_path / "out"
+    command = (TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "main_finetune.py")
+    started(*command, *arguments(setting, out, **changes), environment=setting.environment, cwd=PACKAGE)
+    assert losses(out) == pytest.approx(losses(one_process), rel=1e-4)
+    exported, theirs = (run / "epoch0-iter3" for run in (out, one_process))
+    files = {path.name for path in exported.glob("*.pth")}
+    mp_size = changes.get("model_parallel_size", 1)
+    assert files == {f"consolidated.{rank:02d}-of-{mp_size:02d}.model.pth" for rank in range(mp_size)}
+    for name in ("config.json", "meta.json", "tokenizer.model"):
+        assert (exported / name).read_bytes() == (theirs / name).read_bytes()
+    assert exported_loss(exported) == pytest.approx(exported_loss(theirs), rel=1e-4)
+
+
+# -- the experiments under srun
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory, small_tokenizer) -> Setting:
+    """The same model with dialogues, which the experiments read."""
+    setting = make_setting(tmp_path_factory.mktemp("dialogues"), small_tokenizer)
+    records = json.loads((setting.folder / "data.json").read_text())
+    turns = [[("human", record["instruction"]), ("gpt", record["output"])] for record in records]
+    content = [{"conversations": [{"from": who, "value": text} for who, text in turn]} for turn in turns]
+    (setting.folder / "data.json").write_text(json.dumps(content))
+    return setting
+
+
+def srun_environment(setting: Setting, tmp_path: Path, **more: str) -> dict[str, str]:
+    return {**setting.environment, **install_srun(tmp_path / "bin"), "SLURM_JOB_ID": free_job(), **more}
+
+
+def free_job() -> str:
+    """A SLURM job whose port nobody has taken."""
+    while True:
+        job = str(random.SystemRandom().randrange(10**6))
+        variables = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": job}
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", Launch.find(variables).port))
+            return job
+
+
+def experiment_arguments(setting: Setting) -> list[str]:
+    """PRETRAINED CONFIG_JSON TOKENIZER and what makes the experiment small."""
+    model = setting.model
+    small = ("--max_steps", "2", "--max_words", "256", "--batch_size", "1", "--precision", "fp32", "--device", "cpu")
+    files = [model, model / "config.json", model / "tokenizer.model", *small]
+    return [*map(str, files), "--data_config", str(setting.folder / "data.yaml")]
+
+
+# What the reference page says of each, as options.json has it.
+EXPECTED: dict[str, dict[str, Any]] = {
+    "dialog_ultrachat200kWizardcode_mistral": {"lr": 5e-6, "model_parallel_size": 8, "data_parallel": "sdp"}
+}
+SHARED = {"epochs": 1, "accum_iter": 8, "min_lr": 0, "clip_grad": 2, "weight_decay": 0, "dialog": True}
+SHARED |= {"warmup_epochs": 0.1, "grad_ckpt_policy": "full", "auto_resume": False}
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS, ids=NAMES)
+def test_an_experiment_as_the_reference_page_starts_it(script, dialogues, ranks, tmp_path):
+    out = tmp_path / "out"
+    srun = ("srun", "-n8", "--gres=gpu:8", "--ntasks-per-node=8", "bash", script.relative_to(ROOT))
+    given = (*experiment_arguments(dialogues), "--output_dir", out)
+    environment = srun_environment(dialogues, tmp_path)
+    started(*srun, *given, environment=environment, cwd=PACKAGE, seconds=200)
+    options = json.loads((out / "options.json").read_text())
+    expected = {**SHARED, **EXPECTED.get(script.stem, {})}
+    assert {name: options[name] for name in expected} == expected
+    mp_size = options["model_parallel_size"]
+    assert len(list((out / "epoch0-iter16").glob(f"consolidated.*-of-{mp_size:02d}.model.pth"))) == mp_size
+    # The same by one process: of the arguments the layout alone is another.
+    alone = {**options, "model_parallel_size": 1, "batch_size": 8 // mp_size, "output_dir": tmp_path / "alone"}
+    ranks(1).run(finetune_on_rank, dialogues, flags(alone))
+    assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Command line of what options.json holds."""
+    parts: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            parts += [f"--{name}", *value] if value else []
+        elif value is not None and value is not False:
+            parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return parts
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS, ids=NAMES)
+def test_an_experiment_from_the_root_under_an_older_slurm(script, dialogues, tmp_path):
+    out = tmp_path / "out"
+    given = (*experiment_arguments(dialogues), "--output_dir", out, "--model_parallel_size", "2")
+    environment = srun_environment(dialogues, tmp_path, STAND_IN_SRUN_NTASKS="SLURM_NPROCS")
+    started("srun", "-n2", "bash", script.relative_to(ROOT), *given, environment=environment, cwd=ROOT)
+    assert len(losses(out)) == 2
+    assert len(list((out / "epoch0-iter16").glob("consolidated.*-of-02.model.pth"))) == 2
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS, ids=NAMES)
+@pytest.mark.parametrize("given", [("a",), ("a", "b", "--max_steps", "3")], ids=["one", "two and an option"])
+def test_an_experiment_without_its_arguments(script, given, dialogues, tmp_path):
+    command = ["srun", "-n3", "bash", script, *given]
+    done = run_command(command, cwd=tmp_path, env=srun_environment(dialogues, tmp_path))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"usage: .*{script.name} PRETRAINED CONFIG_JSON TOKENIZER .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "exps").rglob("*.sh")), ids=lambda path: path.stem)
+def test_scripts_are_sound(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    if shutil.which("shellcheck") is not None:
+        assert subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [(("--lr", "nan"), 1, "ERROR: --lr is nan: give a finite number"), (("--nonsense",), 2, "--nonsense")],
+)
+def test_wrong_arguments_are_said_once_under_srun(wrong, code, says, setting, tmp_path):
+    command = ("srun", "-n2", PYTHON, "main_finetune.py", *arguments(setting, tmp_path / "out"), *wrong)
+    done = run_command(command, cwd=PACKAGE, env=srun_environment(setting, tmp_path))
+    (line,) = errors_of(done)
+    assert says in line
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == (1 if code == 1 else 2), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_different_arguments(setting, tmp_path):
+    """The rank whose arguments are right would wait for the other."""
+    given = ("$0 main_finetune.py", *arguments(setting, tmp_path / "out"), "--seed", "-$SLURM_PROCID")
+    done = run_command(
+        ("srun", "-n2", "bash", "-c", " ".join(given), PYTHON), cwd=PACKAGE, env=srun_environment(setting, tmp_path)
+    )
+    assert errors_of(done) == ["ERROR: rank 1: --seed is -1: give 0 or more"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2', which should be a number from 0 to 1"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+    ],
+)
+def test_wrong_variables_of_a_launcher(variables, says, setting, tmp_path):
+    command = (PYTHON, "main_finetune.py", *arguments(setting, tmp_path / "out"))
+    done = run_command(command, cwd=PACKAGE, env={**setting.environment, **variables})
+    (line,) = errors_of(done)
+    assert says in line
+    assert "unset RANK and SLURM_PROCID to run alone" in line
+
+
+def test_a_taken_port_is_said_once(setting, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = ("srun", "-n2", PYTHON, "main_finetune.py", *arguments(setting, tmp_path / "out"))
+        done = run_command(command, cwd=PACKAGE, env=srun_environment(setting, tmp_path, MASTER_PORT=port))
+    (line,) = errors_of(done)
+    assert f"at localhost:{port} (another program has taken the port)" in line
+    assert "set MASTER_ADDR and MASTER_PORT" in line
+
+
+# -- two hosts
+
+
+@pytest.fixture
+def hosts() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_two_hosts(launcher, setting, one_process, tmp_path):
+    """Neither knows the other's name; gloo must find the network card that leads to it."""
+    out = tmp_path / "out"
+    given = ("main_finetune.py", *arguments(setting, out, batch_size=BATCH // 2))
+    shared = {**setting.environment, "SLURM_NODELIST": ",".join(ADDRESSES), "SLURM_NTASKS_PER_NODE": "1"}
+    if launcher == "srun":
+        commands = [(PYTHON, *given)] * 2
+        environments = [
+            {**shared, "SLURM_PROCID": str(host), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"} for host in range(2)
+        ]
+    else:
+        nodes = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", ADDRESSES[0], "--master-port", "29511")
+        commands = [(TORCHRUN, *nodes, "--node-rank", str(host), *given) for host in range(2)]
+        environments = [shared] * 2
+    done = run_on_two_hosts(commands, environments, cwd=PACKAGE, seconds=150)
+    assert_quiet(done)
+    assert losses(out) == pytest.approx(losses(one_process), rel=1e-4)
+    assert exported_loss(out / "epoch0-iter3") == pytest.approx(exported_loss(one_process / "epoch0-iter3"), rel=1e-4)
+
+
+def test_the_tests_find_what_they_start() -> None:
+    assert (PACKAGE / "exps").resolve() == ROOT / "exps"
+    assert EXPECTED.keys() <= set(NAMES)
+    assert os.access(TORCHRUN, os.X_OK)

@@ -1,0 +1,202 @@
+"""SIGTERM and SIGUSR1, and launchers that die: a run that is asked to stop saves, ends, and can be gone on with."""
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from finetuning import (
+    PER_EPOCH,
+    Setting,
+    alone,
+    finetune_on_rank,
+    latest_state,
+    layout,
+    log_lines,
+    losses,
+    make_setting,
+    model_tensors,
+    state_tensors,
+    under_torchrun,
+)
+from programs import Program, by_hand
+from ranks import RankPool, assert_same
+
+from accessory.data.cache import CACHE_VARIABLE
+from accessory.train import loop
+from accessory.train.interruption import Stop
+from accessory.train.state import StateStore
+
+Pools = Callable[[int], RankPool]
+END = 12
+# So many that no run comes to its end by itself.
+MANY = 100_000
+FIRST_STEP = r"step 1/"
+TOKENISES = "another process is tokenising the same data"
+LAYOUT = layout(2, 2)
+
+
+@pytest.fixture(scope="module")
+def setting(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return make_setting(tmp_path_factory.mktemp("signals"), small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def unbroken(ranks: Pools, setting: Setting) -> Path:
+    """The output folder of a run in one go at 2 x 2, with a model for each epoch."""
+    output = setting.folder / "unbroken"
+    arguments = setting.arguments(output, **LAYOUT, max_steps=END, save_interval=1)
+    assert set(ranks(4).run(finetune_on_rank, setting, arguments)) == {Stop.NO}
+    return output
+
+
+def signalled_on_rank(
+    setting: Setting, arguments: list[str], number: signal.Signals, receivers: Collection[int], step: int
+) -> tuple[Stop, bool]:
+    """Get a signal within ``step``, and another while saving; also whether the handlers are then as before."""
+    taken, train_step, save = 0, loop.train_step, StateStore.save
+
+    def signalled(*given: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == step and dist.get_rank() in receivers:
+            os.kill(os.getpid(), number)
+        return train_step(*given, **options)
+
+    def impatient(*given: Any, **options: Any) -> None:
+        if taken == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(*given, **options)
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with mock.patch.object(loop, "train_step", signalled), mock.patch.object(StateStore, "save", impatient):
+        stop = finetune_on_rank(setting, arguments)
+    return stop, before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(
+    ("number", "receivers", "step"),
+    [
+        (signal.SIGTERM, {3}, 4),
+        (signal.SIGTERM, {0, 1, 2, 3}, PER_EPOCH),  # whose model is then still to be written
+        (signal.SIGUSR1, {0}, END),
+    ],
+)
+def test_a_signal_saves_the_step_and_loses_nothing(
+    number: signal.Signals,
+    receivers: set[int],
+    step: int,
+    ranks: Pools,
+    setting: Setting,
+    unbroken: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = setting.arguments(tmp_path, **LAYOUT, max_steps=END, save_interval=1, auto_resume=True)
+    results = ranks(4).run(signalled_on_rank, setting, arguments, number, receivers, step)
+    assert results == [(Stop.SIGNAL, True)] * 4
+    assert log_lines(tmp_path) == log_lines(unbroken)[:step]
+    assert latest_state(tmp_path).name == f"step-{step:08d}"
+    assert set(ranks(4).run(finetune_on_rank, setting, arguments)) == {Stop.NO}
+    assert log_lines(tmp_path) == log_lines(unbroken)
+    assert_same(state_tensors(latest_state(tmp_path)), state_tensors(latest_state(unbroken)))
+    models = sorted(path.name for path in unbroken.glob("epoch*"))
+    assert models == ["epoch0", "epoch1-iter10"]
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == models
+    for name in models:
+        assert_same(model_tensors(tmp_path / name), model_tensors(unbroken / name))
+
+
+# -- whole processes
+
+
+@contextlib.contextmanager
+def lock_of_tokens(setting: Setting, cache: Path) -> Iterator[dict[str, str]]:
+    """Holds the lock of the data in an empty cache, so that a run tokenises for ever; gives its environment."""
+    (key,) = (path.name for path in (setting.folder / "cache").iterdir() if path.is_dir())
+    cache.mkdir()
+    with (cache / f"{key}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield {CACHE_VARIABLE: str(cache)}
+
+
+def stopped_after(program: Program, why: str) -> int:
+    """The step after which the run says that it stopped."""
+    line = program.wait_for(r"stopped after step \d+")
+    assert line.endswith(f"({why}): go on with --auto_resume")
+    match = re.search(r"step (\d+)", line)
+    assert match is not None
+    return int(match[1])
+
+
+def test_one_process_saves_and_goes_on(ranks: Pools, setting: Setting, tmp_path: Path) -> None:
+    output, options = tmp_path / "run", {**layout(1, 1), "epochs": MANY}
+    with Program(alone(setting.arguments(output, **options)), setting.environment) as program:
+        program.wait_for(FIRST_STEP)
+        program.send(signal.SIGUSR1)
+        step = stopped_after(program, "a signal")
+        assert program.wait() == 0
+        program.wait_for_all(5)
+        assert "error" not in program.text.lower()
+    assert latest_state(output).name == f"step-{step:08d}"
+    whole = tmp_path / "whole"
+    for folder in (output, whole):
+        arguments = setting.arguments(folder, **options, max_steps=step + 5, auto_resume=True)
+        ranks(1).run(finetune_on_rank, setting, arguments)
+    assert log_lines(output) == log_lines(whole)
+    assert_same(state_tensors(latest_state(output)), state_tensors(latest_state(whole)))
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "why"),
+    [
+        (signal.SIGTERM, [], "a signal"),
+        (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "600"], "a signal"),
+        (signal.SIGKILL, [], "the launcher is gone"),
+    ],
+)
+def test_ranks_save_when_torchrun_is_ended(
+    number: signal.Signals, settings: list[str], why: str, setting: Setting, tmp_path: Path
+) -> None:
+    arguments = setting.arguments(tmp_path, **layout(2, 1), epochs=MANY, keep_last=1)
+    with Program(under_torchrun(2, arguments, *settings), setting.environment) as program:
+        program.wait_for(FIRST_STEP)
+        program.send(number)
+        step = stopped_after(program, why)
+        # Fact of torchrun: it fails also where its workers end well.
+        assert program.wait() == (-signal.SIGKILL if number is signal.SIGKILL else 1)
+        program.wait_for_all(10)
+        assert "ERROR" not in program.text
+    assert latest_state(tmp_path).name == f"step-{step:08d}"
+    assert len(losses(tmp_path)) == step
+
+
+def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, unbroken: Path, tmp_path: Path) -> None:
+    """Rank 0 tokenises and rank 1 waits for it, where no signal handler of Python's would ever run."""
+    arguments = setting.arguments(tmp_path / "run", **layout(2, 1))
+    with lock_of_tokens(setting, tmp_path / "cache") as environment, contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(Program(alone(arguments), environment | place)) for place in by_hand(2))
+        first.wait_for(TOKENISES)
+        second.send(signal.SIGTERM)
+        assert second.wait(5) == -signal.SIGTERM
+        # Nothing but its peer's death tells rank 0 that the run is over.
+        assert first.wait(60) == 1
+        (said,) = (line for line in first.lines if "ERROR" in line)
+        assert said.startswith(f"ERROR: rank 1 on {os.uname().nodename} is gone (killed, or out of memory?)")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_before_the_first_step_ranks_without_a_launcher_end_at_once(
+    setting: Setting, unbroken: Path, tmp_path: Path
+) -> None:
+    command = under_torchrun(2, setting.arguments(tmp_path / "run", **layout(2, 1)))
+    with lock_of_tokens(setting, tmp_path / "cache") as environment, Program(command, environment) as program:
+        program.wait_for(TOKENISES)
+        program.send(signal.SIGKILL)
+        program.wait_for_all(10)
