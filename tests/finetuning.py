@@ -66,10 +66,18 @@ class Setting:
         return [part for pair in pairs for part in pair]
 
 
-def make_setting(folder: Path, tokenizer: Path, *, examples: int = EXAMPLES, **sizes: Any) -> Setting:
-    """Write a random model of ``small_config`` with ``sizes``, and Alpaca records of several lengths."""
+def make_setting(
+    folder: Path, tokenizer: Path, *, examples: int = EXAMPLES, all_to: int | None = None, **sizes: Any
+) -> Setting:
+    """Write a random model of ``small_config`` with ``sizes``, and Alpaca records of several lengths.
+
+    ``all_to`` is the expert that every router chooses first, whatever the token.
+    """
     config = small_config(**{"dim": 32, "hidden_dim": 16, **sizes})
-    write_folder(folder / "base", random_tensors(config, 5), config, files=1, tokenizer=tokenizer)
+    tensors = random_tensors(config, 5)
+    if all_to is not None:
+        send_all_to(tensors, all_to)
+    write_folder(folder / "base", tensors, config, files=1, tokenizer=tokenizer)
     words = ("list", "method", "number", "of", "the", "value")
     records = [
         {"instruction": f"Say {words[number % 6]}", "output": " ".join(words[: 1 + number % 6] * (1 + number % 3))}
@@ -78,6 +86,18 @@ def make_setting(folder: Path, tokenizer: Path, *, examples: int = EXAMPLES, **s
     (folder / "data.json").write_text(json.dumps(records))
     (folder / "data.yaml").write_text(f"META:\n- path: {folder / 'data.json'}\n  type: text\n")
     return Setting(folder)
+
+
+def send_all_to(tensors: dict[str, Tensor], expert: int) -> None:
+    """The residual stream's first channel is one large number, which no layer changes and the routers read."""
+    for name, tensor in tensors.items():
+        if name == "tok_embeddings.weight":
+            tensor[:, 0] = 4.0
+        elif name.endswith(("wo.weight", "w2.weight")):
+            tensor[0] = 0
+        elif name.endswith("gate.weight"):
+            tensor[:, 0] = 0
+            tensor[expert, 0] = 1.5
 
 
 def finetune_on_rank(setting: Setting, arguments: Sequence[str]) -> Stop:

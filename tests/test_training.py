@@ -14,6 +14,7 @@ from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
 from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.recompute import recompute_activations
 from accessory.train.sharding import device_mesh, shard_model
 from accessory.train.trainer import train_step
 
@@ -52,10 +53,13 @@ def step_rows(step: int) -> tuple[Tensor, Tensor]:
     return examples, labels
 
 
-def train_on_rank(folder: Path, mp_size: int, placement: str, data_parallel: Any, accumulation: int) -> Course:
+def train_on_rank(
+    folder: Path, mp_size: int, placement: str, data_parallel: Any, accumulation: int, policy: Any
+) -> Course:
     state = ParallelState.init(mp_size, "cpu")
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
+    recompute_activations(llma, policy)
     shard_model(llma, device_mesh(state), data_parallel=data_parallel)
     model = MetaModel(llma, pretrained.tokenizer).train()
     optimizer = adamw(model.named_parameters(), lr=SCHEDULE.lr, weight_decay=WEIGHT_DECAY)
@@ -131,6 +135,7 @@ def assert_same_course(ours: Course, theirs: Course) -> None:
         assert difference <= 1e-4 * largest, f"{name}: {difference} of {largest}"
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize(
     ("dp_size", "mp_size", "placement", "data_parallel", "accumulation"),
     [
@@ -156,11 +161,13 @@ def test_training_is_the_same_however_it_is_spread(
     placement: str,
     data_parallel: str,
     accumulation: int,
+    policy: str,
     ranks: Any,
     folder: Path,
     truth: dict[int, Course],
 ) -> None:
-    courses = ranks(dp_size * mp_size).run(train_on_rank, folder, mp_size, placement, data_parallel, accumulation)
+    pool = ranks(dp_size * mp_size)
+    courses = pool.run(train_on_rank, folder, mp_size, placement, data_parallel, accumulation, policy)
     for course in courses:
         assert course.norms == courses[0].norms, "ranks that clip by different norms drift apart"
     for name, weight in courses[0].weights.items():

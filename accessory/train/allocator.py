@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import ctypes.util
 import sys
 
 # glibc's name for its limit (malloc.h), and the size from which a block is worth a mapping of its own.
@@ -19,4 +18,4 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(ctypes.util.find_library("c")).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
