@@ -1,5 +1,6 @@
 """Writing so that nothing is ever half there: aside, synced to the disk, then renamed."""
 
+import itertools
 import json
 import logging
 import os
@@ -29,6 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """``path`` with the first number before its suffix that no file has yet."""
+    return next(free for number in itertools.count(1) if not (free := path.with_stem(f"{path.stem}.{number}")).exists())
 
 
 @contextmanager

@@ -75,11 +75,14 @@ class Launch:
             rank=_number(environment, "SLURM_PROCID", below=world_size),
             world_size=world_size,
             local_rank=_number(environment, "SLURM_LOCALID", default=0, below=world_size),
-            local_size=min(world_size, _tasks_of_first_node(environment, world_size, nodes)),
+            local_size=min(world_size, _tasks_of_node(environment, world_size, nodes)),
             address=environment.get("MASTER_ADDR") or first_host(nodes),
             port=_number(environment, "MASTER_PORT", default=made, least=1, below=2**16),
             run="" if job < 0 else f"{job}.{step}",
         )
+
+
+_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 def first_host(nodes: str) -> str:
@@ -93,12 +96,16 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
-def _tasks_of_first_node(environment: Mapping[str, str], world_size: int, nodes: str) -> int:
-    """Tasks per host; SLURM writes "8(x4)" or "8,4", of which the first number serves."""
+def _tasks_of_node(environment: Mapping[str, str], world_size: int, nodes: str) -> int:
+    """Tasks of this host: SLURM_NODEID's in a list such as "8(x4)" or "8(x3),4"."""
+    node = _number(environment, "SLURM_NODEID", default=0)
     # What the step was given comes before what was asked for the job.
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
-        if match := re.match(r"\d+", environment.get(name, "")):
-            return max(1, int(match[0]))
+        counts = [
+            int(count) for count, times in _TASKS.findall(environment.get(name, "")) for _ in range(int(times or 1))
+        ]
+        if counts:
+            return max(1, counts[min(node, len(counts) - 1)])
     several = "," in nodes or "[" in nodes
     return 1 if several else world_size
 

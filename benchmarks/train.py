@@ -2,11 +2,12 @@
 
     python benchmarks/train.py                  # shape 'mid' with 4 layers, bfloat16, 1 rank x 2 threads, 2 x 1
 
-Over several ranks ours is measured with the model split over all of them (mp), and with the data (dp, mp 1).
-Both sides hold float32 weights under FSDP2, compute in bfloat16, add the load-balancing loss, clip and step a fused
-AdamW. transformers runs with each of its experts implementations; the best counts. The sides take turns within a run,
-each in processes of its own, so that a noisy machine slows both; ratios are of medians. Memory is each rank's peak
-RssAnon, over a process that does nothing else.
+Over several ranks ours is measured with the model split over all of them (mp), and with the data (dp, mp 1);
+transformers runs under FSDP2 and, where there is one rank, also as plain PyTorch with autocast. All hold float32
+weights, compute in bfloat16, add the load-balancing loss, clip and step a fused AdamW; all let the C library give freed
+memory back (train/allocator.py), which saves all of them some. transformers runs with each of its experts
+implementations; the best counts. The sides take turns within a run, each in processes of its own, so that a noisy
+machine slows both; ratios are of medians. Memory is each rank's peak RssAnon, in a process that does nothing else.
 """
 
 import argparse
@@ -47,31 +48,41 @@ def main() -> None:
     print(f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
     tokens = arguments.rows * arguments.length
     print(f"steps of {arguments.rows} x {arguments.length} tokens, checkpointing {arguments.checkpointing}\n")
-    print(f"{'ranks':>5} {'':16}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
+    print(f"{'ranks':>5} {'':22}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
     for ranks in arguments.ranks:
         work = (arguments.rows, arguments.length, arguments.checkpointing)
-        memory = {side: peak_memory(side, ranks, work) for side in IMPLEMENTATIONS}
+        ways = ("fsdp2", "autocast") if ranks == 1 else ("fsdp2",)
+        theirs = [f"{implementation} {way}" for way in ways for implementation in IMPLEMENTATIONS]
+        memory = {side: peak_memory(side, ranks, work) for side in theirs}
         for mp_size in range(ranks, 0, -1):
             ours = f"{OURS} mp {mp_size}"
-            speeds = compare(ours, ranks, work, arguments.rounds)
             memory[ours] = peak_memory(ours, ranks, work)
-            for side, times in speeds.items():
-                median = statistics.median(times)
-                peak = max(memory[side]) / 1e6
-                print(f"{ranks:>5} {side:16}{median:>9.2f}{tokens / median:>10.0f}{peak:>18,.0f}", flush=True)
-            best = min(IMPLEMENTATIONS, key=lambda side: statistics.median(speeds[side]))
-            faster = statistics.median(speeds[best]) / statistics.median(speeds[ours])
-            leaner = max(memory[ours]) / min(max(memory[side]) for side in IMPLEMENTATIONS)
-            print(f"{ranks:>5} {faster:.2f} x the speed of {best}, {leaner:.2f} x the least memory\n", flush=True)
+            # Two sides at a time fit the memory.
+            rounds = [compare(ours, way, ranks, work, arguments.rounds) for way in ways]
+            ratios = {}
+            for speeds in rounds:
+                own = statistics.median(speeds[ours])
+                for side, times in speeds.items():
+                    median, peak = statistics.median(times), max(memory[side]) / 1e6
+                    ratios[side] = median / own
+                    print(f"{ranks:>5} {side:22}{median:>9.2f}{tokens / median:>10.0f}{peak:>18,.0f}", flush=True)
+            best = min(theirs, key=lambda side: ratios[side])
+            leanest = min(theirs, key=lambda side: max(memory[side]))
+            share = max(memory[ours]) / max(memory[leanest])
+            print(
+                f"{ranks:>5} {ratios[best]:.2f} x the speed of {best}, {share:.2f} x the memory of {leanest}\n",
+                flush=True,
+            )
 
 
-def compare(ours: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> dict[str, list[float]]:
+def compare(ours: str, way: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step by side; the sides take turns."""
-    our_side, their_side = Side(ours, ranks, work), Side("transformers", ranks, work)
-    times: dict[str, list[float]] = {name: [] for name in (ours, *IMPLEMENTATIONS)}
+    our_side, their_side = Side(ours, ranks, work), Side(way, ranks, work)
+    theirs = [f"{implementation} {way}" for implementation in IMPLEMENTATIONS]
+    times: dict[str, list[float]] = {name: [] for name in (ours, *theirs)}
     try:
         for round_number in range(rounds + 1):
-            for name in IMPLEMENTATIONS:
+            for name in theirs:
                 for side, command in ((their_side, name), (our_side, ours)):
                     elapsed = side.step(command)
                     if round_number:  # the first round warms up
@@ -84,7 +95,7 @@ def compare(ours: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> 
 
 def peak_memory(side: str, ranks: int, work: tuple[int, int, bool]) -> list[int]:
     """Peak private memory of each rank over three steps, in bytes."""
-    processes = Side(side, ranks, work)
+    processes = Side(side if side.startswith(OURS) else side.split()[1], ranks, work)
     try:
         for _ in range(3):
             processes.step(side)
@@ -131,12 +142,16 @@ class Side:
 
 def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: tuple[int, int, bool]) -> None:
     """A rank: builds its model, then steps when told to."""
+    from accessory.train.allocator import return_freed_memory
+
+    return_freed_memory()
     torch.set_num_threads(2 // ranks)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     peak, length = Peak(), work[1]
     mp_size = int(kind.split()[-1]) if kind.startswith(OURS) else 1
     rows, dp_rank = work[0] * mp_size // ranks, rank // mp_size
-    step = our_step(mp_size, checkpointing=work[2]) if kind.startswith(OURS) else their_step(checkpointing=work[2])
+    ours = kind.startswith(OURS)
+    step = our_step(mp_size, checkpointing=work[2]) if ours else their_step(kind, checkpointing=work[2])
     generator = torch.Generator().manual_seed(dp_rank)
     while True:
         command = pipe.recv()
@@ -158,14 +173,12 @@ def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, st
     from accessory.model.LLM.mistral import Transformer
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import ParallelState
-    from accessory.train.allocator import return_freed_memory
     from accessory.train.init import init_weights
     from accessory.train.optim import adamw
     from accessory.train.recompute import recompute_activations
     from accessory.train.sharding import device_mesh, shard_model
     from accessory.train.trainer import train_step
 
-    return_freed_memory()  # as the finetuning command does
     state = ParallelState.init(mp_size, "cpu")
     llma = Transformer(ARGS.replace(n_layers=LAYERS), state, device=torch.device("meta"))
     recompute_activations(llma, "full" if checkpointing else "none")
@@ -181,7 +194,7 @@ def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, st
     return step
 
 
-def their_step(*, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
+def their_step(way: str, *, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
     from mid import ARGS
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -206,14 +219,17 @@ def their_step(*, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    if way == "fsdp2":
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step(tokens: torch.Tensor, implementation: str) -> None:
-        model.set_experts_implementation(implementation)
-        model(tokens, labels=tokens).loss.backward()
+    def step(tokens: torch.Tensor, command: str) -> None:
+        model.set_experts_implementation(command.split()[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

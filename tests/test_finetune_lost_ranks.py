@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from finetuning import (
 )
 from programs import Program, by_hand
 from ranks import RankPool, assert_same, error_of
+from two_hosts import ADDRESSES, run_on_two_hosts, why_not
 
 from accessory.model.meta import MetaModel
 from accessory.train.shelf import Shelf
@@ -172,3 +174,25 @@ def test_a_spoilt_model_is_said_once(setting: Setting, small_tokenizer: Path, tm
         assert program.text.count("Traceback") == 1, "torchrun's own"
     assert not (output / "log.jsonl").exists()
     assert not list(output.glob("epoch*"))
+
+
+# -- two hosts
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "hosts can be made")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_on_the_other_host(victim: int, setting: Setting, tmp_path: Path) -> None:
+    given = shlex.join(map(str, alone(setting.arguments(tmp_path, batch_size=4, epochs=MANY))))
+    started = f'grep -qs "step.: 3" {tmp_path}/log.jsonl'
+    dies = ["bash", "-c", f"{given} & until {started}; do sleep 0.1; done; kill -9 $!; wait $!; test $? = 137"]
+    lives = ["bash", "-c", f"timeout 60 {given} || exit $((100 + $?))"]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29512", **setting.environment}
+    done = run_on_two_hosts(
+        [dies if host == victim else lives for host in range(2)],
+        [{"RANK": str(host), **place} for host in range(2)],
+        cwd=tmp_path,
+        seconds=120,
+    )
+    assert done.returncode == 101, done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if "ERROR: " in line)
+    assert f"rank {victim} on " in said

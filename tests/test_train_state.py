@@ -223,6 +223,20 @@ def test_the_last_checkpoints_are_kept(ranks: Any, folder: Path, tmp_path: Path)
         ]
 
 
+def renamed_on_rank(folder: Path, output: Path) -> list[str]:
+    with running(folder, output, 1, keep_last=1) as run:
+        run.save(1)
+        if run.model.llma.state.dp_rank == 0:
+            (output / "step-1").rename(output / "best")
+        run.save(2)
+        run.save(3)
+        return names(output)
+
+
+def test_what_a_user_renamed_is_kept(ranks: Any, folder: Path, tmp_path: Path) -> None:
+    assert ranks(2).run(renamed_on_rank, folder, tmp_path)[0] == ["best", "latest", "step-3"]
+
+
 def test_keep_last_must_be_positive() -> None:
     with pytest.raises(ValueError, match="keep_last is 0"):
         StateStore("nowhere", ParallelState.single("cpu"), keep_last=0)

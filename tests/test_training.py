@@ -1,6 +1,7 @@
 """Twenty steps of training at several (dp, mp), against a plain loop over transformers' Mixtral and torch.optim."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Course(NamedTuple):
     balances: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]  # after the last step, clipped
 
 
 def step_rows(step: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,14 @@ def train_on_rank(
     shard_model(llma, device_mesh(state), data_parallel=data_parallel)
     model = MetaModel(llma, pretrained.tokenizer).train()
     optimizer = adamw(model.named_parameters(), lr=SCHEDULE.lr, weight_decay=WEIGHT_DECAY)
+    gradients: dict[str, Tensor] = {}
+
+    def keep_gradients(*_: Any) -> None:
+        for name, parameter in llma.named_parameters():
+            assert parameter.grad is not None
+            gradients[name] = parameter.grad.full_tensor().clone()  # type: ignore[operator]
+
+    optimizer.register_step_pre_hook(keep_gradients)
     history = []
     for step in range(STEPS):
         micro_batches = []
@@ -77,6 +87,7 @@ def train_on_rank(
         [metrics.balance_loss for metrics in history],
         [metrics.grad_norm for metrics in history],
         weights,
+        gradients,
     )
 
 
@@ -87,7 +98,7 @@ def plain_loop(accumulation: int) -> Course:
     norms = [parameter for parameter in hf.parameters() if parameter.dim() == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=False)
-    course = Course([], [], [], {})
+    course = Course([], [], [], {}, {})
     for step in range(STEPS):
         if step < SCHEDULE.warmup:
             lr = SCHEDULE.lr * (step + 1) / SCHEDULE.warmup
@@ -109,8 +120,19 @@ def plain_loop(accumulation: int) -> Course:
         course.balances.append(balances)
         course.norms.append(torch.nn.utils.clip_grad_norm_(hf.parameters(), CLIP_GRAD).item())
         optimizer.step()
+        if step == STEPS - 1:
+            gradients = whole_gradients(hf)
         optimizer.zero_grad()
-    return course._replace(weights=whole_tensors(hf))
+    return course._replace(weights=whole_tensors(hf), gradients=gradients)
+
+
+def whole_gradients(hf: Any) -> dict[str, Tensor]:
+    """The gradients of a transformers model by the names and in the order of the release."""
+    twin = deepcopy(hf)
+    with torch.no_grad():
+        for parameter, own in zip(twin.parameters(), hf.parameters(), strict=True):
+            parameter.copy_(own.grad)
+    return whole_tensors(twin)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +149,13 @@ def assert_same_course(ours: Course, theirs: Course) -> None:
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
     assert ours.balances == pytest.approx(theirs.balances, rel=1e-4)
     assert ours.norms == pytest.approx(theirs.norms, rel=1e-4)
-    weights = released_names(ours.weights)
-    assert weights.keys() == theirs.weights.keys()
-    for name, weight in weights.items():
-        largest = theirs.weights[name].abs().max().item()
-        difference = (weight - theirs.weights[name]).abs().max().item()
-        assert difference <= 1e-4 * largest, f"{name}: {difference} of {largest}"
+    for what in ("weights", "gradients"):
+        own, truth = released_names(getattr(ours, what)), getattr(theirs, what)
+        assert own.keys() == truth.keys()
+        for name, tensor in own.items():
+            largest = truth[name].abs().max().item()
+            difference = (tensor - truth[name]).abs().max().item()
+            assert difference <= 1e-4 * largest, f"{what} of {name}: {difference} of {largest}"
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])

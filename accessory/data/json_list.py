@@ -91,7 +91,9 @@ class _Window:
     def error(self, reason: str, at: int | None = None) -> ValueError:
         """A ValueError that names the file and the line of `at`, by default the present place."""
         line = self._line + self.text.count("\n", 0, self.at if at is None else at)
-        return ValueError(f"{self._path}, line {line}: not a valid .json data file: {reason}")
+        return ValueError(
+            f"{self._path}, line {line}: not a valid .json data file: {reason}; correct it or copy it again"
+        )
 
     def _more(self) -> bool:
         """Read on and forget what was parsed. False at the end of the file."""

@@ -29,8 +29,8 @@ _CONNECT = 50.0
 _GRACE = 10.0
 # How long a failed collective waits for the ring to explain it.
 _EXPLAIN = 5.0
-# A host that lost power closes nothing: it is asked after 10 s of silence, then every 5 s, and given up after 8 times.
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
+# A host that lost power closes nothing: it is asked after 10 s of silence, then every 5 s, and given up after 7 times.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 7}
 
 _WORD = struct.Struct(">i")  # the number of a lost rank, or
 _FAREWELL = -1
@@ -122,7 +122,7 @@ class PeerWatch:
             return
         self._tell(lost)
         if len(word) < _WORD.size:
-            cause = "killed, or out of memory?"
+            cause = "killed, out of memory, or its host cut off?"
             self._say(RuntimeError(f"rank {lost} on {self._name_before} is gone ({cause}): the others end too"))
         self._lost.set()
         if not self._over.wait(_GRACE):

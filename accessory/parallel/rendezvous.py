@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
+_CHECK_PORT = "see that the address can be reached and the port is free, or set MASTER_ADDR and MASTER_PORT"
+_CHECK_CARD = "see that the hosts reach one another; GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) may name the network card"
+
 # What gloo, NCCL and the store say when a peer is gone; they raise plain RuntimeErrors.
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket (closed|timeout)|timed out|timeout|"
@@ -104,7 +107,7 @@ def _meet(launch: Launch) -> dist.Store:
     if launch.world_size > launch.local_size:
         _choose_interface(launch.address)
     os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
-    with _explained(launch):
+    with _explained(launch, _CHECK_PORT):
         store = run_store(launch)
     place = f"{launch.address}:{launch.port}"
     others = launch.world_size - 1
@@ -119,7 +122,7 @@ def _meet(launch: Launch) -> dist.Store:
     if launch.local_rank == 0:
         waiting.start()
     try:
-        with _explained(launch):
+        with _explained(launch, _CHECK_PORT):
             # A launcher's own store is there before the ranks are.
             store.set(f"accessory/here/{launch.rank}", "")
             store.wait([f"accessory/here/{rank}" for rank in range(launch.world_size)], ALL_THERE)
@@ -134,9 +137,14 @@ def _join(launch: Launch, store: dist.Store, device: str | None, timeout: timede
     cards = torch.cuda.device_count()
     bound = launch.launcher == "slurm" and cards == 1
     on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
+    if not on_gpus and (device == "cuda" or (device is None and cards > 0)):
+        what = f"{launch.local_size} ranks on this host and {cards} GPUs"
+        if device == "cuda":
+            raise OSError(f"{what}: start as many ranks as there are GPUs, or give the device cpu")
+        logger.warning("%s: computing on the CPU", what)
     if on_gpus:
         torch.cuda.set_device(launch.local_rank % cards)
-    with _explained(launch):
+    with _explained(launch, _CHECK_CARD):
         dist.init_process_group(
             "nccl" if on_gpus else "gloo",
             store=dist.PrefixStore("accessory", store),
@@ -147,14 +155,13 @@ def _join(launch: Launch, store: dist.Store, device: str | None, timeout: timede
 
 
 @contextlib.contextmanager
-def _explained(launch: Launch) -> Iterator[None]:
+def _explained(launch: Launch, remedy: str) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, OSError, RuntimeError) as error:
         raise OSError(
             f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.address}:{launch.port} "
-            f"({_first_line(error)}): "
-            "see that the address can be reached and the port is free, or set MASTER_ADDR and MASTER_PORT"
+            f"({_first_line(error)}): {remedy}"
         ) from None
 
 

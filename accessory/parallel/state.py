@@ -99,7 +99,8 @@ class ParallelState:
         """
         if mp_size < 1 or dist.get_world_size() % mp_size:
             raise ValueError(
-                f"model_parallel_size {mp_size} does not divide the number of processes, {dist.get_world_size()}"
+                f"model_parallel_size {mp_size} does not divide the number of processes, {dist.get_world_size()}: "
+                "start another number of them, or give another size"
             )
         from fairscale.nn.model_parallel import initialize as fs_init
 

@@ -5,6 +5,7 @@ Parameters are gathered one after another straight into the file, so that no ran
 """
 
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -25,11 +26,28 @@ from accessory.train.snapshot import over_all_ranks, reshard
 logger = logging.getLogger(__name__)
 
 _META_FILE = "meta.json"
+_WITHIN_EPOCH = re.compile(r"epoch\d+-iter\d+")
 
 
 def export_name(epoch: int, iteration: int | None = None) -> str:
     """The folder's name at an epoch's end, or within one."""
     return f"epoch{epoch}" if iteration is None else f"epoch{epoch}-iter{iteration}"
+
+
+def drop_older_models(folder: Path, *, keep_last: int) -> None:
+    """Remove all but the newest models that were written within epochs; those of epochs' ends stay."""
+    found = [path for path in folder.iterdir() if _WITHIN_EPOCH.fullmatch(path.name) and (path / _META_FILE).exists()]
+    found.sort(key=lambda path: (path / _META_FILE).stat().st_mtime_ns)
+    _remove_dropped(folder)
+    for path in found[:-keep_last]:
+        # Renamed first: a removal that is cut short leaves nothing that looks whole, and is taken up again.
+        path.rename(path.with_name(f".{path.name}.dropped"))
+    _remove_dropped(folder)
+
+
+def _remove_dropped(folder: Path) -> None:
+    for path in folder.glob(".*.dropped"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def export_checkpoint(model: MetaModel, folder: str | Path, *, dtype: torch.dtype) -> Path:

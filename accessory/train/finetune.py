@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accessory.checkpoint.reader import Checkpoint
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
@@ -37,7 +38,7 @@ from accessory.train.state import StateStore
 
 logger = logging.getLogger(__name__)
 
-# How long ranks wait for one another: one may be reading a large checkpoint.
+# How long all ranks together wait for one another: one may be reading a large checkpoint.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
@@ -58,18 +59,29 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         interruption = interruption or stack.enter_context(Interruption(launch))
         stack.enter_context(matmul_precision(options.precision))
         return_freed_memory()
-        # 1. Ranks, and a folder that they can all write to.
+        # 1. Ranks with the same options, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
-        state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device), options)
+        agreed(everyone, lambda: None, options)
+        state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device))
         store = StateStore(options.checkpoints, state, keep_last=options.keep_last)
         stack.callback(store.close)
+        # The folder is held until the last save is on disk.
         world, output = store.world, Path(options.output_dir).absolute()
         agreed(world, lambda: stack.enter_context(_output_of(output)) if world.is_first else None)
+        stack.callback(store.wait)
         resumed = _state_to_resume(options, store)
         agreed(world, lambda: _begin(options, output, resumed) if world.is_first else None)
         # 2. All that can be wrong with model and data, before long work.
         pretrained = agreed(world, lambda: _resolve(options, state))
+        if resumed is None:
+            agreed(world, lambda: _check_weights(pretrained))
+        progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
         data, sampler = _data(options, launch, pretrained, store)
+        if progress is not None:
+            agreed(world, lambda: sampler.resume(progress["sampler"]))
+        agreed(
+            world, lambda: write_json(output / "options.json", dataclasses.asdict(options)) if world.is_first else None
+        )
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
         model = _build(options, pretrained, state, fill=resumed is None)
@@ -94,18 +106,19 @@ def _output_of(output: Path) -> Iterator[None]:
 
 
 def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None:
-    """What rank 0 does first: see that nothing of another run is in the way, and note the options."""
+    """What rank 0 does first: see that nothing of another run is in the way."""
     shelf = Shelf(options.checkpoints)
     if resumed is None or shelf.folder.resolve() not in resumed.resolve().parents:
         # A run that was killed before its first state is complete may have left models.
         if not (options.auto_resume and shelf.is_begun):
             refuse_earlier_run(output)
         shelf.begin()
-    write_json(output / "options.json", dataclasses.asdict(options))
 
 
 def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
     found = store.latest() if options.auto_resume else None
+    if found is not None and options.resume is not None:
+        logger.warning("--auto_resume goes on from %s, not from --resume %s", found, options.resume)
     if found is None and options.resume is not None:
         found = store.locate(options.resume)
     if found is None and options.auto_resume:
@@ -133,6 +146,15 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
     refuse_shared_heads(found.args, state.mp_size)
     resolve_placement(found.args, options.expert_placement, state.mp_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
+
+
+def _check_weights(pretrained: Pretrained) -> None:
+    """See that the shards' names and shapes fit: they are read after the data are tokenised, which takes a while."""
+    manifests = pretrained.manifests
+    for manifest in manifests:
+        checkpoint = Checkpoint.open(manifest, pretrained.args)
+        for file in range(len(manifest.shards)):
+            checkpoint.read_file(file, partial=len(manifests) > 1)
 
 
 def _data(

@@ -15,7 +15,7 @@ from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
 from accessory.model.requests import agreed
-from accessory.train.export import export_checkpoint, export_name
+from accessory.train.export import drop_older_models, export_checkpoint, export_name
 from accessory.train.flops import flops_per_token, peak_flops
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
@@ -99,14 +99,19 @@ class FinetuneLoop:
             stop, memory = self._exchange(interruption)
             now = time.perf_counter()
             log.step(self._metrics(result, lr, now - last, memory))
-            last = now
             if stop is not Stop.NO:
                 interruption.saves = True
                 self._save(asynchronous=False)
                 reason = "a signal" if stop is Stop.SIGNAL else "the launcher is gone"
-                logger.warning("stopped after step %d (%s): go on with --auto_resume", self.done, reason)
+                left = (
+                    "the model is still to be written"
+                    if self.done == self.end
+                    else f"{self.end - self.done} steps are left"
+                )
+                logger.warning("stopped after step %d (%s), %s: go on with --auto_resume", self.done, reason, left)
                 return stop
             self._save_where_due()
+            last = time.perf_counter()
         interruption.saves = True
         self.store.wait()
         logger.info("done: %d of %d steps, models in %s", self.done, self.end, self.options.output_dir)
@@ -163,7 +168,7 @@ class FinetuneLoop:
             tokens_per_s=speed,
             memory=memory,
             mfu=None if peak is None else speed * self.flops_per_token / (peak * ranks),
-            loss_scale=None if self.scaler is None else self.scaler.get_scale(),
+            loss_scale=result.loss_scale,
             skipped=result.skipped,
             pairs_LE=result.pairs_LE,
         )
@@ -196,6 +201,8 @@ class FinetuneLoop:
 
     def _export(self, name: str) -> None:
         export_checkpoint(self.model, self._model(name), dtype=self.dtype)
+        world, folder, keep_last = self.store.world, self._model(name).parent, self.options.keep_last
+        agreed(world, lambda: drop_older_models(folder, keep_last=keep_last) if world.is_first else None)
 
     def _save(self, *, asynchronous: bool) -> None:
         progress = {

@@ -168,7 +168,9 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save_interval", type=int, default=1, help="epochs between saves")
     help_text = "micro-batches between saves within an epoch; 0: none"
     group.add_argument("--save_iteration_interval", type=int, default=5000, help=help_text)
-    group.add_argument("--keep_last", type=int, default=2, help="training states that stay; models all stay")
+    group.add_argument(
+        "--keep_last", type=int, default=2, help="training states, and models of within an epoch, that stay"
+    )
     group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
     group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
     group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # How long a restarted run waits for the ranks of the one before, which may be writing their last checkpoint.
-_PATIENCE = 90.0
+PATIENCE = 90.0
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / LOCK).open("a") as file:
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + PATIENCE
         said = False
         while True:
             try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from accessory.files import replacing
+from accessory.files import free_name, replacing
 from accessory.train.appended_file import AppendedFile
 from accessory.train.heatmap import draw
 from accessory.train.metrics import StepMetrics, expert_shares, heaviest, lightest
@@ -162,10 +162,15 @@ class StepLines:
         self._file.close()
 
     def _drop_later(self) -> None:
-        """Take out steps that are taken again, and lines that a crash cut off."""
+        """Take out steps that are taken again, and lines that a crash cut off; a whole earlier log is put aside."""
         if not self._path.exists():
             return
         content = self._path.read_bytes()
+        if self._first_step == 0 and content.strip():
+            aside = free_name(self._path)
+            with replacing(aside) as unfinished:
+                unfinished.write_bytes(content)
+            logger.warning("%s held the steps of an earlier run: they are in %s now", self._path, aside.name)
         kept = {
             step: line
             for line in content.split(b"\n")

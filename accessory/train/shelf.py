@@ -50,7 +50,10 @@ class Shelf:
         return aside, final
 
     def publish(self, aside: Path, final: Path, *, keep_last: int | None = None) -> None:
-        """Rename a written folder, then move ``latest`` to it, then remove all but the newest ``keep_last``."""
+        """Rename a written folder, then move ``latest`` to it, then remove all but the newest ``keep_last``.
+
+        What a user has renamed stays: only names that begin as this one does (up to a dash) are removed.
+        """
         sync(aside)
         aside.rename(final)
         sync(self.folder)
@@ -58,7 +61,9 @@ class Shelf:
             pointer.write_text(final.name + "\n", encoding="utf-8")
         (self.folder / self.BEGUN).unlink(missing_ok=True)
         if keep_last is not None:
-            for path in [path for path in self._by_age() if path != final][keep_last - 1 :]:
+            kind = final.name.partition("-")[0] + "-"
+            others = [path for path in self._by_age() if path != final and path.name.startswith(kind)]
+            for path in others[keep_last - 1 :]:
                 # Renamed first: a removal that is cut short leaves nothing that looks complete, and is taken up again.
                 path.rename(self._hidden(path.name))
         for path in self._half_written():
@@ -67,7 +72,7 @@ class Shelf:
     def latest(self) -> Path | None:
         """The folder that ``latest`` names, else the newest complete one; warns of what it passes over."""
         for path in self._half_written():
-            logger.warning("ignoring %s: its writing or removal was cut short", path)
+            logger.warning("ignoring %s: its writing was cut short, or its removal", path)
         pointer = self.folder / self.LATEST
         if pointer.exists():
             named = self.folder / pointer.read_text(encoding="utf-8").strip()

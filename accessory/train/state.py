@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from accessory.config import read_json
+from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
@@ -167,6 +167,23 @@ class StateStore:
         """
         return self._on_first(partial(Shelf.locate, Path(path).absolute()))
 
+    def check(self, path: Path, args: ModelArgs) -> dict[str, Any]:
+        """See that a checkpoint is complete and of a model of these sizes; returns its record, with ``progress``.
+
+        Raises:
+            CheckpointError: names the folder and the field.
+        """
+
+        def check() -> dict[str, Any]:
+            reason = Shelf.incomplete(path)
+            if reason:
+                raise CheckpointError(f"{path} is no complete checkpoint ({reason}): resume from another one")
+            content = read_json(path / Shelf.INDEX)
+            check_same_model(path, content["args"], args)
+            return content
+
+        return agreed(self.world, check, path.name)
+
     def load(
         self, path: str | Path, model: MetaModel, optimizer: torch.optim.Optimizer, *, seed: int = 0
     ) -> dict[str, Any]:
@@ -182,20 +199,12 @@ class StateStore:
         self.wait()
         path = Path(path).absolute()
 
-        def check() -> dict[str, Any]:
-            reason = Shelf.incomplete(path)
-            if reason:
-                raise CheckpointError(f"{path} is no complete checkpoint ({reason}): resume from another one")
-            content = read_json(path / Shelf.INDEX)
-            check_same_model(path, content["args"], model.llma.args)
-            return content
-
         def read() -> None:
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
             dcp.load(tensors_of(model, optimizer), checkpoint_id=path, process_group=self._group)
 
-        record = agreed(self.world, check, path.name)
+        record = self.check(path, model.llma.args)
         agreed(self.world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))
         same = (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size)
         if same:

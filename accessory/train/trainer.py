@@ -27,6 +27,7 @@ class StepResult(NamedTuple):
         grad_norm: of all gradients together, before clipping.
         tokens: of all ranks, without padding.
         pairs_LE: float32 (layers, experts): pairs of token and expert.
+        loss_scale: factor on the loss in this step, in float16; None in other dtypes.
         skipped: gradients in float16 overflowed and the step was not taken.
     """
 
@@ -36,6 +37,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     tokens: int
     pairs_LE: Tensor
+    loss_scale: float | None = None
     skipped: bool = False
 
 
@@ -64,6 +66,7 @@ def train_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    loss_scale = None if scaler is None else scaler.get_scale()
     loss, balance, z_loss, pairs_LE = _gradients(model, micro_batches, scaler)
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -86,7 +89,7 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = round(pairs_LE[0].sum().item() / model.llma.args.moe.num_experts_per_tok)
-    return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, skipped=not finite)
+    return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, loss_scale, skipped=not finite)
 
 
 def _gradients(

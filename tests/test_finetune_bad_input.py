@@ -1,0 +1,446 @@
+"""What a user of main_finetune.py gets wrong: one line that names it and the way out, on every rank alike."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from checkpoints import random_tensors, small_config, write_folder
+from finetuning import Setting, finetune_on_rank, losses, make_setting
+from ranks import alike
+
+from accessory.parallel.state import raised_on_all_ranks
+from accessory.train import output_folder
+
+# -- what the files hold
+
+
+class Case(NamedTuple):
+    """Something wrong with a run.
+
+    Attributes:
+        sizes: the numbers of ranks at which it is tried.
+        says: texts that the error must hold; the last is the way out.
+        spoil: given a folder of its own and the good setting, returns the arguments to change.
+    """
+
+    sizes: tuple[int, ...]
+    says: tuple[str, ...]
+    spoil: Callable[[Path, Setting], dict[str, Any]]
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, *says: str, sizes: tuple[int, ...] = (1, 2)) -> Callable[[Callable], Callable]:
+    def register(spoil: Callable[[Path, Setting], dict[str, Any]]) -> Callable:
+        assert name not in CASES
+        CASES[name] = Case(sizes, says, spoil)
+        return spoil
+
+    return register
+
+
+def sizes_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A config that a checkpoint is to be read with."""
+    config = small_config(**{"dim": 32, "hidden_dim": 16, **changes})
+    (folder / "sizes.json").write_text(json.dumps(config))
+    return {"llama_config": folder / "sizes.json"}
+
+
+def data_of(folder: Path, content: Any, *, name: str = "data.json", **entry: Any) -> dict[str, Any]:
+    """A data yaml of one file; its content is text, bytes or what becomes JSON."""
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return yaml_of(folder, json.dumps({"META": [{"path": str(folder / name), **entry}]}))
+
+
+def yaml_of(folder: Path, text: str) -> dict[str, Any]:
+    (folder / "data.yaml").write_text(text)
+    return {"data_config": folder / "data.yaml"}
+
+
+GOOD = {"instruction": "Say list", "output": "list"}
+
+
+@case("ranks not a multiple", "model_parallel_size 3 does not divide the number of processes, ", "another size")
+def _(folder, good):
+    return {"model_parallel_size": 3}
+
+
+@case("heads", "n_heads 3 is not a multiple of 2", "Rank counts that work: 1", sizes=(2,))
+def _(folder, good):
+    return {"model_parallel_size": 2, **sizes_of(folder, n_heads=3, n_kv_heads=3, dim=48, vocab_size=384)}
+
+
+@case("experts", '3 experts are not a multiple of 2 (expert_placement "expert")', "work: 1", sizes=(2,))
+def _(folder, good):
+    moe = {"num_experts": 3, "num_experts_per_tok": 2}
+    return {"model_parallel_size": 2, "expert_placement": "expert", **sizes_of(folder, moe=moe)}
+
+
+@case("hidden size", 'hidden_dim 15 is not a multiple of 2 (expert_placement "tensor")', "work: 1", sizes=(2,))
+def _(folder, good):
+    return {"model_parallel_size": 2, "expert_placement": "tensor", **sizes_of(folder, hidden_dim=15)}
+
+
+@case("neither", "neither 3 experts nor hidden_dim 15 are a multiple of 2", "Rank counts that work: 1", sizes=(2,))
+def _(folder, good):
+    moe = {"num_experts": 3, "num_experts_per_tok": 2}
+    return {"model_parallel_size": 2, **sizes_of(folder, hidden_dim=15, moe=moe)}
+
+
+@case("more ranks than experts", "1 experts are not a multiple of 2", "Rank counts that work: 1", sizes=(2,))
+def _(folder, good):
+    moe = {"num_experts": 1, "num_experts_per_tok": 1}
+    return {"model_parallel_size": 2, "expert_placement": "expert", **sizes_of(folder, moe=moe)}
+
+
+@case("more ranks than key/value heads", "2 model-parallel ranks share 1 key/value heads", "1 at most", sizes=(2,))
+def _(folder, good):
+    return {"model_parallel_size": 2, **sizes_of(folder, n_kv_heads=1)}
+
+
+@case("placement", 'expert_placement "row" is unknown', "choose from auto, expert, tensor")
+def _(folder, good):
+    return {"expert_placement": "row"}
+
+
+@case("no CUDA", 'device "cuda" was asked for, but PyTorch sees no CUDA device', 'use device="cpu"')
+def _(folder, good):
+    return {"device": "cuda"}
+
+
+# -- the model's files
+
+
+@case("model missing", "checkpoint folder", "absent does not exist", "check the path")
+def _(folder, good):
+    return {"pretrained_path": folder / "absent"}
+
+
+@case("unknown config key", "sizes.json", "unknown key(s) n_experts", "known are")
+def _(folder, good):
+    return sizes_of(folder, n_experts=8)
+
+
+@case("config no JSON", "sizes.json cannot be read as JSON", "correct it or copy it again")
+def _(folder, good):
+    (folder / "sizes.json").write_text("{")
+    return {"llama_config": folder / "sizes.json"}
+
+
+@case("another model's config", "wq.weight", "(64, 32)", "config")
+def _(folder, good):
+    return sizes_of(folder, n_heads=4, n_kv_heads=4)
+
+
+@case("llama_type", 'llama_type "llama" is unknown', "known are mistral")
+def _(folder, good):
+    return {"llama_type": "llama"}
+
+
+@case("another tokenizer", "has 384 tokens, the model's vocab_size is 400", "belong to different models")
+def _(folder, good):
+    return sizes_of(folder, vocab_size=400)
+
+
+@case("no tokenizer", "has no tokenizer.model (nor tokenizer.json)", "pass tokenizer_path=FILE")
+def _(folder, good):
+    config = small_config(dim=32, hidden_dim=16)
+    return {"pretrained_path": write_folder(folder / "m", random_tensors(config, 1), config, files=1)}
+
+
+@case("from nothing without a config", "llama_config is not given", "a model without a pretrained_path needs it")
+def _(folder, good):
+    return {"pretrained_path": None}
+
+
+@case("a shard cut short", "consolidated.00-of-01.model.pth", "truncated", "Copy it again")
+def _(folder, good):
+    shutil.copytree(good.model, folder / "m")
+    shard = folder / "m" / "consolidated.00-of-01.model.pth"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return {"pretrained_path": folder / "m"}
+
+
+# -- the data
+
+
+@case("data yaml missing", "no data yaml", "absent.yaml", "check --data_config")
+def _(folder, good):
+    return {"data_config": folder / "absent.yaml"}
+
+
+@case("not yaml", "data.yaml is not valid YAML", "line 1")
+def _(folder, good):
+    return yaml_of(folder, "META: [{path: data.json")
+
+
+@case("META empty", "META of", "data.yaml is []", "give a list of entries with a path")
+def _(folder, good):
+    return yaml_of(folder, "META: []\n")
+
+
+@case("no META", "data.yaml has no META", "list the data files under it")
+def _(folder, good):
+    return yaml_of(folder, "- path: data.json\n")
+
+
+@case("unknown key of an entry", "data.yaml: entry 1 of META has the unknown key 'weight'", "the known ones are path")
+def _(folder, good):
+    return data_of(folder, [GOOD], weight=2)
+
+
+@case("data file missing", "data.yaml is absent", "there is no /", "/absent.json")
+def _(folder, good):
+    return yaml_of(folder, f"META: [{{path: {folder}/absent.json}}]\n")
+
+
+@case("data file empty", "data.json is empty", "copy or download it again")
+def _(folder, good):
+    return data_of(folder, "")
+
+
+@case("data file malformed", "data.json, line 1: not a valid .json data file", "correct it or copy it again")
+def _(folder, good):
+    return data_of(folder, json.dumps([GOOD, GOOD])[:-20])
+
+
+@case(
+    "data file malformed, though bad records are skipped",
+    "data.json, line 1: not a valid .json data file",
+    "correct it or copy it again",
+)
+def _(folder, good):
+    return {**data_of(folder, json.dumps([GOOD, GOOD])[:-20]), "skip_bad_records": True}
+
+
+@case("data file of one object", "data.json", "list")
+def _(folder, good):
+    return data_of(folder, GOOD)
+
+
+@case("an empty list", "data.json holds no record to learn from", "correct it")
+def _(folder, good):
+    return data_of(folder, [])
+
+
+@case("data of another kind", "data.txt is of an unknown kind", "take one of .json")
+def _(folder, good):
+    return data_of(folder, "text", name="data.txt")
+
+
+@case("bad record", "bad record in", "data.json, record 2", "under 'output'", "pass --skip_bad_records")
+def _(folder, good):
+    return data_of(folder, [GOOD, {"instruction": "a"}])
+
+
+@case("bad line", "bad record in", "data.jsonl, line 3", "not valid JSON", "pass --skip_bad_records")
+def _(folder, good):
+    return data_of(folder, f"{json.dumps(GOOD)}\n\n{{\n", name="data.jsonl")
+
+
+@case("only bad records", "holds no record to learn from (1 bad records", "record 1: ", "correct it")
+def _(folder, good):
+    return {**data_of(folder, [{"instruction": "a"}]), "skip_bad_records": True}
+
+
+@case("no answer", "holds no record to learn from (0 bad records, 2 without an answer)", "correct it")
+def _(folder, good):
+    return data_of(folder, [{**GOOD, "output": ""}, {**GOOD, "output": " \n"}])
+
+
+@case("no answer within max_words", "data.json has an answer within its first 20 tokens", "raise --max_words")
+def _(folder, good):
+    return {"max_words": 20}
+
+
+@case("dialogues without --dialog", "bad record in", "it is a dialogue", "pass --dialog")
+def _(folder, good):
+    return data_of(folder, [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+
+
+@case("Alpaca records with --dialog", "bad record in", "it has no 'conversations'", "is read without --dialog")
+def _(folder, good):
+    return {"dialog": True}
+
+
+# -- the folder of the run, and what it goes on from
+
+
+@case("output_dir a file", "output_dir", "cannot be written to", "choose a folder that you may write to")
+def _(folder, good):
+    (folder / "file").write_text("")
+    return {"output_dir": folder / "file"}
+
+
+@case("output_dir below no folder", "output_dir /proc/x", "cannot be written to", "that you may write to")
+def _(folder, good):
+    return {"output_dir": "/proc/x"}
+
+
+@case("resume nothing", "absent holds no training state", "name a run's output_dir or a folder of its checkpoints")
+def _(folder, good):
+    return {"resume": folder / "absent"}
+
+
+@case("resume a model", "base holds no training state", "name a run's output_dir or a folder of its checkpoints")
+def _(folder, good):
+    return {"resume": good.model}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, small_tokenizer) -> Setting:
+    return make_setting(tmp_path_factory.mktemp("good"), small_tokenizer)
+
+
+def outcome(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
+    """Of one rank: the error's type and text, and whether it is marked as the same on every rank."""
+    try:
+        finetune_on_rank(setting, arguments)
+    except Exception as error:
+        return type(error).__name__, str(error), raised_on_all_ranks(error)
+    return "", "", False
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(name, size) for size in (1, 2) for name, case in CASES.items() if size in case.sizes],
+)
+def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
+    case = CASES[name]
+    changes = {"output_dir": tmp_path / "out", **case.spoil(tmp_path, good)}
+    output = changes.pop("output_dir")
+    kind, text, marked = alike(ranks(size).run(outcome, good, good.arguments(output, **changes)))
+    print(f"\n{name}: {text}")
+    assert kind in ("ValueError", "FileNotFoundError", "CheckpointError", "OSError", "FileExistsError"), text
+    assert all(part in text for part in case.says), text
+    assert text.rfind(case.says[-1]) == max(map(text.rfind, case.says)), "the way out stands last"
+    assert "\n" not in text
+    assert marked == (size > 1)
+    log = tmp_path / "out" / "output.log"
+    told = log.read_text() if log.exists() else ""
+    assert "training" not in told, "the model was built before"
+    if "data" not in name:
+        assert "examples" not in told, "the data were tokenised before"
+
+
+# -- runs that meet an earlier one
+
+
+@pytest.fixture(scope="module")
+def earlier(good, ranks, tmp_path_factory) -> Path:
+    """The folder of a run of two steps."""
+    output = tmp_path_factory.mktemp("earlier") / "run"
+    ranks(1).run(finetune_on_rank, good, good.arguments(output, max_steps=2))
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run has written, but for its text log."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "output.log"
+    }
+
+
+@pytest.mark.parametrize("left", ["all", "a model"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_folder_of_an_earlier_run_is_left_alone(left, size, good, earlier, ranks, tmp_path):
+    output = Path(shutil.copytree(earlier, tmp_path / "run"))
+    if left == "a model":
+        shutil.rmtree(output / "checkpoints")
+    before = contents(output)
+    answers = ranks(size).run(outcome, good, good.arguments(output, max_steps=3, seed=1))
+    text = alike([text for _, text, _ in answers])
+    name = "step-00000002" if left == "all" else "epoch0-iter2"
+    assert f"output_dir {output} holds an earlier run ({name})" in text
+    assert text.endswith("go on with it by --auto_resume, or choose another output_dir")
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_state_of_another_model(size, good, earlier, ranks, tmp_path):
+    config = {**json.loads((good.model / "config.json").read_text()), "hidden_dim": 32}
+    other = write_folder(
+        tmp_path / "other", random_tensors(config, 1), config, files=1, tokenizer=good.model / "tokenizer.model"
+    )
+    changes = {"pretrained_path": other, "resume": earlier, "max_steps": 3}
+    kind, text, _ = alike(ranks(size).run(outcome, good, good.arguments(tmp_path / "out", **changes)))
+    assert kind == "CheckpointError"
+    assert f"{earlier}/checkpoints/step-00000002 holds the state of another model: hidden_dim 16 (here 32)" in text
+
+
+def test_half_written_states_are_ignored_and_said(good, earlier, ranks, tmp_path):
+    """One whose writing was cut short, and one whose file was; it goes on from the whole one before."""
+    output = Path(shutil.copytree(earlier, tmp_path / "run"))
+    states = output / "checkpoints"
+    whole = states / "step-00000002"
+    shutil.copytree(whole, states / ".step-00000004.tmp-0a1b2c3d")
+    short = Path(shutil.copytree(whole, states / "step-00000003")) / "__0_0.distcp"
+    short.write_bytes(short.read_bytes()[:-1])
+    (states / "latest").write_text("step-00000003\n")
+    (stop,) = ranks(1).run(finetune_on_rank, good, good.arguments(output, max_steps=4, auto_resume=True))
+    assert stop == 0
+    log = (output / "output.log").read_text()
+    assert f"WARNING: ignoring {states}/.step-00000004.tmp-0a1b2c3d: its writing" in log
+    assert f"WARNING: ignoring {states}/step-00000003, which" in log
+    assert "__0_0.distcp is cut short" in log
+    assert f"resuming {whole} after step 2" in log
+    assert len(losses(output)) == 4
+
+
+def held_elsewhere(setting: Setting, output: Path, arguments: list[str]) -> tuple[str, str, bool]:
+    """`outcome` where another process holds the folder and nobody has patience."""
+    patience, output_folder.PATIENCE = output_folder.PATIENCE, 0.3
+    try:
+        with (output / output_folder.LOCK).open("a") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            return outcome(setting, arguments)
+    finally:
+        output_folder.PATIENCE = patience
+
+
+def test_two_runs_in_one_folder(good, ranks, tmp_path):
+    arguments = good.arguments(tmp_path, max_steps=1)
+    ((kind, text, _),) = ranks(1).run(held_elsewhere, good, tmp_path, arguments)
+    assert kind == "OSError"
+    assert text == f"another run is writing to output_dir {tmp_path}: wait for it, stop it, or choose another"
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+# -- bad records that are skipped, and places that cannot be written
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_skipped_records_are_counted_and_listed(size, good, ranks, tmp_path):
+    records = [GOOD, {"instruction": "a"}, GOOD, 7, {**GOOD, "output": ""}, *[GOOD] * 5, *[None] * 8]
+    changes = {**data_of(tmp_path, records), "skip_bad_records": True, "epochs": 1, "batch_size": 4 // size}
+    ranks(size).run(finetune_on_rank, good, good.arguments(tmp_path / "out", **changes))
+    log = (tmp_path / "out" / "output.log").read_text()
+    assert f"{tmp_path}/data.json: 7 examples" in log
+    assert f"WARNING: {tmp_path}/data.json: 10 bad records are left out" in log
+    assert "WARNING:   record 2: an Alpaca record needs a string under 'output'" in log
+    assert "WARNING:   record 4: it is 7, not an object" in log
+    assert "WARNING:   and 5 more" in log
+    assert f"WARNING: {tmp_path}/data.json: 1 records without an answer are left out" in log
+    assert len(losses(tmp_path / "out")) == 2
+
+
+def with_cache(folder: Path, setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
+    (folder / "cache").write_text("")
+    return outcome(Setting(folder), arguments)
+
+
+def test_the_cache_cannot_be_written(good, ranks, tmp_path):
+    ((kind, text, _),) = ranks(1).run(with_cache, tmp_path, good, good.arguments(tmp_path / "out"))
+    assert kind in ("OSError", "FileExistsError", "NotADirectoryError")
+    assert f"cannot write the data cache in {tmp_path}/cache" in text
+    assert text.endswith("or name another folder in $ACCESSORY_DATA_CACHE")

@@ -1,0 +1,369 @@
+"""The options of main_finetune.py: their names, what they accept, and what they do."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_tensors, small_config, write_folder
+from finetuning import PER_EPOCH, Setting, finetune_on_rank, log_lines, losses, make_setting, model_tensors
+
+from accessory.model.meta import MetaModel
+from accessory.train.options import FinetuneOptions
+
+# Every flag: its default, and for an example of its use the values that it gives. Users' scripts rely on them.
+FLAGS: dict[str, tuple[Any, str, Any]] = {
+    "llama_type": (None, "mistral", "mistral"),
+    "llama_config": ((), "a.json b.json", ("a.json", "b.json")),
+    "tokenizer_path": (None, "t.model", "t.model"),
+    "pretrained_path": ((), "a b", ("a", "b")),
+    "pretrained_type": (..., "consolidated", ...),
+    "no_visual": (..., "", ...),
+    "quant": (..., None, ...),
+    "data_config": (None, "d.yaml", "d.yaml"),
+    "dialog": (False, "", True),
+    "max_words": (1024, "4096", 4096),
+    "skip_bad_records": (False, "", True),
+    "cache_ann_on_disk": (..., "", ...),
+    "num_workers": (..., "4", ...),
+    "pin_mem": (..., "", ...),
+    "no_pin_mem": (..., "", ...),
+    "batch_size": (4, "2", 2),
+    "accum_iter": (1, "8", 8),
+    "epochs": (1, "3", 3),
+    "max_steps": (None, "5", 5),
+    "lr": (2e-5, "5e-6", 5e-6),
+    "min_lr": (0.0, "1e-7", 1e-7),
+    "warmup_epochs": (0.0, "0.1", 0.1),
+    "weight_decay": (0.0, "0.02", 0.02),
+    "clip_grad": (1.0, "-1", -1.0),
+    "load_balancing_weight": (None, "0", 0.0),
+    "z_loss_weight": (None, "0.001", 0.001),
+    "seed": (0, "7", 7),
+    "model_parallel_size": (1, "8", 8),
+    "data_parallel": ("sdp", "fsdp", "fsdp"),
+    "expert_placement": ("auto", "tensor", "tensor"),
+    "precision": ("bf16", "tf32", "tf32"),
+    "checkpointing": (..., "", ...),
+    "grad_ckpt_policy": ("none", "moe", "moe"),
+    "device": (None, "cpu", "cpu"),
+    "output_dir": ("./output_dir", "out", "out"),
+    "save_interval": (1, "2", 2),
+    "save_iteration_interval": (5000, "100", 100),
+    "keep_last": (2, "3", 3),
+    "only_save_trainable": (False, "", True),
+    "resume": (None, "run", "run"),
+    "auto_resume": (False, "", True),
+}
+
+
+def parse(*arguments: str) -> dict[str, Any]:
+    return asdict(FinetuneOptions.parse(["--data_config", "d.yaml", *arguments]))
+
+
+# -- names
+
+
+def test_the_flags_are_these(capsys):
+    with pytest.raises(SystemExit) as caught:
+        FinetuneOptions.parse(["--help"])
+    assert caught.value.code == 0
+    shown = re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(shown) == sorted([*FLAGS, "help"])
+
+
+def test_defaults():
+    expected = {name: default for name, (default, _, _) in FLAGS.items() if default is not ...}
+    assert parse() == {**expected, "data_config": "d.yaml"}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, example, _) in FLAGS.items() if example is not None])
+def test_each_flag_sets_its_value_alone(name):
+    _, example, value = FLAGS[name]
+    changed = {} if value is ... else {name: value}
+    if name == "checkpointing":
+        changed = {"grad_ckpt_policy": "full"}
+    assert parse(f"--{name}", *example.split()) == {**parse(), **changed}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data_parallel", ("sdp", "fsdp", "ddp")),
+        ("precision", ("bf16", "fp16", "tf32", "fp32")),
+        ("grad_ckpt_policy", ("full", "moe", "none")),
+        ("device", ("cpu", "cuda")),
+    ],
+)
+def test_choices(name, values):
+    for value in values:
+        assert parse(f"--{name}", value)[name] == value
+
+
+def test_a_policy_rules_over_checkpointing():
+    """The experiments pass --checkpointing; what follows may refine it."""
+    assert parse("--checkpointing", "--grad_ckpt_policy", "moe")["grad_ckpt_policy"] == "moe"
+
+
+def test_a_users_script_as_it_is():
+    """All arguments that scripts for other trainers of these models pass, at once; the last one of a name rules."""
+    text = (
+        "--output_dir output/x --epochs 1 --warmup_epochs 0.03 --batch_size 4 --accum_iter 2 --num_workers 4 "
+        "--max_words 2048 --lr 0.00002 --min_lr 0.000005 --clip_grad 2 --weight_decay 0.02 --data_parallel sdp "
+        "--model_parallel_size 8 --checkpointing --llama_type mistral --llama_config a/config.json b.json --no_visual "
+        "--tokenizer_path a/tokenizer.model --pretrained_path a --pretrained_type consolidated --dialog --pin_mem "
+        "--data_config c.yaml --cache_ann_on_disk --save_interval 1 --save_iteration_interval 1000 --seed 1 "
+        "--only_save_trainable --precision bf16 --batch_size 1 --no_pin_mem"
+    )
+    options = parse(*text.split())
+    assert options["batch_size"] == 1
+    assert options["llama_config"] == ("a/config.json", "b.json")
+    assert options["grad_ckpt_policy"] == "full"
+
+
+# -- values out of range
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        *((f"--{name} 0", f"--{name} is 0: give 1 or more") for name in ("batch_size", "accum_iter", "epochs")),
+        *((f"--{name} 0", f"--{name} is 0: give 1 or more") for name in ("max_steps", "save_interval", "keep_last")),
+        ("--model_parallel_size 0", "--model_parallel_size is 0: give 1 or more"),
+        ("--save_iteration_interval -1", "--save_iteration_interval is -1: give 0 or more"),
+        ("--max_words 2", "--max_words is 2: give 3 or more"),
+        *((f"--{name} -1", f"--{name} is -1.0: give 0 or more") for name in ("lr", "min_lr", "warmup_epochs")),
+        ("--weight_decay -0.5", "--weight_decay is -0.5: give 0 or more"),
+        *((f"--{name} -1", f"--{name} is -1.0: give 0 or more") for name in ("load_balancing_weight", "z_loss_weight")),
+        *((f"--{name} nan", f"--{name} is nan: give a finite number") for name in ("lr", "clip_grad", "weight_decay")),
+        *((f"--{name} inf", f"--{name} is inf: give a finite number") for name in ("lr", "clip_grad", "warmup_epochs")),
+        ("--seed -1", "--seed is -1: give 0 or more"),
+        (f"--seed {2**64}", f"--seed is {2**64}: give a number below 2^64"),
+        ("--lr 1e-5 --min_lr 2e-5", "--min_lr 2e-05 is above --lr 1e-05"),
+        ("--quant", "--quant nf4: weights cannot be quantized yet; leave it out"),
+        ("--quant int8", "--quant int8: weights cannot be quantized yet; leave it out"),
+        *((f"--{name} ''", f"--{name} is given an empty name") for name in ("data_config", "output_dir", "resume")),
+        *((f"--{name} ''", f"--{name} is given an empty name") for name in ("tokenizer_path", "pretrained_path")),
+        ("--llama_config a.json ''", "--llama_config is given an empty name"),
+    ],
+)
+def test_options_out_of_range(wrong, says):
+    arguments = ["" if part == "''" else part for part in wrong.split()]
+    with pytest.raises(ValueError, match="^" + re.escape(says)):
+        FinetuneOptions.parse(["--data_config", "d.yaml", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--batch_size four", "argument --batch_size: invalid int value: 'four'"),
+        ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--precision int8", "argument --precision: invalid choice: 'int8' (choose from "),
+        ("--data_parallel zero", "argument --data_parallel: invalid choice: 'zero' (choose from "),
+        ("--grad_ckpt_policy some", "argument --grad_ckpt_policy: invalid choice: 'some' (choose from "),
+        ("--pretrained_type meta_ori", "argument --pretrained_type: invalid choice: 'meta_ori' (choose from "),
+        ("--device cuda:1", "argument --device: invalid choice: 'cuda:1' (choose from "),
+        ("--pretrained_path", "argument --pretrained_path: expected at least one argument"),
+        ("stray", "unrecognized arguments: stray"),
+    ],
+)
+def test_arguments_that_cannot_be_read(wrong, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        FinetuneOptions.parse(["--data_config", "d.yaml", *wrong.split()])
+    assert caught.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: main_finetune.py ")
+    assert error.startswith(f"main_finetune.py: error: {says}")
+
+
+def test_the_data_are_required(capsys):
+    with pytest.raises(SystemExit):
+        FinetuneOptions.parse([])
+    assert "the following arguments are required: --data_config" in capsys.readouterr().err
+
+
+# -- what they do
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, small_tokenizer) -> Setting:
+    return make_setting(tmp_path_factory.mktemp("options"), small_tokenizer)
+
+
+@pytest.fixture
+def train(setting, ranks, tmp_path):
+    """Run on one process; returns the output folder."""
+
+    def run(name: str, *more: str, **changes: Any) -> Path:
+        output = tmp_path / name
+        given = setting.arguments(output, **{"max_steps": 3, "batch_size": 8, **changes})
+        ranks(1).run(finetune_on_rank, setting, [*given, *more])
+        return output
+
+    return run
+
+
+def column(output: Path, name: str) -> list[float]:
+    return [line[name] for line in log_lines(output)]
+
+
+def exports(output: Path) -> set[str]:
+    return {path.parent.name for path in output.glob("*/meta.json")}
+
+
+def states(output: Path) -> set[str]:
+    return {path.parent.name for path in output.glob("checkpoints/*/state.json")}
+
+
+def test_clip_grad_of_0_or_less_is_off(train):
+    off = log_lines(train("off", clip_grad=0))
+    assert log_lines(train("less", clip_grad=-1)) == off
+    assert log_lines(train("far", clip_grad=1e9)) == off
+    norms = [line["grad_norm"] for line in off]
+    # The norm is told as it was before it was limited, and a limit that no step reaches changes nothing.
+    assert log_lines(train("just above", clip_grad=max(norms) * 1.001)) == off
+    near = log_lines(train("near", clip_grad=min(norms) / 1000, max_steps=2))
+    assert near[0] == off[0]
+    assert near[1]["loss"] != off[1]["loss"]
+
+
+def test_the_learning_rate_follows_the_formula(train):
+    """Linear over the first half epoch, 3.5 steps; then half a cosine down to min_lr at the end of two epochs."""
+    output = train("run", epochs=2, warmup_epochs=0.5, lr=1e-3, min_lr=1e-4, max_steps=None)
+    warmup, total = 0.5 * PER_EPOCH, 2 * PER_EPOCH
+    expected = [1e-3 * (step + 1) / warmup for step in range(3)] + [1e-3 * 1.0]
+    for step in range(4, total):
+        half = math.pi * (step - warmup) / (total - warmup)
+        expected.append(1e-4 + (1e-3 - 1e-4) * (1 + math.cos(half)) / 2)
+    assert column(output, "lr") == pytest.approx(expected, rel=1e-9)
+    # It would be min_lr with the next step.
+    assert 1e-4 < expected[-1] < 1.2e-4
+
+
+def test_max_steps_ends_the_run_and_not_the_schedule(train):
+    whole, cut = train("whole", epochs=2, max_steps=None), train("cut", epochs=2, max_steps=PER_EPOCH + 2)
+    assert len(log_lines(whole)) == 2 * PER_EPOCH
+    assert log_lines(cut) == log_lines(whole)[: PER_EPOCH + 2]
+    assert exports(whole) == {"epoch1"}, "save_interval is 100: the end of the run alone"
+    assert exports(cut) == {"epoch1-iter2"}
+    more = train("more", epochs=1, max_steps=1000)
+    assert len(log_lines(more)) == PER_EPOCH
+    assert exports(more) == {"epoch0"}
+
+
+def test_save_interval_counts_epochs(train):
+    output = train("run", epochs=5, save_interval=2, max_steps=None, keep_last=10)
+    assert exports(output) == {"epoch1", "epoch3", "epoch4"}, "the second, the fourth, and the end"
+    assert states(output) == {f"step-{PER_EPOCH * epoch:08d}" for epoch in (2, 4, 5)}
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(6, (3, 6)), (7, (3, 6)), (1, range(1, PER_EPOCH)), (0, ())])
+def test_save_iteration_interval_counts_micro_batches_of_an_epoch(interval, steps, train):
+    changes = {"accum_iter": 2, "batch_size": 4, "save_interval": 1, "keep_last": 100, "max_steps": None}
+    output = train("run", epochs=2, save_iteration_interval=interval, **changes)
+    within = {f"epoch{epoch}-iter{2 * step}" for epoch in (0, 1) for step in steps}
+    assert exports(output) == within | {"epoch0", "epoch1"}
+    assert states(output) == {
+        f"step-{PER_EPOCH * epoch + step:08d}" for epoch in (0, 1) for step in (*steps, PER_EPOCH)
+    }
+
+
+def test_keep_last_removes_training_states_and_no_models(train):
+    output = train("run", save_iteration_interval=1, max_steps=6, keep_last=3)
+    assert states(output) == {"step-00000004", "step-00000005", "step-00000006"}
+    assert exports(output) == {f"epoch0-iter{step}" for step in range(1, 7)}
+
+
+def test_weights_of_the_router_losses(train, tmp_path):
+    """The flag rules over the config, and 0 takes the loss out of the gradient but not out of the log."""
+    base = json.loads((Path(train("base") / "epoch0-iter3" / "config.json")).read_text())
+    assert base.get("load_balancing_weight", 0.1) == 0.1
+    assert "z_loss_weight" not in base
+    without = train("without", load_balancing_weight=0)
+    assert all(value > 1 for value in column(without, "balance_loss"))
+    assert log_lines(without)[0]["loss"] == log_lines(tmp_path / "base")[0]["loss"]
+    assert column(without, "grad_norm") != column(tmp_path / "base", "grad_norm")
+    assert not any("z_loss" in line for line in log_lines(without))
+
+    heavy = train("heavy", load_balancing_weight=0.5, z_loss_weight=0.01)
+    (tmp_path / "weights.json").write_text(json.dumps({"load_balancing_weight": 0.5, "z_loss_weight": 0.01}))
+    config = ("--llama_config", f"{tmp_path}/base/epoch0-iter3/config.json", f"{tmp_path}/weights.json")
+    assert log_lines(train("by config", *config)) == log_lines(heavy)
+    assert all(value > 0 for value in column(heavy, "z_loss"))
+    written = json.loads((heavy / "epoch0-iter3" / "config.json").read_text())
+    assert (written["load_balancing_weight"], written["z_loss_weight"]) == (0.5, 0.01)
+
+
+@pytest.mark.parametrize("given", [("--checkpointing",), ("--grad_ckpt_policy", "moe")], ids=["full", "moe"])
+def test_recomputing_changes_no_number(given, train):
+    assert column(train("again", *given), "loss") == pytest.approx(column(train("kept"), "loss"), rel=1e-6)
+
+
+def test_the_accepted_flags_change_nothing(train):
+    accepted = ("--pretrained_type", "consolidated", "--no_visual", "--cache_ann_on_disk", "--num_workers", "4")
+    with_them = train("with", *accepted, "--pin_mem", "--no_pin_mem", "--only_save_trainable")
+    without = train("without")
+    assert log_lines(with_them) == log_lines(without)
+    ours, theirs = (model_tensors(output / "epoch0-iter3") for output in (with_them, without))
+    assert ours.keys() == theirs.keys()
+
+
+def test_later_folders_overlay_earlier_ones(setting, train, tmp_path, small_tokenizer):
+    """A second folder that holds a part of the tensors: the model is the first with those in place."""
+    config = json.loads((setting.model / "config.json").read_text())
+    first, second = random_tensors(config, 5), random_tensors(config, 6)
+    part = {name: tensor for name, tensor in second.items() if "attention" in name}
+    write_folder(tmp_path / "mixed", first | part, config, files=1, tokenizer=small_tokenizer)
+    overlay = write_folder(tmp_path / "part", second, config, files=1, tokenizer=small_tokenizer)
+    shard = overlay / "consolidated.00-of-01.model.pth"
+    torch.save({"model": {f"llma.{name}": tensor for name, tensor in part.items()}}, shard)
+    both = train("both", "--pretrained_path", str(setting.model), str(overlay), pretrained_path=None)
+    assert log_lines(both) == log_lines(train("mixed run", pretrained_path=tmp_path / "mixed"))
+    assert log_lines(both) != log_lines(train("first"))
+
+
+def test_training_from_nothing(setting, train, small_tokenizer):
+    given = {"pretrained_path": None, "llama_config": setting.model / "config.json", "tokenizer_path": small_tokenizer}
+    output = train("run", max_steps=2, **given)
+    assert losses(output)[0] == pytest.approx(math.log(384), abs=0.8), "it knows nothing"
+    # A step at a learning rate of 0 leaves the weights as --seed has drawn them.
+    first, again, other = (
+        model_tensors(train(f"{seed} {name}", max_steps=1, lr=0, seed=seed, **given) / "epoch0-iter1")
+        for seed, name in ((3, "once"), (3, "again"), (4, "once"))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    changed = {name for name in first if not torch.equal(first[name], other[name])}
+    assert changed == {name for name in first if "norm" not in name}
+    model = MetaModel.from_pretrained(output / "epoch0-iter2", dtype="fp32")
+    assert model.generate(["list"], max_gen_len=4)
+
+
+def test_seed_orders_the_examples(train):
+    assert losses(train("one", seed=1))[0] != losses(train("two", seed=2))[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+def test_precision(precision, train, one_thread):
+    """The exported weights' dtype, and losses near those of float32."""
+    output = train("run", precision=precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    assert {tensor.dtype for tensor in model_tensors(output / "epoch0-iter3").values()} == {dtype}
+    assert losses(output) == pytest.approx(losses(train("fp32", precision="fp32")), rel=0.02)
+    assert all(("loss_scale" in line) == (precision == "fp16") for line in log_lines(output))
+
+
+def test_expert_placement_changes_no_number(train):
+    assert losses(train("tensor", expert_placement="tensor")) == losses(train("expert", expert_placement="expert"))
+
+
+def test_a_vocabulary_that_the_config_leaves_open(setting, train, tmp_path, small_tokenizer):
+    config = small_config(dim=32, hidden_dim=16, vocab_size=-1)
+    (tmp_path / "open.json").write_text(json.dumps(config))
+    output = train("run", llama_config=tmp_path / "open.json", tokenizer_path=small_tokenizer)
+    assert losses(output) == losses(train("base"))
