@@ -10,7 +10,7 @@ PROMPT := The list method
 # One process and two write the same text in float32 on one kind of device.
 ALIKE := --dtype fp32 --device cpu
 
-.PHONY: install demo finetune-demo test lint docs pytest bench clean
+.PHONY: install demo finetune-demo test lint docs pytest soak bench clean
 
 install: $(READY)
 
@@ -63,6 +63,10 @@ docs: $(READY)
 
 pytest: $(READY)
 	$(BIN)/pytest
+
+# What takes longer: a run that is killed 30 times. Its last result stands in docs/reliability.md.
+soak: $(READY)
+	$(BIN)/pytest -m soak
 
 bench: $(READY)
 	$(BIN)/python benchmarks/load.py

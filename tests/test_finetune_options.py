@@ -274,10 +274,10 @@ def test_save_iteration_interval_counts_micro_batches_of_an_epoch(interval, step
     }
 
 
-def test_keep_last_removes_training_states_and_no_models(train):
-    output = train("run", save_iteration_interval=1, max_steps=6, keep_last=3)
-    assert states(output) == {"step-00000004", "step-00000005", "step-00000006"}
-    assert exports(output) == {f"epoch0-iter{step}" for step in range(1, 7)}
+def test_keep_last_removes_what_is_older_but_for_the_models_of_epochs(train):
+    output = train("run", save_iteration_interval=2, save_interval=1, max_steps=2 * PER_EPOCH + 3, keep_last=3)
+    assert states(output) == {f"step-{2 * PER_EPOCH + step:08d}" for step in (0, 2, 3)}
+    assert exports(output) == {"epoch0", "epoch1", "epoch1-iter6", "epoch2-iter2", "epoch2-iter3"}
 
 
 def test_weights_of_the_router_losses(train, tmp_path):

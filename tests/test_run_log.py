@@ -292,10 +292,12 @@ def test_what_a_crash_left_is_dropped(tmp_path: Path, rest: bytes) -> None:
     assert lines(tmp_path) == [metrics(step).to_record() for step in (1, 2, 3)]
 
 
-def test_a_run_that_begins_anew_keeps_nothing_of_one_that_saved_nothing(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 4))
-    write(tmp_path, range(1, 2))
+def test_a_run_that_begins_anew_puts_the_log_of_one_that_saved_nothing_aside(tmp_path: Path) -> None:
+    for steps in (3, 2, 1):
+        write(tmp_path, range(1, steps + 1))
     assert [line["step"] for line in lines(tmp_path)] == [1]
+    earlier = [(tmp_path / f"log.{number}.jsonl").read_text().splitlines() for number in (1, 2)]
+    assert [[json.loads(line)["step"] for line in lines] for lines in earlier] == [[1, 2, 3], [1, 2]]
     assert list(scalar(events(tmp_path), "loss")) == [1]
 
 

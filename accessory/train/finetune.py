@@ -99,8 +99,10 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
 
 @contextlib.contextmanager
 def _output_of(output: Path) -> Iterator[None]:
-    """What rank 0 does with the run's folder: hold it, and log into it."""
+    """What rank 0 does with the run's folder: hold it, tidy up after one that was killed, and log into it."""
     with held(output):
+        for cut_short in (*output.glob(".*.tmp"), *(output / Shelf.CHECKPOINTS).glob(".*.tmp")):
+            cut_short.unlink(missing_ok=True)
         setup_logging(0, file=output / "output.log")
         yield
 
