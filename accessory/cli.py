@@ -6,12 +6,14 @@ with one line on standard error and exit code 1 on every rank.
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accessory.launch import Launch
 from accessory.log import RankParser, global_rank, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -19,8 +21,15 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
     setup_logging()
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as error:
+        if error.code and "RANK" in os.environ and Launch.find().world_size > 1:
+            from accessory.parallel.rendezvous import refuse_together
+
+            refuse_together("its arguments are wrong")
+        raise
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 ``--help`` lists the options; docs/finetune.md walks through a run.
 """
 
-import contextlib
 import logging
 import os
 import sys
@@ -63,15 +62,9 @@ def _refuse(wrong: ValueError | SystemExit, launch: Launch) -> int:
     if launch.rank == 0 and isinstance(wrong, ValueError):  # argparse has said its own
         _say(wrong)
     if code and launch.world_size > 1:
-        from accessory.parallel.rendezvous import process_group_of_launcher
-        from accessory.parallel.state import ParallelState
-        from accessory.train.snapshot import over_all_ranks
+        from accessory.parallel.rendezvous import refuse_together
 
-        # A launcher ends all ranks with the first one: none may leave before rank 0 has spoken. And a rank whose
-        # arguments are in order learns here, with its first collective, that another's are not.
-        with contextlib.suppress(OSError, SystemExit), process_group_of_launcher(say=lambda error: None):
-            text = wrong if isinstance(wrong, ValueError) else "its arguments are wrong"
-            over_all_ranks(ParallelState.single("cpu")).agree(ValueError(f"rank {launch.rank}: {text}"))
+        refuse_together(str(wrong) if isinstance(wrong, ValueError) else "its arguments are wrong")
     return code
 
 

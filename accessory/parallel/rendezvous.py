@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accessory.launch import Launch
 from accessory.parallel.peers import PeerWatch, own_address
 from accessory.parallel.run_store import ALL_THERE, SAY_AFTER, run_store
-from accessory.parallel.state import on_all_ranks, raised_on_all_ranks
+from accessory.parallel.state import ParallelState, on_all_ranks, raised_on_all_ranks
 
 try:
     import fcntl
@@ -93,6 +93,16 @@ def process_group_of_launcher(
         finally:
             if joined:
                 dist.destroy_process_group()
+
+
+def refuse_together(why: str) -> None:
+    """Meet the other ranks before ending over wrong arguments, which has been said.
+
+    A launcher ends all ranks with the first one, so none may leave before rank 0 has spoken. A rank whose arguments
+    are in order learns here, with its first collective, that another's are not.
+    """
+    with contextlib.suppress(OSError, SystemExit), process_group_of_launcher(say=lambda error: None) as group:
+        ParallelState.from_group(group, "cpu").agree(ValueError(f"rank {Launch.find().rank}: {why}"))
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -108,7 +108,8 @@ class FinetuneLoop:
                     if self.done == self.end
                     else f"{self.end - self.done} steps are left"
                 )
-                logger.warning("stopped after step %d (%s), %s: go on with --auto_resume", self.done, reason, left)
+                if self.store.world.is_first:
+                    logger.warning("stopped after step %d (%s), %s: go on with --auto_resume", self.done, reason, left)
                 return stop
             self._save_where_due()
             last = time.perf_counter()
