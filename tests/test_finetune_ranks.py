@@ -68,7 +68,7 @@ def test_replicas_are_alike_to_the_bit_after_a_hundred_steps(
     dp_size: int, mp_size: int, options: dict[str, Any], ranks: Pools, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     setting = make_setting(tmp_path, small_tokenizer, n_layers=1)
-    sizes = {"model_parallel_size": mp_size, "batch_size": 4 // dp_size, "max_words": 128, "epochs": 100}
+    sizes = {"model_parallel_size": mp_size, "batch_size": 4 // dp_size, "epochs": 100}
     arguments = setting.arguments(tmp_path / "run", **sizes, **options, max_steps=100)
     results = ranks(dp_size * mp_size).run(replicas_on_rank, setting, arguments)
     for dp_rank in range(dp_size):
@@ -142,7 +142,7 @@ def test_experts_that_get_no_token_on_one_rank_change_no_result(
     """Short examples and many experts: an expert that one rank uses, another does not; one rank has no example."""
     setting = make_setting(tmp_path, small_tokenizer, examples=5, moe={"num_experts": 32, "num_experts_per_tok": 1})
     for output, sizes in (("one", layout(1, 1)), ("run", layout(dp_size, mp_size))):
-        given = {"max_words": 128, "max_steps": 4, "grad_ckpt_policy": policy, "lr": 5e-4}
+        given = {"max_steps": 4, "grad_ckpt_policy": policy, "lr": 5e-4}
         arguments = setting.arguments(tmp_path / output, **sizes, **given)
         ranks(1 if output == "one" else dp_size * mp_size).run(finetune_on_rank, setting, arguments)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

@@ -41,28 +41,28 @@ def test_a_removal_that_is_cut_short_is_taken_up_again(
             (path / "data").unlink()  # its index is still there
             raise KilledError
 
-    first, second = put(shelf, "one"), put(shelf, "two")
+    first, second = put(shelf, "step-1"), put(shelf, "step-2")
     with mock.patch.object(shutil, "rmtree", cut_short), pytest.raises(KilledError):
-        put(shelf, "three", keep_last=1)
+        put(shelf, "step-3", keep_last=1)
     assert not first.exists()
     assert not second.exists()
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     with caplog.at_level(logging.WARNING, "accessory"):
-        assert shelf.latest() == tmp_path / "three"
+        assert shelf.latest() == tmp_path / "step-3"
     assert "was cut short, or its removal" in caplog.text
-    put(shelf, "four", keep_last=2)
-    assert names(tmp_path) == ["four", "latest", "three"]
+    put(shelf, "step-4", keep_last=2)
+    assert names(tmp_path) == ["latest", "step-3", "step-4"]
 
 
 def test_a_kill_before_latest_moves_leaves_the_state_before(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
-    first = put(shelf, "one")
+    first = put(shelf, "step-1")
     with mock.patch("accessory.train.shelf.replacing", side_effect=KilledError), pytest.raises(KilledError):
-        put(shelf, "two")
+        put(shelf, "step-2")
     assert shelf.latest() == first
     # The same steps are taken again.
-    assert put(shelf, "two") == tmp_path / "two.1"
-    assert shelf.latest() == tmp_path / "two.1"
+    assert put(shelf, "step-2") == tmp_path / "step-2.1"
+    assert shelf.latest() == tmp_path / "step-2.1"
 
 
 def test_what_begins_is_begun_until_something_is_published(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_what_begins_is_begun_until_something_is_published(tmp_path: Path) -> No
     assert shelf.is_begun
     assert shelf.latest() is None
     with mock.patch("accessory.train.shelf.replacing", side_effect=KilledError), pytest.raises(KilledError):
-        put(shelf, "one")
+        put(shelf, "step-1")
     assert shelf.is_begun
-    put(shelf, "two")
+    put(shelf, "step-2")
     assert not shelf.is_begun
-    assert names(tmp_path) == ["latest", "one", "two"]
+    assert names(tmp_path) == ["latest", "step-1", "step-2"]
