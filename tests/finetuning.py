@@ -49,7 +49,7 @@ class Setting:
             "pretrained_path": self.model,
             "data_config": self.folder / "data.yaml",
             "output_dir": output,
-            "max_words": 48,
+            "max_words": 160,
             "epochs": 5,
             "warmup_epochs": 0.5,
             "lr": 2e-3,
@@ -84,7 +84,7 @@ def make_setting(
         for number in range(examples)
     ]
     (folder / "data.json").write_text(json.dumps(records))
-    (folder / "data.yaml").write_text(f"META:\n- path: {folder / 'data.json'}\n  type: text\n  prompt_type: 'None'\n")
+    (folder / "data.yaml").write_text(f"META:\n- path: {folder / 'data.json'}\n  type: text\n")
     return Setting(folder)
 
 
