@@ -34,6 +34,7 @@ class Setting:
     """A model to start from, data, and a cache for its tokens."""
 
     folder: Path
+    max_words: int = 48
 
     @property
     def model(self) -> Path:
@@ -49,7 +50,7 @@ class Setting:
             "pretrained_path": self.model,
             "data_config": self.folder / "data.yaml",
             "output_dir": output,
-            "max_words": 160,
+            "max_words": self.max_words,
             "epochs": 5,
             "warmup_epochs": 0.5,
             "lr": 2e-3,
@@ -67,10 +68,17 @@ class Setting:
 
 
 def make_setting(
-    folder: Path, tokenizer: Path, *, examples: int = EXAMPLES, all_to: int | None = None, **sizes: Any
+    folder: Path,
+    tokenizer: Path,
+    *,
+    examples: int = EXAMPLES,
+    all_to: int | None = None,
+    prompt_type: str = "None",
+    **sizes: Any,
 ) -> Setting:
     """Write a random model of ``small_config`` with ``sizes``, and Alpaca records of several lengths.
 
+    The template ``prompt_type`` makes examples longer than the plain instruction, with which steps are quick.
     ``all_to`` is the expert that every router chooses first, whatever the token.
     """
     config = small_config(**{"dim": 32, "hidden_dim": 16, **sizes})
@@ -84,8 +92,10 @@ def make_setting(
         for number in range(examples)
     ]
     (folder / "data.json").write_text(json.dumps(records))
-    (folder / "data.yaml").write_text(f"META:\n- path: {folder / 'data.json'}\n  type: text\n")
-    return Setting(folder)
+    (folder / "data.yaml").write_text(
+        f"META:\n- path: {folder / 'data.json'}\n  type: text\n  prompt_type: '{prompt_type}'\n"
+    )
+    return Setting(folder, 48 if prompt_type == "None" else 160)
 
 
 def send_all_to(tensors: dict[str, Tensor], expert: int) -> None:

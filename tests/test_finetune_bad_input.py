@@ -297,7 +297,7 @@ def _(folder, good):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, small_tokenizer) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("good"), small_tokenizer)
+    return make_setting(tmp_path_factory.mktemp("good"), small_tokenizer, prompt_type="alpaca")
 
 
 def outcome(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:

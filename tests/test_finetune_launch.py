@@ -36,7 +36,7 @@ STEPS, BATCH = 3, 8
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_tokenizer) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("launch"), small_tokenizer)
+    return make_setting(tmp_path_factory.mktemp("launch"), small_tokenizer, prompt_type="alpaca")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_torchrun(changes, setting, one_process, tmp_path):
 @pytest.fixture(scope="module")
 def dialogues(tmp_path_factory, small_tokenizer) -> Setting:
     """The same model with dialogues, which the experiments read."""
-    setting = make_setting(tmp_path_factory.mktemp("dialogues"), small_tokenizer)
+    setting = make_setting(tmp_path_factory.mktemp("dialogues"), small_tokenizer, prompt_type="alpaca")
     records = json.loads((setting.folder / "data.json").read_text())
     turns = [[("human", record["instruction"]), ("gpt", record["output"])] for record in records]
     content = [{"conversations": [{"from": who, "value": text} for who, text in turn]} for turn in turns]

@@ -193,7 +193,7 @@ def test_the_data_are_required(capsys):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_tokenizer) -> Setting:
-    return make_setting(tmp_path_factory.mktemp("options"), small_tokenizer)
+    return make_setting(tmp_path_factory.mktemp("options"), small_tokenizer, prompt_type="alpaca")
 
 
 @pytest.fixture
