@@ -1,5 +1,6 @@
 """Fixtures that tests share: pools of ranks, small tokenizers, and one tiny trained model."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,20 @@ from ranks import RankPool
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 
 torch.set_num_threads(2)
+
+LOGGERS = ("accessory", "accessory.kernels", "accessory.data")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """A command that a test runs in this process sets logging up, for itself and not for the tests behind it."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
