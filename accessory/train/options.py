@@ -110,15 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_optimizer_flags(parser.add_argument_group("optimization"))
     _add_parallel_flags(parser.add_argument_group("parallelism and memory"))
     _add_output_flags(parser.add_argument_group("output"))
+    defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
+    del defaults["data_config"], defaults["grad_ckpt_policy"]  # the one is required, --checkpointing sets the other
+    parser.set_defaults(**defaults)
     return parser
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--llama_type", help="architecture; by default what the checkpoint's meta.json says")
-    group.add_argument("--llama_config", nargs="+", default=[], help="config files, merged, the last rules")
+    group.add_argument("--llama_config", nargs="+", help="config files, merged, the last rules")
     group.add_argument("--tokenizer_path", help="tokenizer.model, or a folder with tokenizer.json")
     help_text = "checkpoint folders, later ones overlay earlier ones; none: train from nothing"
-    group.add_argument("--pretrained_path", nargs="+", default=[], help=help_text)
+    group.add_argument("--pretrained_path", nargs="+", help=help_text)
     group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")
     group.add_argument("--no_visual", action="store_true", help="accepted; Mixtral reads no images")
     group.add_argument("--quant", nargs="?", const="nf4", metavar="TYPE", help="quantize the frozen weights")
@@ -127,7 +130,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data_config", required=True, help="yaml file that lists the data files")
     group.add_argument("--dialog", action="store_true", help="records are dialogues, not instructions")
-    group.add_argument("--max_words", type=int, default=1024, help="tokens of an example at most; the rest is cut")
+    group.add_argument("--max_words", type=int, help="tokens of an example at most; the rest is cut")
     group.add_argument("--skip_bad_records", action="store_true", help="leave bad records out, and list them")
     group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted; tokens always lie in mapped files")
     group.add_argument("--num_workers", type=int, help="accepted; mapped files need no workers")
@@ -136,27 +139,27 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch_size", type=int, default=4, help="examples of a data-parallel rank's micro-batch")
-    group.add_argument("--accum_iter", type=int, default=1, help="micro-batches of an optimizer step")
-    group.add_argument("--epochs", type=int, default=1)
+    group.add_argument("--batch_size", type=int, help="examples of a data-parallel rank's micro-batch")
+    group.add_argument("--accum_iter", type=int, help="micro-batches of an optimizer step")
+    group.add_argument("--epochs", type=int)
     group.add_argument("--max_steps", type=int, help="end after so many optimizer steps; the schedule follows --epochs")
-    group.add_argument("--lr", type=float, default=2e-5, help="highest learning rate")
-    group.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
-    group.add_argument("--warmup_epochs", type=float, default=0.0, help="epochs, or a part of one, until --lr")
-    group.add_argument("--weight_decay", type=float, default=0.0)
-    group.add_argument("--clip_grad", type=float, default=1.0, help="limit of the gradients' norm; 0 or less: off")
+    group.add_argument("--lr", type=float, help="highest learning rate")
+    group.add_argument("--min_lr", type=float, help="learning rate at the end")
+    group.add_argument("--warmup_epochs", type=float, help="epochs, or a part of one, until --lr")
+    group.add_argument("--weight_decay", type=float)
+    group.add_argument("--clip_grad", type=float, help="limit of the gradients' norm; 0 or less: off")
     group.add_argument("--load_balancing_weight", type=float, help="in place of the config's")
     group.add_argument("--z_loss_weight", type=float, help="weight of the router's z-loss, in place of the config's")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int)
 
 
 def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model_parallel_size", type=int, default=1, help="ranks that hold one model together")
+    group.add_argument("--model_parallel_size", type=int, help="ranks that hold one model together")
     help_text = "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
-    group.add_argument("--data_parallel", choices=get_args(DataParallel), default="sdp", help=help_text)
-    group.add_argument("--expert_placement", default="auto", help="auto, expert or tensor")
+    group.add_argument("--data_parallel", choices=get_args(DataParallel), help=help_text)
+    group.add_argument("--expert_placement", help="auto, expert or tensor")
     help_text = "of the products; weights and optimizer are float32"
-    group.add_argument("--precision", choices=get_args(Precision), default="bf16", help=help_text)
+    group.add_argument("--precision", choices=get_args(Precision), help=help_text)
     group.add_argument("--checkpointing", action="store_true", help="the same as --grad_ckpt_policy full")
     help_text = "what is computed again in the backward pass: full (each block), moe (its experts), none"
     group.add_argument("--grad_ckpt_policy", choices=get_args(RecomputePolicy), help=help_text)
@@ -164,13 +167,11 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", default="./output_dir", help="folder of the run, shared by all hosts")
-    group.add_argument("--save_interval", type=int, default=1, help="epochs between saves")
+    group.add_argument("--output_dir", help="folder of the run, shared by all hosts")
+    group.add_argument("--save_interval", type=int, help="epochs between saves")
     help_text = "micro-batches between saves within an epoch; 0: none"
-    group.add_argument("--save_iteration_interval", type=int, default=5000, help=help_text)
-    group.add_argument(
-        "--keep_last", type=int, default=2, help="training states, and models of within an epoch, that stay"
-    )
+    group.add_argument("--save_iteration_interval", type=int, help=help_text)
+    group.add_argument("--keep_last", type=int, help="training states, and models of within an epoch, that stay")
     group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
     group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
     group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")
