@@ -58,6 +58,7 @@ class FinetuneLoop:
         # A token sees half of its example's, and longer examples have more of them.
         seen = float((data.lengths.astype(float) ** 2).sum() / data.lengths.sum())
         self.flops_per_token = flops_per_token(model.llma.args, seen)
+        self.peak_flops = peak_flops(model.llma.state.device, self.dtype)
         self.done = 0
         # Where the next step begins.
         self.epoch = self.step_of_epoch = 0
@@ -154,8 +155,7 @@ class FinetuneLoop:
         return Stop(int(asked)), memory
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, memory: float) -> StepMetrics:
-        state = self.model.llma.state
-        peak = peak_flops(state.device, self.dtype)
+        state, peak = self.model.llma.state, self.peak_flops
         speed = result.tokens / seconds
         ranks = state.dp_size * state.mp_size
         return StepMetrics(

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.state import ParallelState
 
 
@@ -49,10 +49,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, state: Para
     squares = torch.zeros((), dtype=torch.float64, device=state.device)
     for copies, gradients in own.items():
         squares += torch.nn.utils.get_total_norm(gradients).double().square() / copies
-    for group in (state.mp_group, state.dp_group):
-        if group is not None:
-            dist.all_reduce(squares, group=group)
-    norm = squares.sqrt().item()
+    norm = reduce_from_region(reduce_from_region(squares, state.mp_group), state.dp_group).sqrt().item()
     if 0 < limit < norm < math.inf:
         for gradients in own.values():
             torch._foreach_mul_(gradients, limit / norm)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from accessory.model.meta import MetaModel
+from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.state import on_all_ranks
 from accessory.train.optim import clip_gradients
 from accessory.train.sharding import set_last_backward
@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
         z_loss: the router's z-loss before its weight, mean over micro-batches; None where it has no weight.
         grad_norm: of all gradients together, before clipping.
         tokens: of all ranks, without padding.
-        pairs_LE: float32 (layers, experts): pairs of token and expert.
+        pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert.
         loss_scale: factor on the loss in this step, in float16; None in other dtypes.
         skipped: gradients in float16 overflowed and the step was not taken.
     """
@@ -98,7 +98,7 @@ def _gradients(
     """Backward passes of all micro-batches; losses, and pairs of token and expert, of all data-parallel ranks."""
     args, state, count = model.llma.args, model.llma.state, len(micro_batches)
     learned = [(labels[:, 1:] != 0).sum().to(state.device) for _, labels in micro_batches]
-    all_learned = _sum_over(torch.stack(learned).sum(), state.dp_group).clamp(min=1)
+    all_learned = reduce_from_region(torch.stack(learned).sum(), state.dp_group).clamp(min=1)
     sums: dict[str, Tensor] = {}
     pairs_LE = torch.zeros(args.n_layers, args.moe.num_experts, device=state.device)
     for number, ((examples, labels), own_learned) in enumerate(zip(micro_batches, learned, strict=True), start=1):
@@ -113,12 +113,7 @@ def _gradients(
             sums[name] = sums.get(name, 0.0) + value.detach().double()
         pairs_LE += counts_LE
     # Model-parallel ranks hold equal values; should one compute otherwise, all must judge the same numbers.
-    of_all = _sum_over(_sum_over(torch.stack(list(sums.values())), state.dp_group), state.mp_group) / state.mp_size
+    of_dp = reduce_from_region(torch.stack(list(sums.values())), state.dp_group)
+    of_all = reduce_from_region(of_dp, state.mp_group) / state.mp_size
     losses = dict(zip(sums, of_all.tolist(), strict=True))
-    return losses["loss"], losses["load_balancing"], losses.get("z_loss"), pairs_LE
-
-
-def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
+    return losses["loss"], losses["load_balancing"], losses.get("z_loss"), pairs_LE.cpu()
