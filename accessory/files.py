@@ -3,14 +3,24 @@
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
+
+# Seconds between two looks at a lock that another process holds.
+_LOOK_EVERY = 0.2
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,6 +45,41 @@ def replacing(path: Path) -> Iterator[Path]:
 def free_name(path: Path) -> Path:
     """``path`` with the first number before its suffix that no file has yet."""
     return next(free for number in itertools.count(1) if not (free := path.with_stem(f"{path.stem}.{number}")).exists())
+
+
+@contextmanager
+def locked(path: Path, *, on_wait: Callable[[], None], patience: float = math.inf) -> Iterator[bool]:
+    """Hold a lock file, after waiting for it; the lock goes with the process, however that ends.
+
+    Args:
+        on_wait: is called once, where another process holds it.
+        patience: seconds to wait.
+
+    Yields:
+        Whether it is held: False where the system or the file system has no locks.
+
+    Raises:
+        TimeoutError: another process still held it after that time.
+        OSError: the file cannot be opened.
+    """
+    with path.open("a") as file:
+        end, waits = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{path} is locked by another process") from None
+                if not waits:
+                    on_wait()
+                waits = True
+                time.sleep(_LOOK_EVERY)
+            except (OSError, AttributeError):
+                held = False
+                break
+        yield held
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import mistral_common
 import numpy as np
 import pytest
 
+from accessory import files
 from accessory.data import cache, tokenise
 from accessory.data.alpaca import alpaca_text
 from accessory.data.cache import load_finetune_data
@@ -244,7 +245,7 @@ def test_of_several_processes_one_writes(tmp_path: Path, cache_dir: Path) -> Non
 def test_without_locks_the_last_one_wins(
     tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     flush = cache._flush
 
     def slow(file: Any) -> None:

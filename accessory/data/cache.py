@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,8 @@ from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
 from accessory.data.sources import Source, read_data_config
 from accessory.data.system_prompt import format_prompt
 from accessory.data.tokenise import Recipe, as_json, check_source, token_dtype, write_source
-from accessory.files import sync
+from accessory.files import locked, sync
 from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there every process writes its own, and the last one wins
-    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 1  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
@@ -180,19 +176,12 @@ def _cache_dir(given: str | Path | None) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file, after waiting for it; False where the file system has no locks."""
-    with _explained(path.parent):
-        file = path.open("a")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is tokenising the same data: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (OSError, AttributeError):
-            yield False
-            return
-        yield True  # the lock goes with the file, or with the process if it dies
+    """Hold the lock file; False where there are no locks: there every process writes its own, and the last one wins."""
+    with contextlib.ExitStack() as stack:
+        with _explained(path.parent):
+            waits = partial(logger.info, "another process is tokenising the same data: waiting for it")
+            held = stack.enter_context(locked(path, on_wait=waits))
+        yield held
 
 
 @contextlib.contextmanager

@@ -2,16 +2,12 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from accessory.files import locked
 from accessory.train.shelf import Shelf
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +23,14 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         OSError: another run holds it, and still did after 90 seconds.
     """
-    if fcntl is None:
-        yield
-        return
-    with (folder / LOCK).open("a") as file:
-        end = time.monotonic() + PATIENCE
-        said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise OSError(
-                        f"another run is writing to output_dir {folder}: wait for it, stop it, or choose another"
-                    ) from None
-                if not said:
-                    logger.warning("another run still writes to %s: waiting for it", folder)
-                said = True
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
+    waits = partial(logger.warning, "another run still writes to %s: waiting for it", folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK, on_wait=waits, patience=PATIENCE))
+        except TimeoutError:
+            raise OSError(
+                f"another run is writing to output_dir {folder}: wait for it, stop it, or choose another"
+            ) from None
         yield
 
 
