@@ -12,7 +12,7 @@ from torch import Tensor
 from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to_files, sources
 from accessory.checkpoint.manifest import Manifest
 from accessory.config import ModelArgs
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, first_line
 from accessory.parallel.plan import Box
 from accessory.parallel.state import ParallelState
 
@@ -223,7 +223,7 @@ def _unreadable(path: Path, error: Exception) -> str:
                     "read it with torch.load(..., weights_only=True) and write it again with torch.save"
                 )
         text = "no zip archive"
-    reason = next(iter(text.strip().splitlines()), type(error).__name__).rstrip(".")
+    reason = first_line(text, otherwise=type(error).__name__)
     return (
         f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file ({reason}). Copy it again"
     )

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from accessory.errors import first_line
 from accessory.launch import Launch
 from accessory.parallel.peers import PeerWatch, own_address
 from accessory.parallel.run_store import ALL_THERE, SAY_AFTER, run_store
@@ -88,7 +89,7 @@ def process_group_of_launcher(
             elif not peers.explain(wait=lost):
                 if not joined or not lost:
                     raise
-                say(RuntimeError(f"the ranks have lost touch, so this one ends ({_first_line(error)})"))
+                say(RuntimeError(f"the ranks have lost touch, so this one ends ({_brief(error)})"))
             raise SystemExit(1) from None
         finally:
             if joined:
@@ -171,8 +172,12 @@ def _explained(launch: Launch, remedy: str) -> Iterator[None]:
     except (dist.DistError, OSError, RuntimeError) as error:
         raise OSError(
             f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.address}:{launch.port} "
-            f"({_first_line(error)}): {remedy}"
+            f"({_brief(error)}): {remedy}"
         ) from None
+
+
+def _brief(error: BaseException) -> str:
+    return first_line(str(error), otherwise=type(error).__name__)
 
 
 def _choose_interface(address: str) -> None:
@@ -190,7 +195,3 @@ def _choose_interface(address: str) -> None:
                 if socket.inet_ntoa(fcntl.ioctl(probe, _GET_ADDRESS, request)[20:24]) == own:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
                     return
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
