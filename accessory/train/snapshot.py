@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 
 from accessory.config import ModelArgs
@@ -44,6 +45,15 @@ def tensors_of(model: MetaModel, optimizer: torch.optim.Optimizer) -> dict[str, 
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, which training does not change."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        return stager.stage(tensors)  # type: ignore[return-value]
+    finally:
+        stager.close()
 
 
 def prime(optimizer: torch.optim.Optimizer, *, empty: bool) -> None:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError
@@ -33,6 +32,7 @@ from accessory.parallel.state import ParallelState
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
     check_same_model,
+    copied,
     over_all_ranks,
     prime,
     restore_rng,
@@ -118,7 +118,7 @@ class StateStore:
         def stage() -> tuple[dict[str, Tensor], dict[str, Any]]:
             _must_be_shared(aside)
             tensors = tensors_of(model, optimizer)
-            return _copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
+            return copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
 
         try:
             tensors, rng = agreed(self.world, stage)
@@ -267,15 +267,6 @@ class StateStore:
     def _say(self, message: str) -> None:
         if self.world.is_first:
             logger.info(message)
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in main memory, which training does not change."""
-    stager = DefaultStager(StagingOptions(False, False, False, False))
-    try:
-        return stager.stage(tensors)  # type: ignore[return-value]
-    finally:
-        stager.close()
 
 
 def _must_be_shared(folder: Path) -> None:
