@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from machine import cpu_name
 from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
 from transformers import DynamicCache, MixtralForCausalLM
 
@@ -42,9 +43,9 @@ def main() -> None:
     theirs = transformers_mid()
     ours = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
     copy_weights(theirs, ours)
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown CPU")
-    print(f"{cpu}, {arguments.threads} threads, {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(
+        f"{cpu_name()}, {arguments.threads} threads, {platform.python_version()}, torch {torch.__version__}, ", end=""
+    )
     print(f"transformers {transformers.__version__}, kernels {native_variant()}, {time.strftime('%Y-%m-%d')}")
     print(f"memory read by torch.sum: {read_bandwidth() / 1e9:.0f} GB/s\n")
     print(f"{'':26}{'accessory':>12}{'transformers':>14}{'best impl.':>12}{'ratio':>8}{'read':>12}")

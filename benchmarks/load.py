@@ -8,8 +8,6 @@ the pages of the mapped files, which are the kernel's to drop.
 
 import multiprocessing
 import platform
-import re
-import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from machine import free_port, rss_anon
 
 ALLOWED_FACTOR, ALLOWED_EXTRA = 1.15, 400e6
 
@@ -50,9 +49,7 @@ def main() -> None:
 def measure(folder: Path, size: int) -> list[tuple[int, int, float]]:
     """(own bytes of weights, peak RssAnon in bytes, seconds) of every rank."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with context.Pool(size) as pool:
         return pool.starmap(load_on_rank, [(folder, rank, size, port) for rank in range(size)], chunksize=1)
 
@@ -79,13 +76,6 @@ def load_on_rank(folder: Path, rank: int, size: int, port: int) -> tuple[int, in
     own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     dist.destroy_process_group()
     return own, max(peak[0], rss_anon()), seconds
-
-
-def rss_anon() -> int:
-    """Bytes of this process's private memory."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match
-    return int(match[1]) * 1024
 
 
 if __name__ == "__main__":

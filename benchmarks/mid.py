@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import torch
@@ -28,23 +29,28 @@ ARGS = ModelArgs(
 )
 
 
+def mixtral_config(**changes: Any) -> MixtralConfig:
+    """The shape as transformers takes it."""
+    sizes = {
+        "vocab_size": ARGS.vocab_size,
+        "hidden_size": ARGS.dim,
+        "intermediate_size": ARGS.hidden_dim,
+        "num_hidden_layers": ARGS.n_layers,
+        "num_attention_heads": ARGS.n_heads,
+        "num_key_value_heads": ARGS.n_kv_heads,
+        "num_local_experts": ARGS.moe.num_experts,
+        "num_experts_per_tok": ARGS.moe.num_experts_per_tok,
+        "rope_theta": ARGS.rope_theta,
+        "max_position_embeddings": 4096,
+    }
+    return MixtralConfig(**(sizes | changes))
+
+
 def transformers_mid() -> MixtralForCausalLM:
     """Random weights in bfloat16."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=ARGS.vocab_size,
-        hidden_size=ARGS.dim,
-        intermediate_size=ARGS.hidden_dim,
-        num_hidden_layers=ARGS.n_layers,
-        num_attention_heads=ARGS.n_heads,
-        num_key_value_heads=ARGS.n_kv_heads,
-        num_local_experts=ARGS.moe.num_experts,
-        num_experts_per_tok=ARGS.moe.num_experts_per_tok,
-        rope_theta=ARGS.rope_theta,
-        max_position_embeddings=4096,
-    )
     with torch.device("cpu"):
-        return MixtralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        return MixtralForCausalLM._from_config(mixtral_config(), dtype=torch.bfloat16).eval()
 
 
 @torch.no_grad()

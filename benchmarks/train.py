@@ -13,18 +13,16 @@ machine slows both; ratios are of medians. Memory is each rank's peak RssAnon, i
 import argparse
 import multiprocessing
 import platform
-import re
-import socket
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import cpu_name, free_port, rss_anon
 
 LAYERS = 4
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies an expert's matrices for every token that chose it
@@ -42,9 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import transformers
 
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown CPU")
-    print(f"{cpu}, 2 threads in all, {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"{cpu_name()}, 2 threads in all, {platform.python_version()}, torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
     tokens = arguments.rows * arguments.length
     print(f"steps of {arguments.rows} x {arguments.length} tokens, checkpointing {arguments.checkpointing}\n")
@@ -109,9 +105,7 @@ class Side:
 
     def __init__(self, kind: str, ranks: int, work: tuple[int, int, bool]) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(ranks):
@@ -195,24 +189,12 @@ def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, st
 
 
 def their_step(way: str, *, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
-    from mid import ARGS
+    from mid import mixtral_config
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=ARGS.vocab_size,
-        hidden_size=ARGS.dim,
-        intermediate_size=ARGS.hidden_dim,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=ARGS.n_heads,
-        num_key_value_heads=ARGS.n_kv_heads,
-        num_local_experts=ARGS.moe.num_experts,
-        num_experts_per_tok=ARGS.moe.num_experts_per_tok,
-        rope_theta=ARGS.rope_theta,
-        max_position_embeddings=4096,
-        router_aux_loss_coef=BALANCE_WEIGHT,
-        output_router_logits=True,
-        use_cache=False,
+    config = mixtral_config(
+        num_hidden_layers=LAYERS, router_aux_loss_coef=BALANCE_WEIGHT, output_router_logits=True, use_cache=False
     )
     torch.manual_seed(0)
     model = MixtralForCausalLM._from_config(config, dtype=torch.float32).train()
@@ -246,8 +228,7 @@ class Peak:
 
     def _watch(self) -> None:
         while True:
-            match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            self.value = max(self.value, int(match[1]) * 1024 if match else 0)
+            self.value = max(self.value, rss_anon())
             time.sleep(0.005)
 
 
