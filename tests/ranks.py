@@ -1,5 +1,6 @@
 """Real processes over gloo for the tests: a pool is started once per world size and sent test functions."""
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -22,11 +23,19 @@ from torch import Tensor
 START_SECONDS = 120
 CALL_SECONDS = 120
 
+# Every gloo group keeps threads that wake 100 times a second for as long as its process lives, and sockets to its
+# peers. Ranks that have gathered more are replaced by fresh ones, which are there in a fraction of a second.
+MOST_THREADS = 48
+
 PRELOADED = ["torch", "torch.distributed", "accessory.model.meta"]
 
 
 class RankFailure(AssertionError):
     """A test function raised on some rank; carries the ranks' tracebacks."""
+
+
+class RankDied(AssertionError):
+    """A rank's process ended while a test function ran; names its exit code."""
 
 
 class RankPool:
@@ -46,6 +55,7 @@ class RankPool:
 
         Raises:
             RankFailure: with the traceback of each rank that raised.
+            RankDied: a rank's process ended; the pool's other processes are killed.
             TimeoutError: a rank did not answer in time; the pool's processes are killed.
         """
         if not self._processes:
@@ -79,19 +89,23 @@ class RankPool:
         deadline = time.monotonic() + seconds
         answers: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"rank {rank} of {self.size} did not answer within {seconds} s")
-                answers.append(pipe.recv())
-            except (TimeoutError, EOFError):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
-                raise
-        failures = [f"--- rank {rank}\n{text}" for rank, (text, _) in enumerate(answers) if text]
-        if failures:
-            # Ranks that failed alone leave their peers' collectives in an unknown state.
+                raise TimeoutError(f"rank {rank} of {self.size} did not answer within {seconds} s")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                self._processes[rank].join(5)
+                code = self._processes[rank].exitcode
+                self.close()
+                raise RankDied(f"rank {rank} of {self.size} ended with exit code {code}") from None
+        failures = [f"--- rank {rank}\n{text}" for rank, (text, _, _) in enumerate(answers) if text]
+        # Ranks that failed alone leave their peers' collectives in an unknown state.
+        if failures or any(threads > MOST_THREADS for _, _, threads in answers):
             self.close()
+        if failures:
             raise RankFailure("\n".join(failures))
-        return [result for _, result in answers]
+        return [result for _, result, _ in answers]
 
 
 def on_ranks(pools: Callable[[int], RankPool], size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -187,17 +201,19 @@ def _kill_marked(mark: str) -> list[str]:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    pipe.send(("", None))
+    pipe.send(("", None, 0))
     while True:
         try:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        failure, result = "", None
         try:
-            answer: tuple[str, Any] = ("", function(*arguments))
+            result = function(*arguments)
         except BaseException:
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
+            failure = traceback.format_exc()
+        pipe.send((failure, result, len(os.listdir("/proc/self/task"))))
