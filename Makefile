@@ -71,6 +71,7 @@ soak: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so

@@ -67,19 +67,21 @@ def shard_model(
     # Inputs are not cast: tokens begin in the compute dtype, and rotations stay float32 as in inference.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     shard: Callable[[nn.Module], object]
+    root: Callable[[nn.Module], object]
     if data_parallel == "ddp":
-        shard = partial(replicate, mesh=mesh["dp"], mp_policy=policy)
+        shard = root = partial(replicate, mesh=mesh["dp"], mp_policy=policy)
     else:
-        shard = partial(
+        root = partial(
             fully_shard,
             mesh=mesh["dp"],
             mp_policy=policy,
-            reshard_after_forward=data_parallel == "fsdp",
+            reshard_after_forward=False,
             shard_placement_fn=lambda parameter: Shard(_dp_axis(parameter, model.state.dp_size)),
         )
+        shard = partial(root, reshard_after_forward=data_parallel == "fsdp")
     for block in model.layers:
         shard(block)
-    shard(model)
+    root(model)  # stays gathered: the backward pass begins with its output head
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the count of learned tokens over all ranks, so gradients are to be summed. Gloo
@@ -116,14 +118,15 @@ def own_boxes(model: Transformer) -> dict[str, Box]:
 def _distribute(model: Transformer, mp_mesh: DeviceMesh) -> None:
     for name, parameter in list(model.named_parameters()):
         axis = split_of(name).axis[model.placement]
-        placement = Replicate() if axis is None else Shard(axis)
+        # A lone model-parallel rank splits nothing, and leaves every axis to FSDP.
+        placement = Replicate() if axis is None or mp_mesh.size() == 1 else Shard(axis)
         whole = DTensor.from_local(parameter.data, mp_mesh, [placement], run_check=False)
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
 def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
-    """Where FSDP cuts: the longest axis that the plan leaves whole and the data-parallel ranks divide, else axis 0.
+    """Where FSDP cuts: axis 0, or the longest axis, that the plan leaves whole and the data-parallel ranks divide.
 
     By default FSDP cuts axis 0. Of stacked experts a rank may hold fewer than there are data-parallel ranks, and
     the last of these would then hold nothing. Axis 0 is the only one that it cuts unevenly.
@@ -132,4 +135,5 @@ def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
     split = parameter.placements[-1]  # over the model-parallel ranks
     taken = split.dim if isinstance(split, Shard) else None
     free = [axis for axis, size in enumerate(parameter.shape) if axis != taken and size % dp_size == 0]
-    return max(free, key=lambda axis: parameter.shape[axis], default=0)
+    # Pieces along axis 0 are sent as they lie; along any other, FSDP copies them together.
+    return 0 if 0 in free else max(free, key=lambda axis: parameter.shape[axis], default=0)
