@@ -10,7 +10,7 @@ PROMPT := The list method
 # One process and two write the same text in float32 on one kind of device.
 ALIKE := --dtype fp32 --device cpu
 
-.PHONY: install demo finetune-demo test lint docs pytest soak bench clean
+.PHONY: install demo finetune-demo peft-demo test lint docs pytest soak bench clean
 
 install: $(READY)
 
@@ -49,6 +49,23 @@ finetune-demo: $(TINY)/converted
 		--precision fp32 --device cpu --save_interval 12 --save_iteration_interval 0
 	@echo "--- after"
 	$(BIN)/accessory generate runs/finetuned/epoch11 $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
+
+# The same with an adapter, whose folder holds nothing else; it is asked over its base, and merged.
+peft-demo: $(TINY)/converted
+	rm -rf runs/dialogues runs/adapter runs/merged
+	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit 300
+	@echo "--- before"
+	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 accessory/main_finetune.py \
+		--pretrained_path $(TINY)/converted --llama_type mistral_peft \
+		--llama_config $(TINY)/converted/config.json configs/model/finetune/sg/llamaPeft_normBiasLora.json \
+		--data_config runs/dialogues/data.yaml --dialog --output_dir runs/adapter --only_save_trainable \
+		--epochs 12 --batch_size 8 --lr 5e-3 --min_lr 2e-4 --warmup_epochs 0.5 --max_words 256 \
+		--precision fp32 --device cpu --save_interval 12 --save_iteration_interval 0
+	@echo "--- after"
+	$(BIN)/accessory generate $(TINY)/converted runs/adapter/epoch11 $(ALIKE) --dialog --max-gen-len 32 \
+		--prompt-file runs/dialogues/questions.txt
+	$(BIN)/accessory merge $(TINY)/converted runs/adapter/epoch11 runs/merged
 
 # Everything that CI runs.
 test: lint docs pytest

@@ -62,6 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_argument(split)
     split.set_defaults(run=_split)
 
+    merge = commands.add_parser("merge", help="write a base and its adapter as one plain checkpoint")
+    merge.add_argument("base", type=Path, help="checkpoint folder that the adapter was trained on")
+    merge.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
+    merge.add_argument("destination", type=Path, help="folder to write")
+    merge.set_defaults(run=_merge)
+
+    export = commands.add_parser("export-adapter", help="write an adapter as a folder of Hugging Face's peft")
+    export.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
+    export.add_argument("destination", type=Path, help="folder to write")
+    export.set_defaults(run=_export_adapter)
+
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN or infinity is an error")
@@ -115,6 +126,21 @@ def _split(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.convert import split
 
     split(arguments.source, arguments.destination, mp=arguments.mp, llama_config=arguments.llama_config)
+    sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.merge import merge
+
+    report = merge(arguments.base, arguments.adapter, arguments.destination)
+    for line in (*report.lines(), f"wrote {arguments.destination}"):
+        sys.stdout.write(f"{line}\n")
+
+
+def _export_adapter(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.adapter_export import export_adapter
+
+    export_adapter(arguments.adapter, arguments.destination)
     sys.stdout.write(f"wrote {arguments.destination}\n")
 
 

@@ -29,6 +29,73 @@ class MoEArgs:
             )
 
 
+# Names of the architecture with adapters: the same class, to which model/LLM/mistral_peft.py adds them.
+PEFT_TYPES = ("mistral_peft", "mixtral_peft")
+
+LORA_TARGETS = ("attention", "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftArgs:
+    """What parameter-efficient finetuning adds to a model, and trains.
+
+    Attributes:
+        lora_rank: inner width of the low-rank updates (Hu et al., 2021, https://arxiv.org/abs/2106.09685); -1: none.
+        lora_alpha: the updates are scaled by lora_alpha / lora_rank; lora_rank where absent, so that the scale is 1.
+        lora_dropout: share of an update's inputs that training sets to 0.
+        lora_targets: which matrices get updates: those of the attention, those of the experts.
+        bias_tuning: every matrix of attention and experts gets a bias.
+        norm_tuning: the norms train as well.
+    """
+
+    lora_rank: int = -1
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    bias_tuning: bool = True
+    norm_tuning: bool = False
+
+    def __post_init__(self) -> None:
+        _require_ints(self, positive_or_unset=("lora_rank",))
+        for name in ("bias_tuning", "norm_tuning"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be a number from 0 to below 1, not {self.lora_dropout!r}")
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", float(max(self.lora_rank, 0)))
+        elif not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}")
+        targets = self.lora_targets
+        if isinstance(targets, str) or not all(target in LORA_TARGETS for target in targets):
+            raise ValueError(f"lora_targets must be a list of {' and '.join(LORA_TARGETS)}, not {targets!r}")
+        # In one order, so that equal settings are equal.
+        object.__setattr__(self, "lora_targets", tuple(target for target in LORA_TARGETS if target in targets))
+        if self.lora_rank > 0 and not targets:
+            raise ValueError(f"lora_rank is {self.lora_rank} but lora_targets names no matrix: give one, or rank -1")
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is added or trained at all."""
+        return self.lora_rank > 0 or self.bias_tuning or self.norm_tuning
+
+    @property
+    def scale(self) -> float:
+        """Factor on the low-rank updates."""
+        return (self.lora_alpha or 0.0) / self.lora_rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys of a config.json; those that other tools do not know only where they say something."""
+        values = {name: getattr(self, name) for name in ("lora_rank", "bias_tuning", "norm_tuning")}
+        if self.lora_rank > 0 and self.lora_alpha != self.lora_rank:
+            values["lora_alpha"] = self.lora_alpha
+        if self.lora_dropout:
+            values["lora_dropout"] = self.lora_dropout
+        if self.lora_targets != LORA_TARGETS:
+            values["lora_targets"] = list(self.lora_targets)
+        return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """Sizes and constants of a Mixtral model.
@@ -44,6 +111,7 @@ class ModelArgs:
         max_seq_len: a hint; the argument of from_pretrained rules.
         load_balancing_weight: factor on the load-balancing loss in training.
         z_loss_weight: factor on the router's z-loss in training; ST-MoE takes 0.001.
+        peft: the adapters of a llama_type with them; None for any other. Its keys lie flat in the file.
     """
 
     dim: int
@@ -61,6 +129,7 @@ class ModelArgs:
     moe: MoEArgs = field(default_factory=MoEArgs)
     load_balancing_weight: float = 0.1
     z_loss_weight: float = 0.0
+    peft: PeftArgs | None = None
 
     def __post_init__(self) -> None:
         _require_ints(self, positive=("dim", "n_layers", "n_heads", "hidden_dim", "max_batch_size", "max_seq_len"))
@@ -83,6 +152,21 @@ class ModelArgs:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding turns pairs, so it must be even")
+        if self.peft is not None:
+            self._check_rank(self.peft)
+
+    def _check_rank(self, peft: PeftArgs) -> None:
+        sides = {"dim": self.dim}
+        if "attention" in peft.lora_targets:
+            sides["n_kv_heads * head_dim"] = self.n_kv_heads * self.head_dim
+        if "experts" in peft.lora_targets:
+            sides["hidden_dim"] = self.hidden_dim
+        name, smallest = min(sides.items(), key=lambda side: side[1])
+        if peft.lora_rank > smallest:
+            raise ValueError(
+                f"lora_rank {peft.lora_rank} is larger than a matrix that it is to update ({name} is {smallest}): "
+                f"give {smallest} at most"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -91,11 +175,15 @@ class ModelArgs:
         Raises:
             ValueError: an unknown, missing, wrongly typed or contradictory key, by name.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        adapters = {f.name for f in dataclasses.fields(PeftArgs)}
+        known = {f.name for f in dataclasses.fields(cls)} - {"peft"}
         given = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
-        unknown = sorted(set(given) - known)
+        unknown = sorted(set(given) - known - adapters)
         if unknown:
-            raise ValueError(f"unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}, "
+                f"and with adapters {', '.join(sorted(adapters))}"
+            )
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - {"moe"}
         missing = sorted(required - set(given))
         if missing:
@@ -105,11 +193,15 @@ class ModelArgs:
                 del given[optional]
         if "moe" in given:
             given["moe"] = _moe_from_dict(given["moe"])
-        return cls(**given)
+        peft = {key: given.pop(key) for key in adapters & given.keys()}
+        return cls(**given, peft=_peft_from_dict(peft) if peft else None)
 
     @classmethod
-    def load(cls, paths: Sequence[str | Path]) -> Self:
+    def load(cls, paths: Sequence[str | Path], llama_type: str | None = None) -> Self:
         """Read one or several JSON files; where several set a key, the last rules.
+
+        Args:
+            llama_type: what `for_type` is to make of them; None: they stand for themselves.
 
         Raises:
             FileNotFoundError: a file that is absent.
@@ -119,7 +211,8 @@ class ModelArgs:
         for path in paths:
             merged.update(read_json(path))
         try:
-            return cls.from_dict(merged)
+            args = cls.from_dict(merged)
+            return args if llama_type is None else args.for_type(llama_type)
         except ValueError as error:
             raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
 
@@ -131,7 +224,23 @@ class ModelArgs:
         values = dataclasses.asdict(self)
         if self.z_loss_weight == 0:
             del values["z_loss_weight"]
-        return values
+        del values["peft"]
+        return values | (self.peft.to_dict() if self.peft else {})
+
+    def for_type(self, llama_type: str) -> Self:
+        """These arguments as a llama_type reads them: one with adapters has defaults for them, another has none.
+
+        Raises:
+            ValueError: the file asks for adapters that the type does not have.
+        """
+        if llama_type in PEFT_TYPES:
+            return self if self.peft else self.replace(peft=PeftArgs())
+        if self.peft is not None:
+            raise ValueError(
+                f"the config sets {', '.join(self.peft.to_dict())}, which llama_type {llama_type} does "
+                f"not have: give llama_type {PEFT_TYPES[0]}, or a config without them"
+            )
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -162,6 +271,13 @@ def _moe_from_dict(values: Any) -> MoEArgs:
     if unknown:
         raise ValueError(f"unknown key(s) in moe: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return MoEArgs(**values)
+
+
+def _peft_from_dict(values: dict[str, Any]) -> PeftArgs:
+    targets = values.get("lora_targets", LORA_TARGETS)
+    if not isinstance(targets, list | tuple):
+        raise ValueError(f"lora_targets must be a list of {' and '.join(LORA_TARGETS)}, not {targets!r}")
+    return PeftArgs(**{**values, "lora_targets": tuple(targets)})
 
 
 def _is_number(value: Any) -> bool:

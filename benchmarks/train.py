@@ -1,6 +1,7 @@
 """A training step beside transformers: tokens per second and peak memory of every rank, on the same model and data.
 
     python benchmarks/train.py                  # shape 'mid' with 4 layers, bfloat16, 1 rank x 2 threads, 2 x 1
+    python benchmarks/train.py --peft           # llamaPeft_normBiasLora.json beside full finetuning, both ours
 
 Over several ranks ours is measured with the model split over all of them (mp), and with the data (dp, mp 1);
 transformers runs under FSDP2 and, where there is one rank, also as plain PyTorch with autocast. All hold float32
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of an example")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again, on both sides")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peft", action="store_true", help="compare finetuning with adapters to full finetuning")
     arguments = parser.parse_args()
     import transformers
 
@@ -47,6 +49,10 @@ def main() -> None:
     print(f"{'ranks':>5} {'':22}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
     for ranks in arguments.ranks:
         work = (arguments.rows, arguments.length, arguments.checkpointing)
+        if arguments.peft:
+            for mp_size in range(ranks, 0, -1):
+                compare_peft(mp_size, ranks, work, arguments.rounds)
+            continue
         ways = ("fsdp2", "autocast") if ranks == 1 else ("fsdp2",)
         theirs = [f"{implementation} {way}" for way in ways for implementation in IMPLEMENTATIONS]
         memory = {side: peak_memory(side, ranks, work) for side in theirs}
@@ -87,6 +93,29 @@ def compare(ours: str, way: str, ranks: int, work: tuple[int, int, bool], rounds
         our_side.close()
         their_side.close()
     return times
+
+
+def compare_peft(mp_size: int, ranks: int, work: tuple[int, int, bool], rounds: int) -> None:
+    """Print time and memory of a step with adapters and of a full one; the sides take turns."""
+    names = (f"{OURS} mp {mp_size}", f"{OURS} mp {mp_size} peft")
+    sides = [Side(name, ranks, work) for name in names]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    try:
+        for round_number in range(rounds + 1):
+            for name, side in zip(names, sides, strict=True):
+                elapsed = side.step(name)
+                if round_number:
+                    times[name].append(elapsed)
+        peaks = {name: max(side.peaks()) / 1e6 for name, side in zip(names, sides, strict=True)}
+    finally:
+        for side in sides:
+            side.close()
+    for name in names:
+        median = statistics.median(times[name])
+        print(f"{ranks:>5} {name:20}{median:>9.2f}{work[0] * work[1] / median:>10.0f}{peaks[name]:>18,.0f}", flush=True)
+    full, peft = names
+    slower = statistics.median(times[peft]) / statistics.median(times[full])
+    print(f"{ranks:>5} adapters: {slower:.2f} x the time, {peaks[peft] / peaks[full]:.2f} x the memory\n", flush=True)
 
 
 def peak_memory(side: str, ranks: int, work: tuple[int, int, bool]) -> list[int]:
@@ -142,10 +171,12 @@ def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: t
     torch.set_num_threads(2 // ranks)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     peak, length = Peak(), work[1]
-    mp_size = int(kind.split()[-1]) if kind.startswith(OURS) else 1
+    mp_size = int(kind.split()[2]) if kind.startswith(OURS) else 1
     rows, dp_rank = work[0] * mp_size // ranks, rank // mp_size
-    ours = kind.startswith(OURS)
-    step = our_step(mp_size, checkpointing=work[2]) if ours else their_step(kind, checkpointing=work[2])
+    if kind.startswith(OURS):
+        step = our_step(mp_size, checkpointing=work[2], peft=kind.endswith("peft"))
+    else:
+        step = their_step(kind, checkpointing=work[2])
     generator = torch.Generator().manual_seed(dp_rank)
     while True:
         command = pipe.recv()
@@ -161,10 +192,11 @@ def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: t
             pipe.send(time.perf_counter() - start)
 
 
-def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
+def our_step(mp_size: int, *, checkpointing: bool, peft: bool) -> Callable[[torch.Tensor, str], None]:
     from mid import ARGS
 
-    from accessory.model.LLM.mistral import Transformer
+    from accessory.config import PeftArgs
+    from accessory.model.LLM.mistral_peft import build_transformer
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import ParallelState
     from accessory.train.init import init_weights
@@ -174,7 +206,10 @@ def our_step(mp_size: int, *, checkpointing: bool) -> Callable[[torch.Tensor, st
     from accessory.train.trainer import train_step
 
     state = ParallelState.init(mp_size, "cpu")
-    llma = Transformer(ARGS.replace(n_layers=LAYERS), state, device=torch.device("meta"))
+    adapters = PeftArgs(lora_rank=16, bias_tuning=True, norm_tuning=True) if peft else None
+    args = ARGS.replace(n_layers=LAYERS, peft=adapters)
+    dtypes = {"dtype": torch.bfloat16, "trained_dtype": torch.float32}  # as build_for_training has them
+    llma = build_transformer(args, state, **dtypes, device=torch.device("meta"))
     recompute_activations(llma, "full" if checkpointing else "none")
     shard_model(llma, device_mesh(state), data_parallel="fsdp", compute_dtype=torch.bfloat16)
     llma.to_empty(device="cpu")

@@ -175,7 +175,8 @@ def experiment_arguments(setting: Setting) -> list[str]:
 
 # What the reference page says of each, as options.json has it.
 EXPECTED: dict[str, dict[str, Any]] = {
-    "dialog_ultrachat200kWizardcode_mistral": {"lr": 5e-6, "model_parallel_size": 8, "data_parallel": "sdp"}
+    "dialog_ultrachat200kWizardcode_mistral": {"lr": 5e-6, "model_parallel_size": 8, "data_parallel": "sdp"},
+    "dialog_ultrachat200kWizardcode_mistralPeft": {"lr": 2e-5, "model_parallel_size": 4, "llama_type": "mistral_peft"},
 }
 SHARED = {"epochs": 1, "accum_iter": 8, "min_lr": 0, "clip_grad": 2, "weight_decay": 0, "dialog": True}
 SHARED |= {"warmup_epochs": 0.1, "grad_ckpt_policy": "full", "auto_resume": False}

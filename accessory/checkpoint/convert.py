@@ -13,7 +13,7 @@ from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles
 from accessory.checkpoint.manifest import TOKENIZER_FILES, Manifest
 from accessory.checkpoint.reader import Checkpoint, open_shard
 from accessory.checkpoint.writer import create_shard
-from accessory.config import ModelArgs
+from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
 
@@ -42,6 +42,7 @@ def split(
     args = stored_args(manifest, llama_config)
     checkpoint = Checkpoint.open(manifest, args)
     opened = [checkpoint.read_file(file) for file in range(len(manifest.shards))]
+    checkpoint.check_pieces()
     obstacles = obstacles_to_files(args, mp, sparse=False) if mp >= 1 else ["it must be at least 1"]
     if obstacles:
         works = [n for n in range(1, args.n_heads + 1) if not obstacles_to_files(args, n, sparse=False)]
@@ -51,14 +52,15 @@ def split(
         for entry in contents:
             by_parameter.setdefault(entry.parameter, []).append(entry)
     with new_folder(Path(destination)) as aside:
-        targets = list(base_sources(args, mp))
+        held = checkpoint.held()
+        targets = [target for target in base_sources(args, mp) if target.parameter in held]
         with tqdm(total=len(targets), desc=f"splitting into {mp}", unit="tensor", disable=None) as progress:
             for file in range(mp):
                 wanted = [target for target in targets if target.file == file]
                 _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, by_parameter, opened)
                 progress.update(len(wanted))
         write_json(aside / "config.json", args.to_dict())
-        write_json(aside / "meta.json", {"llama_type": "mistral"})
+        write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if args.peft else "mistral"})
         copy_tokenizer(manifest, aside)
 
 

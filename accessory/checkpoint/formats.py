@@ -52,14 +52,20 @@ def base_sources(args: ModelArgs, files: int) -> Iterator[Source]:
 
 
 def sparse_sources(args: ModelArgs, files: int) -> Iterator[Source]:
-    """Every file holds a slice of the hidden dimension of every expert; w2 lies transposed."""
+    """Every file holds a slice of the hidden dimension of every expert; w2 lies transposed.
+
+    The experts' adapters have the names of the base form, cut as placement "tensor" cuts them.
+    """
     experts, hidden, dim = args.moe.num_experts, args.hidden_dim // files, args.dim
     stacked = (experts * hidden, dim)
     for name, shape in parameter_shapes(args):
         for file in range(files):
             if not name.endswith((".experts.w13", ".experts.w2")):
                 box = local_box(name, shape, args, placement="tensor", rank=file, size=files)
-                yield Source(name, file, name, box.size, box, _as_is)
+                if ".experts." in name:
+                    yield from _single_experts(name, file, box)
+                else:
+                    yield Source(name, file, name, box.size, box, _as_is)
                 continue
             moe = name[: name.index(".experts.")]
             if name.endswith(".w2"):
@@ -84,23 +90,37 @@ def obstacles_to_files(args: ModelArgs, files: int, *, sparse: bool) -> list[str
     return [f"{label} {count} is not a multiple of {files}" for label, count in counts if count % files]
 
 
-def is_sparse(keys: Iterable[str]) -> bool:
-    """Whether a file's keys are those of the sparse form."""
-    return any(re.search(r"\.feed_forward\.w[123]$", key) for key in keys)
+def is_sparse(keys: Iterable[str], *, file: int, files: int, args: ModelArgs) -> bool:
+    """Whether the keys of shard ``file`` are those of the sparse form.
+
+    A folder with adapters alone tells itself by whose they are: in the base form a file has its own experts only.
+    """
+    share = args.moe.num_experts // files
+    for key in keys:
+        if re.search(r"\.feed_forward\.w[123]$", key):
+            return True
+        expert = re.search(r"\.experts\.(\d+)\.w[123]\.(lora_[ab]\.weight|bias)$", key)
+        if expert and not file * share <= int(expert[1]) < (file + 1) * share:
+            return True
+    return False
+
+
+# What stands behind a matrix's name in a file, by what stands behind it in the stacked parameter's.
+_ENDINGS = {"": "weight", "lora_a": "lora_a.weight", "lora_b": "lora_b.weight", "bias": "bias"}
 
 
 def _single_experts(name: str, file: int, box: Box) -> Iterator[Source]:
     """The per-expert tensors that make up a rank's part of a stacked parameter."""
-    experts = name[: name.rindex(".")]
-    matrices = (("w1", 0), ("w3", 1)) if name.endswith(".w13") else (("w2", None),)
+    experts, _, stacked = name.rpartition(".")
+    matrix, _, adapter = stacked.partition("_")
+    matrices = (("w1", 0), ("w3", 1)) if matrix == "w13" else (("w2", None),)
     for expert in range(box.start[0], box.start[0] + box.size[0]):
-        for matrix, half in matrices:
+        for single, half in matrices:
             middle = () if half is None else (half,)
-            shape = box.size[1 + len(middle) :]
-            start = (expert, *middle, *(0 for _ in shape))
-            part = Box(start, (1, *(1 for _ in middle), *shape))
-            view = _leading_axes(1 + len(middle))
-            yield Source(name, file, f"{experts}.{expert}.{matrix}.weight", shape, part, view)
+            axes = 1 + len(middle)
+            part = Box((expert, *middle, *box.start[axes:]), (*(1,) * axes, *box.size[axes:]))
+            key = f"{experts}.{expert}.{single}.{_ENDINGS[adapter]}"
+            yield Source(name, file, key, box.size[axes:], part, _leading_axes(axes))
 
 
 def _as_is(tensor: Tensor) -> Tensor:

@@ -91,20 +91,22 @@ class Manifest:
         spm, *pair = ((self.folder / name).exists() for name in TOKENIZER_FILES)
         return spm or all(pair)
 
-    def load_args(self, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
+    def load_args(self, llama_config: Sequence[str | Path] | None = None, llama_type: str | None = None) -> ModelArgs:
         """The model's sizes from the given config files, else from the folder's own.
+
+        Args:
+            llama_type: in place of what meta.json says; it decides whether there are adapters.
 
         Raises:
             CheckpointError: there is none.
             ValueError: it is unusable; names file and key.
         """
-        if llama_config is not None:
-            return ModelArgs.load(llama_config)
-        if self.config is None:
+        if llama_config is None and self.config is None:
             raise CheckpointError(
                 f"{self.folder} has neither config.json nor params.json: add it, or pass llama_config=PATH"
             )
-        return ModelArgs.load([self.config])
+        files = [self.config] if llama_config is None and self.config is not None else list(llama_config or ())
+        return ModelArgs.load(files, llama_type or self.llama_type)
 
 
 def _complete(folder: Path, matches: list[re.Match[str]], form: str) -> tuple[Path, ...]:

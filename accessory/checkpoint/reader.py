@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to
 from accessory.checkpoint.manifest import Manifest
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, first_line
-from accessory.parallel.plan import Box
+from accessory.parallel.plan import Box, is_adapter, trains
 from accessory.parallel.state import ParallelState
 
 # How torch.save began a file before it wrote zip archives: its magic number, pickled.
@@ -57,6 +58,7 @@ class Checkpoint:
     """A recognised folder together with the sizes of the model it should hold: what each file must contain."""
 
     manifest: Manifest
+    args: ModelArgs
     sparse: bool
     by_file: tuple[tuple[Source, ...], ...]
 
@@ -67,8 +69,8 @@ class Checkpoint:
         Raises:
             CheckpointError: that shard is unusable, or the number of shards does not fit the sizes.
         """
-        sparse = is_sparse(open_shard(manifest.shards[probe]))
         files = len(manifest.shards)
+        sparse = is_sparse(open_shard(manifest.shards[probe]), file=probe, files=files, args=args)
         obstacles = obstacles_to_files(args, files, sparse=sparse)
         if obstacles:
             raise CheckpointError(
@@ -78,13 +80,13 @@ class Checkpoint:
         by_file: list[list[Source]] = [[] for _ in range(files)]
         for source in sources(args, files, sparse=sparse):
             by_file[source.file].append(source)
-        return cls(manifest, sparse, tuple(map(tuple, by_file)))
+        return cls(manifest, args, sparse, tuple(map(tuple, by_file)))
 
     def read_file(self, file: int, *, partial: bool = False) -> dict[str, Tensor]:
         """Map one shard and hold its names, shapes and types against what the sizes demand.
 
         Args:
-            partial: allow tensors to be missing (a folder that overlays another).
+            partial: allow tensors to be missing (a folder that overlays another); adapters always may.
 
         Raises:
             CheckpointError: naming file and tensor.
@@ -92,7 +94,11 @@ class Checkpoint:
         path = self.manifest.shards[file]
         tensors = open_shard(path)
         expected = {source.key: source.shape for source in self.by_file[file]}
-        missing = [key for key in expected if key not in tensors]
+        missing = [
+            source.key
+            for source in self.by_file[file]
+            if source.key not in tensors and not is_adapter(source.parameter)
+        ]
         unexpected = [key for key in tensors if key not in expected]
         if unexpected:
             raise CheckpointError(
@@ -100,6 +106,8 @@ class Checkpoint:
                 "the config is of another model, or the file of another run"
             )
         if missing and not partial:
+            if self.is_adapter:
+                raise CheckpointError(f"{path} holds an adapter alone: give the folder of its base before it")
             raise CheckpointError(f"{path} lacks {_some(missing)}: copy it again, or check the config")
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
@@ -111,10 +119,28 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
         return tensors
 
+    def held(self) -> set[str]:
+        """The parameters of which the folder holds any part."""
+        return {
+            source.parameter
+            for path, contents in zip(self.manifest.shards, self.by_file, strict=True)
+            for keys in [open_shard(path).keys()]
+            for source in contents
+            if source.key in keys
+        }
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds nothing but what finetuning with adapters trains."""
+        keys = open_shard(self.manifest.shards[0])
+        held = [source.parameter for source in self.by_file[0] if source.key in keys]
+        return any(map(is_adapter, held)) and all(trains(name, self.args) for name in held)
+
     def check_pieces(self) -> None:
         """Refuse a folder of which some files hold their part of a tensor and others lack it.
 
-        As an overlay it would mix two models within one matrix.
+        As an overlay it would mix two models within one matrix. Of the experts' adapters, which are one parameter,
+        all must be there or none.
 
         Raises:
             CheckpointError: naming the tensor and a file that lacks it.
@@ -124,15 +150,16 @@ class Checkpoint:
         for path, contents in zip(self.manifest.shards, self.by_file, strict=True):
             tensors = open_shard(path)
             for source in contents:
-                wanted.setdefault(source.key, []).append(path)
+                whole = source.parameter if is_adapter(source.parameter) else source.key
+                wanted.setdefault(whole, []).append(path)
                 if source.key in tensors:
-                    holders.setdefault(source.key, []).append(path)
+                    holders.setdefault(whole, []).append(path)
         for key, paths in holders.items():
-            lacking = [path for path in wanted[key] if path not in paths]
+            lacking = list((Counter(wanted[key]) - Counter(paths)).elements())
             if lacking:
                 raise CheckpointError(
-                    f"{lacking[0]} lacks its part of tensor {key}, which {paths[0].name} has: copy the folder again, "
-                    "or leave the tensor out of all files"
+                    f"{lacking[0]} lacks a part of tensor {key}, of which {paths[0].name} has one: copy the folder "
+                    "again, or leave the tensor out of all files"
                 )
 
 
@@ -142,30 +169,41 @@ def load_parameters(
     manifests: Sequence[Manifest],
     args: ModelArgs,
     state: ParallelState,
-) -> None:
+) -> list[str]:
     """Fill a rank's parameters from checkpoint folders; later folders overlay earlier ones.
 
     Args:
         parameters: local tensors by name, filled in place (converted to their dtype and device).
         boxes: the part of each whole parameter that the local tensor holds; may be empty.
 
+    Returns:
+        Names of the adapters that no folder holds: they are to begin untrained. The same on every rank.
+
     Raises:
         CheckpointError: a file or tensor that does not fit, or a parameter that no folder fills.
     """
     filled: dict[str, int] = dict.fromkeys(boxes, 0)
+    adapters = {name for name in boxes if is_adapter(name)}
+    absent = set(adapters)
     for manifest in manifests:
         # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
         first = state.mp_rank * len(manifest.shards) // state.mp_size
         checkpoint = Checkpoint.open(manifest, args, probe=first)
         partial = len(manifests) > 1
-        if partial:
+        if partial or adapters:
             checkpoint.check_pieces()
-        copied = _load_folder(checkpoint, parameters, boxes, first=first, partial=partial)
+        here = dict(boxes)
+        if adapters:
+            held = checkpoint.held()
+            absent -= held
+            here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
+        copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
         filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
-    short = [name for name, count in filled.items() if count < boxes[name].numel]
+    short = [name for name, count in filled.items() if count < boxes[name].numel and name not in absent]
     if short:
         folders = ", ".join(str(manifest.folder) for manifest in manifests)
         raise CheckpointError(f"{folders}: nothing there fills {_some(short)}")
+    return [name for name in boxes if name in absent]
 
 
 def _load_folder(
@@ -183,7 +221,8 @@ def _load_folder(
         wanted = [
             (source, common)
             for source in checkpoint.by_file[file]
-            if (common := boxes[source.parameter].intersect(source.box))
+            if source.parameter in boxes
+            and (common := boxes[source.parameter].intersect(source.box))
             and copied.get(source.parameter, 0) < boxes[source.parameter].numel
         ]
         if not wanted:

@@ -11,7 +11,7 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
-from accessory.parallel.plan import local_box, parameter_shapes, resolve_placement
+from accessory.parallel.plan import is_adapter, local_box, parameter_shapes, resolve_placement
 
 RANK_COUNTS = (1, 2, 4, 8)
 
@@ -30,9 +30,11 @@ def describe(
     manifest = Manifest.read(folder)
     args = stored_args(manifest, llama_config)
     checkpoint = Checkpoint.open(manifest, args)
+    adapter_alone = checkpoint.is_adapter
+    checkpoint.check_pieces()
     dtypes: set[torch.dtype] = set()
     for file, path in enumerate(manifest.shards):
-        tensors = checkpoint.read_file(file)
+        tensors = checkpoint.read_file(file, partial=adapter_alone)
         dtypes |= {tensor.dtype for tensor in tensors.values()}
         for key, tensor in tensors.items() if check_values else ():
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -47,6 +49,7 @@ def describe(
     yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
     yield f"shards      {len(manifest.shards)}, {_bytes(size)} in all"
     yield from _sizes(args)
+    yield from _adapters(args, alone=adapter_alone)
     yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     itemsize = max(dtype.itemsize for dtype in dtypes)
     for ranks in RANK_COUNTS:
@@ -72,6 +75,16 @@ def _sizes(args: ModelArgs) -> Iterator[str]:
         f"hidden {args.hidden_dim}"
     )
     yield f"parameters  {total:,}, of which {active:,} active for each token"
+
+
+def _adapters(args: ModelArgs, *, alone: bool) -> Iterator[str]:
+    if args.peft is None:
+        return
+    count = sum(math.prod(shape) for name, shape in parameter_shapes(args) if is_adapter(name))
+    settings = ", ".join(f"{name} {value}" for name, value in args.peft.to_dict().items())
+    yield f"adapters    {count:,} parameters: {settings}"
+    if alone:
+        yield "            an adapter alone: it loads behind the folder of its base"
 
 
 def _per_rank(args: ModelArgs, ranks: int, itemsize: int) -> str:

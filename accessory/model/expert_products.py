@@ -7,6 +7,8 @@ Shape letters: T tokens, D model width, E experts (this rank's), K experts chose
 and an expert of this rank, sorted by expert, F hidden width of an expert (this rank's slice), O output width.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,12 +46,7 @@ class _ExpertsProduct(torch.autograd.Function):
         both_PO = grouped_product(x_PD, w13.flatten(1, 2), ends_E)
         y_PD = grouped_product(_gated(both_PO), w2, ends_E)
         ctx.save_for_backward(x_TD, weights_TK, w13, w2, order_P, ends_E, both_PO)
-        # Undo the sort by a scatter of distinct rows: deterministic, and rows of other ranks stay zero.
-        y_TKD = _scattered(y_PD, order_P, weights_TK)
-        out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        for choice in range(top_k):
-            out_TD.addcmul_(y_TKD[:, choice].float(), weights_TK[:, choice, None])
-        return out_TD
+        return _summed(y_PD, weights_TK, order_P)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,9 +60,94 @@ class _ExpertsProduct(torch.autograd.Function):
         del grad_PD, hidden_PF, grad_hidden_PF
         grad_w13 = grouped_weight_gradient(grad_both_PO, x_TD[tokens_P], ends_E, like=w13.flatten(1, 2))
         grad_x_PD = grouped_product(grad_both_PO, w13.flatten(1, 2).transpose(1, 2), ends_E)
-        grad_x_TD = _scattered(grad_x_PD, order_P, weights_TK).sum(1, dtype=torch.float32).to(x_TD.dtype)
+        grad_x_TD = _scattered(grad_x_PD, order_P, weights_TK.shape).sum(1, dtype=torch.float32).to(x_TD.dtype)
         grad_weights_TK = torch.zeros_like(weights_TK).flatten().index_copy(0, order_P, grad_weight_P)
         return grad_x_TD, grad_weights_TK.view_as(weights_TK), grad_w13.view_as(w13), grad_w2, None, None
+
+
+def differentiable_product(x_PD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_product` with gradients; ``x`` is kept only where the weight's gradient will be asked for."""
+    y_PO: Tensor = _GroupedProduct.apply(x_PD, weight_EOD, ends_E)
+    return y_PO
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_PD if ctx.needs_input_grad[1] else None, weight_EOD, ends_E)
+        return grouped_product(x_PD, weight_EOD, ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_PD, weight_EOD, ends_E = ctx.saved_tensors
+        grad_PO = grad_PO.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_product(grad_PO, weight_EOD.transpose(1, 2), ends_E)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_weight_gradient(grad_PO, x_PD, ends_E, like=weight_EOD)
+        return grad_x, grad_weight, None
+
+
+def pair_rows(x_TD: Tensor, order_P: Tensor, top_k: int) -> Tensor:
+    """The token of each sorted pair, (P, D), with gradients that are summed in float32."""
+    x_PD: Tensor = _PairRows.apply(x_TD, order_P, top_k)
+    return x_PD
+
+
+class _PairRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_P)
+        ctx.pairs = (x_TD.shape[0], top_k)
+        return x_TD[order_P // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        (order_P,) = ctx.saved_tensors
+        grad_TKD = _scattered(grad_PD, order_P, ctx.pairs)
+        return grad_TKD.sum(1, dtype=torch.float32).to(grad_PD.dtype), None, None
+
+
+def gated(both_PO: Tensor) -> Tensor:
+    """silu(first half) * second half, with gradients; of all of it ``both`` alone is kept."""
+    hidden_PF: Tensor = _Gated.apply(both_PO)
+    return hidden_PF
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both_PO: Tensor) -> Tensor:
+        ctx.save_for_backward(both_PO)
+        return _gated(both_PO)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PF: Tensor) -> Tensor:
+        (both_PO,) = ctx.saved_tensors
+        ones_P = torch.ones(both_PO.shape[0], device=both_PO.device)
+        return _gated_backward(both_PO, grad_PF, ones_P)[0]
+
+
+def weighted_sum(y_PD: Tensor, weights_TK: Tensor, order_P: Tensor) -> Tensor:
+    """Sum of each token's pairs by the router's weights; (T, D) in float32, with gradients."""
+    out_TD: Tensor = _WeightedSum.apply(y_PD, weights_TK, order_P)
+    return out_TD
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_PD: Tensor, weights_TK: Tensor, order_P: Tensor) -> Tensor:
+        ctx.save_for_backward(y_PD, weights_TK, order_P)
+        return _summed(y_PD, weights_TK, order_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_PD, weights_TK, order_P = ctx.saved_tensors
+        grad_PD = grad_TD[order_P // weights_TK.shape[1]]
+        grad_weight_P = (grad_PD * y_PD.float()).sum(-1)
+        grad_weights_TK = torch.zeros_like(weights_TK).flatten().index_copy(0, order_P, grad_weight_P)
+        grad_y_PD = grad_PD * weights_TK.flatten()[order_P, None]
+        return grad_y_PD.to(y_PD.dtype), grad_weights_TK.view_as(weights_TK), None
 
 
 def grouped_product(x_PD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
@@ -130,10 +212,19 @@ def _gated_backward(both_PO: Tensor, grad_PF: Tensor, weight_P: Tensor) -> tuple
     return grad_both_PO, hidden_PF, grad_weight_P
 
 
-def _scattered(rows_PD: Tensor, order_P: Tensor, weights_TK: Tensor) -> Tensor:
-    """Rows at their pairs' places, (T, K, D); zeros where no row is."""
-    whole = rows_PD.new_zeros(weights_TK.numel(), rows_PD.shape[-1])
-    return whole.index_copy_(0, order_P, rows_PD).unflatten(0, weights_TK.shape)
+def _summed(y_PD: Tensor, weights_TK: Tensor, order_P: Tensor) -> Tensor:
+    # Undo the sort by a scatter of distinct rows: deterministic, and rows of other ranks stay zero.
+    y_TKD = _scattered(y_PD, order_P, weights_TK.shape)
+    out_TD = torch.zeros(weights_TK.shape[0], y_PD.shape[1], dtype=torch.float32, device=y_PD.device)
+    for choice in range(weights_TK.shape[1]):
+        out_TD.addcmul_(y_TKD[:, choice].float(), weights_TK[:, choice, None])
+    return out_TD
+
+
+def _scattered(rows_PD: Tensor, order_P: Tensor, pairs: Sequence[int]) -> Tensor:
+    """Rows at their pairs' places, (T, K, D) for ``pairs`` (T, K); zeros where no row is."""
+    whole = rows_PD.new_zeros(math.prod(pairs), rows_PD.shape[-1])
+    return whole.index_copy_(0, order_P, rows_PD).unflatten(0, pairs)
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:

@@ -96,7 +96,8 @@ class MetaModel(nn.Module):
 
     def get_trainable_params(self) -> dict[str, nn.Parameter]:
         """The parameters that finetuning updates, by name."""
-        return {f"llma.{name}": parameter for name, parameter in self.llma.named_parameters()}
+        named = self.llma.named_parameters()
+        return {f"llma.{name}": parameter for name, parameter in named if parameter.requires_grad}
 
     def forward(
         self, examples: Tensor, labels: Tensor, images: None = None

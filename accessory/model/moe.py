@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs
-from accessory.kernels import gathered_linear, gathering_pays
+from accessory.kernels import gathering_pays
 from accessory.model.balance import RouterStats
 from accessory.model.expert_products import experts_product
+from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -73,7 +74,7 @@ class Experts(nn.Module):
         own = local_sizes(args, state.mp_size, placement)
         experts, hidden = own["experts"], own["hidden"]
         self.count = experts
-        self.first = experts * state.mp_rank if placement == "expert" else 0
+        self.first_expert = experts * state.mp_rank if placement == "expert" else 0
         self.owns_all = experts == args.moe.num_experts
         self.w13 = place.parameter(experts, 2, hidden, args.dim)
         self.w2 = place.parameter(experts, args.dim, hidden)
@@ -88,7 +89,7 @@ class Experts(nn.Module):
         if torch.is_grad_enabled():
             order_P, ends_E = self._sorted(experts_TK)
             own_P = order_P if complete else order_P[: int(ends_E[-1])]
-            return experts_product(x_TD, weights_TK, local(self.w13), local(self.w2), own_P, ends_E)
+            return self.trained(x_TD, weights_TK, own_P, ends_E)
         if gathering_pays(x_TD, experts_TK.numel()):
             y_PD = self._gathered(x_TD, experts_TK.flatten())
         else:
@@ -96,21 +97,34 @@ class Experts(nn.Module):
         y_TKD = y_PD.unflatten(0, experts_TK.shape)
         return torch.einsum("tk,tkd->td", weights_TK, y_TKD.float())
 
+    def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
+        """`forward` with gradients, for pairs that are sorted by expert."""
+        return experts_product(x_TD, weights_TK, local(self.w13), local(self.w2), order_P, ends_E)
+
+    def first(self, x_PD: Tensor, way: Way) -> Tensor:
+        """What w1 and w3 make of each pair, side by side; (P, 2 F)."""
+        return way.product(x_PD, local(self.w13).flatten(1, 2))
+
+    def second(self, hidden_PF: Tensor, way: Way) -> Tensor:
+        """What w2 makes of each pair; (P, D)."""
+        return way.product(hidden_PF, local(self.w2))
+
     def _gathered(self, x_TD: Tensor, experts_P: Tensor) -> Tensor:
         """Few tokens: read only the chosen experts' rows; shapes do not depend on the choice."""
         if not self.owns_all:
-            local_P = experts_P - self.first
+            local_P = experts_P - self.first_expert
             experts_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, -1)
+        way = GatheredPairs(experts_P)
         x_PD = x_TD.repeat_interleave(experts_P.shape[0] // x_TD.shape[0], dim=0)
-        gate_PF, up_PF = gathered_linear(x_PD, local(self.w13).flatten(1, 2), experts_P).chunk(2, dim=-1)
-        return gathered_linear(F.silu(gate_PF) * up_PF, local(self.w2), experts_P)
+        gate_PF, up_PF = self.first(x_PD, way).chunk(2, dim=-1)
+        return self.second(F.silu(gate_PF) * up_PF, way)
 
     def _sorted(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Places of all pairs in (T, K) sorted by expert, and where each of this rank's experts' pairs end (int32).
 
         Pairs of other ranks, and skipped ones, stand behind this rank's own.
         """
-        local_P = experts_TK.flatten() - self.first
+        local_P = experts_TK.flatten() - self.first_expert
         local_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, self.count)
         counts_E = F.one_hot(local_P, self.count + 1).sum(0)[: self.count]
         return local_P.argsort(stable=True), counts_E.cumsum(0).to(torch.int32)
@@ -128,8 +142,9 @@ class Experts(nn.Module):
         if not complete and not static:
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
-        gate_PF, up_PF = _grouped_linear(x_PD, local(self.w13).flatten(1, 2), ends_E).chunk(2, dim=-1)
-        y_PD = _grouped_linear(F.silu(gate_PF, inplace=True) * up_PF, local(self.w2), ends_E)
+        way = GroupedPairs(ends_E)
+        gate_PF, up_PF = self.first(x_PD, way).chunk(2, dim=-1)
+        y_PD = self.second(F.silu(gate_PF, inplace=True) * up_PF, way)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)
@@ -165,17 +180,3 @@ class MoE(nn.Module):
             skips=active_T is not None,
         )
         return reduce_from_region(y_TD.type_as(x_TD), self.group), routing
-
-
-def _grouped_linear(x_PD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of ``x`` times expert e's matrix transposed; (P, O)."""
-    if x_PD.shape[0] == 0:
-        return x_PD @ weight_EOD[0].T
-    pad = -x_PD.shape[1] % (16 // x_PD.element_size())
-    if pad:  # grouped_mm wants strides in multiples of 16 bytes; only odd little shapes get here
-        x_PD, weight_EOD = F.pad(x_PD, (0, pad)), F.pad(weight_EOD, (0, pad))
-    odd = -weight_EOD.shape[1] % (16 // x_PD.element_size())
-    if odd:
-        out = F.grouped_mm(x_PD, F.pad(weight_EOD, (0, 0, 0, odd)).transpose(1, 2), offs=ends_E)
-        return out[:, : weight_EOD.shape[1]]
-    return F.grouped_mm(x_PD, weight_EOD.transpose(1, 2), offs=ends_E)

@@ -1,23 +1,29 @@
 """What from_pretrained is to load, worked out from folders and arguments before any weight is read."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import load_parameters, open_shard
-from accessory.config import ModelArgs
+from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.model.LLM.mistral import Transformer
+from accessory.model.LLM.mistral_peft import build_transformer
+from accessory.model.lora import begin_adapters
 from accessory.model.requests import agreed
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.plan import local_boxes
+from accessory.parallel.plan import Box, local_boxes
 from accessory.parallel.state import ParallelState
 
-# Names that checkpoints carry for the architecture of model/LLM/mistral.py. Base and sparse differ in the layout
-# of their files only, which the reader recognises by itself.
-LLAMA_TYPES = ("mistral", "mixtral", "mistral_sparse", "mixtral_sparse")
+logger = logging.getLogger(__name__)
+
+# Names that checkpoints carry for the architecture of model/LLM/mistral.py, and for that with adapters. Base and
+# sparse differ in the layout of their files only, which the reader recognises by itself.
+LLAMA_TYPES = ("mistral", "mixtral", "mistral_sparse", "mixtral_sparse", *PEFT_TYPES)
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -54,7 +60,8 @@ class Pretrained:
         manifests = tuple(Manifest.read(path) for path in _several(pretrained_path, "pretrained_path"))
         last = manifests[-1]
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
-        args = last.load_args() if llama_config is None else ModelArgs.load(_several(llama_config, "llama_config"))
+        configs = None if llama_config is None else _several(llama_config, "llama_config")
+        args = last.load_args(configs, llama_type)
         tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else tokenizer_path)
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
@@ -77,7 +84,7 @@ class Pretrained:
             missing = "llama_config" if llama_config is None else "tokenizer_path"
             raise ValueError(f"{missing} is not given: a model without a pretrained_path needs it")
         llama_type = _known_type(llama_type)
-        args = ModelArgs.load(_several(llama_config, "llama_config"))
+        args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type)
         tokenizer = Tokenizer(tokenizer_path)
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
@@ -97,16 +104,11 @@ def load_transformer(
     """
 
     def build() -> Transformer:
-        return Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
+        return build_transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
 
     def load() -> None:
-        load_parameters(
-            dict(llma.named_parameters()),
-            local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size),
-            pretrained.manifests,
-            llma.args,
-            state,
-        )
+        boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
+        fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -114,6 +116,28 @@ def load_transformer(
         llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
         agreed(state, load)
     return llma
+
+
+def fill_parameters(
+    parameters: Mapping[str, Tensor],
+    boxes: Mapping[str, Box],
+    pretrained: Pretrained,
+    state: ParallelState,
+    *,
+    seed: int = 0,
+) -> None:
+    """Read a rank's parameters, as `load_parameters` does; adapters that no folder holds begin untrained.
+
+    Args:
+        seed: of these.
+    """
+    absent = load_parameters(parameters, boxes, pretrained.manifests, pretrained.args, state)
+    begin_adapters(parameters, boxes, absent, pretrained.args, seed=seed)
+    if absent and state.is_first:
+        folders = ", ".join(str(manifest.folder) for manifest in pretrained.manifests)
+        logger.info(
+            "%s: no adapter there for %d parameters (%s, ...): they begin untrained", folders, len(absent), absent[0]
+        )
 
 
 def _known_type(llama_type: str | None) -> str:

@@ -54,7 +54,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_TDl: Tensor) -> Tensor:
         """(T, Dl) -> (T, O), the same on every rank."""
-        return reduce_from_region(linear(x_TDl, local(self.weight)), self.group)
+        return reduce_from_region(self.partial(x_TDl), self.group)
+
+    def partial(self, x_TDl: Tensor) -> Tensor:
+        """This rank's summand of the output."""
+        return linear(x_TDl, local(self.weight))
 
 
 class ParallelEmbedding(nn.Module):

@@ -25,24 +25,46 @@ class Split:
         pattern: full match for the parameter's name; ``N`` stands for a layer number.
         axis: for each placement of the experts the axis that is cut; None where every rank holds the whole.
         unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
+        adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
     """
 
     pattern: str
     shape: tuple[str, ...]
     axis: dict[str, int | None]
     unit: dict[str, str]
+    adapter: str = ""
 
 
-def _row(pattern: str, shape: str, axis: int | None, unit: str = "") -> Split:
+def _row(pattern: str, shape: str, axis: int | None, unit: str = "", adapter: str = "") -> Split:
     return Split(
         pattern,
         tuple(shape.split()),
         dict.fromkeys(PLACEMENTS[1:], axis),
         dict.fromkeys(PLACEMENTS[1:], unit),
+        adapter,
     )
 
 
-_EXPERT_UNITS = {"expert": "experts", "tensor": "hidden"}
+def _of_experts(name: str, shape: str, tensor_axis: int | None, adapter: str = "") -> Split:
+    """A stacked parameter: cut by expert, or along its hidden dimension where it has one."""
+    return Split(
+        f"layers.N.feed_forward.experts.{name}",
+        tuple(shape.split()),
+        {"expert": 0, "tensor": tensor_axis},
+        {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
+        adapter,
+    )
+
+
+def _column_adapters(name: str, out: str, unit: str) -> list[Split]:
+    """Of a matrix whose rows are split."""
+    prefix = f"layers.N.attention.{name}"
+    return [
+        _row(f"{prefix}.lora_a.weight", "rank dim", None, adapter="attention"),
+        _row(f"{prefix}.lora_b.weight", f"{out} rank", 0, unit, adapter="attention"),
+        _row(f"{prefix}.bias", out, 0, unit, adapter="bias"),
+    ]
+
 
 TABLE: tuple[Split, ...] = (
     _row("tok_embeddings.weight", "vocab dim", 1, "dim"),
@@ -52,18 +74,20 @@ TABLE: tuple[Split, ...] = (
     _row("layers.N.attention.wo.weight", "dim heads*head_dim", 1, "heads"),
     _row("layers.N.attention_norm.weight", "dim", None),
     _row("layers.N.feed_forward.gate.weight", "experts dim", None),
-    Split(
-        "layers.N.feed_forward.experts.w13",
-        ("experts", "2", "hidden", "dim"),
-        {"expert": 0, "tensor": 2},
-        _EXPERT_UNITS,
-    ),
-    Split(
-        "layers.N.feed_forward.experts.w2",
-        ("experts", "dim", "hidden"),
-        {"expert": 0, "tensor": 2},
-        _EXPERT_UNITS,
-    ),
+    _of_experts("w13", "experts 2 hidden dim", 2),
+    _of_experts("w2", "experts dim hidden", 2),
+    *_column_adapters("wq", "heads*head_dim", "heads"),
+    *_column_adapters("wk", "kv_heads*head_dim", "kv_heads"),
+    *_column_adapters("wv", "kv_heads*head_dim", "kv_heads"),
+    _row("layers.N.attention.wo.lora_a.weight", "rank heads*head_dim", 1, "heads", adapter="attention"),
+    _row("layers.N.attention.wo.lora_b.weight", "dim rank", None, adapter="attention"),
+    _row("layers.N.attention.wo.bias", "dim", None, adapter="bias"),
+    _of_experts("w13_lora_a", "experts 2 rank dim", None, adapter="experts"),
+    _of_experts("w13_lora_b", "experts 2 hidden rank", 2, adapter="experts"),
+    _of_experts("w13_bias", "experts 2 hidden", 2, adapter="bias"),
+    _of_experts("w2_lora_a", "experts rank hidden", 2, adapter="experts"),
+    _of_experts("w2_lora_b", "experts dim rank", None, adapter="experts"),
+    _of_experts("w2_bias", "experts dim", None, adapter="bias"),
     _row("layers.N.ffn_norm.weight", "dim", None),
     _row("norm.weight", "dim", None),
     _row("output.weight", "vocab dim", 0, "vocab"),
@@ -115,6 +139,7 @@ def sizes(args: ModelArgs) -> dict[str, int]:
         "head_dim": args.head_dim,
         "hidden": args.hidden_dim,
         "experts": args.moe.num_experts,
+        "rank": args.peft.lora_rank if args.peft else -1,
         "2": 2,
     }
 
@@ -145,14 +170,32 @@ def split_of(name: str) -> Split:
     raise KeyError(f"parallel/plan.py has no row for parameter {name}")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether parameter-efficient finetuning has added the parameter to the model."""
+    return bool(split_of(name).adapter)
+
+
+def trains(name: str, args: ModelArgs) -> bool:
+    """Whether finetuning changes the parameter: all of a plain model, adapters (and norms) of one with adapters."""
+    return args.peft is None or is_adapter(name) or (args.peft.norm_tuning and name.endswith("norm.weight"))
+
+
+def _asked_for(row: Split, args: ModelArgs) -> bool:
+    if not row.adapter or args.peft is None:
+        return not row.adapter
+    if row.adapter == "bias":
+        return args.peft.bias_tuning
+    return args.peft.lora_rank > 0 and row.adapter in args.peft.lora_targets
+
+
 def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and whole shape of every parameter of a model, layer by layer."""
+    """Name and whole shape of every parameter of a model, layer by layer; adapters where ``args.peft`` has them."""
     counts = sizes(args)
 
     def shape(row: Split) -> tuple[int, ...]:
         return tuple(math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
 
-    per_layer = [row for row in TABLE if ".N." in row.pattern]
+    per_layer = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
     yield "tok_embeddings.weight", shape(split_of("tok_embeddings.weight"))
     for layer in range(args.n_layers):
         for row in per_layer:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from accessory.checkpoint.reader import load_parameters
+from accessory.config import ModelArgs
 from accessory.model.LLM.mistral import Transformer
-from accessory.model.pretrained import Pretrained
+from accessory.model.LLM.mistral_peft import build_transformer
+from accessory.model.pretrained import Pretrained, fill_parameters
 from accessory.model.requests import agreed
 from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState
@@ -31,7 +32,9 @@ def build_for_training(
     seed: int = 0,
     fill: bool = True,
 ) -> Transformer:
-    """A sharded Transformer with float32 weights; collective over all ranks of the run.
+    """A sharded Transformer; collective over all ranks of the run.
+
+    What trains is float32; what is frozen is held in the compute dtype, since no small change of it can be lost.
 
     Args:
         pretrained: the checkpoint; with none in it (`Pretrained.untrained`) the weights are those of `init_weights`.
@@ -50,7 +53,15 @@ def build_for_training(
 
     def build() -> Transformer:
         meta = torch.device("meta")
-        llma = Transformer(pretrained.args, state, expert_placement=expert_placement, dtype=torch.float32, device=meta)
+        refuse_nothing_to_train(pretrained.args)
+        llma = build_transformer(
+            pretrained.args,
+            state,
+            expert_placement=expert_placement,
+            dtype=compute_dtype,
+            trained_dtype=torch.float32,
+            device=meta,
+        )
         if before_sharding is not None:
             before_sharding(llma)
         shard_model(llma, mesh, data_parallel=data_parallel, compute_dtype=compute_dtype)
@@ -64,7 +75,7 @@ def build_for_training(
         parameters = {name: local(parameter) for name, parameter in llma.named_parameters()}
         boxes = own_boxes(llma)
         assert all(tuple(tensor.shape) == boxes[name].size for name, tensor in parameters.items())
-        load_parameters(parameters, boxes, pretrained.manifests, pretrained.args, state)
+        fill_parameters(parameters, boxes, pretrained, state, seed=seed)
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -73,3 +84,12 @@ def build_for_training(
         if fill:
             agreed(everyone, give_weights)
     return llma
+
+
+def refuse_nothing_to_train(args: ModelArgs) -> None:
+    """Raise ValueError where adapters are asked for and every one of them is switched off."""
+    if args.peft is not None and not args.peft.trains:
+        raise ValueError(
+            "nothing would train: lora_rank is below 1, bias_tuning and norm_tuning are false; "
+            "set one of them in a --llama_config, or train all weights with --llama_type mistral"
+        )

@@ -50,11 +50,16 @@ def _remove_dropped(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def export_checkpoint(model: MetaModel, folder: str | Path, *, dtype: torch.dtype) -> Path:
+def export_checkpoint(
+    model: MetaModel, folder: str | Path, *, dtype: torch.dtype, only_trainable: bool = False
+) -> Path:
     """Write the model as accessory shards with config.json, meta.json and the tokenizer; collective over all ranks.
 
     The files have the base form; where their number does not divide the experts, which then lie whole in none, they
     have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
+
+    Args:
+        only_trainable: leave frozen weights out; such a folder overlays that of its base.
 
     Returns:
         The folder.
@@ -74,7 +79,8 @@ def export_checkpoint(model: MetaModel, folder: str | Path, *, dtype: torch.dtyp
         sparse = agreed(everyone, lambda: _choose_form(model), (folder.name, dtype))
         agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
         everything = sources(model.llma.args, state.mp_size, sparse=sparse)
-        targets = [source for source in everything if source.file == state.mp_rank]
+        kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
+        targets = [source for source in everything if source.file == state.mp_rank and source.parameter in kept]
         tensors = {PREFIX + target.key: (target.shape, dtype) for target in targets}
         writes = state.dp_rank == 0
         shard = agreed(everyone, lambda: create_shard(aside / name, tensors) if writes else {})
@@ -120,6 +126,8 @@ def _fill(
     for target in targets:
         of_parameter.setdefault(target.parameter, []).append(target)
     for name, parameter in model.llma.named_parameters():
+        if name not in of_parameter:
+            continue
         own = local_box(name, tuple(parameter.shape), args, placement=placement, rank=state.mp_rank, size=state.mp_size)
         gathered = _slice(name, parameter, placement, dtype)
         for target in of_parameter[name] if shard else []:
@@ -144,7 +152,8 @@ def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:
     """Write what lies beside the shards, then give the whole its name."""
     write_json(aside / "config.json", model.llma.args.to_dict())
     kind = model.llama_type.removesuffix("_sparse")
-    write_json(aside / _META_FILE, {"llama_type": f"{kind}_sparse" if sparse else kind})
+    suffix = "_sparse" if sparse and model.llma.args.peft is None else ""  # with adapters the form has no name
+    write_json(aside / _META_FILE, {"llama_type": kind + suffix})
     tokenizer = model.tokenizer.path
     if tokenizer.suffix == ".json":
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -21,7 +21,7 @@ from accessory.model.requests import agreed
 from accessory.parallel.plan import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState
 from accessory.train.allocator import return_freed_memory
-from accessory.train.build import build_for_training
+from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import adamw
@@ -63,7 +63,9 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         everyone = over_all_ranks(ParallelState.single("cpu"))
         agreed(everyone, lambda: None, options)
         state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device))
-        store = StateStore(options.checkpoints, state, keep_last=options.keep_last)
+        store = StateStore(
+            options.checkpoints, state, keep_last=options.keep_last, without_frozen=options.only_save_trainable
+        )
         stack.callback(store.close)
         # The folder is held until the last save is on disk.
         world, output = store.world, Path(options.output_dir).absolute()
@@ -84,7 +86,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         )
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
-        model = _build(options, pretrained, state, fill=resumed is None)
+        # A training state may leave out what is frozen.
+        model = _build(options, pretrained, state, fill=resumed is None or pretrained.args.peft is not None)
         optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
         loop = FinetuneLoop(options, model, optimizer, data, sampler, store)
         logger.info("%s", describe_trainable(model))
@@ -145,6 +148,7 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
         for name in ("load_balancing_weight", "z_loss_weight")
         if (value := getattr(options, name)) is not None
     }
+    refuse_nothing_to_train(found.args)
     refuse_shared_heads(found.args, state.mp_size)
     resolve_placement(found.args, options.expert_placement, state.mp_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))

@@ -7,16 +7,17 @@ from typing import NamedTuple
 import torch
 
 from accessory.config import ModelArgs
-from accessory.parallel.plan import parameter_shapes
+from accessory.parallel.plan import parameter_shapes, trains
 
 
 def flops_per_token(args: ModelArgs, length: float) -> float:
     """Floating-point operations of forward and backward pass for one token, as the model needs them.
 
-    6 for each parameter of a product that the token goes through (top-k of the experts), and 12 * layers * heads *
-    head_dim for each position that it attends to, on average length / 2 of its row (Chowdhery et al., 2022, PaLM,
-    appendix B, https://arxiv.org/abs/2204.02311, whose figure has no causal mask). Looking up the embedding costs
-    none; norms, rotary embedding and softmax are left out; what is computed again does not count.
+    6 for each parameter of a product that the token goes through (top-k of the experts), 4 where it is frozen and so
+    has no gradient, and 12 * layers * heads * head_dim for each position that the token attends to, on average
+    length / 2 of its row (Chowdhery et al., 2022, PaLM, appendix B, https://arxiv.org/abs/2204.02311, whose figure has
+    no causal mask). Looking up the embedding costs none; norms, rotary embedding and softmax are left out; what is
+    computed again does not count.
 
     Args:
         length: tokens of a row.
@@ -26,8 +27,8 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
         if not counts or name == "tok_embeddings.weight":
             continue
         used = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1.0
-        active += used * math.prod(counts) * width
-    return 6 * active + 12 * args.n_layers * args.n_heads * args.head_dim * length / 2
+        active += (6 if trains(name, args) else 4) * used * math.prod(counts) * width
+    return active + 12 * args.n_layers * args.n_heads * args.head_dim * length / 2
 
 
 class Peaks(NamedTuple):

@@ -3,8 +3,9 @@
 import torch
 
 from accessory.model.LLM.mistral import Transformer
+from accessory.model.lora import begin_adapters
 from accessory.parallel.ops import local
-from accessory.parallel.plan import Box, parameter_shapes
+from accessory.parallel.plan import Box, is_adapter, parameter_shapes
 from accessory.train.sharding import own_boxes
 
 ROUTER_STD = 0.02
@@ -18,7 +19,7 @@ def init_weights(model: Transformer, *, seed: int) -> None:
     1 / sqrt(2 layers), as GPT-2's is (Radford et al., 2019): the stream's variance then does not grow with depth.
 
     The whole model is the same to the bit however it is split and sharded: each rank draws every parameter whole,
-    one after another, and keeps its own piece.
+    one after another, and keeps its own piece. Adapters begin untrained, and change nothing for the others.
     """
     device = model.state.device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -26,6 +27,9 @@ def init_weights(model: Transformer, *, seed: int) -> None:
     shapes, boxes = dict(parameter_shapes(model.args)), own_boxes(model)
     for name, parameter in model.named_parameters():
         own = local(parameter)
+        if is_adapter(name):
+            begin_adapters({name: own}, boxes, [name], model.args, seed=seed)
+            continue
         if "norm" in name:
             own.fill_(1.0)
             continue

@@ -201,7 +201,9 @@ class FinetuneLoop:
         return Path(self.options.output_dir) / name
 
     def _export(self, name: str) -> None:
-        export_checkpoint(self.model, self._model(name), dtype=self.dtype)
+        export_checkpoint(
+            self.model, self._model(name), dtype=self.dtype, only_trainable=self.options.only_save_trainable
+        )
         world, folder, keep_last = self.store.world, self._model(name).parent, self.options.keep_last
         agreed(world, lambda: drop_older_models(folder, keep_last=keep_last) if world.is_first else None)
 

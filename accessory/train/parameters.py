@@ -7,7 +7,7 @@ from accessory.model.meta import MetaModel
 # The first whose text stands in a parameter's name.
 _GROUPS = {
     "LoRA": "lora_",
-    "biases": ".bias",
+    "biases": "bias",
     "norms": "norm",
     "router": "gate.",
     "experts": ".experts.",

@@ -37,17 +37,23 @@ def recompute_activations(model: Transformer, policy: RecomputePolicy) -> None:
         raise ValueError(f"the recomputation policy is {policy!r}: give one of {', '.join(get_args(RecomputePolicy))}")
     if policy == "none":
         return
+    peft = model.args.peft
+    random = peft is not None and peft.lora_dropout > 0
     for block in model.layers:
-        _recompute(block if policy == "full" else block.get_submodule("feed_forward"))
+        _recompute(block if policy == "full" else block.get_submodule("feed_forward"), random)
 
 
-def _recompute(module: nn.Module) -> None:
+def _recompute(module: nn.Module, random: bool) -> None:
     # The instance's forward and no wrapper module: names stay, and FSDP's hooks, which sit on __call__, gather the
     # parameters around both computations. A bound method, since a copy of the model must run its own.
-    module.forward = MethodType(_forward, module)
+    module.forward = MethodType(_forward_again if random else _forward, module)
 
 
-def _forward(module: nn.Module, *inputs: Any) -> Any:
+def _forward_again(module: nn.Module, *inputs: Any) -> Any:
+    return _forward(module, *inputs, random=True)
+
+
+def _forward(module: nn.Module, *inputs: Any, random: bool = False) -> Any:
     forward = partial(type(module).forward, module)
     if not torch.is_grad_enabled():
         return forward(*inputs)
@@ -59,5 +65,5 @@ def _forward(module: nn.Module, *inputs: Any) -> Any:
         *inputs,
         use_reentrant=False,
         context_fn=partial(create_selective_checkpoint_contexts, _KEPT),
-        preserve_rng_state=False,  # nothing in a block is random
+        preserve_rng_state=random,  # of a block nothing but dropout is
     )

@@ -18,7 +18,7 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.state import ParallelState
 
 # Settings of a run, which a resumed one may change.
-_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight")
+_FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight", "lora_dropout")
 
 
 def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:
@@ -36,11 +36,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def tensors_of(model: MetaModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: MetaModel, optimizer: torch.optim.Optimizer, *, without_frozen: bool = False
+) -> dict[str, Tensor]:
     """All tensors of a training state by the names of the checkpoint; they are the state's own."""
     reshard(model)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        if without_frozen and not parameter.requires_grad:
+            continue
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value

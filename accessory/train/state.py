@@ -57,11 +57,19 @@ class StateStore:
         world: all ranks as one group, whose members may wait for one another for hours.
     """
 
-    def __init__(self, output_dir: str | Path, state: ParallelState, *, keep_last: int | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        state: ParallelState,
+        *,
+        keep_last: int | None = None,
+        without_frozen: bool = False,
+    ) -> None:
         """Make the folder, and see that it can be written to.
 
         Args:
             keep_last: how many checkpoints stay; None: all.
+            without_frozen: leave out what does not train; the model must have it already when a state is loaded.
 
         Raises:
             ValueError: keep_last is not positive.
@@ -71,6 +79,7 @@ class StateStore:
             raise ValueError(f"keep_last is {keep_last}: keep at least 1, or None for all")
         self.folder = Path(output_dir).absolute()
         self._shelf, self._state, self._keep_last = Shelf(self.folder), state, keep_last
+        self._without_frozen = without_frozen
         # Saves run in a thread beside training steps, whose collectives theirs must not meet.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.world = over_all_ranks(state, self._group)
@@ -117,7 +126,7 @@ class StateStore:
 
         def stage() -> tuple[dict[str, Tensor], dict[str, Any]]:
             _must_be_shared(aside)
-            tensors = tensors_of(model, optimizer)
+            tensors = tensors_of(model, optimizer, without_frozen=self._without_frozen)
             return copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
 
         try:
@@ -201,8 +210,11 @@ class StateStore:
 
         def read() -> None:
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            frozen = {f"model.{name}" for name, own in model.named_parameters() if not own.requires_grad}
             prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
-            dcp.load(tensors_of(model, optimizer), checkpoint_id=path, process_group=self._group)
+            # A frozen weight that the state leaves out stays as it was built.
+            tensors = tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
+            dcp.load(tensors, checkpoint_id=path, process_group=self._group)
 
         record = self.check(path, model.llma.args)
         agreed(self.world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))

@@ -1,0 +1,56 @@
+"""Parameters of a checkpoint folder, read by the box, whatever form its files have."""
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.formats import Source
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.reader import Checkpoint
+from accessory.config import ModelArgs
+from accessory.parallel.plan import Box
+
+
+class StoredWeights:
+    """An opened folder. Its files are mapped: memory is taken by what `read` returns, and by nothing else.
+
+    Attributes:
+        held: names of the parameters that the folder holds.
+    """
+
+    def __init__(self, manifest: Manifest, args: ModelArgs, *, partial: bool = False) -> None:
+        """Hold the files against the sizes.
+
+        Args:
+            partial: the folder may lack parameters, as one that overlays another.
+
+        Raises:
+            CheckpointError: a tensor that the model does not have, has otherwise, or has and the folder lacks.
+        """
+        checkpoint = Checkpoint.open(manifest, args)
+        self._files = [checkpoint.read_file(file, partial=partial) for file in range(len(manifest.shards))]
+        checkpoint.check_pieces()
+        self._sources: dict[str, list[Source]] = {}
+        for contents in checkpoint.by_file:
+            for source in contents:
+                if source.key in self._files[source.file]:
+                    self._sources.setdefault(source.parameter, []).append(source)
+        self.held = frozenset(self._sources)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter that the folder holds."""
+        first = self._sources[name][0]
+        return self._files[first.file][first.key].dtype
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """A part of a parameter that the folder holds, in its stored dtype."""
+        part = torch.empty(box.size, dtype=self.dtype(name))
+        missing = box.numel
+        for source in self._sources[name]:
+            common = box.intersect(source.box)
+            if common is None or missing == 0:
+                continue
+            stored = source.view(self._files[source.file][source.key])
+            part[common.within(box)].copy_(stored[common.within(source.box)])
+            missing -= common.numel
+        assert missing == 0, f"{name}: {missing} elements have no source"
+        return part

@@ -1,0 +1,191 @@
+"""Adapters: biases and low-rank updates beside frozen matrices (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+
+Output = W x + bias + (lora_alpha / lora_rank) lora_b (lora_a x). Each class here is a layer of the plain model that
+has been given such parameters: `AdaptedColumnLinear.adapt(layer, ...)` changes the layer itself, so that whatever
+holds it goes on, and its parameters keep their names.
+
+Between `copy_to_region` and `reduce_from_region` a rank sees but a part of every gradient. An adapter that all ranks
+hold alike, and use there, goes through `copy_to_region` itself, which gives it the sum.
+
+Shape letters: as in model/moe.py, and r lora_rank; a trailing l marks a rank's own slice.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.config import ModelArgs, PeftArgs
+from accessory.model.expert_products import gated, pair_rows, weighted_sum
+from accessory.model.moe import Experts
+from accessory.model.pair_products import TrainedPairs, Way
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
+from accessory.parallel.ops import copy_to_region, local
+from accessory.parallel.plan import Box, Placement, parameter_shapes
+from accessory.parallel.state import ParallelState, Place
+
+_INITIAL_STD = 0.02
+
+
+class _LowRank(nn.Module):
+    """One of the two matrices of an update, under the name that checkpoints give it."""
+
+    def __init__(self, out_features: int, in_features: int, place: Place) -> None:
+        super().__init__()
+        self.weight = place.parameter(out_features, in_features)
+
+
+class _AdaptedLinear(nn.Module):
+    """A linear layer's adapters."""
+
+    weight: nn.Parameter
+    peft: PeftArgs
+    region: dist.ProcessGroup | None
+    updated: bool
+    lora_a: _LowRank
+    lora_b: _LowRank
+    bias: nn.Parameter | None
+
+    @classmethod
+    def adapt(cls, layer: nn.Module, peft: PeftArgs, state: ParallelState, place: Place) -> None:
+        """Give a layer of the plain model adapters, in place."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.peft, layer.region = peft, state.mp_group
+        layer.updated = peft.lora_rank > 0 and "attention" in peft.lora_targets
+        out_features, in_features = layer.weight.shape
+        if layer.updated:
+            layer.lora_a = _LowRank(peft.lora_rank, in_features, place)
+            layer.lora_b = _LowRank(out_features, peft.lora_rank, place)
+        layer.bias = place.parameter(out_features) if peft.bias_tuning else None
+
+    def _update(self, x_TD: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        inner_Tr = linear(F.dropout(x_TD, self.peft.lora_dropout, self.training), lora_a)
+        return linear(inner_Tr * self.peft.scale, lora_b)
+
+    def _with_bias(self, y_TO: Tensor) -> Tensor:
+        return y_TO if self.bias is None else y_TO + local(self.bias).type_as(y_TO)
+
+
+class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
+    """Rows are split over the ranks: lora_a is whole on each, lora_b and the bias are split."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TO = ColumnParallelLinear.forward(self, x_TD)
+        if self.updated:
+            lora_a = copy_to_region(local(self.lora_a.weight), self.region)
+            y_TO = y_TO + self._update(x_TD, lora_a, local(self.lora_b.weight))
+        return self._with_bias(y_TO)
+
+
+class AdaptedRowLinear(_AdaptedLinear, RowParallelLinear):
+    """Columns are split over the ranks: lora_a is split, lora_b whole on each; the bias is added to the sum."""
+
+    def forward(self, x_TDl: Tensor) -> Tensor:
+        return self._with_bias(RowParallelLinear.forward(self, x_TDl))
+
+    def partial(self, x_TDl: Tensor) -> Tensor:
+        y_TO = RowParallelLinear.partial(self, x_TDl)
+        if self.updated:
+            lora_b = copy_to_region(local(self.lora_b.weight), self.region)
+            y_TO = y_TO + self._update(x_TDl, local(self.lora_a.weight), lora_b)
+        return y_TO
+
+
+class AdaptedExperts(Experts):
+    """Stacked adapters beside the stacked experts.
+
+    Parameters: w13_lora_a (El, 2, r, D), w13_lora_b (El, 2, F, r), w13_bias (El, 2, F); w2_lora_a (El, r, F),
+    w2_lora_b (El, D, r), w2_bias (El, D). Under placement "tensor" w13_lora_a, w2_lora_b and w2_bias are whole on
+    every rank. The bias of w2 stands inside the expert: the router's weight scales it.
+    """
+
+    peft: PeftArgs
+    region: dist.ProcessGroup | None
+    updated: bool
+    adds_w2_bias: bool
+    w13_lora_a: nn.Parameter
+    w13_lora_b: nn.Parameter
+    w13_bias: nn.Parameter
+    w2_lora_a: nn.Parameter
+    w2_lora_b: nn.Parameter
+    w2_bias: nn.Parameter
+
+    @classmethod
+    def adapt(cls, layer: nn.Module, peft: PeftArgs, state: ParallelState, placement: Placement, place: Place) -> None:
+        """Give a layer of the plain model adapters, in place."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        experts, dim, hidden = layer.w2.shape
+        # Where every rank holds a slice of every expert, these are shared: their gradient is the ranks' sum.
+        layer.region = state.mp_group if placement == "tensor" else None
+        layer.adds_w2_bias = placement == "expert" or state.is_first
+        layer.peft = peft
+        layer.updated = peft.lora_rank > 0 and "experts" in peft.lora_targets
+        if layer.updated:
+            rank = peft.lora_rank
+            layer.w13_lora_a = place.parameter(experts, 2, rank, dim)
+            layer.w13_lora_b = place.parameter(experts, 2, hidden, rank)
+            layer.w2_lora_a = place.parameter(experts, rank, hidden)
+            layer.w2_lora_b = place.parameter(experts, dim, rank)
+        if peft.bias_tuning:
+            layer.w13_bias = place.parameter(experts, 2, hidden)
+            layer.w2_bias = place.parameter(experts, dim)
+
+    def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
+        way = TrainedPairs(ends_E)
+        both_PO = self.first(pair_rows(x_TD, order_P, weights_TK.shape[1]), way)
+        return weighted_sum(self.second(gated(both_PO), way), weights_TK, order_P)
+
+    def first(self, x_PD: Tensor, way: Way) -> Tensor:
+        both_PO = super().first(x_PD, way)
+        if self.updated:
+            lora_a = copy_to_region(local(self.w13_lora_a), self.region)
+            inner_PR = way.product(self._dropped(x_PD), lora_a.flatten(1, 2)) * self.peft.scale
+            halves = zip(inner_PR.chunk(2, dim=-1), local(self.w13_lora_b).unbind(1), strict=True)
+            both_PO = both_PO + torch.cat([way.product(inner.contiguous(), lora_b) for inner, lora_b in halves], -1)
+        if self.peft.bias_tuning:
+            both_PO = both_PO + way.rows(local(self.w13_bias).flatten(1), like=both_PO)
+        return both_PO
+
+    def second(self, hidden_PF: Tensor, way: Way) -> Tensor:
+        y_PD = super().second(hidden_PF, way)
+        if self.updated:
+            inner_Pr = way.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.peft.scale
+            y_PD = y_PD + way.product(inner_Pr, copy_to_region(local(self.w2_lora_b), self.region))
+        if self.peft.bias_tuning:
+            rows_PD = way.rows(copy_to_region(local(self.w2_bias), self.region), like=y_PD)
+            # Once over all ranks, but on each of them in the graph: they sum its gradient together.
+            y_PD = y_PD + rows_PD * float(self.adds_w2_bias)
+        return y_PD
+
+    def _dropped(self, x_PD: Tensor) -> Tensor:
+        return F.dropout(x_PD, self.peft.lora_dropout, self.training)
+
+
+@torch.no_grad()
+def begin_adapters(
+    parameters: Mapping[str, Tensor], boxes: Mapping[str, Box], names: Iterable[str], args: ModelArgs, *, seed: int = 0
+) -> None:
+    """Give adapters the values of an untrained one: lora_a truncated normal (deviation 0.02), lora_b and biases 0.
+
+    A whole tensor is the same to the bit however it is split: it is drawn from the seed and its own name, and each
+    rank keeps its piece.
+
+    Args:
+        parameters: local tensors by name; filled in place.
+        boxes: the part of each whole parameter that the local tensor holds.
+        names: the adapters to fill.
+    """
+    shapes = dict(parameter_shapes(args))
+    for name in names:
+        if "lora_a" not in name:
+            parameters[name].zero_()
+            continue
+        generator = torch.Generator().manual_seed((seed << 32) % 2**63 + zlib.crc32(name.encode()))
+        whole = torch.empty(shapes[name])
+        nn.init.trunc_normal_(whole, std=_INITIAL_STD, generator=generator)
+        parameters[name].copy_(whole[boxes[name].within(Box.whole(shapes[name]))])

@@ -1,0 +1,252 @@
+"""accessory merge and export-adapter: what they write says what base and adapter say together."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from adapters import PEFT, SCALE, add_by_hand, random_adapter, write_adapter
+from checkpoints import (
+    accessory_config,
+    hf_logits,
+    random_mixtral,
+    random_prompts,
+    random_tensors,
+    small_config,
+    whole_tensors,
+    write_checkpoint,
+    write_folder,
+)
+from ranks import error_of
+from torch import Tensor
+
+from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.merge import merge
+from accessory.cli import main
+from accessory.model.meta import MetaModel
+from accessory.model.scoring import score_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = random_prompts(4, [5, 17, 40])
+
+
+class Folders(NamedTuple):
+    """A base, an adapter with biases and norms, and one of matrices alone."""
+
+    config: dict[str, Any]
+    base: Path
+    adapter: Path
+    plain: Path
+    tensors: dict[str, Tensor]
+
+
+def plain_peft() -> dict[str, Any]:
+    return {**PEFT, "bias_tuning": False, "norm_tuning": False}
+
+
+@pytest.fixture(scope="module")
+def folders(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("tools")
+    hf = random_mixtral(3)
+    config = accessory_config(hf.config)
+    base = write_checkpoint(folder / "base", hf, small_tokenizer, files=2)
+    tensors = random_adapter(config, 8)
+    # As --only_save_trainable writes it, the norms that trained are in it as well.
+    norms = {name: tensor * 1.5 for name, tensor in whole_tensors(hf).items() if "norm" in name}
+    whole = {**tensors, **norms}
+    adapter = write_adapter(folder / "adapter", whole, config, files=4, tokenizer=small_tokenizer)
+    alone = random_adapter(config, 8, biases=False)
+    plain = write_adapter(folder / "plain", alone, config, files=1, tokenizer=small_tokenizer, peft=plain_peft())
+    return Folders(config, base, adapter, plain, whole)
+
+
+def logits(paths: Any, **settings: Any) -> list[Tensor]:
+    model = MetaModel.from_pretrained(paths, dtype="fp32", device="cpu", max_seq_len=64, **settings)
+    with torch.no_grad():
+        return score_tokens(model.llma, PROMPTS)
+
+
+def assert_logits(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for own, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+
+
+# --- merge
+
+
+def test_merged_is_unmerged(folders: Folders, tmp_path: Path) -> None:
+    report = merge(folders.base, folders.plain, tmp_path / "merged")
+    assert_logits(logits(tmp_path / "merged"), logits([folders.base, folders.plain]))
+    assert json.loads((tmp_path / "merged" / "meta.json").read_text()) == {"llama_type": "mistral"}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert not [key for key in config if "lora" in key or "tuning" in key]
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "consolidated.00-of-02.model.pth",
+        "consolidated.01-of-02.model.pth",
+        "config.json",
+        "meta.json",
+        "tokenizer.model",
+    }
+    assert not report.biases
+    assert {name for name, change in report.changes.items() if change.moved} == {
+        *("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    }
+
+
+def test_merge_says_how_far_each_group_moved(folders: Folders, tmp_path: Path) -> None:
+    report = merge(folders.base, folders.adapter, tmp_path / "merged")
+    base = whole_tensors(random_mixtral(3))
+    for group in ("wk", "w2", "w3", "norm"):
+        moved = before = 0.0
+        for name, tensor in base.items():
+            if group not in name:
+                continue
+            matrix = name.removesuffix(".weight")
+            if group == "norm":
+                change = folders.tensors[name] - tensor
+            else:
+                lora_a, lora_b = (folders.tensors[f"{matrix}.lora_{half}.weight"] for half in "ab")
+                change = SCALE * lora_b @ lora_a
+            moved, before = moved + change.square().sum().item(), before + tensor.square().sum().item()
+        assert report.changes[group].share == pytest.approx((moved / before) ** 0.5, rel=1e-4), group
+    lines = "\n".join(report.lines())
+    assert "norm            moved by 50.000%" in lines
+    assert "biases          kept beside the weights: llama_type mistral_peft, lora_rank -1" in lines
+    assert "gate" not in lines
+
+
+def test_trained_biases_stay(folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
+    merge(folders.base, folders.adapter, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["lora_rank"], config["bias_tuning"], config["norm_tuning"]) == (-1, True, False)
+    assert json.loads((tmp_path / "merged" / "meta.json").read_text()) == {"llama_type": "mistral_peft"}
+    assert_logits(logits(tmp_path / "merged"), logits([folders.base, folders.adapter]))
+    # And another adapter can be trained on it and merged again: its biases take their place.
+    second = random_adapter(folders.config, 9)
+    write_adapter(tmp_path / "second", second, folders.config, files=1, tokenizer=small_tokenizer)
+    merge(tmp_path / "merged", tmp_path / "second", tmp_path / "twice")
+    assert_logits(logits(tmp_path / "twice"), logits([tmp_path / "merged", tmp_path / "second"]))
+
+
+def test_merge_into_the_dtype_and_form_of_any_base(small_tokenizer: Path, tmp_path: Path) -> None:
+    config = small_config(dim=32, hidden_dim=48, moe={"num_experts": 4, "num_experts_per_tok": 2})
+    tensors = random_tensors(config, 1, torch.bfloat16)
+    base = write_folder(tmp_path / "base", tensors, config, files=8, form="sparse", tokenizer=small_tokenizer)
+    alone = random_adapter(config, 2, biases=False)
+    adapter = write_adapter(tmp_path / "adapter", alone, config, files=2, tokenizer=small_tokenizer, peft=plain_peft())
+    merge(base, adapter, tmp_path / "merged")
+    (file,) = (tmp_path / "merged").glob("*.pth")  # four experts do not fit eight files
+    merged = torch.load(file, weights_only=True)["model"]
+    assert len(merged) == len(tensors)
+    for name, tensor in tensors.items():
+        expected = tensor.float()
+        matrix = name.removesuffix(".weight")
+        if f"{matrix}.lora_a.weight" in alone:
+            expected = expected + SCALE * alone[f"{matrix}.lora_b.weight"] @ alone[f"{matrix}.lora_a.weight"]
+        ours = merged[f"llma.{name}"]
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_an_untrained_adapter_is_said(
+    folders: Folders, small_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {
+        name: tensor if "lora_a" in name else torch.zeros_like(tensor)
+        for name, tensor in folders.tensors.items()
+        if "norm" not in name
+    }
+    write_adapter(tmp_path / "new", tensors, folders.config, files=1, tokenizer=small_tokenizer)
+    report = merge(folders.base, tmp_path / "new", tmp_path / "merged")
+    assert report.untrained
+    assert "the adapter is untrained" in caplog.text
+    for file in (0, 1):
+        name = f"consolidated.{file:02d}-of-02.model.pth"
+        ours, theirs = (torch.load(folder / name)["model"] for folder in (tmp_path / "merged", folders.base))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("lost", ["lora_b", "lora_a"])
+def test_half_of_an_update_finds_no_place(lost: str, folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in folders.tensors.items() if f"0.attention.wk.{lost}" not in name}
+    write_adapter(tmp_path / "half", tensors, folders.config, files=2, tokenizer=small_tokenizer)
+    kind, message = error_of(merge, folders.base, tmp_path / "half", tmp_path / "merged")
+    assert kind == "CheckpointError"
+    left = "lora_a" if lost == "lora_b" else "lora_b"
+    assert f"layers.0.attention.wk.{left}.weight found no place in the base" in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_refuses_what_does_not_belong_together(folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
+    config = small_config()
+    other = write_folder(tmp_path / "o", random_tensors(config, 1), config, files=1, tokenizer=small_tokenizer)
+    kind, message = error_of(merge, other, folders.adapter, tmp_path / "merged")
+    assert kind == "CheckpointError"
+    assert "is an adapter of another model" in message
+    assert "dim 32 and 64" in message
+    kind, message = error_of(merge, folders.base, folders.base, tmp_path / "merged")
+    assert "holds no adapter: its meta.json says 'mistral', not 'mistral_peft'" in message
+    kind, message = error_of(merge, folders.adapter, folders.adapter, tmp_path / "merged")
+    assert "has LoRA of its own" in message
+
+
+# --- export-adapter
+
+
+# Neither is about the folder: peft does go by the patterns that it makes itself for stacked parameters.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+@pytest.mark.parametrize("norms", [True, False], ids=["with norms", "matrices alone"])
+def test_the_exported_adapter_in_peft(norms: bool, folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    source = folders.plain
+    if norms:
+        tensors = {name: tensor for name, tensor in folders.tensors.items() if not name.endswith("bias")}
+        tensors |= {name: torch.zeros_like(bias) for name, bias in folders.tensors.items() if name.endswith("bias")}
+        source = write_adapter(tmp_path / "n", tensors, folders.config, files=2, tokenizer=small_tokenizer)
+    export_adapter(source, tmp_path / "hf")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    theirs = PeftModel.from_pretrained(random_mixtral(3), str(tmp_path / "hf"))
+    ours = logits([folders.base, source])
+    for prompt, own in zip(PROMPTS, ours, strict=True):
+        torch.testing.assert_close(own, hf_logits(theirs, prompt), atol=1e-4, rtol=1e-4)
+    for own, base in zip(ours, logits(folders.base), strict=True):
+        assert (own - base).abs().max() > 0.1, "the adapter changes nothing"
+
+
+def test_peft_and_the_tests_own_adapter_agree(folders: Folders) -> None:
+    truth = add_by_hand(random_mixtral(3), random_adapter(folders.config, 8, biases=False))
+    for prompt, own in zip(PROMPTS, logits([folders.base, folders.plain]), strict=True):
+        torch.testing.assert_close(own, hf_logits(truth, prompt), atol=1e-4, rtol=1e-4)
+
+
+def test_export_refuses_what_has_no_place_there(folders: Folders, tmp_path: Path) -> None:
+    kind, message = error_of(export_adapter, folders.adapter, tmp_path / "hf")
+    assert kind == "ValueError"
+    assert "layers.0.attention.wq.bias and 55 more is not zero" in message
+    kind, message = error_of(export_adapter, folders.base, tmp_path / "hf")
+    assert "has no LoRA (its config has no lora_rank)" in message
+    assert not (tmp_path / "hf").exists()
+
+
+# --- the commands
+
+
+def test_the_commands(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(folders.base), str(folders.plain), str(tmp_path / "merged")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["wq", "wk", "wv", "wo", "w1", "w3", "w2", "wrote"]
+    assert main(["export-adapter", str(folders.plain), str(tmp_path / "hf")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'hf'}\n"
+    assert main(["export-adapter", str(folders.adapter), str(tmp_path / "no")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
