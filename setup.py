@@ -2,12 +2,14 @@
 
 from setuptools import Extension, setup
 
+HEADERS = ("quantized_row", "quantized_stage", "quantized_vectors", "row_dot", "schedule", "variants", "vectors")
+
 # No torch or Python headers are used (a plain C interface, loaded with ctypes), so the build needs a C++
 # compiler and nothing else. optional=True: without a compiler the PyTorch twins of the kernels serve.
 kernels = Extension(
     "accessory.kernels._native",
-    sources=["accessory/kernels/native.cpp"],
-    depends=["accessory/kernels/row_dot.h"],
+    sources=["accessory/kernels/native.cpp", "accessory/kernels/quantized.cpp"],
+    depends=[f"accessory/kernels/{name}.h" for name in HEADERS],
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno"],
     extra_link_args=["-fopenmp"],
     language="c++",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags, quant_of_flags
 from accessory.launch import Launch
 from accessory.log import RankParser, global_rank, setup_logging
 
@@ -73,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, help="folder to write")
     export.set_defaults(run=_export_adapter)
 
+    quantize = commands.add_parser("quantize", help="write a checkpoint with its matrices in 8 or 4 bits")
+    quantize.add_argument("source", type=Path, help="checkpoint folder")
+    quantize.add_argument("destination", type=Path, help="folder to write")
+    add_quant_flags(quantize)
+    quantize.add_argument("--calibrate", type=Path, help="text file: int4 is then rounded with an eye on its inputs")
+    quantize.set_defaults(run=_quantize)
+
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
     inspect.add_argument("folder", type=Path)
     inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN or infinity is an error")
@@ -101,6 +109,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer_path", "--tokenizer-path", help="tokenizer.model, or folder of tokenizer.json")
     parser.add_argument("--max_seq_len", "--max-seq-len", type=int, default=4096, help="tokens (default 4096)")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: as stored")
+    add_quant_flags(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     parser.add_argument("--expert_placement", "--expert-placement", default="auto", help="auto, expert or tensor")
 
@@ -144,6 +153,22 @@ def _export_adapter(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"wrote {arguments.destination}\n")
 
 
+def _quantize(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.quantize import quantize_checkpoint
+
+    type_ = DEFAULT_FORM if arguments.quant is None else arguments.quant
+    quant = QuantArgs(type=type_, group_size=arguments.group_size, head=arguments.quant_head)
+    calibration = None
+    if arguments.calibrate is not None:
+        from accessory.tools.calibration import calibrate
+
+        if quant.type != "int4":
+            raise ValueError(f"--calibrate guides the rounding of int4; {quant.type} has none to guide: leave it out")
+        calibration = calibrate(arguments.source, arguments.calibrate, group_size=quant.group_size)
+    report = quantize_checkpoint(arguments.source, arguments.destination, quant, calibration)
+    sys.stdout.write(f"{report}\nwrote {arguments.destination}\n")
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.report import describe
 
@@ -168,6 +193,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             mp_group=mp_group,
             dtype=arguments.dtype,
             device=arguments.device,
+            quant=quant_of_flags(arguments.quant, group_size=arguments.group_size, head=arguments.quant_head),
             expert_placement=arguments.expert_placement,
         )
         settings = {

@@ -3,7 +3,8 @@
     python benchmarks/inference.py              # shape 'mid', bfloat16, 2 threads
 
 transformers runs with each of its experts implementations; the best of them for each row is compared. Both sides
-take turns within every round, so that a noisy machine slows both, and ratios are of medians.
+take turns within every round, so that a noisy machine slows both, and ratios are of medians. The last table holds
+quantized weights against bfloat16, ours alone.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from machine import cpu_name
-from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
+from mid import ARGS, copy_weights, quantized_copy, transformers_mid, write_checkpoint
 from transformers import DynamicCache, MixtralForCausalLM
 
+from accessory.config import QUANT_FORMS, QuantArgs
 from accessory.kernels import native_variant
 from accessory.model.LLM.mistral import Transformer
 from accessory.parallel.state import ParallelState
@@ -55,6 +58,57 @@ def main() -> None:
             decode_row(ours, theirs, batch, arguments.rounds, arguments.decode_steps)
     if not arguments.skip_fresh:
         fresh_rows(ours, theirs)
+    del theirs
+    with torch.inference_mode():
+        quantized_rows(ours, arguments.rounds, arguments.decode_steps)
+
+
+def quantized_rows(plain: Transformer, rounds: int, steps: int) -> None:
+    """Each quantization beside bfloat16; they take turns within every round."""
+    models = {"bfloat16": plain}
+    models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in QUANT_FORMS}
+    prompt = torch.randint(3, ARGS.vocab_size, (PROMPT,))
+
+    def prefill(model: Transformer) -> None:
+        model.prefill(prompt, [PROMPT], [0], model.new_cache(1, PROMPT + 64))
+
+    rows = {f"prefill {PROMPT} tokens": {name: partial(prefill, model) for name, model in models.items()}}
+    for batch in (1, 8):
+        length = 128 + (rounds + 1) * steps
+        sides = {name: Decoding(model, batch, length) for name, model in models.items()}
+        rows[f"decode, batch {batch}"] = {name: side.run(steps) for name, side in sides.items()}
+    print(f"\n{'':26}" + "".join(f"{name:>20}" for name in models))
+    for label, sides in rows.items():
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for round_number in range(rounds + 1):
+            for name, run in sides.items():
+                elapsed = seconds(run)
+                if round_number:
+                    times[name].append(elapsed / (steps if label.startswith("decode") else 1))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        cells = (f"{own * 1e3:.1f} ms ({own / medians['bfloat16']:.2f})" for own in medians.values())
+        print(f"{label:26}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+
+
+class Decoding:
+    """A batch of prompts that has been read, and goes on token by token."""
+
+    def __init__(self, model: Transformer, batch: int, length: int) -> None:
+        self.model, self.slots = model, list(range(batch))
+        self.active = torch.ones(batch, dtype=torch.bool)
+        self.cache = model.new_cache(batch, length)
+        prompt = torch.randint(3, ARGS.vocab_size, (batch * 128,))
+        self.tokens = model.prefill(prompt, [128] * batch, self.slots, self.cache).argmax(-1)
+
+    def run(self, steps: int) -> Callable[[], None]:
+        """What takes so many steps."""
+
+        def step() -> None:
+            for _ in range(steps):
+                self.tokens = self.model.decode(self.tokens, self.cache, self.active).argmax(-1)
+                self.cache.extend(self.slots, [1] * len(self.slots))
+
+        return step
 
 
 def prefill_row(ours: Transformer, theirs: MixtralForCausalLM, rounds: int) -> None:
@@ -72,18 +126,8 @@ def prefill_row(ours: Transformer, theirs: MixtralForCausalLM, rounds: int) -> N
 
 def decode_row(ours: Transformer, theirs: MixtralForCausalLM, batch: int, rounds: int, steps: int) -> None:
     prompt = torch.randint(3, ARGS.vocab_size, (batch, 128))
-    slots = list(range(batch))
-    active = torch.ones(batch, dtype=torch.bool)
-
-    cache = ours.new_cache(batch, 128 + (rounds + 1) * len(DECODE_IMPLEMENTATIONS) * steps)
-    logits = ours.prefill(prompt.flatten(), [128] * batch, slots, cache)
-    state = {"token": logits.argmax(-1)}
+    run_ours = Decoding(ours, batch, 128 + (rounds + 1) * len(DECODE_IMPLEMENTATIONS) * steps).run(steps)
     read = bytes_read(ours, batch)
-
-    def run_ours() -> None:
-        for _ in range(steps):
-            state["token"] = ours.decode(state["token"], cache, active).argmax(-1)
-            cache.extend(slots, [1] * batch)
 
     theirs.set_experts_implementation("eager")
     past = DynamicCache(config=theirs.config)

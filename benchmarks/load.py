@@ -1,4 +1,4 @@
-"""Peak private memory of loading the shape 'mid' (a 1.6 GB checkpoint), at mp 1 and 2.
+"""Peak private memory of loading the shape 'mid' (a 1.6 GB checkpoint), at mp 1 and 2, as it is and quantized.
 
     python benchmarks/load.py
 
@@ -6,6 +6,7 @@ Each rank is a process of its own that notes its RssAnon every few milliseconds 
 the pages of the mapped files, which are the kernel's to drop.
 """
 
+import itertools
 import multiprocessing
 import platform
 import sys
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 from machine import free_port, rss_anon
 
-ALLOWED_FACTOR, ALLOWED_EXTRA = 1.15, 400e6
+# Of a rank's weights, and bytes beside them: as they are stored, and quantized while they are read.
+ALLOWED = {None: (1.15, 400e6), "int8": (1.2, 1.5e9), "int4": (1.2, 1.5e9), "nf4": (1.2, 1.5e9)}
 
 
 def main() -> None:
@@ -34,27 +36,30 @@ def main() -> None:
         init_weights(model, seed=0)
         folder = write_checkpoint(Path(scratch) / "mid", model, files=4)
         del model
-        print(f"{'':8}{'own weights':>14}{'peak RssAnon':>14}{'allowed':>12}{'seconds':>9}")
+        print(f"{'':16}{'own weights':>14}{'peak RssAnon':>14}{'allowed':>12}{'seconds':>9}")
         failed = False
-        for size in (1, 2):
-            for rank, (own, peak, seconds) in enumerate(measure(folder, size)):
-                allowed = ALLOWED_FACTOR * own + ALLOWED_EXTRA
+        for quant, size in itertools.product(ALLOWED, (1, 2)):
+            for rank, (own, peak, seconds) in enumerate(measure(folder, size, quant)):
+                factor, extra = ALLOWED[quant]
+                allowed = factor * own + extra
                 failed |= peak > allowed
-                label = f"mp {size}.{rank}"
-                print(f"{label:8}{own / 1e6:>11,.0f} MB{peak / 1e6:>11,.0f} MB{allowed / 1e6:>9,.0f} MB{seconds:>9.1f}")
+                label = f"{quant or 'bf16'} mp {size}.{rank}"
+                print(
+                    f"{label:16}{own / 1e6:>11,.0f} MB{peak / 1e6:>11,.0f} MB{allowed / 1e6:>9,.0f} MB{seconds:>9.1f}"
+                )
     if failed:
         sys.exit("a rank used more private memory than allowed")
 
 
-def measure(folder: Path, size: int) -> list[tuple[int, int, float]]:
+def measure(folder: Path, size: int, quant: str | None) -> list[tuple[int, int, float]]:
     """(own bytes of weights, peak RssAnon in bytes, seconds) of every rank."""
     context = multiprocessing.get_context("spawn")
     port = free_port()
     with context.Pool(size) as pool:
-        return pool.starmap(load_on_rank, [(folder, rank, size, port) for rank in range(size)], chunksize=1)
+        return pool.starmap(load_on_rank, [(folder, rank, size, port, quant) for rank in range(size)], chunksize=1)
 
 
-def load_on_rank(folder: Path, rank: int, size: int, port: int) -> tuple[int, int, float]:
+def load_on_rank(folder: Path, rank: int, size: int, port: int, quant: str | None) -> tuple[int, int, float]:
     """Load and report; runs in a process of its own."""
     from accessory.model.meta import MetaModel
 
@@ -69,7 +74,8 @@ def load_on_rank(folder: Path, rank: int, size: int, port: int) -> tuple[int, in
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = MetaModel.from_pretrained(folder, mp_group=dist.group.WORLD, dtype=torch.bfloat16, device="cpu")
+    settings = {"mp_group": dist.group.WORLD, "dtype": torch.bfloat16, "device": "cpu", "quant": quant}
+    model = MetaModel.from_pretrained(folder, **settings)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()

@@ -12,6 +12,7 @@ import torch
 from ranks import RankPool
 
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
+from accessory.tools.tiny import TinyReport, make_tiny
 
 torch.set_num_threads(2)
 
@@ -49,6 +50,13 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(documentation_corpus(200_000), path, vocab_size=384)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyReport]:
+    """The tiny model's recipe cut short, as a release, and what it says of itself."""
+    folder = tmp_path_factory.mktemp("tiny") / "released"
+    return folder, make_tiny(folder, steps=150)
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from accessory.config import ModelArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
-from accessory.parallel.plan import Box, parameter_shapes
+from accessory.parallel.box import Box
+from accessory.parallel.plan import parameter_shapes
 from accessory.parallel.state import ParallelState
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.train.build import build_for_training

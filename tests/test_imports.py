@@ -22,7 +22,8 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config|log|errors|files|launch)"),
+    ("ground", r"accessory\.(config(\..*)?|log|errors|files|launch)"),
+    ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),
     ("checkpoint", r"accessory\.checkpoint(\..*)?"),
     ("generation", r"accessory\.generation(\..*)?"),
@@ -30,7 +31,6 @@ LAYERS: list[tuple[str, str]] = [
     ("data", r"accessory\.data(\..*)?"),
     ("metamodel", r"accessory\.model\.(meta|requests|scoring|pretrained)"),
     ("llm", r"accessory\.model\.LLM(\..*)?"),
-    ("quant", r"accessory\.quant(\..*)?"),
     ("blocks", r"accessory\.model(\..*)?"),
     ("tools", r"accessory\.tools(\..*)?"),
     ("train", r"accessory\.train(\..*)?"),
@@ -42,12 +42,12 @@ BELOW: dict[str, set[str]] = {
     "package": set(),
     "kernels": set(),
     "ground": set(),
-    "parallel": {"kernels", "ground"},
-    "checkpoint": {"ground", "parallel"},
+    "quant": {"kernels", "ground"},
+    "parallel": {"kernels", "ground", "quant"},
+    "checkpoint": {"ground", "quant", "parallel"},
     "generation": {"ground", "parallel"},  # what a Transformer promises, but no class of the model
     "tokenizer": {"ground"},
     "data": {"ground", "tokenizer"},
-    "quant": {"kernels", "ground", "parallel"},
     "blocks": {"kernels", "ground", "parallel", "quant"},
     "llm": {"ground", "parallel", "quant", "blocks"},
     "metamodel": {"ground", "parallel", "checkpoint", "generation", "tokenizer", "quant", "blocks", "llm"},
@@ -76,7 +76,7 @@ def imports_of(module: str, source: str) -> Iterator[tuple[int, str]]:
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                # `from accessory.parallel import plan` imports a module, `from ...plan import Box` does not.
+                # `from accessory.parallel import plan` imports a module, `from ...plan import Split` does not.
                 name = f"{origin}.{alias.name}"
                 yield node.lineno, name if name in MODULES else origin
 

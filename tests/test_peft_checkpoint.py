@@ -18,7 +18,8 @@ from accessory.checkpoint.convert import split
 from accessory.checkpoint.report import describe
 from accessory.config import ModelArgs
 from accessory.model.meta import MetaModel
-from accessory.parallel.plan import Box, is_adapter, local_box, parameter_shapes
+from accessory.parallel.box import Box
+from accessory.parallel.plan import is_adapter, local_box, parameter_shapes
 
 Pools = Callable[[int], RankPool]
 CONFIG = small_config(dim=32, hidden_dim=16)

@@ -114,10 +114,16 @@ class Found(NamedTuple):
 def gradients_on_rank(
     folders: list[Path], mp_size: int, placement: str, data_parallel: Any, policy: Any, batch: Batch
 ) -> Found:
+    return gradients_of(Pretrained.resolve(folders, max_seq_len=64), mp_size, placement, data_parallel, policy, batch)
+
+
+def gradients_of(
+    pretrained: Pretrained, mp_size: int, placement: str, data_parallel: Any, policy: Any, batch: Batch
+) -> Found:
     """Gradients of every parameter that trains, whole; each data-parallel rank has its share of the rows."""
     state = ParallelState.init(mp_size, "cpu")
     llma = build_for_training(
-        Pretrained.resolve(folders, max_seq_len=64),
+        pretrained,
         state,
         device_mesh(state),
         data_parallel=data_parallel,

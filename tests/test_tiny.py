@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +11,7 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.model.meta import MetaModel
 from accessory.model.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus
-from accessory.tools.tiny import HELD_BACK, LEAST_SHARE, TinyReport, make_tiny, random_windows, token_stream
-
-STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyReport]:
-    folder = tmp_path_factory.mktemp("tiny") / "released"
-    return folder, make_tiny(folder, steps=STEPS)
+from accessory.tools.tiny import HELD_BACK, LEAST_SHARE, make_tiny, random_windows, token_stream
 
 
 def unigram_loss(tokenizer: Tokenizer) -> float:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from accessory.config import ModelArgs
-from accessory.parallel.plan import Box, local_box, parameter_shapes
+from accessory.parallel.box import Box
+from accessory.parallel.plan import cut_groups, local_box, matrix_of, parameter_shapes
 
 PREFIX = "llma."
 
@@ -87,7 +88,10 @@ def obstacles_to_files(args: ModelArgs, files: int, *, sparse: bool) -> list[str
     counts = [("dim", args.dim), ("vocab_size", args.vocab_size), ("n_heads", args.n_heads)]
     counts += [("n_kv_heads", args.n_kv_heads)]
     counts += [("hidden_dim", args.hidden_dim)] if sparse else [("moe.num_experts", args.moe.num_experts)]
-    return [f"{label} {count} is not a multiple of {files}" for label, count in counts if count % files]
+    found = [f"{label} {count} is not a multiple of {files}" for label, count in counts if count % files]
+    if not found and args.quant is not None:
+        found += cut_groups(args, "tensor" if sparse else "expert", files)
+    return found
 
 
 def is_sparse(keys: Iterable[str], *, file: int, files: int, args: ModelArgs) -> bool:
@@ -111,15 +115,17 @@ _ENDINGS = {"": "weight", "lora_a": "lora_a.weight", "lora_b": "lora_b.weight", 
 
 def _single_experts(name: str, file: int, box: Box) -> Iterator[Source]:
     """The per-expert tensors that make up a rank's part of a stacked parameter."""
-    experts, _, stacked = name.rpartition(".")
+    whole, tensor = matrix_of(name)
+    experts, _, stacked = whole.rpartition(".")
     matrix, _, adapter = stacked.partition("_")
+    ending = f"{_ENDINGS[adapter]}.{tensor}" if tensor else _ENDINGS[adapter]
     matrices = (("w1", 0), ("w3", 1)) if matrix == "w13" else (("w2", None),)
     for expert in range(box.start[0], box.start[0] + box.size[0]):
         for single, half in matrices:
             middle = () if half is None else (half,)
             axes = 1 + len(middle)
             part = Box((expert, *middle, *box.start[axes:]), (*(1,) * axes, *box.size[axes:]))
-            key = f"{experts}.{expert}.{single}.{_ENDINGS[adapter]}"
+            key = f"{experts}.{expert}.{single}.{ending}"
             yield Source(name, file, key, box.size[axes:], part, _leading_axes(axes))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from accessory.config import ModelArgs, read_json
+from accessory.config import ModelArgs, QuantArgs, quant_from_dict, read_json
 from accessory.errors import CheckpointError
 
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
@@ -107,6 +107,18 @@ class Manifest:
             )
         files = [self.config] if llama_config is None and self.config is not None else list(llama_config or ())
         return ModelArgs.load(files, llama_type or self.llama_type)
+
+    def load_quant(self) -> QuantArgs | None:
+        """How the folder's matrices are quantized, as its config says; None: they are not.
+
+        Raises:
+            ValueError: it is unusable; names the file.
+        """
+        values = {} if self.config is None else read_json(self.config)
+        try:
+            return None if values.get("quant") is None else quant_from_dict(values["quant"])
+        except ValueError as error:
+            raise ValueError(f"{self.config}: {error}") from None
 
 
 def _complete(folder: Path, matches: list[re.Match[str]], form: str) -> tuple[Path, ...]:

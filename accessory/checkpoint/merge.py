@@ -19,7 +19,8 @@ from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
-from accessory.parallel.plan import Box, parameter_shapes
+from accessory.parallel.box import Box
+from accessory.parallel.plan import parameter_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,11 @@ def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: M
     if args.peft is None:
         raise ValueError(
             f"{adapter.folder} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r}"
+        )
+    if base_args.quant is not None:
+        raise ValueError(
+            f"{base.folder} is quantized ({base_args.quant.type}), and rounding would lose much of the adapter: merge "
+            "into the weights that it was made of, then quantize the result"
         )
     if base_args.peft is not None and base_args.peft.lora_rank > 0:
         raise ValueError(f"{base.folder} has LoRA of its own: merge it into its own base first")

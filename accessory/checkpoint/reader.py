@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to
 from accessory.checkpoint.manifest import Manifest
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, first_line
-from accessory.parallel.plan import Box, is_adapter, trains
-from accessory.parallel.state import ParallelState
+from accessory.parallel.plan import is_adapter, trains
+from accessory.quant import TENSOR_DTYPES
 
 # How torch.save began a file before it wrote zip archives: its magic number, pickled.
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -102,21 +102,24 @@ class Checkpoint:
         unexpected = [key for key in tensors if key not in expected]
         if unexpected:
             raise CheckpointError(
-                f"{path} holds {_some(unexpected)} that the model does not have: "
+                f"{path} holds {some(unexpected)} that the model does not have: "
                 "the config is of another model, or the file of another run"
             )
         if missing and not partial:
             if self.is_adapter:
                 raise CheckpointError(f"{path} holds an adapter alone: give the folder of its base before it")
-            raise CheckpointError(f"{path} lacks {_some(missing)}: copy it again, or check the config")
+            raise CheckpointError(f"{path} lacks {some(missing)}: copy it again, or check the config")
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
                 raise CheckpointError(
                     f"{path}: {key} has shape {tuple(tensor.shape)}, config and tokenizer ask for {expected[key]} "
                     f"in each of {len(self.by_file)} shards: check the config, or copy the shards of one run"
                 )
-            if not tensor.is_floating_point():
+            wanted = TENSOR_DTYPES.get(key.rpartition(".")[2])
+            if wanted is None and not tensor.is_floating_point():
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
+            if wanted not in (None, tensor.dtype):
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}, not {wanted}: copy it again")
         return tensors
 
     def held(self) -> set[str]:
@@ -163,82 +166,7 @@ class Checkpoint:
                 )
 
 
-def load_parameters(
-    parameters: Mapping[str, Tensor],
-    boxes: Mapping[str, Box],
-    manifests: Sequence[Manifest],
-    args: ModelArgs,
-    state: ParallelState,
-) -> list[str]:
-    """Fill a rank's parameters from checkpoint folders; later folders overlay earlier ones.
-
-    Args:
-        parameters: local tensors by name, filled in place (converted to their dtype and device).
-        boxes: the part of each whole parameter that the local tensor holds; may be empty.
-
-    Returns:
-        Names of the adapters that no folder holds: they are to begin untrained. The same on every rank.
-
-    Raises:
-        CheckpointError: a file or tensor that does not fit, or a parameter that no folder fills.
-    """
-    filled: dict[str, int] = dict.fromkeys(boxes, 0)
-    adapters = {name for name in boxes if is_adapter(name)}
-    absent = set(adapters)
-    for manifest in manifests:
-        # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
-        first = state.mp_rank * len(manifest.shards) // state.mp_size
-        checkpoint = Checkpoint.open(manifest, args, probe=first)
-        partial = len(manifests) > 1
-        if partial or adapters:
-            checkpoint.check_pieces()
-        here = dict(boxes)
-        if adapters:
-            held = checkpoint.held()
-            absent -= held
-            here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
-        copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
-        filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
-    short = [name for name, count in filled.items() if count < boxes[name].numel and name not in absent]
-    if short:
-        folders = ", ".join(str(manifest.folder) for manifest in manifests)
-        raise CheckpointError(f"{folders}: nothing there fills {_some(short)}")
-    return [name for name in boxes if name in absent]
-
-
-def _load_folder(
-    checkpoint: Checkpoint,
-    parameters: Mapping[str, Tensor],
-    boxes: Mapping[str, Box],
-    *,
-    first: int,
-    partial: bool,
-) -> dict[str, int]:
-    """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
-    files = len(checkpoint.by_file)
-    copied: dict[str, int] = {}
-    for file in [*range(first, files), *range(first)]:
-        wanted = [
-            (source, common)
-            for source in checkpoint.by_file[file]
-            if source.parameter in boxes
-            and (common := boxes[source.parameter].intersect(source.box))
-            and copied.get(source.parameter, 0) < boxes[source.parameter].numel
-        ]
-        if not wanted:
-            continue
-        tensors = checkpoint.read_file(file, partial=partial)
-        for source, common in wanted:
-            tensor = tensors.get(source.key)
-            if tensor is None:
-                continue
-            target = parameters[source.parameter][common.within(boxes[source.parameter])]
-            target.copy_(source.view(tensor)[common.within(source.box)])
-            copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
-    return copied
-
-
-def _some(keys: Iterable[str], limit: int = 3) -> str:
+def some(keys: Iterable[str], limit: int = 3) -> str:
     keys = list(keys)
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"

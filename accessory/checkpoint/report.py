@@ -11,7 +11,8 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
-from accessory.parallel.plan import is_adapter, local_box, parameter_shapes, resolve_placement
+from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes, resolve_placement
+from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
 
@@ -35,9 +36,9 @@ def describe(
     dtypes: set[torch.dtype] = set()
     for file, path in enumerate(manifest.shards):
         tensors = checkpoint.read_file(file, partial=adapter_alone)
-        dtypes |= {tensor.dtype for tensor in tensors.values()}
+        dtypes |= {tensor.dtype for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
         for key, tensor in tensors.items() if check_values else ():
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum()) if tensor.is_floating_point() else 0
             if bad:
                 raise CheckpointError(
                     f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "
@@ -49,6 +50,10 @@ def describe(
     yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
     yield f"shards      {len(manifest.shards)}, {_bytes(size)} in all"
     yield from _sizes(args)
+    if args.quant is not None:
+        groups = f", groups of {args.quant.group_size}" if args.quant.type == "int4" else ""
+        head = " and output head" if args.quant.head else ""
+        yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
     yield from _adapters(args, alone=adapter_alone)
     yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     itemsize = max(dtype.itemsize for dtype in dtypes)
@@ -61,7 +66,7 @@ def describe(
 
 def _sizes(args: ModelArgs) -> Iterator[str]:
     total = active = 0
-    for name, shape in parameter_shapes(args):
+    for name, shape in parameter_shapes(args.replace(quant=None)):
         count = math.prod(shape)
         total += count
         share = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1
@@ -92,11 +97,16 @@ def _per_rank(args: ModelArgs, ranks: int, itemsize: int) -> str:
         placement = resolve_placement(args, "auto", ranks)
     except ValueError:
         return "not possible (sizes do not divide)"
-    count = sum(
-        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel
+    size = sum(
+        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * _itemsize(name, itemsize)
         for name, shape in parameter_shapes(args)
     )
-    return f'{_bytes(count * itemsize)} for each rank (expert_placement "{placement}")'
+    return f'{_bytes(size)} for each rank (expert_placement "{placement}")'
+
+
+def _itemsize(name: str, plain: int) -> int:
+    tensor = matrix_of(name)[1]
+    return TENSOR_DTYPES[tensor].itemsize if tensor else plain
 
 
 def _remarks(manifest: Manifest) -> Iterator[str]:

@@ -7,7 +7,7 @@ from accessory.checkpoint.formats import Source
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
-from accessory.parallel.plan import Box
+from accessory.parallel.box import Box
 
 
 class StoredWeights:
@@ -15,6 +15,7 @@ class StoredWeights:
 
     Attributes:
         held: names of the parameters that the folder holds.
+        folder: its path.
     """
 
     def __init__(self, manifest: Manifest, args: ModelArgs, *, partial: bool = False) -> None:
@@ -35,11 +36,17 @@ class StoredWeights:
                 if source.key in self._files[source.file]:
                     self._sources.setdefault(source.parameter, []).append(source)
         self.held = frozenset(self._sources)
+        self.folder = manifest.folder
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a parameter that the folder holds."""
         first = self._sources[name][0]
         return self._files[first.file][first.key].dtype
+
+    def holds(self, name: str, box: Box) -> bool:
+        """Whether the folder holds this part of a parameter, whole."""
+        found = (box.intersect(source.box) for source in self._sources.get(name, ()))
+        return sum(common.numel for common in found if common) >= box.numel
 
     def read(self, name: str, box: Box) -> Tensor:
         """A part of a parameter that the folder holds, in its stored dtype."""

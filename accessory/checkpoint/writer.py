@@ -13,7 +13,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 
 from accessory.checkpoint.formats import Source
 from accessory.files import replacing
-from accessory.parallel.plan import Box
+from accessory.parallel.box import Box
 
 
 def create_shard(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

@@ -2,13 +2,22 @@
 
 from .linear import FEW_TOKENS, few_token_linear, gathered_linear, gathered_linear_reference, gathering_pays
 from .native import native_available, native_variant
+from .quantized import plain_values, quantized_linear_reference, round_activations
+from .quantized_ops import dequantize, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
 
 __all__ = [
     "FEW_TOKENS",
+    "dequantize",
     "few_token_linear",
     "gathered_linear",
     "gathered_linear_reference",
+    "gathered_quantized_linear",
     "gathering_pays",
+    "grouped_quantized_linear",
     "native_available",
     "native_variant",
+    "plain_values",
+    "quantized_linear",
+    "quantized_linear_reference",
+    "round_activations",
 ]

@@ -1,27 +1,13 @@
 // The few-token product of decoding on CPU: y[p, r] = sum_d x[p, d] * w[e(p), r, d], summed in float32.
 //
-// It is bound by reading the weights. So tokens are grouped by expert, each needed row is read from memory
-// once for all tokens of its expert, and each thread walks through its share of the rows as one sequential stream
-// (reading several rows at once measured 1.6-3 times slower: short rows break the prefetcher's streams).
-//
 // A plain C interface, loaded with ctypes (native.py): no torch or Python headers. row_dot.h is compiled once
 // per variant and the caller names the variant, so the one library runs on every CPU of its architecture.
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#define INLINE inline __attribute__((always_inline))
+#include "schedule.h"
 
 namespace {
-
-constexpr int BLOCK = 128;            // weights per step of a row; staged tokens are padded to a multiple
-constexpr int AHEAD = 2048;           // bytes between the weights in use and those being fetched
-constexpr int MAX_TOKENS = 4;         // of one pass over a row, in any variant
-constexpr int ROW_BLOCK = 128 << 10;  // bytes of rows that all tokens pass over before the next rows
 
 struct Variant {
     using RowDot = void (*)(const char* w, const char* const* x, int n, int64_t d, int64_t ahead, float* y);
@@ -33,123 +19,20 @@ struct Variant {
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_X86_VARIANTS 1
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace {
-namespace avx2 {
-#define VL 32
-#define TOKENS 2
-#define DPBF16 0
-#include "row_dot.h"
-}  // namespace avx2
-}  // namespace
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma")
-namespace {
-namespace avx512 {
-#define VL 64
-#define TOKENS 4
-#define DPBF16 0
-#include "row_dot.h"
-}  // namespace avx512
-}  // namespace
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
-namespace {
-namespace avx512_bf16 {
-#define VL 64
-#define TOKENS 4
-#define DPBF16 1
-#include "row_dot.h"
-}  // namespace avx512_bf16
-}  // namespace
-#pragma GCC pop_options
-#endif
+#define ROW_HEADER "row_dot.h"
+#include "variants.h"
 
 namespace {
-
-namespace portable {
-#define VL 16
-#define TOKENS 2
-#define DPBF16 0
-#include "row_dot.h"
-}  // namespace portable
-
-const Variant* find_variant(const char* name) {
-#ifdef HAS_X86_VARIANTS
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (!strcmp(name, "avx512_bf16"))
-        return has_avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::variant : nullptr;
-    if (!strcmp(name, "avx512")) return has_avx512 ? &avx512::variant : nullptr;
-    if (!strcmp(name, "avx2")) return has_avx2 ? &avx2::variant : nullptr;
-#endif
-    return strcmp(name, "portable") ? nullptr : &portable::variant;
-}
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if (value != value) return (bits >> 16) | 0x40;  // a NaN must not round to infinity
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// The tokens of one expert: places [first, first + n) of the order below, and where their work begins.
-struct Group {
-    int64_t expert, first, n, cost_before;
-    int64_t row_cost() const { return 8 + n; }  // reading a row costs about as much as 8 tokens' arithmetic
-};
 
 struct Product {
     const Variant& variant;
     bool bf16;
     const char *x, *w;
     char* y;
-    int64_t tokens, rows, depth, expert_stride, row_stride;  // strides in elements
-    std::vector<int64_t> order;                              // tokens by expert, those without one left out
-    std::vector<Group> groups;
-    int64_t cost = 0;
+    int64_t rows, depth, expert_stride, row_stride;  // strides in elements
+    const Schedule& schedule;
 
     int width() const { return bf16 ? 2 : 4; }
-
-    void group(const int64_t* expert) {
-        for (int64_t p = 0; p < tokens; p++)
-            if (!expert || expert[p] >= 0) order.push_back(p);
-        if (expert)
-            std::stable_sort(order.begin(), order.end(),
-                             [=](int64_t a, int64_t b) { return expert[a] < expert[b]; });
-        for (int64_t i = 0; i < (int64_t)order.size(); i++) {
-            const int64_t e = expert ? expert[order[i]] : 0;
-            if (groups.empty() || groups.back().expert != e) groups.push_back({e, i, 0, 0});
-            groups.back().n++;
-        }
-        for (Group& g : groups) {
-            g.cost_before = cost;
-            cost += rows * g.row_cost();
-        }
-    }
-
-    // The share [from, to) of all work, as rows of one expert after another.
-    void run(int64_t from, int64_t to, const char* const* staged) const {
-        const int64_t block = std::max<int64_t>(1, ROW_BLOCK / std::max<int64_t>(row_stride * width(), 1));
-        for (const Group& g : groups) {
-            const auto row_at = [&](int64_t c) {
-                return std::clamp<int64_t>((c - g.cost_before + g.row_cost() - 1) / g.row_cost(), 0, rows);
-            };
-            const int64_t end = to <= g.cost_before ? 0 : row_at(to);
-            for (int64_t r = from <= g.cost_before ? 0 : row_at(from); r < end; r += block)
-                run_rows(g, r, std::min(end, r + block), staged);
-        }
-    }
 
     // Tokens a few at a time, so that they stay in the first cache while a block of rows goes by.
     void run_rows(const Group& g, int64_t begin, int64_t end, const char* const* staged) const {
@@ -161,25 +44,18 @@ struct Product {
             for (int64_t r = begin; r < end; r++) {
                 const char* row = w + width() * (g.expert * expert_stride + r * row_stride);
                 row_dot(row, staged + g.first + first, n, depth, ahead, sums);
-                for (int i = 0; i < n; i++) store(order[g.first + first + i] * rows + r, sums[i]);
+                for (int i = 0; i < n; i++) store(y, bf16, schedule.order[g.first + first + i] * rows + r, sums[i]);
             }
         }
-    }
-
-    void store(int64_t place, float sum) const {
-        if (bf16)
-            ((uint16_t*)y)[place] = to_bf16(sum);
-        else
-            ((float*)y)[place] = sum;
     }
 
     void compute(int threads) const {
         const int64_t padded = (depth + BLOCK - 1) / BLOCK * BLOCK;
         const int64_t token_bytes = padded * (bf16 ? variant.staged_bytes : 4);
-        std::vector<char> room(order.size() * token_bytes);
+        std::vector<char> room(schedule.order.size() * token_bytes);
         std::vector<const char*> staged;
         // By this thread alone: a barrier before the rows costs more, where cores are shared a whole time slice.
-        for (const int64_t p : order) {
+        for (const int64_t p : schedule.order) {
             char* to = room.data() + staged.size() * token_bytes;
             const char* from = x + p * depth * width();
             if (bf16)
@@ -188,18 +64,18 @@ struct Product {
                 memcpy(to, from, 4 * depth);
             staged.push_back(to);
         }
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-            run(cost * t / team, cost * (t + 1) / team, staged.data());
-        }
+        const auto rows_done = [&](const Group& g, int64_t begin, int64_t end) {
+            run_rows(g, begin, end, staged.data());
+        };
+#pragma omp parallel num_threads(schedule.threads(depth* width(), threads))
+        schedule.share(omp_get_thread_num(), omp_get_num_threads(), row_stride * width(), rows_done);
     }
 };
 
 }  // namespace
 
-// Raised whenever the functions below change: native.py refuses a library of another number.
-extern "C" int accessory_kernels_abi() { return 2; }
+// Raised whenever a function of this library changes: native.py refuses a library of another number.
+extern "C" int accessory_kernels_abi() { return 3; }
 
 // 1 where this library has the variant and this CPU can run it.
 extern "C" int accessory_has_variant(const char* name) { return find_variant(name) != nullptr; }
@@ -213,15 +89,11 @@ extern "C" int64_t accessory_gathered_linear(const char* variant_name, int bf16,
                                              int64_t row_stride, int threads) {
     const Variant* variant = find_variant(variant_name);
     if (!variant) return -1;
-    Product product{*variant,      bf16 != 0, (const char*)x, (const char*)w, (char*)y, tokens, rows, depth,
-                    expert_stride, row_stride, {}, {}};
-    for (int64_t p = 0; expert && p < tokens; p++) {
-        if (expert[p] >= experts) return 1 + p;
-        if (expert[p] < 0) memset((char*)y + p * rows * product.width(), 0, rows * product.width());
-    }
-    product.group(expert);
-    // Waking a team costs microseconds, as much as one thread needs to read 32 KB.
-    const int64_t bytes = (int64_t)product.groups.size() * rows * depth * product.width();
-    if (!product.groups.empty()) product.compute(bytes < 32768 ? 1 : threads);
+    const int64_t bad = check_experts(expert, tokens, experts, (char*)y, rows * (bf16 ? 2 : 4));
+    if (bad) return bad;
+    const Schedule schedule(expert, tokens, rows);
+    const Product product{*variant, bf16 != 0, (const char*)x, (const char*)w, (char*)y,
+                          rows,     depth,     expert_stride,  row_stride,     schedule};
+    if (!schedule.groups.empty()) product.compute(threads);
     return 0;
 }

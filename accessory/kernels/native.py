@@ -1,8 +1,8 @@
-"""Loading of the native library, and its one product.
+"""Loading of the native library, and its product with plain weights.
 
-setup.py builds the library (native.cpp) where there is a C++ compiler. It holds several variants of its inner
-loop, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides that,
-for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
+setup.py builds the library (native.cpp, quantized.cpp) where there is a C++ compiler. It holds several variants of
+its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
+that, for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
 PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import.
 """
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 2  # of native.cpp
+_ABI = 3  # of native.cpp
 _ADVICE = "Decoding on CPU uses PyTorch's slower products; a C++ compiler and a reinstall gives speed."
 
 
@@ -63,9 +63,7 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
 
     The caller has checked shapes and dtypes, and that the last axis of w has unit stride.
     """
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the native library does not serve: {reason}")
+    library = native_library()
     x_PD = x_PD.contiguous()
     expert_P = None if expert_P is None else expert_P.contiguous()
     pairs, (experts, rows, depth) = x_PD.shape[0], w_ERD.shape
@@ -85,12 +83,25 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
         w_ERD.stride(1),
         torch.get_num_threads(),
     )
+    check_outcome(outcome, expert_P, experts)
+    return y_PR
+
+
+def native_library() -> ctypes.CDLL:
+    """The library itself; RuntimeError where it does not serve."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the native library does not serve: {reason}")
+    return library
+
+
+def check_outcome(outcome: int, expert_P: Tensor | None, experts: int) -> None:
+    """Raise what a native product returned: 0, or 1 + the first bad place in expert_P, or -1."""
     if outcome > 0 and expert_P is not None:
         bad = int(expert_P[outcome - 1])
-        raise IndexError(f"expert_P holds {bad}, but w_ERD has {experts} experts")
+        raise IndexError(f"expert_P holds {bad}, but the weight has {experts} experts")
     if outcome != 0:
-        raise RuntimeError(f"this CPU does not run the kernels' variant {variant or native_variant()}")
-    return y_PR
+        raise RuntimeError("this CPU does not run that variant of the kernels, or it lacks the product")
 
 
 @functools.cache

@@ -1,34 +1,9 @@
-// The product of one weight row with the tokens of its expert, in float32.
-//
-// native.cpp includes this file once per variant, in a namespace and under that variant's target, having set
-//   VL      bytes of a vector register
-//   TOKENS  tokens that share one pass over the row (their 4 accumulators each must fit the registers)
-//   DPBF16  1 where the bf16 dot-product instruction may be used
-// Hence no include guard, and no use of std:: here: a template of the standard library that is instantiated
-// under a wide target could be the copy that the linker keeps for everyone.
+// The product of one weight row with the tokens of its expert, in float32; included once per variant (variants.h).
 //
 // Every token has the same 4 accumulators, filled in the same order, whatever TOKENS or its neighbours are:
 // its result does not depend on the batch.
 
-typedef float vf __attribute__((vector_size(VL)));
-typedef uint32_t vu __attribute__((vector_size(VL)));
-typedef float v4 __attribute__((vector_size(16)));
-
-constexpr int LANES = VL / 4;
-
-template <class V> INLINE V load(const void* from) {
-    V v;
-    __builtin_memcpy(&v, from, sizeof(V));
-    return v;
-}
-
-INLINE float lane_sum(vf v) {
-    float lanes[LANES];
-    __builtin_memcpy(lanes, &v, sizeof v);
-    v4 s = load<v4>(lanes);
-    for (int i = 4; i < LANES; i += 4) s += load<v4>(lanes + i);
-    return (s[0] + s[2]) + (s[1] + s[3]);
-}
+#include "vectors.h"
 
 // Accumulators as named members: GCC keeps an indexed array of them in memory.
 struct Sums {
@@ -56,7 +31,7 @@ template <int N> INLINE void block_f32(Sums* s, const char* w, const char* const
 
 // ---- bf16 -----------------------------------------------------------------------------------------------
 
-#if DPBF16
+#if DOTS
 INLINE vf dp(vf sum, vu w, const void* x) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)load<vu>(x));
 }
@@ -132,7 +107,7 @@ void row_dot(const char* w, const char* const* x, int n, int64_t d, int64_t ahea
 
 // Lays one bf16 token out as block_bf16 reads it; `to` has room for d rounded up to BLOCK, all zeros.
 void stage_bf16(const uint16_t* x, int64_t d, char* to) {
-#if DPBF16
+#if DOTS
     __builtin_memcpy(to, x, 2 * d);
 #else
     for (int64_t at = 0; at < d; at += 2 * LANES) {
@@ -145,8 +120,4 @@ void stage_bf16(const uint16_t* x, int64_t d, char* to) {
 #endif
 }
 
-const Variant variant = {row_dot<true>, row_dot<false>, stage_bf16, DPBF16 ? 2 : 4, TOKENS};
-
-#undef VL
-#undef TOKENS
-#undef DPBF16
+const Variant variant = {row_dot<true>, row_dot<false>, stage_bf16, DOTS ? 2 : 4, TOKENS};

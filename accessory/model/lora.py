@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.config import ModelArgs, PeftArgs
-from accessory.model.expert_products import gated, pair_rows, weighted_sum
 from accessory.model.moe import Experts
-from accessory.model.pair_products import TrainedPairs, Way
+from accessory.model.pair_products import Way
+from accessory.parallel.box import Box
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
 from accessory.parallel.ops import copy_to_region, local
-from accessory.parallel.plan import Box, Placement, parameter_shapes
+from accessory.parallel.plan import Placement, parameter_shapes
 from accessory.parallel.state import ParallelState, Place
+from accessory.quant import QuantizedParameter
 
 _INITIAL_STD = 0.02
 
@@ -41,7 +42,7 @@ class _LowRank(nn.Module):
 class _AdaptedLinear(nn.Module):
     """A linear layer's adapters."""
 
-    weight: nn.Parameter
+    weight: nn.Parameter | QuantizedParameter
     peft: PeftArgs
     region: dist.ProcessGroup | None
     updated: bool
@@ -136,9 +137,7 @@ class AdaptedExperts(Experts):
             layer.w2_bias = place.parameter(experts, dim)
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
-        way = TrainedPairs(ends_E)
-        both_PO = self.first(pair_rows(x_TD, order_P, weights_TK.shape[1]), way)
-        return weighted_sum(self.second(gated(both_PO), way), weights_TK, order_P)
+        return self._trained_apart(x_TD, weights_TK, order_P, ends_E)
 
     def first(self, x_PD: Tensor, way: Way) -> Tensor:
         both_PO = super().first(x_PD, way)

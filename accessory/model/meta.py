@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.config import QuantArgs
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
 from accessory.model.balance import RouterStats, TrainingLosses, not_padding, router_losses
@@ -52,7 +53,7 @@ class MetaModel(nn.Module):
         mp_group: dist.ProcessGroup | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        quant: bool | str = False,
+        quant: bool | str | QuantArgs | None = None,
         expert_placement: str = "auto",
     ) -> Self:
         """Load a checkpoint onto the ranks of ``mp_group``, each reading only the slices that it owns.
@@ -67,7 +68,8 @@ class MetaModel(nn.Module):
             dtype: torch dtype, or "bf16", "fp16", "fp32", or "auto" for the dtype on disk. None: bfloat16, or
                 float32 on a CPU without native bfloat16 products.
             device: None: the current GPU if there is one, else the CPU.
-            quant: must be False: weights are not quantized yet.
+            quant: "int8", "int4" or "nf4" (True) quantizes the matrices of attention and experts while they are
+                read; a QuantArgs says more. None (False): as the checkpoint is.
             expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each),
                 or "auto".
 
@@ -78,7 +80,8 @@ class MetaModel(nn.Module):
         members = ParallelState.from_group(mp_group)
 
         def settle() -> tuple[ParallelState, Pretrained, torch.dtype]:
-            _refuse_unsupported(with_visual=with_visual, quant=quant)
+            if with_visual:
+                raise ValueError("with_visual=True: Mixtral has no image encoder; leave it False")
             state = replace(members, device=pick_device(device, mp_group))
             found = Pretrained.resolve(
                 pretrained_path,
@@ -86,6 +89,7 @@ class MetaModel(nn.Module):
                 llama_config=llama_config,
                 tokenizer_path=tokenizer_path,
                 max_seq_len=max_seq_len,
+                quant=QuantArgs.of(quant),
             )
             resolve_placement(found.args, expert_placement, state.mp_size)
             return state, found, settle_dtype(dtype, found.stored_dtype, state)
@@ -242,10 +246,3 @@ class MetaModel(nn.Module):
             scored=True,
         )
         return evaluate(score_tokens(self.llma, tokens), tokens, context_lengths)
-
-
-def _refuse_unsupported(*, with_visual: bool, quant: bool | str) -> None:
-    if with_visual:
-        raise ValueError("with_visual=True: Mixtral has no image encoder; leave it False")
-    if quant:
-        raise ValueError(f"quant={quant!r}: weights cannot be quantized yet; leave it False")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.kernels import gathering_pays
 from accessory.model.balance import RouterStats
-from accessory.model.expert_products import experts_product
-from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
+from accessory.model.expert_products import experts_product, gated, pair_rows, weighted_sum
+from accessory.model.pair_products import GatheredPairs, GroupedPairs, TrainedPairs, Way
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -76,8 +76,8 @@ class Experts(nn.Module):
         self.count = experts
         self.first_expert = experts * state.mp_rank if placement == "expert" else 0
         self.owns_all = experts == args.moe.num_experts
-        self.w13 = place.parameter(experts, 2, hidden, args.dim)
-        self.w2 = place.parameter(experts, args.dim, hidden)
+        self.w13 = place.matrix(experts, 2, hidden, args.dim)
+        self.w2 = place.matrix(experts, args.dim, hidden)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, skips: bool) -> Tensor:
         """Weighted sum of this rank's share of the chosen experts' outputs; (T, D) in float32.
@@ -99,7 +99,16 @@ class Experts(nn.Module):
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
         """`forward` with gradients, for pairs that are sorted by expert."""
-        return experts_product(x_TD, weights_TK, local(self.w13), local(self.w2), order_P, ends_E)
+        w13, w2 = local(self.w13), local(self.w2)
+        if isinstance(w13, Tensor) and isinstance(w2, Tensor):
+            return experts_product(x_TD, weights_TK, w13, w2, order_P, ends_E)
+        return self._trained_apart(x_TD, weights_TK, order_P, ends_E)
+
+    def _trained_apart(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
+        """The same through products with gradients of their own, around which more may be computed."""
+        way = TrainedPairs(ends_E)
+        both_PO = self.first(pair_rows(x_TD, order_P, weights_TK.shape[1]), way)
+        return weighted_sum(self.second(gated(both_PO), way), weights_TK, order_P)
 
     def first(self, x_PD: Tensor, way: Way) -> Tensor:
         """What w1 and w3 make of each pair, side by side; (P, 2 F)."""

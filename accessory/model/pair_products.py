@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels import gathered_linear
 from accessory.model.expert_products import differentiable_product
+from accessory.quant import QuantizedWeight, gathered_linear, grouped_linear
 
 
 class Way(Protocol):
     """How the pairs of one layer find their experts' weights."""
 
-    def product(self, x_PD: Tensor, weight_EOD: Tensor) -> Tensor:
+    def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
         """Each pair's row times its expert's matrix transposed; (P, O)."""
         ...
 
@@ -37,7 +37,7 @@ class GatheredPairs:
     def __init__(self, experts_P: Tensor) -> None:
         self.experts_P = experts_P
 
-    def product(self, x_PD: Tensor, weight_EOD: Tensor) -> Tensor:
+    def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
         return gathered_linear(x_PD, weight_EOD, self.experts_P)
 
     def rows(self, bias_EO: Tensor, like: Tensor) -> Tensor:
@@ -56,17 +56,8 @@ class GroupedPairs:
     def __init__(self, ends_E: Tensor) -> None:
         self.ends_E = ends_E
 
-    def product(self, x_PD: Tensor, weight_EOD: Tensor) -> Tensor:
-        if x_PD.shape[0] == 0:
-            return x_PD @ weight_EOD[0].T
-        pad = -x_PD.shape[1] % (16 // x_PD.element_size())
-        if pad:  # grouped_mm wants strides in multiples of 16 bytes; only odd little shapes get here
-            x_PD, weight_EOD = F.pad(x_PD, (0, pad)), F.pad(weight_EOD, (0, pad))
-        odd = -weight_EOD.shape[1] % (16 // x_PD.element_size())
-        if odd:
-            out = F.grouped_mm(x_PD, F.pad(weight_EOD, (0, 0, 0, odd)).transpose(1, 2), offs=self.ends_E)
-            return out[:, : weight_EOD.shape[1]]
-        return F.grouped_mm(x_PD, weight_EOD.transpose(1, 2), offs=self.ends_E)
+    def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
+        return grouped_linear(x_PD, weight_EOD, self.ends_E)
 
     def rows(self, bias_EO: Tensor, like: Tensor) -> Tensor:
         # As a product, whose gradient is a sum in float32 and always in the same order.
@@ -79,5 +70,7 @@ class GroupedPairs:
 class TrainedPairs(GroupedPairs):
     """Sorted pairs, all of them this rank's, with gradients."""
 
-    def product(self, x_PD: Tensor, weight_EOD: Tensor) -> Tensor:
+    def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
+        if isinstance(weight_EOD, QuantizedWeight):
+            return grouped_linear(x_PD, weight_EOD, self.ends_E)
         return differentiable_product(x_PD, weight_EOD, self.ends_E)

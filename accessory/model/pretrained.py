@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from accessory.checkpoint.loader import load_parameters
 from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.reader import load_parameters, open_shard
-from accessory.config import PEFT_TYPES, ModelArgs
+from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
+from accessory.checkpoint.reader import open_shard
+from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
 from accessory.model.lora import begin_adapters
 from accessory.model.requests import agreed
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.plan import Box, local_boxes
+from accessory.parallel.box import Box
+from accessory.parallel.plan import local_boxes, matrix_of
 from accessory.parallel.state import ParallelState
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ class Pretrained:
 
     Attributes:
         manifests: the folders, in the order in which they overlay one another.
-        args: sizes, with the vocabulary and the context length settled.
+        args: sizes, with the vocabulary and the context length settled, and how matrices are (to be) quantized.
     """
 
     manifests: tuple[Manifest, ...]
@@ -51,8 +55,12 @@ class Pretrained:
         llama_config: Paths | None = None,
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
+        quant: QuantArgs | None = None,
     ) -> "Pretrained":
         """Find what is not given in the last folder.
+
+        Args:
+            quant: how to quantize; None: as the folders are.
 
         Raises:
             FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
@@ -61,7 +69,7 @@ class Pretrained:
         last = manifests[-1]
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         configs = None if llama_config is None else _several(llama_config, "llama_config")
-        args = last.load_args(configs, llama_type)
+        args = _quantized(last.load_args(configs, llama_type), quant, manifests)
         tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else tokenizer_path)
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
@@ -74,6 +82,7 @@ class Pretrained:
         llama_config: Paths | None = None,
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
+        quant: QuantArgs | None = None,
     ) -> "Pretrained":
         """The same for a model that is trained from nothing: no folders, everything given.
 
@@ -83,6 +92,8 @@ class Pretrained:
         if llama_config is None or tokenizer_path is None:
             missing = "llama_config" if llama_config is None else "tokenizer_path"
             raise ValueError(f"{missing} is not given: a model without a pretrained_path needs it")
+        if quant is not None:
+            raise ValueError("quantization was asked for without a pretrained_path: there are no weights to quantize")
         llama_type = _known_type(llama_type)
         args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type)
         tokenizer = Tokenizer(tokenizer_path)
@@ -106,15 +117,12 @@ def load_transformer(
     def build() -> Transformer:
         return build_transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
 
-    def load() -> None:
-        boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
-        fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
-
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         # Paths may differ between hosts; what was found there must not.
         llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
-        agreed(state, load)
+        boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
+        fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
     return llma
 
 
@@ -124,20 +132,59 @@ def fill_parameters(
     pretrained: Pretrained,
     state: ParallelState,
     *,
+    everyone: ParallelState | None = None,
     seed: int = 0,
 ) -> None:
     """Read a rank's parameters, as `load_parameters` does; adapters that no folder holds begin untrained.
 
+    Collective over ``everyone``, to whom an error on any rank is raised.
+
     Args:
-        seed: of these.
+        everyone: all ranks that load; None: those of ``state``.
+        seed: of adapters that begin.
     """
-    absent = load_parameters(parameters, boxes, pretrained.manifests, pretrained.args, state)
-    begin_adapters(parameters, boxes, absent, pretrained.args, seed=seed)
-    if absent and state.is_first:
+    manifests, args = pretrained.manifests, pretrained.args
+    everyone = everyone or state
+    maxima = agreed(everyone, lambda: measure_rows(boxes, manifests, args))
+    if maxima and state.mp_group is not None:
+        rows = torch.cat(list(maxima.values())).to(state.device)
+        dist.all_reduce(rows, dist.ReduceOp.MAX, group=state.mp_group)
+        maxima = dict(zip(maxima, rows.split([own.numel() for own in maxima.values()]), strict=True))
+    absent = agreed(everyone, lambda: load_parameters(parameters, boxes, manifests, args, state, maxima))
+    agreed(everyone, lambda: begin_adapters(parameters, boxes, absent, args, seed=seed))
+    if args.quant is not None and everyone.is_first:
+        logger.info("%s", _describe_quantized(parameters, boxes, args))
+    if absent and everyone.is_first:
         folders = ", ".join(str(manifest.folder) for manifest in pretrained.manifests)
         logger.info(
             "%s: no adapter there for %d parameters (%s, ...): they begin untrained", folders, len(absent), absent[0]
         )
+
+
+def _describe_quantized(parameters: Mapping[str, Tensor], boxes: Mapping[str, Box], args: ModelArgs) -> str:
+    assert args.quant is not None
+    plain = 2 * sum(box.numel for box in matrix_boxes(boxes, args).values())  # bytes in bfloat16
+    own = sum(tensor.nbytes for name, tensor in parameters.items() if matrix_of(name)[1])
+    head = ", experts and output head" if args.quant.head else " and experts"
+    return (
+        f"attention{head} in {args.quant.type}: {own / 1e6:,.1f} MB on this rank, "
+        f"{own / max(1, plain):.1%} of bfloat16's, {(plain - own) / 1e6:,.1f} MB saved"
+    )
+
+
+def _quantized(args: ModelArgs, asked: QuantArgs | None, manifests: Sequence[Manifest]) -> ModelArgs:
+    """The arguments with the quantization that was asked for, or that the folders have."""
+    found = args.quant
+    for manifest in manifests:
+        stored = manifest.load_quant()
+        if stored is not None and (asked or found or stored) != stored:
+            wanted = (asked or found or stored).to_dict()
+            raise ValueError(
+                f"{manifest.folder} is quantized already, {stored.to_dict()}, and cannot become {wanted}: "
+                "leave quant out, or load the weights that it was made of"
+            )
+        found = found or stored
+    return args.replace(quant=asked or found)
 
 
 def _known_type(llama_type: str | None) -> str:

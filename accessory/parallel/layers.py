@@ -11,21 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.kernels import FEW_TOKENS, few_token_linear
 from accessory.parallel.ops import copy_to_region, gather_last_dim, local, reduce_from_region
 from accessory.parallel.state import ParallelState, Place
+from accessory.quant import QuantizedWeight, products
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x @ weight.T in x's dtype, for a few tokens in inference through the kernel that reads the weights fastest.
-
-    ``x`` may have more axes before D.
-    """
-    if weight_OD.dtype != x_TD.dtype:
+def linear(x_TD: Tensor, weight_OD: Tensor | QuantizedWeight) -> Tensor:
+    """x @ weight.T in x's dtype, whatever the weight's; ``x`` may have more axes before D."""
+    if isinstance(weight_OD, Tensor) and weight_OD.dtype != x_TD.dtype:
         return _CastLinear.apply(x_TD, weight_OD)
-    if x_TD.numel() <= FEW_TOKENS * x_TD.shape[-1] and not x_TD.is_cuda and not torch.is_grad_enabled():
-        return few_token_linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
-    return F.linear(x_TD, weight_OD)
+    return products.linear(x_TD, weight_OD)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -37,7 +32,7 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, place: Place) -> None:
         super().__init__()
-        self.weight = place.parameter(out_features, in_features)
+        self.weight = place.matrix(out_features, in_features)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, Ol)."""
@@ -50,7 +45,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, state: ParallelState, place: Place) -> None:
         super().__init__()
         self.group = state.mp_group
-        self.weight = place.parameter(out_features, in_features)
+        self.weight = place.matrix(out_features, in_features)
 
     def forward(self, x_TDl: Tensor) -> Tensor:
         """(T, Dl) -> (T, O), the same on every rank."""
@@ -86,7 +81,7 @@ class ParallelOutput(nn.Module):
     def __init__(self, dim: int, vocab_size: int, state: ParallelState, place: Place) -> None:
         super().__init__()
         self.group = state.mp_group
-        self.weight = place.parameter(vocab_size, dim)
+        self.weight = place.matrix(vocab_size, dim, head=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""

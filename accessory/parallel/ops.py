@@ -7,14 +7,20 @@ enters and `reduce_from_region` on what leaves.
 Without gradients they are plain collectives, which torch.compile takes into its graph.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accessory.quant import QuantizedParameter, QuantizedWeight
 
-def local(parameter: Tensor) -> Tensor:
+
+@overload
+def local(parameter: Tensor) -> Tensor: ...
+@overload
+def local(parameter: Tensor | QuantizedParameter) -> Tensor | QuantizedWeight: ...
+def local(parameter: Tensor | QuantizedParameter) -> Tensor | QuantizedWeight:
     """This rank's own slice of a parameter; in training parameters are DTensors over the model-parallel ranks.
 
     Its gradient is handed back as it is, so whatever is replicated must get the whole gradient on every rank:
@@ -22,7 +28,8 @@ def local(parameter: Tensor) -> Tensor:
     """
     # Not isinstance: importing DTensor takes 0.4 s, which inference can do without.
     to_local = getattr(parameter, "to_local", None)
-    return parameter if to_local is None else to_local()
+    own: Any = parameter if to_local is None else to_local()
+    return own
 
 
 def copy_to_region(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -5,13 +5,15 @@ are those of the Transformer's ``named_parameters()``. The experts of a layer ar
 placements are the same parameter with another split axis (see docs/architecture.md).
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from accessory.config import ModelArgs
+from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
+from accessory.parallel.box import Box
 
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
@@ -26,6 +28,7 @@ class Split:
         axis: for each placement of the experts the axis that is cut; None where every rank holds the whole.
         unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
+        quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
     """
 
     pattern: str
@@ -33,19 +36,18 @@ class Split:
     axis: dict[str, int | None]
     unit: dict[str, str]
     adapter: str = ""
+    quantized: str = ""
 
 
-def _row(pattern: str, shape: str, axis: int | None, unit: str = "", adapter: str = "") -> Split:
-    return Split(
-        pattern,
-        tuple(shape.split()),
-        dict.fromkeys(PLACEMENTS[1:], axis),
-        dict.fromkeys(PLACEMENTS[1:], unit),
-        adapter,
-    )
+def _row(
+    pattern: str, shape: str, axis: int | None, unit: str = "", *, adapter: str = "", quantized: str = ""
+) -> Split:
+    axes: dict[str, int | None] = dict.fromkeys(PLACEMENTS[1:], axis)
+    units = dict.fromkeys(PLACEMENTS[1:], unit)
+    return Split(pattern, tuple(shape.split()), axes, units, adapter, quantized)
 
 
-def _of_experts(name: str, shape: str, tensor_axis: int | None, adapter: str = "") -> Split:
+def _of_experts(name: str, shape: str, tensor_axis: int | None, *, adapter: str = "", quantized: str = "") -> Split:
     """A stacked parameter: cut by expert, or along its hidden dimension where it has one."""
     return Split(
         f"layers.N.feed_forward.experts.{name}",
@@ -53,6 +55,7 @@ def _of_experts(name: str, shape: str, tensor_axis: int | None, adapter: str = "
         {"expert": 0, "tensor": tensor_axis},
         {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
         adapter,
+        quantized,
     )
 
 
@@ -68,14 +71,14 @@ def _column_adapters(name: str, out: str, unit: str) -> list[Split]:
 
 TABLE: tuple[Split, ...] = (
     _row("tok_embeddings.weight", "vocab dim", 1, "dim"),
-    _row("layers.N.attention.wq.weight", "heads*head_dim dim", 0, "heads"),
-    _row("layers.N.attention.wk.weight", "kv_heads*head_dim dim", 0, "kv_heads"),
-    _row("layers.N.attention.wv.weight", "kv_heads*head_dim dim", 0, "kv_heads"),
-    _row("layers.N.attention.wo.weight", "dim heads*head_dim", 1, "heads"),
+    _row("layers.N.attention.wq.weight", "heads*head_dim dim", 0, "heads", quantized="layers"),
+    _row("layers.N.attention.wk.weight", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
+    _row("layers.N.attention.wv.weight", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
+    _row("layers.N.attention.wo.weight", "dim heads*head_dim", 1, "heads", quantized="layers"),
     _row("layers.N.attention_norm.weight", "dim", None),
     _row("layers.N.feed_forward.gate.weight", "experts dim", None),
-    _of_experts("w13", "experts 2 hidden dim", 2),
-    _of_experts("w2", "experts dim hidden", 2),
+    _of_experts("w13", "experts 2 hidden dim", 2, quantized="layers"),
+    _of_experts("w2", "experts dim hidden", 2, quantized="layers"),
     *_column_adapters("wq", "heads*head_dim", "heads"),
     *_column_adapters("wk", "kv_heads*head_dim", "kv_heads"),
     *_column_adapters("wv", "kv_heads*head_dim", "kv_heads"),
@@ -90,43 +93,8 @@ TABLE: tuple[Split, ...] = (
     _of_experts("w2_bias", "experts dim", None, adapter="bias"),
     _row("layers.N.ffn_norm.weight", "dim", None),
     _row("norm.weight", "dim", None),
-    _row("output.weight", "vocab dim", 0, "vocab"),
+    _row("output.weight", "vocab dim", 0, "vocab", quantized="head"),
 )
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangular part of a whole tensor: its corner and its size along each axis."""
-
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> "Box":
-        return cls((0,) * len(shape), shape)
-
-    def intersect(self, other: "Box") -> "Box | None":
-        """The common part, or None."""
-        starts = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
-        ends = (min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True))
-        size = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        return Box(starts, size) if all(n > 0 for n in size) else None
-
-    def within(self, outer: "Box") -> tuple[slice, ...]:
-        """The index of this box in a tensor that holds ``outer``."""
-        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.start, outer.start, self.size, strict=True))
-
-    def chunk(self, axis: int, *, rank: int, size: int) -> "Box":
-        """Piece ``rank`` of ``size`` along an axis, as torch.chunk cuts: the last may be smaller, or empty."""
-        piece = -(-self.size[axis] // size)
-        skipped = min(rank * piece, self.size[axis])
-        start, part = list(self.start), list(self.size)
-        start[axis], part[axis] = start[axis] + skipped, min(piece, part[axis] - skipped)
-        return Box(tuple(start), tuple(part))
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.size)
 
 
 def sizes(args: ModelArgs) -> dict[str, int]:
@@ -158,16 +126,41 @@ def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert") -> 
 
 
 def split_of(name: str) -> Split:
-    """The table's row for a parameter.
+    """The table's row for a parameter, or for one tensor of a quantized matrix.
 
     Raises:
         KeyError: no row matches; every parameter must have one.
     """
-    generic = re.sub(r"\.\d+\.", ".N.", name)
+    matrix, tensor = matrix_of(name)
+    generic = re.sub(r"\.\d+\.", ".N.", matrix)
     for row in TABLE:
         if row.pattern == generic:
-            return row
+            return _without_inputs(row) if tensor == "int8_scale" else row
     raise KeyError(f"parallel/plan.py has no row for parameter {name}")
+
+
+_TENSOR = re.compile(rf"(.+)\.((?:{'|'.join(QUANT_FORMS)})_\w+)")
+
+
+def matrix_of(name: str) -> tuple[str, str]:
+    """The matrix that a parameter is, or is a tensor of, and that tensor's name behind it ("" for a plain one)."""
+    match = _TENSOR.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def _without_inputs(row: Split) -> Split:
+    """Of what stands for whole rows: it is not cut where their inputs are."""
+    last = len(row.shape) - 1
+    return dataclasses.replace(row, axis={key: None if axis == last else axis for key, axis in row.axis.items()})
+
+
+def quantizes(name: str, args: ModelArgs) -> bool:
+    """Whether the matrix of this name is quantized in the model."""
+    return args.quant is not None and _is_quantized(split_of(name), args.quant)
+
+
+def _is_quantized(row: Split, quant: QuantArgs) -> bool:
+    return row.quantized == "layers" or (row.quantized == "head" and quant.head)
 
 
 def is_adapter(name: str) -> bool:
@@ -177,7 +170,9 @@ def is_adapter(name: str) -> bool:
 
 def trains(name: str, args: ModelArgs) -> bool:
     """Whether finetuning changes the parameter: all of a plain model, adapters (and norms) of one with adapters."""
-    return args.peft is None or is_adapter(name) or (args.peft.norm_tuning and name.endswith("norm.weight"))
+    if args.peft is None:
+        return not matrix_of(name)[1]
+    return is_adapter(name) or (args.peft.norm_tuning and name.endswith("norm.weight"))
 
 
 def _asked_for(row: Split, args: ModelArgs) -> bool:
@@ -189,19 +184,28 @@ def _asked_for(row: Split, args: ModelArgs) -> bool:
 
 
 def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and whole shape of every parameter of a model, layer by layer; adapters where ``args.peft`` has them."""
-    counts = sizes(args)
+    """Name and whole shape of every parameter of a model, layer by layer; adapters where ``args.peft`` has them.
 
-    def shape(row: Split) -> tuple[int, ...]:
-        return tuple(math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
-
+    A matrix that ``args.quant`` quantizes counts as the tensors that it then consists of.
+    """
     per_layer = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
-    yield "tok_embeddings.weight", shape(split_of("tok_embeddings.weight"))
+    yield from _parameters(split_of("tok_embeddings.weight"), args)
     for layer in range(args.n_layers):
         for row in per_layer:
-            yield row.pattern.replace(".N.", f".{layer}."), shape(row)
+            for name, shape in _parameters(row, args):
+                yield name.replace(".N.", f".{layer}."), shape
     for name in ("norm.weight", "output.weight"):
-        yield name, shape(split_of(name))
+        yield from _parameters(split_of(name), args)
+
+
+def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
+    counts = sizes(args)
+    *rest, inputs = (math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
+    if args.quant is None or not _is_quantized(row, args.quant):
+        yield row.pattern, (*rest, inputs)
+        return
+    for tensor, shared in args.quant.inputs.items():
+        yield f"{row.pattern}.{tensor}", (*rest, inputs // shared if shared else 1)
 
 
 def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: Placement, rank: int, size: int) -> Box:
@@ -212,9 +216,9 @@ def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: 
         return Box.whole(shape)
     unit = row.unit[placement]
     units, local = sizes(args)[unit], local_sizes(args, size, placement)[unit]
-    width = shape[axis] // units
     start, part = [0] * len(shape), list(shape)
-    start[axis], part[axis] = rank * units // size * width, local * width
+    # Multiplied first: of packed codes there may be fewer than units.
+    start[axis], part[axis] = rank * units // size * shape[axis] // units, local * shape[axis] // units
     return Box(tuple(start), tuple(part))
 
 
@@ -240,6 +244,10 @@ def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
         raise ValueError(
             f"the model cannot be split over {size} ranks: {'; '.join(obstacles)}. Rank counts that work: {works}"
         )
+    return _resolved(args, placement, size)
+
+
+def _resolved(args: ModelArgs, placement: str, size: int) -> Placement:
     if placement == "auto":
         return "expert" if args.moe.num_experts % size == 0 else "tensor"
     return "expert" if placement == "expert" else "tensor"
@@ -273,4 +281,21 @@ def _obstacles(args: ModelArgs, placement: str, size: int) -> list[str]:
         found.append(f'hidden_dim {hidden} is not a multiple of {size} (expert_placement "tensor")')
     if placement == "auto" and experts % size and hidden % size:
         found.append(f"neither {experts} experts nor hidden_dim {hidden} are a multiple of {size}")
+    if not found and args.quant is not None:
+        found += cut_groups(args, _resolved(args, placement, size), size)
+    return found
+
+
+def cut_groups(args: ModelArgs, placement: Placement, size: int) -> list[str]:
+    """Why ``size`` ranks (or files) cannot hold whole groups of a quantized model's inputs; empty if they can."""
+    assert args.quant is not None
+    counts, group, found = sizes(args), args.quant.group, []
+    for row in TABLE:
+        if not _is_quantized(row, args.quant):
+            continue
+        inputs = math.prod(counts[factor] for factor in row.shape[-1].split("*"))
+        own = inputs // size if row.axis[placement] == len(row.shape) - 1 else inputs
+        if own % group:
+            name = row.pattern.replace("layers.N.", "")
+            found.append(f"{own} inputs of {name} on a rank are not whole groups of {group} ({args.quant.type})")
     return found

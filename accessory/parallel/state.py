@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
+from accessory.quant import QuantizedParameter
 
 _ON_ALL_RANKS = "(raised alike on every rank of the model)"
 
@@ -24,14 +26,25 @@ _AGREED_TYPES: dict[str, type[Exception]] = {
 
 
 class Place(NamedTuple):
-    """Dtype and device in which a model's parameters are created."""
+    """Dtype and device in which a model's parameters are created, and how its matrices are quantized."""
 
     dtype: torch.dtype
     device: torch.device
+    quant: QuantArgs | None = None
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter: a loader or `init_weights` fills it."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def matrix(self, *shape: int, head: bool = False) -> nn.Parameter | QuantizedParameter:
+        """The same for a matrix (..., outputs, inputs) that quantization may change.
+
+        Args:
+            head: it is the output head, which is quantized only where that was asked for.
+        """
+        if self.quant is None or (head and not self.quant.head):
+            return self.parameter(*shape)
+        return QuantizedParameter(shape, self.quant, self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

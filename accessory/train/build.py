@@ -70,24 +70,29 @@ def build_for_training(
 
     def give_weights() -> None:
         if not pretrained.manifests:
-            init_weights(llma, seed=seed)
+            agreed(everyone, lambda: init_weights(llma, seed=seed))
             return
         parameters = {name: local(parameter) for name, parameter in llma.named_parameters()}
         boxes = own_boxes(llma)
         assert all(tuple(tensor.shape) == boxes[name].size for name, tensor in parameters.items())
-        fill_parameters(parameters, boxes, pretrained, state, seed=seed)
+        fill_parameters(parameters, boxes, pretrained, state, everyone=everyone, seed=seed)
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         request = (pretrained.args, data_parallel, compute_dtype, expert_placement, bool(pretrained.manifests), seed)
         llma = agreed(everyone, build, request)
         if fill:
-            agreed(everyone, give_weights)
+            give_weights()
     return llma
 
 
 def refuse_nothing_to_train(args: ModelArgs) -> None:
-    """Raise ValueError where adapters are asked for and every one of them is switched off."""
+    """Raise ValueError where adapters are asked for and every one of them is switched off, or weights are quantized."""
+    if args.peft is None and args.quant is not None:
+        raise ValueError(
+            f"quantized weights ({args.quant.type}) cannot train: train adapters above them with --llama_type "
+            "mistral_peft, or leave --quant out and start from weights that are not quantized"
+        )
     if args.peft is not None and not args.peft.trains:
         raise ValueError(
             "nothing would train: lora_rank is below 1, bias_tuning and norm_tuning are false; "

@@ -59,7 +59,8 @@ def export_checkpoint(
     have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
 
     Args:
-        only_trainable: leave frozen weights out; such a folder overlays that of its base.
+        only_trainable: leave frozen weights out; such a folder overlays that of its base. Of a model that is
+            quantized they always stay out.
 
     Returns:
         The folder.
@@ -78,7 +79,8 @@ def export_checkpoint(
     try:
         sparse = agreed(everyone, lambda: _choose_form(model), (folder.name, dtype))
         agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
-        everything = sources(model.llma.args, state.mp_size, sparse=sparse)
+        only_trainable = only_trainable or model.llma.args.quant is not None
+        everything = sources(model.llma.args.replace(quant=None), state.mp_size, sparse=sparse)
         kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
         targets = [source for source in everything if source.file == state.mp_rank and source.parameter in kept]
         tensors = {PREFIX + target.key: (target.shape, dtype) for target in targets}
@@ -99,7 +101,7 @@ def export_checkpoint(
 
 def _choose_form(model: MetaModel) -> bool:
     """Whether the files must be sparse."""
-    args, state = model.llma.args, model.llma.state
+    args, state = model.llma.args.replace(quant=None), model.llma.state
     if state.mp_size > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a model on several ranks must be sharded for training (shard_model) to be exported")
     forms = {sparse: obstacles_to_files(args, state.mp_size, sparse=sparse) for sparse in (False, True)}
@@ -150,7 +152,8 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype
 
 def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:
     """Write what lies beside the shards, then give the whole its name."""
-    write_json(aside / "config.json", model.llma.args.to_dict())
+    # An adapter fits its base however that is quantized.
+    write_json(aside / "config.json", model.llma.args.replace(quant=None).to_dict())
     kind = model.llama_type.removesuffix("_sparse")
     suffix = "_sparse" if sparse and model.llma.args.peft is None else ""  # with adapters the form has no name
     write_json(aside / _META_FILE, {"llama_type": kind + suffix})

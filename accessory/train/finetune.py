@@ -140,9 +140,9 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
         "max_seq_len": options.max_words,
     }
     if options.pretrained_path:
-        found = Pretrained.resolve(options.pretrained_path, **settings)
+        found = Pretrained.resolve(options.pretrained_path, **settings, quant=options.quant_args)
     else:
-        found = Pretrained.untrained(**settings)
+        found = Pretrained.untrained(**settings, quant=options.quant_args)
     weights = {
         name: value
         for name in ("load_balancing_weight", "z_loss_weight")
@@ -158,7 +158,7 @@ def _check_weights(pretrained: Pretrained) -> None:
     """See that the shards' names and shapes fit: they are read after the data are tokenised, which takes a while."""
     manifests = pretrained.manifests
     for manifest in manifests:
-        checkpoint = Checkpoint.open(manifest, pretrained.args)
+        checkpoint = Checkpoint.open(manifest, pretrained.args.replace(quant=manifest.load_quant()))
         for file in range(len(manifest.shards)):
             checkpoint.read_file(file, partial=len(manifests) > 1)
 

@@ -23,7 +23,7 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
         length: tokens of a row.
     """
     active = 0.0
-    for name, (*counts, width) in parameter_shapes(args):
+    for name, (*counts, width) in parameter_shapes(args.replace(quant=None)):
         if not counts or name == "tok_embeddings.weight":
             continue
         used = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1.0

@@ -4,8 +4,9 @@ import torch
 
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.lora import begin_adapters
+from accessory.parallel.box import Box
 from accessory.parallel.ops import local
-from accessory.parallel.plan import Box, is_adapter, parameter_shapes
+from accessory.parallel.plan import is_adapter, parameter_shapes
 from accessory.train.sharding import own_boxes
 
 ROUTER_STD = 0.02

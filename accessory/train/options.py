@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from accessory.config import QuantArgs
+from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.log import RankParser
 from accessory.train.recompute import RecomputePolicy
 from accessory.train.sharding import DataParallel
@@ -25,6 +27,9 @@ class FinetuneOptions:
     tokenizer_path: str | None = None
     pretrained_path: tuple[str, ...] = ()
     expert_placement: str = "auto"
+    quant: str | None = None
+    group_size: int = 64
+    quant_head: bool = False
     max_words: int = 1024
     dialog: bool = False
     skip_bad_records: bool = False
@@ -64,6 +69,7 @@ class FinetuneOptions:
             if value is not None and not (math.isfinite(value) and value >= least):
                 fit = f"{least} or more" if math.isfinite(value) else "a finite number"
                 raise ValueError(f"--{name} is {value}: give {fit}")
+        quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
         if self.seed >= 2**64:
             raise ValueError(f"--seed is {self.seed}: give a number below 2^64")
         if self.min_lr > self.lr:
@@ -81,9 +87,7 @@ class FinetuneOptions:
             ValueError: a value out of range, or an option that this version cannot serve.
         """
         given = vars(_parser().parse_args(arguments))
-        quant, checkpointing = given.pop("quant"), given.pop("checkpointing")
-        if quant is not None:
-            raise ValueError(f"--quant {quant}: weights cannot be quantized yet; leave it out")
+        checkpointing = given.pop("checkpointing")
         if given["grad_ckpt_policy"] is None:
             given["grad_ckpt_policy"] = "full" if checkpointing else "none"
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -91,6 +95,11 @@ class FinetuneOptions:
             name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
         }
         return cls(**{name: value for name, value in values.items() if name in fields})
+
+    @property
+    def quant_args(self) -> QuantArgs | None:
+        """How the frozen weights are quantized; None: as they are stored."""
+        return quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
 
     @property
     def checkpoints(self) -> Path:
@@ -124,7 +133,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pretrained_path", nargs="+", help=help_text)
     group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")
     group.add_argument("--no_visual", action="store_true", help="accepted; Mixtral reads no images")
-    group.add_argument("--quant", nargs="?", const="nf4", metavar="TYPE", help="quantize the frozen weights")
+    add_quant_flags(group)
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:

@@ -1,8 +1,10 @@
 """Which parameters a run trains, told by what they belong to."""
 
+import math
 from collections import Counter
 
 from accessory.model.meta import MetaModel
+from accessory.parallel.plan import parameter_shapes
 
 # The first whose text stands in a parameter's name.
 _GROUPS = {
@@ -20,9 +22,9 @@ _GROUPS = {
 def describe_trainable(model: MetaModel) -> str:
     """One line: how many parameters train, of how many, and in which groups; of the whole model, not a rank's part."""
     trained: Counter[str] = Counter()
-    total = 0
+    whole = parameter_shapes(model.llma.args.replace(quant=None))
+    total = sum(math.prod(shape) for _, shape in whole)
     for name, parameter in model.named_parameters():
-        total += parameter.numel()
         if parameter.requires_grad:
             trained[next(group for group, part in _GROUPS.items() if part in name)] += parameter.numel()
     groups = ", ".join(f"{group} {count:,}" for group, count in trained.most_common())

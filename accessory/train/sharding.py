@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from accessory.model.LLM.mistral import Transformer
-from accessory.parallel.plan import Box, local_boxes, refuse_shared_heads, split_of
+from accessory.parallel.box import Box
+from accessory.parallel.plan import local_boxes, refuse_shared_heads, split_of
 from accessory.parallel.state import ParallelState
 
 DataParallel = Literal["fsdp", "sdp", "ddp"]
@@ -132,8 +133,10 @@ def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
     the last of these would then hold nothing. Axis 0 is the only one that it cuts unevenly.
     """
     assert isinstance(parameter, DTensor)
+    # Integers are tensors of a quantized weight: the order of their last axis is its own, and all are to be cut alike.
+    shape = parameter.shape if parameter.is_floating_point() else parameter.shape[:-1]
     split = parameter.placements[-1]  # over the model-parallel ranks
     taken = split.dim if isinstance(split, Shard) else None
-    free = [axis for axis, size in enumerate(parameter.shape) if axis != taken and size % dp_size == 0]
+    free = [axis for axis, size in enumerate(shape) if axis != taken and size % dp_size == 0]
     # Pieces along axis 0 are sent as they lie; along any other, FSDP copies them together.
     return 0 if 0 in free else max(free, key=lambda axis: parameter.shape[axis], default=0)

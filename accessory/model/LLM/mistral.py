@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         self.args, self.state = args, state
         self.placement = resolve_placement(args, expert_placement, state.mp_size)
         own = local_sizes(args, state.mp_size, self.placement)
-        place = Place(dtype, state.device if device is None else device)
+        place = Place(dtype, state.device if device is None else device, args.quant)
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, own["dim"], state, place)
         self.layers = nn.ModuleList(
             TransformerBlock(layer, args, state, self.placement, place) for layer in range(args.n_layers)

@@ -1,12 +1,14 @@
 """The one description of a model's sizes: what config.json and params.json hold, validated."""
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from accessory.config.checks import is_number, read_json, require_ints
+from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
+from accessory.config.quant import QuantArgs, quant_from_dict
 
 # Keys that some releases write and that do not change this architecture: Mixtral attends to the whole context
 # whatever window its file names, and the length of the context is the caller's choice.
@@ -21,79 +23,12 @@ class MoEArgs:
     num_experts_per_tok: int = 2
 
     def __post_init__(self) -> None:
-        _require_ints(self, positive=("num_experts", "num_experts_per_tok"))
+        require_ints(self, positive=("num_experts", "num_experts_per_tok"))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok} but there are only "
                 f"{self.num_experts} experts (moe.num_experts)"
             )
-
-
-# Names of the architecture with adapters: the same class, to which model/LLM/mistral_peft.py adds them.
-PEFT_TYPES = ("mistral_peft", "mixtral_peft")
-
-LORA_TARGETS = ("attention", "experts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftArgs:
-    """What parameter-efficient finetuning adds to a model, and trains.
-
-    Attributes:
-        lora_rank: inner width of the low-rank updates (Hu et al., 2021, https://arxiv.org/abs/2106.09685); -1: none.
-        lora_alpha: the updates are scaled by lora_alpha / lora_rank; lora_rank where absent, so that the scale is 1.
-        lora_dropout: share of an update's inputs that training sets to 0.
-        lora_targets: which matrices get updates: those of the attention, those of the experts.
-        bias_tuning: every matrix of attention and experts gets a bias.
-        norm_tuning: the norms train as well.
-    """
-
-    lora_rank: int = -1
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = LORA_TARGETS
-    bias_tuning: bool = True
-    norm_tuning: bool = False
-
-    def __post_init__(self) -> None:
-        _require_ints(self, positive_or_unset=("lora_rank",))
-        for name in ("bias_tuning", "norm_tuning"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be a number from 0 to below 1, not {self.lora_dropout!r}")
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", float(max(self.lora_rank, 0)))
-        elif not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}")
-        targets = self.lora_targets
-        if isinstance(targets, str) or not all(target in LORA_TARGETS for target in targets):
-            raise ValueError(f"lora_targets must be a list of {' and '.join(LORA_TARGETS)}, not {targets!r}")
-        # In one order, so that equal settings are equal.
-        object.__setattr__(self, "lora_targets", tuple(target for target in LORA_TARGETS if target in targets))
-        if self.lora_rank > 0 and not targets:
-            raise ValueError(f"lora_rank is {self.lora_rank} but lora_targets names no matrix: give one, or rank -1")
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything is added or trained at all."""
-        return self.lora_rank > 0 or self.bias_tuning or self.norm_tuning
-
-    @property
-    def scale(self) -> float:
-        """Factor on the low-rank updates."""
-        return (self.lora_alpha or 0.0) / self.lora_rank
-
-    def to_dict(self) -> dict[str, Any]:
-        """Keys of a config.json; those that other tools do not know only where they say something."""
-        values = {name: getattr(self, name) for name in ("lora_rank", "bias_tuning", "norm_tuning")}
-        if self.lora_rank > 0 and self.lora_alpha != self.lora_rank:
-            values["lora_alpha"] = self.lora_alpha
-        if self.lora_dropout:
-            values["lora_dropout"] = self.lora_dropout
-        if self.lora_targets != LORA_TARGETS:
-            values["lora_targets"] = list(self.lora_targets)
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +47,7 @@ class ModelArgs:
         load_balancing_weight: factor on the load-balancing loss in training.
         z_loss_weight: factor on the router's z-loss in training; ST-MoE takes 0.001.
         peft: the adapters of a llama_type with them; None for any other. Its keys lie flat in the file.
+        quant: how the matrices are quantized; None: they are not.
     """
 
     dim: int
@@ -130,17 +66,18 @@ class ModelArgs:
     load_balancing_weight: float = 0.1
     z_loss_weight: float = 0.0
     peft: PeftArgs | None = None
+    quant: QuantArgs | None = None
 
     def __post_init__(self) -> None:
-        _require_ints(self, positive=("dim", "n_layers", "n_heads", "hidden_dim", "max_batch_size", "max_seq_len"))
-        _require_ints(self, positive_or_unset=("n_kv_heads", "head_dim", "vocab_size"))
+        require_ints(self, positive=("dim", "n_layers", "n_heads", "hidden_dim", "max_batch_size", "max_seq_len"))
+        require_ints(self, positive_or_unset=("n_kv_heads", "head_dim", "vocab_size"))
         for name in ("norm_eps", "rope_theta"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
-        if self.rope_scaling is not None and (not _is_number(self.rope_scaling) or self.rope_scaling <= 0):
+        if self.rope_scaling is not None and (not is_number(self.rope_scaling) or self.rope_scaling <= 0):
             raise ValueError(f"rope_scaling must be null or a number above 0, not {self.rope_scaling!r}")
         for name in ("load_balancing_weight", "z_loss_weight"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
         if self.n_kv_heads == -1:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
@@ -193,8 +130,10 @@ class ModelArgs:
                 del given[optional]
         if "moe" in given:
             given["moe"] = _moe_from_dict(given["moe"])
+        if given.get("quant") is not None:
+            given["quant"] = quant_from_dict(given["quant"])
         peft = {key: given.pop(key) for key in adapters & given.keys()}
-        return cls(**given, peft=_peft_from_dict(peft) if peft else None)
+        return cls(**given, peft=peft_from_dict(peft) if peft else None)
 
     @classmethod
     def load(cls, paths: Sequence[str | Path], llama_type: str | None = None) -> Self:
@@ -224,8 +163,9 @@ class ModelArgs:
         values = dataclasses.asdict(self)
         if self.z_loss_weight == 0:
             del values["z_loss_weight"]
-        del values["peft"]
-        return values | (self.peft.to_dict() if self.peft else {})
+        del values["peft"], values["quant"]
+        values |= self.peft.to_dict() if self.peft else {}
+        return values | ({"quant": self.quant.to_dict()} if self.quant else {})
 
     def for_type(self, llama_type: str) -> Self:
         """These arguments as a llama_type reads them: one with adapters has defaults for them, another has none.
@@ -247,20 +187,6 @@ class ModelArgs:
         return dataclasses.replace(self, **changes)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a file; errors name the file."""
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}): correct it or copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
 def _moe_from_dict(values: Any) -> MoEArgs:
     if isinstance(values, MoEArgs):
         return values
@@ -271,27 +197,3 @@ def _moe_from_dict(values: Any) -> MoEArgs:
     if unknown:
         raise ValueError(f"unknown key(s) in moe: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return MoEArgs(**values)
-
-
-def _peft_from_dict(values: dict[str, Any]) -> PeftArgs:
-    targets = values.get("lora_targets", LORA_TARGETS)
-    if not isinstance(targets, list | tuple):
-        raise ValueError(f"lora_targets must be a list of {' and '.join(LORA_TARGETS)}, not {targets!r}")
-    return PeftArgs(**{**values, "lora_targets": tuple(targets)})
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _require_ints(args: Any, positive: Sequence[str] = (), positive_or_unset: Sequence[str] = ()) -> None:
-    for name in (*positive, *positive_or_unset):
-        value = getattr(args, name)
-        unset = name in positive_or_unset and value == -1
-        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and not unset):
-            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")

@@ -1,0 +1,108 @@
+"""Filling a rank's parameters from checkpoint folders: only the slices that it owns are read."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.quantizing import RowsOf, quantize_folder
+from accessory.checkpoint.reader import Checkpoint, some
+from accessory.checkpoint.weights import StoredWeights
+from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
+from accessory.parallel.box import Box
+from accessory.parallel.plan import is_adapter, matrix_of
+from accessory.parallel.state import ParallelState
+from accessory.quant import as_bits
+
+
+def load_parameters(
+    parameters: Mapping[str, Tensor],
+    boxes: Mapping[str, Box],
+    manifests: Sequence[Manifest],
+    args: ModelArgs,
+    state: ParallelState,
+    row_maxima: Mapping[RowsOf, Tensor] | None = None,
+) -> list[str]:
+    """Fill a rank's parameters from checkpoint folders; later folders overlay earlier ones.
+
+    Where ``args.quant`` asks for it, matrices of plain folders are quantized on the way.
+
+    Args:
+        parameters: local tensors by name, filled in place (converted to their dtype and device).
+        boxes: the part of each whole parameter that the local tensor holds; may be empty.
+        row_maxima: those of `measure_rows`, of all ranks.
+
+    Returns:
+        Names of the adapters that no folder holds: they are to begin untrained. The same on every rank.
+
+    Raises:
+        CheckpointError: a file or tensor that does not fit, or a parameter that no folder fills.
+    """
+    filled: dict[str, int] = dict.fromkeys(boxes, 0)
+    adapters = {name for name in boxes if is_adapter(name)}
+    absent = set(adapters)
+    for number, manifest in enumerate(manifests):
+        # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
+        first = state.mp_rank * len(manifest.shards) // state.mp_size
+        stored = args.replace(quant=manifest.load_quant())
+        checkpoint = Checkpoint.open(manifest, stored, probe=first)
+        partial = len(manifests) > 1
+        if partial or adapters:
+            checkpoint.check_pieces()
+        here = dict(boxes)
+        if adapters:
+            held = checkpoint.held()
+            absent -= held
+            here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
+        copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
+        if args.quant is not None and stored.quant is None:
+            weights = StoredWeights(manifest, stored, partial=partial)
+            copied |= quantize_folder(
+                parameters,
+                boxes,
+                weights,
+                args,
+                number=number,
+                row_maxima=row_maxima,
+                show_progress=state.is_first,
+            )
+        filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
+    short = [name for name, count in filled.items() if count < boxes[name].numel and name not in absent]
+    if short:
+        folders = ", ".join(str(manifest.folder) for manifest in manifests)
+        raise CheckpointError(f"{folders}: nothing there fills {some(short)}")
+    return [name for name in boxes if name in absent]
+
+
+def _load_folder(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Tensor],
+    boxes: Mapping[str, Box],
+    *,
+    first: int,
+    partial: bool,
+) -> dict[str, int]:
+    """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
+    files = len(checkpoint.by_file)
+    copied: dict[str, int] = {}
+    for file in [*range(first, files), *range(first)]:
+        wanted = [
+            (source, common)
+            for source in checkpoint.by_file[file]
+            if source.parameter in boxes
+            and (common := boxes[source.parameter].intersect(source.box))
+            and copied.get(source.parameter, 0) < boxes[source.parameter].numel
+        ]
+        if not wanted:
+            continue
+        tensors = checkpoint.read_file(file, partial=partial)
+        for source, common in wanted:
+            tensor = tensors.get(source.key)
+            if tensor is None:
+                continue
+            target = parameters[source.parameter][common.within(boxes[source.parameter])]
+            stored = as_bits(tensor) if matrix_of(source.parameter)[1] else tensor
+            target.copy_(source.view(stored)[common.within(source.box)])
+            copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
+    return copied

@@ -1,0 +1,130 @@
+"""A folder whose matrices are quantized, and which loads without the originals."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from accessory.checkpoint.convert import copy_tokenizer, stored_args
+from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
+from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.quantizing import Piece, pieces
+from accessory.checkpoint.weights import StoredWeights
+from accessory.checkpoint.writer import create_shard
+from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
+from accessory.files import new_folder, write_json
+from accessory.parallel.box import Box
+from accessory.parallel.plan import matrix_of, parameter_shapes
+from accessory.quant import TENSOR_DTYPES, InputMoments, QuantizedWeight, quantize, quantize_calibrated
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was quantized: how many matrices, and their bytes before and now."""
+
+    matrices: int
+    before: int
+    now: int
+
+    def __str__(self) -> str:
+        before, now = self.before / 1e6, self.now / 1e6
+        return f"quantized {self.matrices} matrices: {now:,.1f} MB, {now / before:.1%} of {before:,.1f} MB"
+
+
+# Of the matrices (R, D) of a model, by parameter and place along its leading axes.
+Calibration = Mapping[tuple[str, tuple[int, ...]], InputMoments]
+
+
+def quantize_checkpoint(
+    source: str | Path, destination: str | Path, quant: QuantArgs, calibration: Calibration | None = None
+) -> QuantizeReport:
+    """Write ``source`` with its matrices quantized, in as many shards as it has (or one, where groups forbid that).
+
+    On CPU, one matrix of one expert after another: beside the mapped files it takes memory for a few of them.
+
+    Args:
+        calibration: of what the matrices' inputs are like; for int4, whose rounding it then guides.
+
+    Raises:
+        ValueError: the folder is quantized already, or groups do not divide its sizes.
+        FileExistsError: the destination is not empty.
+        CheckpointError, FileNotFoundError, OSError: the source cannot be read; the disk is full.
+    """
+    manifest = Manifest.read(source)
+    plain = stored_args(manifest)
+    if plain.quant is not None:
+        raise ValueError(
+            f"{manifest.folder} is quantized already ({plain.quant.type}): give the weights it was made of"
+        )
+    args = plain.replace(quant=quant)
+    obstacles = obstacles_to_files(args, 1, sparse=False)
+    if obstacles:
+        raise ValueError(f"{manifest.folder}: {'; '.join(obstacles)}")
+    files = len(manifest.shards)
+    files = 1 if obstacles_to_files(args, files, sparse=False) else files
+    weights = StoredWeights(manifest, plain)
+    targets: dict[str, list[Source]] = {}
+    for target in base_sources(args, files):
+        matrix, _ = matrix_of(target.parameter)
+        if matrix in weights.held:
+            targets.setdefault(matrix, []).append(target)
+    with new_folder(Path(destination)) as aside:
+        shards = []
+        for file in range(files):
+            own = [target for wanted in targets.values() for target in wanted if target.file == file]
+            tensors = {PREFIX + target.key: (target.shape, _dtype(target, weights)) for target in own}
+            shards.append(create_shard(aside / f"consolidated.{file:02d}-of-{files:02d}.model.pth", tensors))
+        report = _fill(shards, targets, weights, args, calibration or {})
+        write_json(aside / "config.json", args.to_dict())
+        write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if args.peft else "mistral"})
+        copy_tokenizer(manifest, aside)
+    return report
+
+
+def _dtype(target: Source, weights: StoredWeights) -> torch.dtype:
+    tensor = matrix_of(target.parameter)[1]
+    return TENSOR_DTYPES[tensor] if tensor else weights.dtype(target.parameter)
+
+
+def _fill(
+    shards: list[dict[str, Tensor]],
+    targets: dict[str, list[Source]],
+    weights: StoredWeights,
+    args: ModelArgs,
+    calibration: Calibration,
+) -> QuantizeReport:
+    assert args.quant is not None
+    shapes = dict(parameter_shapes(args.replace(quant=None)))
+    matrices = before = now = 0
+    for name, wanted in tqdm(targets.items(), "quantizing", unit="matrix", disable=None):
+        if not matrix_of(wanted[0].parameter)[1]:
+            for target in wanted:
+                target.view(shards[target.file][PREFIX + target.key]).copy_(weights.read(name, target.box))
+            continue
+        for piece in pieces(name, Box.whole(shapes[name])):
+            values, group = piece.read(weights), args.quant.group_size
+            moments = calibration.get((name, piece.leading))
+            if moments is None:
+                weight = quantize(values, args.quant.type, group_size=group)
+            else:
+                weight = quantize_calibrated(values, moments, group_size=group)
+            _write(weight, piece, wanted, shards)
+            matrices, now = matrices + 1, now + weight.nbytes
+            before += math.prod(weight.shape) * weights.dtype(name).itemsize
+    return QuantizeReport(matrices, before, now)
+
+
+def _write(weight: QuantizedWeight, piece: Piece, wanted: list[Source], shards: list[dict[str, Tensor]]) -> None:
+    """Copy a matrix's tensors to wherever a file holds some of them."""
+    named = {f"{weight.form}_{name}": tensor for name, tensor in weight.tensors().items()}
+    for target in wanted:
+        tensor = named[matrix_of(target.parameter)[1]]
+        whole = Box((*piece.box.start[:-2], 0, 0), (*piece.box.size[:-2], *tensor.shape))
+        common = target.box.intersect(whole)
+        if common is not None:
+            written = target.view(shards[target.file][PREFIX + target.key])[common.within(target.box)]
+            written.copy_(tensor.view(whole.size)[common.within(whole)])

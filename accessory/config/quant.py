@@ -1,0 +1,114 @@
+"""How the matrices of a model are quantized."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+QuantForm = Literal["int8", "int4", "nf4"]
+QUANT_FORMS: tuple[QuantForm, ...] = get_args(QuantForm)
+DEFAULT_FORM: QuantForm = "nf4"
+GROUP_SIZES = (32, 64)
+_NF4_GROUP = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantArgs:
+    """Weight-only quantization of the matrices of attention and experts.
+
+    Attributes:
+        type: "int8", "int4" or "nf4"; docs/quantization.md describes them.
+        group_size: inputs that share a scale, 32 or 64; of int4 alone.
+        head: the output head is quantized as well.
+    """
+
+    type: QuantForm = DEFAULT_FORM
+    group_size: int = 64
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.type not in QUANT_FORMS:
+            raise ValueError(f"quant {self.type!r} is unknown: choose from {', '.join(QUANT_FORMS)}")
+        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+            raise ValueError(f"the group size of quantization must be 32 or 64, not {self.group_size!r}")
+        if self.type != "int4" and self.group_size != 64:
+            raise ValueError(f"group size {self.group_size} is for int4: {self.type} has none to choose")
+        if not isinstance(self.head, bool):
+            raise ValueError(f"quant's head must be true or false, not {self.head!r}")
+
+    @classmethod
+    def of(cls, quant: "bool | str | Self | None") -> Self | None:
+        """What an argument ``quant`` stands for: True is nf4, False and None are none.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if quant is None or quant is False:
+            return None
+        if isinstance(quant, cls):
+            return quant
+        if quant is True:
+            return cls()
+        return cls(type=quant)  # type: ignore[arg-type]  # it checks
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """For each tensor of a quantized matrix how many inputs of a row one element stands for; 0: the whole row."""
+        if self.type == "int8":
+            return {"int8_codes": 1, "int8_scale": 0}
+        if self.type == "nf4":
+            return {"nf4_codes": 2, "nf4_scale": _NF4_GROUP}
+        return {"int4_codes": 2, "int4_scale": self.group_size, "int4_zero": self.group_size}
+
+    @property
+    def group(self) -> int:
+        """Neighbouring inputs that no cut may part."""
+        return max(self.inputs.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def quant_from_dict(values: Any) -> QuantArgs:
+    """From a config.json."""
+    if isinstance(values, QuantArgs):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"quant must be an object with type, group_size and head, not {values!r}")
+    known = {f.name for f in dataclasses.fields(QuantArgs)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown key(s) in quant: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return QuantArgs(**values)
+
+
+def add_quant_flags(parser: Any) -> None:
+    """Give a command the flags --quant, --group-size and --quant-head.
+
+    Args:
+        parser: an argparse parser, or a group of one.
+    """
+    parser.add_argument(
+        "--quant",
+        nargs="?",
+        const=DEFAULT_FORM,
+        metavar="TYPE",
+        help="quantize the matrices of attention and experts while loading: int8, int4 or nf4 (without TYPE)",
+    )
+    parser.add_argument(
+        "--group-size", "--group_size", type=int, default=64, help="of int4: inputs that share a scale, 32 or 64 (64)"
+    )
+    parser.add_argument("--quant-head", "--quant_head", action="store_true", help="quantize the output head as well")
+
+
+def quant_of_flags(quant: str | None, *, group_size: int, head: bool) -> QuantArgs | None:
+    """What the three flags ask for.
+
+    Raises:
+        ValueError: an unknown type or group size, or one of the others without --quant.
+    """
+    if quant is not None:
+        return QuantArgs(type=quant, group_size=group_size, head=head)  # type: ignore[arg-type]  # it checks
+    if head or group_size != QuantArgs.group_size:
+        raise ValueError("--group-size and --quant-head say how to quantize: give --quant TYPE as well")
+    return None

@@ -1,0 +1,39 @@
+"""Rectangular parts of whole tensors."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a whole tensor: its corner and its size along each axis."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Box":
+        return cls((0,) * len(shape), shape)
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """The common part, or None."""
+        starts = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
+        ends = (min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True))
+        size = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        return Box(starts, size) if all(n > 0 for n in size) else None
+
+    def within(self, outer: "Box") -> tuple[slice, ...]:
+        """The index of this box in a tensor that holds ``outer``."""
+        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.start, outer.start, self.size, strict=True))
+
+    def chunk(self, axis: int, *, rank: int, size: int) -> "Box":
+        """Piece ``rank`` of ``size`` along an axis, as torch.chunk cuts: the last may be smaller, or empty."""
+        piece = -(-self.size[axis] // size)
+        skipped = min(rank * piece, self.size[axis])
+        start, part = list(self.start), list(self.size)
+        start[axis], part[axis] = start[axis] + skipped, min(piece, part[axis] - skipped)
+        return Box(tuple(start), tuple(part))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)

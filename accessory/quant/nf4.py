@@ -1,0 +1,27 @@
+"""nf4: blocks of 64 inputs, a float32 scale each, 16 levels at the quantiles of a normal distribution.
+
+Dettmers et al., 2023 (https://arxiv.org/abs/2305.14314), section 3; the layout is bitsandbytes'. Its scales are not
+quantized once more: with them in float32 a weight has 4.5 bits, within what is allowed.
+
+Shape letters: R rows (outputs), D depth (inputs), G groups of a row, N inputs of a group.
+"""
+
+import torch
+from torch import Tensor
+
+from accessory.kernels.quantized import NF4, NF4_GROUP
+from accessory.quant.int4 import pack
+
+
+def encode(values_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 (R, D / 2), and scales, float32 (R, G): a block's largest magnitude.
+
+    Args:
+        values_RD: float32.
+    """
+    values_RGN = values_RD.unflatten(-1, (-1, NF4_GROUP))
+    scale = values_RGN.abs().amax(-1, keepdim=True)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=values_RD.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(values_RGN / torch.where(scale > 0, scale, 1), between)
+    return pack(codes.flatten(-2).to(torch.uint8)), scale.squeeze(-1)

@@ -1,0 +1,63 @@
+"""A quantized weight as parameters of a module, so that whatever splits, shards, moves or saves them takes it along."""
+
+import torch
+from torch import Tensor, nn
+
+from accessory.config import QuantArgs
+from accessory.quant.weight import QuantizedWeight
+
+# Of a quantized matrix's tensors in memory and on disk, by the names of their parameters.
+TENSOR_DTYPES = {
+    "int8_codes": torch.int8,
+    "int8_scale": torch.float32,
+    "int4_codes": torch.uint8,
+    "int4_scale": torch.bfloat16,
+    "int4_zero": torch.uint8,
+    "nf4_codes": torch.uint8,
+    "nf4_scale": torch.float32,
+}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+class QuantizedParameter(nn.Module):
+    """Stands where a matrix's parameter stood; frozen and uninitialised until a loader fills it.
+
+    Its parameters are named as the checkpoint's tensors are, such as "int4_codes" and "int4_scale". All are integers,
+    the scales as the bits of their floats: FSDP's mixed precision and ``module.to(dtype)`` change what is floating.
+
+    Args:
+        shape: (..., R, D) of the weight (R outputs, D inputs).
+    """
+
+    def __init__(self, shape: tuple[int, ...], quant: QuantArgs, device: torch.device) -> None:
+        super().__init__()
+        self.shape, self.form = shape, quant.type
+        empty = QuantizedWeight.empty(shape, quant.type, group_size=quant.group_size, device=device)
+        for name, tensor in empty.tensors().items():
+            self.register_parameter(f"{self.form}_{name}", nn.Parameter(as_bits(tensor), requires_grad=False))
+
+    def to_local(self) -> QuantizedWeight:
+        """This rank's weight, in the parameters' own memory."""
+        return weight_of({name: _local(parameter) for name, parameter in self.named_parameters()})
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """A tensor of a quantized weight as integers, in the same memory."""
+    return tensor.view(_BITS[tensor.dtype]) if tensor.dtype in _BITS else tensor
+
+
+def as_stored(name: str, bits: Tensor) -> Tensor:
+    """The inverse of `as_bits`, for a parameter or tensor of this name."""
+    return bits.view(TENSOR_DTYPES[name.rpartition(".")[2]])
+
+
+def weight_of(parameters: dict[str, Tensor]) -> QuantizedWeight:
+    """The weight whose tensors these are, by the names of `QuantizedParameter`."""
+    return QuantizedWeight.from_tensors(
+        {name.rpartition("_")[2]: as_stored(name, tensor) for name, tensor in parameters.items()}
+    )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()

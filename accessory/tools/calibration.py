@@ -1,0 +1,112 @@
+"""What the inputs of a model's matrices are like, seen on text: for quantizing with an eye on them."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from accessory.checkpoint.quantize import Calibration
+from accessory.model.meta import MetaModel
+from accessory.model.moe import Experts
+from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
+from accessory.model.scoring import score_tokens
+from accessory.quant import InputMoments
+
+logger = logging.getLogger(__name__)
+
+WINDOW, MOST_TOKENS = 512, 2**17
+_ENOUGH = 16 * WINDOW  # fewer tokens say little of experts that they seldom choose
+
+
+def calibrate(folder: str | Path, text: str | Path, *, group_size: int) -> Calibration:
+    """Run a model over the beginning of a text and note the inputs of every matrix that quantization changes.
+
+    Args:
+        text: a file in UTF-8; of its tokens the first 131,072 are read, in windows of 512.
+        group_size: of the quantization.
+
+    Raises:
+        ValueError: the file has no text.
+        CheckpointError, FileNotFoundError, OSError: the folder or file cannot be read.
+    """
+    model = MetaModel.from_pretrained(folder, device="cpu", max_seq_len=WINDOW)
+    tokens = model.tokenizer.encode(Path(text).read_text(encoding="utf-8"), bos=False, eos=False)[:MOST_TOKENS]
+    if not tokens:
+        raise ValueError(f"{text} is empty: give text like that which the model will meet")
+    if len(tokens) < _ENOUGH:
+        logger.warning("%s has only %d tokens: %d or more calibrate better", text, len(tokens), _ENOUGH)
+    beginning = model.tokenizer.encode("", bos=True, eos=False)
+    step = WINDOW - len(beginning)
+    with torch.inference_mode(), _noted_inputs(model, group_size) as moments:
+        for start in tqdm(range(0, len(tokens), step), "calibrating", unit="window", disable=None):
+            score_tokens(model.llma, [[*beginning, *tokens[start : start + step]]])
+    return moments
+
+
+@contextmanager
+def _noted_inputs(model: MetaModel, group_size: int) -> Iterator[dict[tuple[str, tuple[int, ...]], InputMoments]]:
+    """Inputs of the matrices are added up in what is handed out, for as long as the context lasts."""
+    moments: dict[tuple[str, tuple[int, ...]], InputMoments] = {}
+
+    def note(name: str, place: tuple[int, ...], x_TD: Tensor) -> None:
+        if (name, place) not in moments:
+            moments[name, place] = InputMoments(x_TD.shape[-1], group_size)
+        moments[name, place].add(x_TD)
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, inputs: note(name, (), inputs[0])
+
+    handles, changed = [], []
+    for number, block in enumerate(model.llma.layers):
+        attention = block.get_submodule("attention")
+        prefix = f"layers.{number}.attention"
+        for name in ("wq", "wk", "wv", "wo"):
+            module = attention.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(noting(f"{prefix}.{name}.weight")))
+        experts = block.get_submodule("feed_forward.experts")
+        assert isinstance(experts, Experts)
+        _note_experts(experts, f"layers.{number}.feed_forward.experts", note)
+        changed.append(experts)
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+        for experts in changed:
+            del experts.first, experts.second
+
+
+def _note_experts(experts: Experts, prefix: str, note: Callable[[str, tuple[int, ...], Tensor], None]) -> None:
+    first, second = experts.first, experts.second
+
+    def noted_first(x_PD: Tensor, way: Way) -> Tensor:
+        for expert, rows in _rows_of_experts(x_PD, way):
+            for half in (0, 1):
+                note(f"{prefix}.w13", (expert, half), rows)
+        return first(x_PD, way)
+
+    def noted_second(hidden_PF: Tensor, way: Way) -> Tensor:
+        for expert, rows in _rows_of_experts(hidden_PF, way):
+            note(f"{prefix}.w2", (expert,), rows)
+        return second(hidden_PF, way)
+
+    # The instance's own, in front of the class's, until they are deleted.
+    experts.first, experts.second = noted_first, noted_second  # type: ignore[method-assign]
+
+
+def _rows_of_experts(x_PD: Tensor, way: Way) -> Iterator[tuple[int, Tensor]]:
+    if isinstance(way, GatheredPairs):
+        for expert in way.experts_P.unique().tolist():
+            if expert >= 0:
+                yield expert, x_PD[way.experts_P == expert]
+        return
+    assert isinstance(way, GroupedPairs)
+    begin = 0
+    for expert, end in enumerate(way.ends_E.tolist()):
+        if end > begin:
+            yield expert, x_PD[begin:end]
+        begin = end

@@ -1,0 +1,243 @@
+"""Models that are quantized while they load, against transformers' Mixtral with the values that quantization leaves."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import accessory_config, hf_greedy, hf_logits, random_prompts, write_checkpoint
+from models import completions
+from quantized import mixtral_to_quantize, quantized_by_hand
+from ranks import RankPool, alike, error_of, on_ranks
+from torch import Tensor
+
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.config import QuantArgs
+from accessory.model.meta import MetaModel
+from accessory.model.scoring import score_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Pools = Callable[[int], RankPool]
+PROMPTS = random_prompts(4, [5, 17, 40])
+LAYOUTS = [(1, "auto"), (2, "expert"), (2, "tensor"), (4, "expert"), (4, "tensor"), (8, "expert")]
+QUANTS = {
+    "int8": QuantArgs(type="int8"),
+    "int8 with head": QuantArgs(type="int8", head=True),
+    "int4": QuantArgs(type="int4"),
+    "int4 in 32": QuantArgs(type="int4", group_size=32),
+    "nf4": QuantArgs(type="nf4"),
+}
+
+
+class Case(NamedTuple):
+    """A plain folder in each form, and transformers' models with what each quantization leaves of its weights."""
+
+    folders: dict[str, Path]
+    truths: dict[str, Any]
+    plain: Any
+
+
+@pytest.fixture(scope="module")
+def case(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("quant")
+    hf = mixtral_to_quantize(5)
+    folders = {
+        form: write_checkpoint(folder / form, hf, small_tokenizer, files=files, form=form)
+        for form, files in (("base", 2), ("sparse", 4), ("released", 1))
+    }
+    return Case(folders, {name: quantized_by_hand(hf, quant) for name, quant in QUANTS.items()}, hf)
+
+
+def load(paths: Any, quant: Any, placement: str = "auto", dtype: str = "fp32", **settings: Any) -> MetaModel:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    placed = {"max_seq_len": 128, "expert_placement": placement, "mp_group": group}
+    return MetaModel.from_pretrained(paths, quant=quant, dtype=dtype, device="cpu", **placed, **settings)
+
+
+def answers_on_rank(paths: Any, quant: Any, placement: str) -> tuple[list[Tensor], list[list[int]]]:
+    model = load(paths, quant, placement)
+    with torch.no_grad():
+        return score_tokens(model.llma, PROMPTS), completions(model.llma, PROMPTS, max_gen_len=24)
+
+
+def assert_says(found: list[Any], truth: Any) -> None:
+    logits, generated = alike(found)
+    for prompt, own in zip(PROMPTS, logits, strict=True):
+        torch.testing.assert_close(own, hf_logits(truth, prompt), atol=1e-4, rtol=1e-4)
+    assert generated == [hf_greedy(truth, prompt, 24) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", QUANTS)
+@pytest.mark.parametrize(("size", "placement"), LAYOUTS)
+def test_a_quantized_model_says_what_its_dequantized_weights_say(
+    size: int, placement: str, name: str, case: Case, ranks: Pools
+) -> None:
+    if size == 8 and QUANTS[name].group > 32:
+        error = on_ranks(ranks, size, refused_on_rank, case.folders["base"], QUANTS[name], placement)[0]
+        assert "32 inputs of attention.wo.weight on a rank are not whole groups of 64" in error
+        return
+    form = ["base", "sparse", "released"][(size + len(placement)) % 3]
+    found = on_ranks(ranks, size, answers_on_rank, case.folders[form], QUANTS[name], placement)
+    assert_says(found, case.truths[name])
+
+
+def refused_on_rank(paths: Any, quant: Any, placement: str) -> str:
+    return error_of(load, paths, quant, placement)[1]
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_a_quantized_folder_loads_without_the_originals(name: str, case: Case, ranks: Pools, tmp_path: Path) -> None:
+    stored = tmp_path / "quantized"
+    quantize_checkpoint(case.folders["sparse"], stored, QUANTS[name])
+    for size, placement in ((1, "auto"), (2, "expert"), (4, "tensor")):
+        assert_says(on_ranks(ranks, size, answers_on_rank, stored, None, placement), case.truths[name])
+
+
+def test_a_quantized_folder_is_as_small_as_its_bits(case: Case, tmp_path: Path) -> None:
+    config = accessory_config(case.plain.config)
+    layer = 2 * config["dim"] * 12 * config["head_dim"] + 8 * 3 * config["dim"] * config["hidden_dim"]
+    matrices = config["n_layers"] * layer
+    whole = case.folders["released"] / "consolidated.00.pth"
+    for name, share in (("int8", 0.53), ("int4", 0.31), ("int4 in 32", 0.31), ("nf4", 0.31)):
+        quantize_checkpoint(case.folders["base"], tmp_path / name, QUANTS[name])
+        size = sum(path.stat().st_size for path in (tmp_path / name).glob("*.pth"))
+        rest = whole.stat().st_size - matrices * 4  # of float32
+        assert size - rest <= share * 2 * matrices * 1.02 + 100_000, name
+
+
+def state_on_rank(paths: Any, quant: Any) -> dict[str, Tensor]:
+    return {name: own.detach().clone() for name, own in load(paths, quant).llma.named_parameters()}
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_quantizing_while_loading_and_beforehand_are_one(name: str, case: Case, ranks: Pools, tmp_path: Path) -> None:
+    stored = tmp_path / "quantized"
+    quantize_checkpoint(case.folders["base"], stored, QUANTS[name])
+    for size in (1, 4):
+        now = on_ranks(ranks, size, state_on_rank, case.folders["released"], QUANTS[name])
+        before = on_ranks(ranks, size, state_on_rank, stored, QUANTS[name])
+        for ours, theirs in zip(now, before, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_embedding_the_norms_and_the_gate_stay(case: Case) -> None:
+    model = load(case.folders["base"], "int4", dtype="bf16")
+    dtypes = {re.sub(r"layers\.\d+\.", "", name): own.dtype for name, own in model.llma.named_parameters()}
+    floating = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert floating == {
+        *("tok_embeddings.weight", "norm.weight", "output.weight"),
+        *("attention_norm.weight", "ffn_norm.weight", "feed_forward.gate.weight"),
+    }
+    assert load(case.folders["base"], QuantArgs(type="int4", head=True)).llma.output.weight.form == "int4"
+    assert load(case.folders["base"], True).llma.layers[0].attention.wq.weight.form == "nf4"
+    assert isinstance(load(case.folders["base"], False).llma.layers[0].attention.wq.weight, torch.nn.Parameter)
+
+
+def test_a_folder_that_overlays_is_quantized_too(case: Case, small_tokenizer: Path, tmp_path: Path) -> None:
+    """One expert's w3 of another model, over a plain base: of the stacked matrix that piece alone is replaced."""
+    other = mixtral_to_quantize(6)
+    write_checkpoint(tmp_path / "other", other, small_tokenizer, files=1)
+    shard = tmp_path / "other" / "consolidated.00-of-01.model.pth"
+    key = "llma.layers.1.feed_forward.experts.3.w3.weight"
+    torch.save({"model": {key: torch.load(shard)["model"][key]}}, shard)
+    hf = mixtral_to_quantize(5)
+    half = hf.config.intermediate_size
+    with torch.no_grad():
+        theirs = other.model.layers[1].mlp.experts.gate_up_proj[3, half:]
+        hf.model.layers[1].mlp.experts.gate_up_proj[3, half:] = theirs
+    found = [answers_on_rank([case.folders["base"], tmp_path / "other"], "nf4", "auto")]
+    assert_says(found, quantized_by_hand(hf, QUANTS["nf4"]))
+
+
+def test_in_bfloat16_the_answers_stay_near(case: Case) -> None:
+    """Activations of few tokens have 8 bits there."""
+    prompt = PROMPTS[2]
+    truth = hf_logits(case.truths["int8"], prompt)
+    model = load(case.folders["base"], "int8", dtype="bf16")
+    with torch.no_grad():
+        (logits,) = score_tokens(model.llma, [prompt])
+    assert (logits - truth).norm() < 0.05 * truth.norm()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("quant", "words"),
+    [
+        ("int3", "quant 'int3' is unknown: choose from int8, int4, nf4"),
+        ("", "quant '' is unknown"),
+        (8, "quant 8 is unknown"),
+    ],
+)
+def test_an_unknown_quantization_is_refused(quant: Any, words: str, case: Case) -> None:
+    kind, text = error_of(load, case.folders["base"], quant)
+    assert (kind, text[: len(words)]) == ("ValueError", words)
+
+
+def test_group_sizes_are_checked() -> None:
+    for settings, words in (
+        ({"type": "int4", "group_size": 48}, "must be 32 or 64, not 48"),
+        ({"type": "nf4", "group_size": 32}, "group size 32 is for int4"),
+        ({"type": "int4", "head": 1}, "must be true or false"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            QuantArgs(**settings)
+
+
+def test_sizes_that_groups_do_not_divide_are_refused(small_tokenizer: Path, tmp_path: Path) -> None:
+    hf = mixtral_to_quantize(1, hidden_size=96, intermediate_size=96)
+    folder = write_checkpoint(tmp_path / "odd", hf, small_tokenizer, files=1)
+    for refuses in (
+        lambda: load(folder, "int4"),
+        lambda: quantize_checkpoint(folder, tmp_path / "to", QuantArgs(type="int4")),
+    ):
+        with pytest.raises(ValueError, match=r"96 inputs of attention.wq.weight .*groups of 64"):
+            refuses()
+    assert not (tmp_path / "to").exists()
+    load(folder, QuantArgs(type="int4", group_size=32))
+
+
+def test_what_is_quantized_stays_as_it_is(case: Case, tmp_path: Path) -> None:
+    stored = tmp_path / "int8"
+    quantize_checkpoint(case.folders["base"], stored, QUANTS["int8"])
+    load(stored, "int8")
+    for refuses in (lambda: load(stored, "nf4"), lambda: quantize_checkpoint(stored, tmp_path / "to", QUANTS["nf4"])):
+        with pytest.raises(ValueError, match=f"{stored}.* is quantized already"):
+            refuses()
+
+
+def test_damaged_quantized_folders_are_refused(case: Case, tmp_path: Path) -> None:
+    stored = tmp_path / "int4"
+    quantize_checkpoint(case.folders["released"], stored, QUANTS["int4"])
+    (shard,) = stored.glob("*.pth")
+    whole = torch.load(shard)["model"]
+    key = "llma.layers.0.attention.wq.weight.int4_scale"
+    for damaged, words in (
+        ({**whole, key: whole[key].float()}, r"wq.weight.int4_scale is torch.float32, not torch.bfloat16"),
+        ({name: own for name, own in whole.items() if name != key}, r"lacks tensor layers.0.attention.wq.weight.int4"),
+        ({**whole, key: whole[key][:-1]}, r"int4_scale has shape"),
+    ):
+        torch.save(damaged, shard)
+        with pytest.raises(ValueError, match=words):
+            load(stored, None)
+    torch.save(whole, shard)
+    config = json.loads((stored / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps({**config, "quant": {"type": "int4", "groups": 3}}))
+    with pytest.raises(ValueError, match=r"config.json: unknown key\(s\) in quant: groups"):
+        load(stored, None)
+
+
+def test_a_matrix_with_nan_is_named(case: Case, tmp_path: Path, small_tokenizer: Path) -> None:
+    hf = mixtral_to_quantize(5)
+    with torch.no_grad():
+        hf.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
+    folder = write_checkpoint(tmp_path / "nan", hf, small_tokenizer, files=1)
+    with pytest.raises(ValueError, match=r"nan: layers.1.feed_forward.experts.w2, \(2,\): .*NaN cannot be quantized"):
+        load(folder, "nf4")

@@ -1,0 +1,82 @@
+"""What quantization costs a trained model, on documents that it was not trained on."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.config import QuantArgs
+from accessory.model.meta import MetaModel
+from accessory.tools.calibration import calibrate
+from accessory.tools.corpus import documentation_corpus
+from accessory.tools.tiny import HELD_BACK, token_stream
+
+LENGTH, ROWS = 128, 16
+ALLOWED = {"int8": 0.005, "int4": 0.04, "nf4": 0.05}
+
+
+@pytest.fixture(scope="module")
+def unseen(tiny: tuple[Path, object]) -> Tensor:
+    """Windows (48, 128) of documents that were held back, after the part that calibration reads."""
+    tokenizer = MetaModel.from_pretrained(tiny[0], max_seq_len=LENGTH).tokenizer
+    stream = token_stream(documentation_corpus()[::HELD_BACK], tokenizer)
+    return stream[-3 * ROWS * LENGTH :].view(-1, LENGTH)
+
+
+@torch.inference_mode()
+def decoded_loss(model: MetaModel, windows: Tensor) -> float:
+    """Mean cross-entropy, the tokens given one by one as in decoding, where activations of few tokens have 8 bits."""
+    llma, total = model.llma, 0.0
+    slots, active = list(range(ROWS)), torch.ones(ROWS, dtype=torch.bool)
+    for rows in windows.split(ROWS):
+        cache = llma.new_cache(ROWS, LENGTH)
+        logits = llma.prefill(rows[:, 0], [1] * ROWS, slots, cache)
+        for place in range(1, LENGTH):
+            total += torch.nn.functional.cross_entropy(logits.float(), rows[:, place], reduction="sum").item()
+            logits = llma.decode(rows[:, place], cache, active)
+            cache.extend(slots, [1] * ROWS)
+    return total / (windows.numel() - len(windows))
+
+
+@pytest.fixture(scope="module")
+def loss_of(tiny: tuple[Path, object], unseen: Tensor) -> Callable[..., float]:
+    @cache
+    def loss(quant: str | None, folder: Path = tiny[0]) -> float:
+        model = MetaModel.from_pretrained(folder, quant=quant, dtype="bf16", device="cpu", max_seq_len=LENGTH)
+        return decoded_loss(model, unseen)
+
+    return loss
+
+
+@pytest.mark.parametrize("quant", ALLOWED)
+def test_perplexity_rises_by_no_more_than_is_allowed(quant: str, loss_of: Callable[..., float]) -> None:
+    rise = math.exp(loss_of(quant) - loss_of(None)) - 1
+    assert abs(rise) <= ALLOWED[quant]
+    assert rise != 0, "nothing was quantized"
+
+
+def test_calibration_lowers_what_int4_loses(tiny: tuple[Path, object], unseen: Tensor, tmp_path: Path) -> None:
+    """Divergence from the plain model's predictions, in float32 compute, where nothing but the weights differs."""
+    texts = documentation_corpus()
+    text = tmp_path / "text"
+    text.write_text("\n".join(document for number, document in enumerate(texts[:60]) if number % HELD_BACK))
+    quant = QuantArgs(type="int4")
+    quantize_checkpoint(tiny[0], tmp_path / "nearest", quant)
+    quantize_checkpoint(tiny[0], tmp_path / "calibrated", quant, calibrate(tiny[0], text, group_size=64))
+
+    @torch.inference_mode()
+    def predictions(folder: Path) -> Tensor:
+        model = MetaModel.from_pretrained(folder, dtype="fp32", device="cpu", max_seq_len=LENGTH)
+        return model.llma(unseen)[0].log_softmax(-1)
+
+    plain = predictions(tiny[0])
+    nearest, calibrated = (
+        torch.nn.functional.kl_div(predictions(tmp_path / name), plain, log_target=True, reduction="sum").item()
+        for name in ("nearest", "calibrated")
+    )
+    assert calibrated < 0.9 * nearest
