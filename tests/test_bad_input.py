@@ -520,8 +520,8 @@ def _fewer_words(held: dict[str, torch.Tensor]) -> None:
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "images wanted": ({"with_visual": True}, ("with_visual=True", "leave it False")),
-    "quantization wanted": ({"quant": True}, ("quant=True", "leave it False")),
-    "quantization by name": ({"quant": "nf4"}, ("quant='nf4'", "leave it False")),
+    "quantization unknown": ({"quant": "int3"}, ("quant 'int3' is unknown", "choose from int8, int4, nf4")),
+    "quantization in groups": ({"quant": "nf4"}, ("are not whole groups of 64 (nf4)", "none; int8 has no groups")),
     "dtype unknown": ({"dtype": "int8"}, ("dtype 'int8'", "bf16, fp16, fp32, auto")),
     "dtype of integers": ({"dtype": torch.int8}, ("torch.int8", "bf16, fp16, fp32, auto")),
     "dtype a number": ({"dtype": 16}, ("dtype 16", "bf16, fp16, fp32, auto")),

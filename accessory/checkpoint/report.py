@@ -32,7 +32,6 @@ def describe(
     args = stored_args(manifest, llama_config)
     checkpoint = Checkpoint.open(manifest, args)
     adapter_alone = checkpoint.is_adapter
-    checkpoint.check_pieces()
     dtypes: set[torch.dtype] = set()
     for file, path in enumerate(manifest.shards):
         tensors = checkpoint.read_file(file, partial=adapter_alone)
@@ -44,6 +43,7 @@ def describe(
                     f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "
                     "of an earlier step of its training"
                 )
+    checkpoint.check_pieces()
     layout = "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
     size = sum(path.stat().st_size for path in manifest.shards)
     yield f"folder      {manifest.folder}"

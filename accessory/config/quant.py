@@ -96,9 +96,9 @@ def add_quant_flags(parser: Any) -> None:
         help="quantize the matrices of attention and experts while loading: int8, int4 or nf4 (without TYPE)",
     )
     parser.add_argument(
-        "--group-size", "--group_size", type=int, default=64, help="of int4: inputs that share a scale, 32 or 64 (64)"
+        "--group_size", "--group-size", type=int, default=64, help="of int4: inputs that share a scale, 32 or 64 (64)"
     )
-    parser.add_argument("--quant-head", "--quant_head", action="store_true", help="quantize the output head as well")
+    parser.add_argument("--quant_head", "--quant-head", action="store_true", help="quantize the output head as well")
 
 
 def quant_of_flags(quant: str | None, *, group_size: int, head: bool) -> QuantArgs | None:

@@ -240,7 +240,7 @@ def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
         raise ValueError(f'expert_placement "{placement}" is unknown; choose from {", ".join(PLACEMENTS)}')
     obstacles = _obstacles(args, placement, size)
     if obstacles:
-        works = ", ".join(map(str, supported_sizes(args, placement)))
+        works = ", ".join(map(str, supported_sizes(args, placement))) or "none; int8 has no groups"
         raise ValueError(
             f"the model cannot be split over {size} ranks: {'; '.join(obstacles)}. Rank counts that work: {works}"
         )
