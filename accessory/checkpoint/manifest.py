@@ -111,10 +111,16 @@ class Manifest:
     def load_quant(self) -> QuantArgs | None:
         """How the folder's matrices are quantized, as its config says; None: they are not.
 
+        A config that is no JSON says nothing: where it is needed `load_args` refuses it, and where another is given
+        in its place it does not count.
+
         Raises:
-            ValueError: it is unusable; names the file.
+            ValueError: what it says of quantization is unusable; names the file.
         """
-        values = {} if self.config is None else read_json(self.config)
+        try:
+            values = {} if self.config is None else read_json(self.config)
+        except ValueError:
+            return None
         try:
             return None if values.get("quant") is None else quant_from_dict(values["quant"])
         except ValueError as error:
