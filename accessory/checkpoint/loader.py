@@ -45,8 +45,7 @@ def load_parameters(
     for number, manifest in enumerate(manifests):
         # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
         first = state.mp_rank * len(manifest.shards) // state.mp_size
-        stored = args.replace(quant=manifest.load_quant())
-        checkpoint = Checkpoint.open(manifest, stored, probe=first)
+        checkpoint = Checkpoint.open(manifest, args, probe=first)
         partial = len(manifests) > 1
         if partial or adapters:
             checkpoint.check_pieces()
@@ -56,8 +55,8 @@ def load_parameters(
             absent -= held
             here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
         copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
-        if args.quant is not None and stored.quant is None:
-            weights = StoredWeights(manifest, stored, partial=partial)
+        if args.quant is not None and checkpoint.args.quant is None:
+            weights = StoredWeights(manifest, args, partial=partial)
             copied |= quantize_folder(
                 parameters,
                 boxes,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from accessory.config import ModelArgs, QuantArgs, quant_from_dict, read_json
+from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
 
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
@@ -122,7 +122,7 @@ class Manifest:
         except ValueError:
             return None
         try:
-            return None if values.get("quant") is None else quant_from_dict(values["quant"])
+            return None if values.get("quant") is None else part_of_config("quant", QuantArgs, values["quant"])
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from None
 

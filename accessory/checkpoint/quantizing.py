@@ -87,7 +87,7 @@ def measure_rows(boxes: Mapping[str, Box], manifests: Sequence[Manifest], args: 
     for number, manifest in enumerate(manifests if shared else ()):
         if manifest.load_quant() is not None:
             continue
-        weights = StoredWeights(manifest, args.replace(quant=None), partial=len(manifests) > 1)
+        weights = StoredWeights(manifest, args, partial=len(manifests) > 1)
         for piece in (piece for name, box in shared.items() for piece in pieces(name, box)):
             if weights.holds(piece.matrix, piece.box):
                 found[number, piece] = row_maximum(piece.read(weights)).flatten()

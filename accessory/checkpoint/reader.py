@@ -66,9 +66,13 @@ class Checkpoint:
     def open(cls, manifest: Manifest, args: ModelArgs, *, probe: int = 0) -> "Checkpoint":
         """Work out the files' expected contents; looks into shard ``probe`` for the form.
 
+        Args:
+            args: sizes of the model; whether matrices are quantized in the folder is its own to say.
+
         Raises:
             CheckpointError: that shard is unusable, or the number of shards does not fit the sizes.
         """
+        args = args.replace(quant=manifest.load_quant())
         files = len(manifest.shards)
         sparse = is_sparse(open_shard(manifest.shards[probe]), file=probe, files=files, args=args)
         obstacles = obstacles_to_files(args, files, sparse=sparse)

@@ -1,9 +1,9 @@
 """What a model is: its sizes, its adapters, and how its matrices are quantized, as config.json holds them."""
 
-from .checks import read_json
+from .checks import part_of_config, read_json
 from .model import ModelArgs, MoEArgs
 from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs
-from .quant import QUANT_FORMS, QuantArgs, QuantForm, quant_from_dict
+from .quant import QUANT_FORMS, QuantArgs, QuantForm
 
 __all__ = [
     "LORA_TARGETS",
@@ -14,6 +14,6 @@ __all__ = [
     "PeftArgs",
     "QuantArgs",
     "QuantForm",
-    "quant_from_dict",
+    "part_of_config",
     "read_json",
 ]

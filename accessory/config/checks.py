@@ -1,10 +1,13 @@
 """Checks of values that come from a JSON file."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Part = TypeVar("Part")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -19,6 +22,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def part_of_config(name: str, kind: type[Part], values: Any) -> Part:
+    """The dataclass that stands in a config.json as an object under ``name``; one that is made already stays.
+
+    Raises:
+        ValueError: no object, or an unknown key in it.
+    """
+    if isinstance(values, kind):
+        return values
+    known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all parts are dataclasses
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be an object with {', '.join(known[:-1])} and {known[-1]}, not {values!r}")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown key(s) in {name}: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return kind(**values)
 
 
 def is_number(value: Any) -> bool:

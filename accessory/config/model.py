@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from accessory.config.checks import is_number, read_json, require_ints
+from accessory.config.checks import is_number, part_of_config, read_json, require_ints
 from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
-from accessory.config.quant import QuantArgs, quant_from_dict
+from accessory.config.quant import QuantArgs
 
 # Keys that some releases write and that do not change this architecture: Mixtral attends to the whole context
 # whatever window its file names, and the length of the context is the caller's choice.
@@ -129,9 +129,9 @@ class ModelArgs:
             if optional in given and given[optional] is None:
                 del given[optional]
         if "moe" in given:
-            given["moe"] = _moe_from_dict(given["moe"])
+            given["moe"] = part_of_config("moe", MoEArgs, given["moe"])
         if given.get("quant") is not None:
-            given["quant"] = quant_from_dict(given["quant"])
+            given["quant"] = part_of_config("quant", QuantArgs, given["quant"])
         peft = {key: given.pop(key) for key in adapters & given.keys()}
         return cls(**given, peft=peft_from_dict(peft) if peft else None)
 
@@ -185,15 +185,3 @@ class ModelArgs:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
-
-
-def _moe_from_dict(values: Any) -> MoEArgs:
-    if isinstance(values, MoEArgs):
-        return values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"moe must be an object with num_experts and num_experts_per_tok, not {values!r}")
-    known = {f.name for f in dataclasses.fields(MoEArgs)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"unknown key(s) in moe: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return MoEArgs(**values)

@@ -1,7 +1,6 @@
 """How the matrices of a model are quantized."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -67,19 +66,6 @@ class QuantArgs:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def quant_from_dict(values: Any) -> QuantArgs:
-    """From a config.json."""
-    if isinstance(values, QuantArgs):
-        return values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"quant must be an object with type, group_size and head, not {values!r}")
-    known = {f.name for f in dataclasses.fields(QuantArgs)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"unknown key(s) in quant: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return QuantArgs(**values)
 
 
 def add_quant_flags(parser: Any) -> None:

@@ -154,11 +154,6 @@ def _without_inputs(row: Split) -> Split:
     return dataclasses.replace(row, axis={key: None if axis == last else axis for key, axis in row.axis.items()})
 
 
-def quantizes(name: str, args: ModelArgs) -> bool:
-    """Whether the matrix of this name is quantized in the model."""
-    return args.quant is not None and _is_quantized(split_of(name), args.quant)
-
-
 def _is_quantized(row: Split, quant: QuantArgs) -> bool:
     return row.quantized == "layers" or (row.quantized == "head" and quant.head)
 

@@ -158,7 +158,7 @@ def _check_weights(pretrained: Pretrained) -> None:
     """See that the shards' names and shapes fit: they are read after the data are tokenised, which takes a while."""
     manifests = pretrained.manifests
     for manifest in manifests:
-        checkpoint = Checkpoint.open(manifest, pretrained.args.replace(quant=manifest.load_quant()))
+        checkpoint = Checkpoint.open(manifest, pretrained.args)
         for file in range(len(manifest.shards)):
             checkpoint.read_file(file, partial=len(manifests) > 1)
 
