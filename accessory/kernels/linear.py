@@ -48,6 +48,14 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     return torch.compiler.is_compiling() or (x_TD.dtype in DTYPES and native_available())
 
 
+def called_directly(x: Tensor) -> bool:
+    """Whether an operation may call its function for CPU itself: the dispatcher costs a few us, one decoded token much.
+
+    What traces or wraps tensors (torch.compile, fake tensors, DTensor) must see the operation.
+    """
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+
+
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 
@@ -55,6 +63,8 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     other pairs, to the bit. Otherwise (another device or dtype, rows of w without unit stride, kernels not
     built) this is `gathered_linear_reference`. For inference only: no derivative.
     """
+    if called_directly(x_PD):
+        return _gathered_on_cpu(x_PD, w_ERD, expert_P)
     return torch.ops.accessory.gathered_linear(x_PD, w_ERD, expert_P)
 
 
@@ -64,6 +74,8 @@ def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     On CPU the native kernel serves few tokens and F.linear more, so that the last bit of a token's result
     may depend on which of them it was. For inference only: no derivative.
     """
+    if called_directly(x_PD):
+        return _few_tokens_on_cpu(x_PD, w_RD)
     return torch.ops.accessory.few_token_linear(x_PD, w_RD)
 
 
@@ -82,12 +94,14 @@ def _gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
 
 
-@_gathered_linear.register_kernel("cpu")
-def _gathered_linear_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+def _gathered_on_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     _check_gathered(x_PD, w_ERD, expert_P)
     if _native_serves(w_ERD):
         return gathered_product(x_PD, w_ERD, expert_P)
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
+
+
+_gathered_linear.register_kernel("cpu", _gathered_on_cpu)
 
 
 @_gathered_linear.register_fake
@@ -102,8 +116,7 @@ def _few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     return F.linear(x_PD, w_RD)
 
 
-@_few_token_linear.register_kernel("cpu")
-def _few_token_linear_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+def _few_tokens_on_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     _check_dense(x_PD, w_RD)
     if _native_serves(w_RD):
         if _kernel_beats_onednn(x_PD):
@@ -113,6 +126,9 @@ def _few_token_linear_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
         with torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None):
             return F.linear(x_PD, w_RD)
     return F.linear(x_PD, w_RD)
+
+
+_few_token_linear.register_kernel("cpu", _few_tokens_on_cpu)
 
 
 @_few_token_linear.register_fake

@@ -90,13 +90,14 @@ def native_values(
 
 def native_serves(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
     """Whether the native library multiplies such weights with activations of this dtype."""
-    parts = (codes, scale) if zero is None else (codes, scale, zero)
     # Integer sums of a longer row would not fit 32 bits.
     short = codes.dtype != torch.int8 or codes.shape[-1] < 2**17
     return (
         dtype in DTYPES
         and short
-        and all(part.device.type == "cpu" and part.stride(-1) == 1 for part in parts)
+        and codes.is_cpu
+        and codes.stride(-1) == scale.stride(-1) == 1
+        and (zero is None or zero.stride(-1) == 1)
         and native_available()
     )
 
@@ -104,9 +105,9 @@ def native_serves(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor
 def _described(codes: Tensor, scale: Tensor, zero: Tensor | None) -> _Weight:
     form = form_of(codes, zero)
     depth = codes.shape[2] * (1 if form == "int8" else 2)
-    kinds = {"int8": 0, "int4": 1 if depth == 32 * scale.shape[2] else 2, "nf4": 3}
-    strides = [part.stride(axis) * part.element_size() for part in (codes, scale) for axis in (0, 1)]
-    strides += [0, 0] if zero is None else [zero.stride(0), zero.stride(1)]
+    kind = {"int8": 0, "int4": 1 if depth == 32 * scale.shape[2] else 2, "nf4": 3}[form]
+    codes_strides, (expert, row, _), size = codes.stride(), scale.stride(), scale.element_size()
+    zero_strides = (0, 0) if zero is None else zero.stride()[:2]
     return _Weight(
         codes.data_ptr(),
         scale.data_ptr(),
@@ -115,6 +116,9 @@ def _described(codes: Tensor, scale: Tensor, zero: Tensor | None) -> _Weight:
         codes.shape[0],
         codes.shape[1],
         depth,
-        *strides,
-        kinds[form],
+        *codes_strides[:2],
+        expert * size,
+        row * size,
+        *zero_strides,
+        kind,
     )

@@ -8,6 +8,7 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 import torch
 from torch import Tensor
 
+from .linear import called_directly
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import native_serves, native_values, quantized_product
 
@@ -23,6 +24,8 @@ _SCRATCH = 2**22  # elements of plain weights at a time: they stay in the cache 
 
 def quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x @ w.T for a weight (R, D), (P, R) in x's dtype, by the fastest way for this number of tokens."""
+    if called_directly(x_PD):
+        return _multiply(x_PD, codes, scale, zero)
     return torch.ops.accessory.quantized_linear(x_PD, codes, scale, zero)
 
 
@@ -34,6 +37,8 @@ def gathered_quantized_linear(
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the other
     pairs, to the bit. Otherwise this is `quantized_linear_reference`.
     """
+    if called_directly(x_PD):
+        return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
     return torch.ops.accessory.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
 
 
@@ -67,8 +72,7 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: t
     return codes.new_empty(*codes.shape[:-1], depth_of(codes), dtype=dtype)
 
 
-@torch.library.custom_op("accessory::quantized_linear", mutates_args=())
-def _quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
     if not _few(x_PD, codes, zero):
         return _by_blocks(x_PD, codes, scale, zero)
@@ -77,21 +81,26 @@ def _quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor |
     return quantized_linear_reference(x_PD, codes, scale, zero)
 
 
+_quantized_linear = torch.library.custom_op("accessory::quantized_linear", _multiply, mutates_args=())
+
+
 @_quantized_linear.register_fake
 def _quantized_linear_fake(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
     return x_PD.new_empty(x_PD.shape[0], codes.shape[0])
 
 
-@torch.library.custom_op("accessory::gathered_quantized_linear", mutates_args=())
-def _gathered_quantized_linear(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
-) -> Tensor:
+def _multiply_gathered(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
     if native_serves(x_PD.dtype, codes, scale, zero):
         return quantized_product(x_PD, codes, scale, zero, expert_P)
     return quantized_linear_reference(x_PD, codes, scale, zero, expert_P)
+
+
+_gathered_quantized_linear = torch.library.custom_op(
+    "accessory::gathered_quantized_linear", _multiply_gathered, mutates_args=()
+)
 
 
 @_gathered_quantized_linear.register_fake
@@ -162,11 +171,13 @@ def _check(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, a
 
 
 def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-    form, depth = form_of(codes, zero), depth_of(codes)
-    dtypes = (torch.int8 if form == "int8" else torch.uint8, torch.bfloat16 if form == "int4" else torch.float32)
-    counts = {"int8": (1,), "int4": [depth / group for group in GROUPS], "nf4": (depth / NF4_GROUP,)}[form]
-    fits = scale.shape[:-1] == codes.shape[:-1] and scale.shape[-1] in counts
-    if not fits or (codes.dtype, scale.dtype) != dtypes:
+    form, depth, groups = form_of(codes, zero), depth_of(codes), scale.shape[-1]
+    if form == "int8":
+        fits = groups == 1 and (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
+    else:
+        sizes, dtype = (GROUPS, torch.bfloat16) if form == "int4" else ((NF4_GROUP,), torch.float32)
+        fits = depth in [groups * size for size in sizes] and (codes.dtype, scale.dtype) == (torch.uint8, dtype)
+    if not fits or scale.shape[:-1] != codes.shape[:-1]:
         raise ValueError(f"scale {_form(scale)} does not fit codes {_form(codes)} of a weight in {form}")
     if zero is not None and (zero.shape != scale.shape or zero.dtype != torch.uint8):
         raise ValueError(f"zero {_form(zero)} does not fit scale {_form(scale)} of a weight in {form}")

@@ -132,7 +132,9 @@ class Attention(nn.Module):
         """(T, D) -> (T, D), the same on every rank."""
         x_TD = copy_to_region(x_TD, self.group)
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = pattern.attend(self.layer, rotate(q, rotation), rotate(k, rotation), v)
+        # Turned together: for few tokens the number of operations is what counts.
+        q, k = rotate(torch.cat((q, k), dim=1), rotation).split((q.shape[1], k.shape[1]), dim=1)
+        out = pattern.attend(self.layer, q, k, v)
         return self.wo(out.flatten(1))
 
 

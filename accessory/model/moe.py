@@ -95,7 +95,7 @@ class Experts(nn.Module):
         else:
             y_PD = self._grouped(x_TD, experts_TK, complete=complete)
         y_TKD = y_PD.unflatten(0, experts_TK.shape)
-        return torch.einsum("tk,tkd->td", weights_TK, y_TKD.float())
+        return torch.bmm(weights_TK.unsqueeze(1), y_TKD.float()).squeeze(1)
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
         """`forward` with gradients, for pairs that are sorted by expert."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RotaryTable:
-    """Cosines and sines of every position up to a length, float32.
+    """Cosines and sines of every position up to a length, float32, as `rotate` wants them.
 
     Args:
         scaling: factor on the positions (None: 1).
@@ -21,17 +21,18 @@ class RotaryTable:
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         positions = torch.arange(length, dtype=torch.float64) * (scaling or 1.0)
         angles = torch.outer(positions, frequencies)
-        self.cos = angles.cos().float().to(device)
-        self.sin = angles.sin().float().to(device)
+        self.cos = angles.cos().repeat_interleave(2, dim=1).float().to(device)
+        self.sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(1).float().to(device)
 
     def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for `rotate`, each (T, 1, h/2)."""
+        """For `rotate`, each (T, 1, h): the cosines, and the sines, negative for the first of a pair."""
         return self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1)
 
 
 def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (2i, 2i+1) of every head by the token's angles; computed in float32."""
     cos, sin = rotation
-    even, odd = x_THh.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x_THh)
+    wide = x_THh.to(torch.float32, copy=True)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
+    return wide.mul_(cos).add_(swapped.mul_(sin)).type_as(x_THh)

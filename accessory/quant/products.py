@@ -23,14 +23,13 @@ def linear(x_TD: Tensor, weight_OD: Tensor | QuantizedWeight) -> Tensor:
             if isinstance(weight_OD, QuantizedWeight)
             else F.linear(x_TD, weight_OD)
         )
-    rows = x_TD.flatten(0, -2)
+    if x_TD.dim() != 2:
+        return linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     if isinstance(weight_OD, QuantizedWeight):
-        y_TO = kernels.quantized_linear(rows, weight_OD.codes, weight_OD.scale, weight_OD.zero)
-    elif rows.shape[0] <= kernels.FEW_TOKENS and not rows.is_cuda:
-        y_TO = kernels.few_token_linear(rows, weight_OD)
-    else:
-        y_TO = F.linear(rows, weight_OD)
-    return y_TO.unflatten(0, x_TD.shape[:-1])
+        return kernels.quantized_linear(x_TD, weight_OD.codes, weight_OD.scale, weight_OD.zero)
+    if x_TD.shape[0] <= kernels.FEW_TOKENS and not x_TD.is_cuda:
+        return kernels.few_token_linear(x_TD, weight_OD)
+    return F.linear(x_TD, weight_OD)
 
 
 def gathered_linear(x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight, expert_P: Tensor) -> Tensor:
