@@ -3,7 +3,6 @@
 // ---- staging of one token; x is padded with zeros to whole blocks -----------------------------------------
 
 // Where element i of a token goes, among those of its vector of 4-bit codes.
-INLINE int dots_place(int i) { return i / (2 * VL) * (2 * VL) + i % 2 * VL + i % (2 * VL) / 2; }
 INLINE int float_place(int i) { return i / (2 * VL) * (2 * VL) + (i % 8 ^ 1) * LANES + i % (2 * VL) / 8; }
 
 // 8 bits for each activation, and a scale for each block of them: its largest becomes 127.
@@ -21,7 +20,15 @@ template <int GROUP> void stage_dots(const float* x, int64_t blocks, const Stage
         for (int i = 0; i < BLOCK; i++) codes[i] = finite ? (int)__builtin_rintf(x[i] * inverse) : 0;
         for (int i = 0; i < BLOCK; i++) sum += codes[i];
         to.shift[b] = DOTS && !GROUP ? -128 * sum : 0;
-        for (int i = 0; i < BLOCK; i++) to.x[b * BLOCK + (GROUP ? dots_place(i) : i)] = codes[i];
+        char* out = to.x + b * BLOCK;
+        if (GROUP) {
+            for (int i = 0; i < BLOCK; i += 2 * VL) {  // even and odd ones apart, in loops that become shuffles
+                for (int j = 0; j < VL; j++) out[i + j] = codes[i + 2 * j];
+                for (int j = 0; j < VL; j++) out[i + VL + j] = codes[i + 2 * j + 1];
+            }
+        } else {
+            __builtin_memcpy(out, codes, BLOCK);
+        }
         if constexpr (GROUP) {
             for (int g = 0; g < BLOCK / GROUP; g++) {
                 int part = 0;
