@@ -16,14 +16,8 @@ from accessory.model.cache import KVCache
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable, rotate
-from accessory.parallel.plan import (
-    Box,
-    local_box,
-    parameter_shapes,
-    resolve_placement,
-    split_of,
-    supported_sizes,
-)
+from accessory.parallel.placement import resolve_placement, supported_sizes
+from accessory.parallel.plan import Box, local_box, parameter_shapes, split_of
 from accessory.parallel.state import ParallelState, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box
-from accessory.parallel.plan import cut_groups, local_box, matrix_of, parameter_shapes
+from accessory.parallel.placement import cut_groups
+from accessory.parallel.plan import local_box, matrix_of, parameter_shapes
 
 PREFIX = "llma."
 

@@ -11,7 +11,8 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
-from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes, resolve_placement
+from accessory.parallel.placement import resolve_placement
+from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)

@@ -21,7 +21,7 @@ from accessory.model.pretrained import Paths, Pretrained, load_transformer
 from accessory.model.requests import Examples, agreed, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.plan import refuse_shared_heads, resolve_placement
+from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
 
 

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from accessory.model.LLM.mistral import Transformer
 from accessory.parallel.box import Box
-from accessory.parallel.plan import local_boxes, refuse_shared_heads, split_of
+from accessory.parallel.placement import refuse_shared_heads
+from accessory.parallel.plan import local_boxes, split_of
 from accessory.parallel.state import ParallelState
 
 DataParallel = Literal["fsdp", "sdp", "ddp"]

@@ -17,7 +17,8 @@ from accessory.model.moe import MoE, Routing
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable
 from accessory.parallel.layers import ParallelEmbedding, ParallelOutput
-from accessory.parallel.plan import Placement, local_sizes, resolve_placement
+from accessory.parallel.placement import resolve_placement
+from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
 
 
