@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 import transformers
 from machine import cpu_name
-from mid import ARGS, copy_weights, quantized_copy, transformers_mid, write_checkpoint
+from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
 from transformers import DynamicCache, MixtralForCausalLM
 
 from accessory.config import QUANT_FORMS, QuantArgs
 from accessory.kernels import native_variant
 from accessory.model.LLM.mistral import Transformer
 from accessory.parallel.state import ParallelState
+from accessory.tools.quality import quantized_copy
 
 # batched_mm copies an expert's matrices for every token that chose it: 22 GB for this prefill.
 PREFILL_IMPLEMENTATIONS = ("eager", "grouped_mm")

@@ -12,10 +12,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.writer import export_shard, save_shard
-from accessory.config import ModelArgs, MoEArgs, QuantArgs
+from accessory.config import ModelArgs, MoEArgs
 from accessory.files import new_folder
 from accessory.model.LLM.mistral import Transformer
-from accessory.quant import QuantizedParameter
 
 ARGS = ModelArgs(
     dim=1024,
@@ -77,20 +76,6 @@ def copy_weights(theirs: MixtralForCausalLM, ours: Transformer) -> None:
         experts = block.feed_forward.experts
         experts.w13.flatten(1, 2).copy_(state[f"{layer}mlp.experts.gate_up_proj"])
         experts.w2.copy_(state[f"{layer}mlp.experts.down_proj"])
-
-
-@torch.no_grad()
-def quantized_copy(model: Transformer, quant: QuantArgs) -> Transformer:
-    """The same model with its matrices quantized."""
-    copy = Transformer(model.args.replace(quant=quant), model.state, dtype=model.dtype).eval()
-    plain = dict(model.named_parameters())
-    for name, module in copy.named_modules():
-        if isinstance(module, QuantizedParameter):
-            module.to_local().write(plain[name])
-    for name, parameter in copy.named_parameters():
-        if name in plain:
-            parameter.copy_(plain[name])
-    return copy
 
 
 def write_checkpoint(folder: Path, model: Transformer, *, files: int) -> Path:

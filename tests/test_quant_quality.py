@@ -1,4 +1,4 @@
-"""What quantization costs a trained model, on documents that it was not trained on."""
+"""What quantization costs a trained model and a random one, on documents that they were not trained on."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.quantize import quantize_checkpoint
-from accessory.config import QuantArgs
+from accessory.config import ModelArgs, QuantArgs
+from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
+from accessory.parallel.state import ParallelState
 from accessory.tools.calibration import calibrate
 from accessory.tools.corpus import documentation_corpus
+from accessory.tools.quality import decoding_loss, quantized_copy
 from accessory.tools.tiny import HELD_BACK, token_stream
+from accessory.train.init import init_weights
 
 LENGTH, ROWS = 128, 16
+RANDOM = {"dim": 512, "hidden_dim": 1024, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 64}
 ALLOWED = {"int8": 0.005, "int4": 0.04, "nf4": 0.05}
 
 
@@ -28,27 +33,12 @@ def unseen(tiny: tuple[Path, object]) -> Tensor:
     return stream[-3 * ROWS * LENGTH :].view(-1, LENGTH)
 
 
-@torch.inference_mode()
-def decoded_loss(model: MetaModel, windows: Tensor) -> float:
-    """Mean cross-entropy, the tokens given one by one as in decoding, where activations of few tokens have 8 bits."""
-    llma, total = model.llma, 0.0
-    slots, active = list(range(ROWS)), torch.ones(ROWS, dtype=torch.bool)
-    for rows in windows.split(ROWS):
-        cache = llma.new_cache(ROWS, LENGTH)
-        logits = llma.prefill(rows[:, 0], [1] * ROWS, slots, cache)
-        for place in range(1, LENGTH):
-            total += torch.nn.functional.cross_entropy(logits.float(), rows[:, place], reduction="sum").item()
-            logits = llma.decode(rows[:, place], cache, active)
-            cache.extend(slots, [1] * ROWS)
-    return total / (windows.numel() - len(windows))
-
-
 @pytest.fixture(scope="module")
 def loss_of(tiny: tuple[Path, object], unseen: Tensor) -> Callable[..., float]:
     @cache
     def loss(quant: str | None, folder: Path = tiny[0]) -> float:
         model = MetaModel.from_pretrained(folder, quant=quant, dtype="bf16", device="cpu", max_seq_len=LENGTH)
-        return decoded_loss(model, unseen)
+        return decoding_loss(model.llma, unseen)
 
     return loss
 
@@ -58,6 +48,16 @@ def test_perplexity_rises_by_no_more_than_is_allowed(quant: str, loss_of: Callab
     rise = math.exp(loss_of(quant) - loss_of(None)) - 1
     assert abs(rise) <= ALLOWED[quant]
     assert rise != 0, "nothing was quantized"
+
+
+def test_a_random_model_of_larger_matrices_stays_within_the_same_limits(unseen: Tensor) -> None:
+    args = ModelArgs(**RANDOM, vocab_size=int(unseen.max()) + 1, max_seq_len=LENGTH)
+    plain = Transformer(args, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
+    init_weights(plain, seed=0)
+    before = decoding_loss(plain, unseen[:ROWS])
+    for quant, allowed in ALLOWED.items():
+        rise = math.exp(decoding_loss(quantized_copy(plain, QuantArgs(type=quant)), unseen[:ROWS]) - before) - 1
+        assert 0 != abs(rise) <= allowed, quant
 
 
 def test_calibration_lowers_what_int4_loses(tiny: tuple[Path, object], unseen: Tensor, tmp_path: Path) -> None:
