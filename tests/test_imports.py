@@ -35,7 +35,7 @@ LAYERS: list[tuple[str, str]] = [
     ("tools", r"accessory\.tools(\..*)?"),
     ("train", r"accessory\.train(\..*)?"),
     ("serve", r"accessory\.serve(\..*)?"),
-    ("programs", r"accessory\.(main_\w+|cli|__main__)|accessory\.(demos|exps|configs)(\..*)?"),
+    ("programs", r"accessory\.(main_\w+|cli|__main__)|accessory\.(commands|demos|exps|configs)(\..*)?"),
 ]
 
 BELOW: dict[str, set[str]] = {
