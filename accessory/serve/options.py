@@ -134,19 +134,23 @@ def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `serve_on_ranks` beside ``program`` and ``pretrained_path``; ValueError as above."""
-    return {**model_settings(arguments), "slots": arguments.slots, "queue": arguments.queue}
+    """The keyword arguments of `serve_on_ranks` beside ``program`` and ``pretrained_path``.
 
-
-def driver_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `Driver` beside ``pretrained_path``; what the program has no flag for is left out.
+    What the program has no flag for, or none was given for, is left out.
 
     Raises:
         ValueError: as above.
     """
-    names = ("ranks", "gpu_ids", "master_addr", "master_port")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    return {**serve_settings(arguments), **given}
+    return {**model_settings(arguments), **_given(arguments, ("slots", "queue"))}
+
+
+def driver_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `Driver` beside ``pretrained_path``, in the same way; ValueError as above."""
+    return {**serve_settings(arguments), **_given(arguments, ("ranks", "gpu_ids", "master_addr", "master_port"))}
+
+
+def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
 
 
 def _spellings(name: str) -> tuple[str, ...]:
