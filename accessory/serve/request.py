@@ -11,7 +11,7 @@ from accessory.model.tokenizer import Tokenizer
 Finish = Literal["stop", "length", "cancelled"]
 
 
-class Busy(Exception):  # noqa: N818
+class Busy(Exception):
     """As many requests wait as may; try again later.
 
     Attributes:
@@ -26,7 +26,7 @@ class Busy(Exception):  # noqa: N818
         return Busy, (self.waiting, self.retry_after)
 
 
-class RankLost(RuntimeError):  # noqa: N818
+class RankLost(RuntimeError):
     """The ranks of the model are gone; the message says what happened."""
 
 
