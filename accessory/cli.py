@@ -8,7 +8,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from accessory.commands import chat, checkpoints, generate
+from accessory.commands import chat, checkpoints, generate, serve
 from accessory.commands.output import say
 from accessory.launch import Launch
 from accessory.log import RankParser, global_rank, setup_logging
@@ -43,6 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = RankParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (checkpoints, generate, chat):
+    for part in (checkpoints, generate, chat, serve):
         part.add_commands(commands)
     return parser
