@@ -91,7 +91,11 @@ class Terminal:
         if prompt.dropped:
             del self._turns[: prompt.dropped]
             self._note(f"the context is full: {prompt.dropped} of the oldest turns left out")
-        text = self._written(stream)
+        try:
+            text = self._written(stream)
+        except FloatingPointError as error:
+            self._note(str(error))
+            return
         if text:
             self._turns.append((question, text))
 

@@ -139,7 +139,7 @@ async def written(
         session.answer = answer
         session.running = None
         yield answer
-    except RankLost as error:
+    except (RankLost, FloatingPointError) as error:
         yield error
     finally:
         session.running = None
