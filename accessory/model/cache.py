@@ -71,6 +71,12 @@ class KVCache:
         self.lengths[slot] = 0
         self._set_bound()
 
+    def clear(self, slot: int) -> None:
+        """Overwrite what a slot holds, which may not be finite; where decoding wrote for an inactive slot, too."""
+        written = self._host_lengths[slot] + 1
+        self.k[:, slot, :written] = 0
+        self.v[:, slot, :written] = 0
+
     def check_room(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """Raise ValueError where ``counts`` more tokens in ``slots`` would exceed max_seq_len."""
         for slot, count in zip(slots, counts, strict=True):

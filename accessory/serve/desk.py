@@ -18,6 +18,7 @@ from accessory.serve.messages import (
     Cancel,
     Close,
     Command,
+    Freed,
     Invoke,
     Link,
     Lost,
@@ -75,7 +76,7 @@ class Desk:
         slots = runner.cache.slots
         self._batch = Batch(slots, max(prefill_tokens, slots))
         self._sequences: dict[int, Sequence] = {}
-        self._freed: list[int] = []  # slots that the ranks are to forget with the next command
+        self._freed = Freed()  # for the next command
         self._events: list[tuple[int, Event | Exception]] = []
         self._done = _Done()
         self._experts: tuple[tuple[int, ...], ...] = ()
@@ -130,7 +131,7 @@ class Desk:
         slots = [sequence.slot for sequence, _ in step.rows if sequence.slot is not None]
         lengths = [count for _, count in step.rows]
         scored = any(sequence.request.prompt_logprobs is not None for sequence, _ in step.rows)
-        command = Read(tokens, lengths, slots, all_logits=scored, freed=self._take_freed())
+        command = Read(tokens, lengths, slots, self._take_freed(), all_logits=scored)
         self._command(command)
         logits = self._runner.read(command)
         self._done.prompt_tokens += len(tokens)
@@ -150,7 +151,7 @@ class Desk:
         """One more token for every answer that is being written."""
         rows = step.rows
         slots = [sequence.slot for sequence in rows if sequence.slot is not None]
-        command = Write([sequence.last_token for sequence in rows], slots, freed=self._take_freed())
+        command = Write([sequence.last_token for sequence in rows], slots, self._take_freed())
         self._command(command)
         logits_RV = self._runner.write(command)
         asking = [sequence for sequence in rows if sequence.request.routes]
@@ -195,7 +196,10 @@ class Desk:
     def _end(self, sequence: Sequence, last: Event | Exception) -> None:
         del self._sequences[sequence.number]
         if (slot := self._batch.leave(sequence)) is not None:
-            self._freed.append(slot)
+            self._freed.slots.append(slot)
+            # Masked positions still enter a product: NaN must not be left to the slot's next sequence.
+            if isinstance(last, Exception) or not sequence.written:
+                self._freed.unclean.append(slot)
         self._events.append((sequence.number, last))
 
     def _call(self, call: Call) -> Answer:
@@ -243,8 +247,8 @@ class Desk:
             **vars(self._done),
         )
 
-    def _take_freed(self) -> list[int]:
-        freed, self._freed = self._freed, []
+    def _take_freed(self) -> Freed:
+        freed, self._freed = self._freed, Freed()
         return freed
 
     def _command(self, command: Command) -> None:

@@ -165,14 +165,27 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Freed:
+    """What the ranks are to forget before they go on.
+
+    Attributes:
+        slots: whose sequences have ended.
+        unclean: those of them whose keys and values may not be finite.
+    """
+
+    slots: list[int] = field(default_factory=list)
+    unclean: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Read:
     """To every rank: read these tokens into these slots."""
 
     tokens: list[int]
     lengths: list[int]
     slots: list[int]
+    freed: Freed
     all_logits: bool = False
-    freed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ class Write:
 
     tokens: list[int]
     slots: list[int]
-    freed: list[int] = field(default_factory=list)
+    freed: Freed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import raised_on_all_ranks
-from accessory.serve.messages import Command, Invoke, Link, Read, Stop, Write
+from accessory.serve.messages import Command, Freed, Invoke, Link, Read, Stop, Write
 
 
 class Runner:
@@ -43,8 +43,10 @@ class Runner:
         """What a method of the model returns, and raises."""
         return getattr(self.model, command.method)(*command.args, **command.kwargs)
 
-    def _free(self, slots: list[int]) -> None:
-        for slot in slots:
+    def _free(self, freed: Freed) -> None:
+        for slot in freed.unclean:
+            self.cache.clear(slot)
+        for slot in freed.slots:
             self.cache.free(slot)
 
 
