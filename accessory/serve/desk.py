@@ -1,10 +1,7 @@
 """The first rank's loop: it takes requests, lets every rank run the next step, and reports what came of it."""
 
-import logging
 import queue
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,24 +28,10 @@ from accessory.serve.messages import (
     Write,
     sendable,
 )
-from accessory.serve.request import Event, Load, RankLost, TokenScore
+from accessory.serve.request import Event, RankLost, TokenScore
 from accessory.serve.runner import Runner
-from accessory.serve.scores import token_scores
-
-logger = logging.getLogger(__name__)
-
-# The experts' counts lie on the device: they are asked for so often at most, in seconds, and when the work is done.
-_COUNT_EVERY = 0.25
-
-
-@dataclass
-class _Done:
-    """What was done since the start."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    cancelled: int = 0
+from accessory.serve.scores import score_prompt, token_scores
+from accessory.serve.tally import Tally, newest_routes
 
 
 class Desk:
@@ -78,9 +61,7 @@ class Desk:
         self._sequences: dict[int, Sequence] = {}
         self._freed = Freed()  # for the next command
         self._events: list[tuple[int, Event | Exception]] = []
-        self._done = _Done()
-        self._experts: tuple[tuple[int, ...], ...] = ()
-        self._counted = 0.0
+        self._tally = Tally(runner.cache)
 
     def run(self) -> None:
         """Serve until told to close.
@@ -95,7 +76,7 @@ class Desk:
             elif isinstance(step, Writing):
                 self._write(step)
             if self._events:
-                self._report(Step(self._events, self._load()))
+                self._report(Step(self._events, self._tally.load(self._batch)))
                 self._events = []
         self._command(Stop())
 
@@ -112,7 +93,7 @@ class Desk:
                     self._batch.add(self._sequences[number])
                 case Cancel(number):
                     if (sequence := self._sequences.get(number)) is not None:
-                        self._done.cancelled += 1
+                        self._tally.cancelled += 1
                         self._end(sequence, Event(finish="cancelled"))
                 case Call():
                     self._report(self._call(order))
@@ -134,12 +115,12 @@ class Desk:
         command = Read(tokens, lengths, slots, self._take_freed(), all_logits=scored)
         self._command(command)
         logits = self._runner.read(command)
-        self._done.prompt_tokens += len(tokens)
+        self._tally.prompt_tokens += len(tokens)
         pieces = list(logits.split(lengths)) if scored else list(logits.split(1))
         ready, finals = [], []
         for (sequence, count), piece_TV in zip(step.rows, pieces, strict=True):
             if scored and sequence.request.prompt_logprobs is not None:
-                _score_prompt(sequence, piece_TV)
+                score_prompt(sequence, piece_TV)
             sequence.read += count
             if not sequence.unread:
                 ready.append(sequence)
@@ -155,7 +136,7 @@ class Desk:
         self._command(command)
         logits_RV = self._runner.write(command)
         asking = [sequence for sequence in rows if sequence.request.routes]
-        self._advance(rows, logits_RV, self._routes(asking) if asking else {})
+        self._advance(rows, logits_RV, newest_routes(self._runner.cache, asking) if asking else {})
 
     def _advance(
         self,
@@ -186,9 +167,9 @@ class Desk:
                 routes=(routes[sequence.number],) if routes and asked.routes else (),
                 finish=sequence.finish,
             )
-            self._done.generated_tokens += 1
+            self._tally.generated_tokens += 1
             if sequence.finish:
-                self._done.finished += 1
+                self._tally.finished += 1
                 self._end(sequence, event)
             else:
                 self._events.append((sequence.number, event))
@@ -218,35 +199,6 @@ class Desk:
                 raise
             return Answer(call.number, error=sendable(error))
 
-    def _routes(self, rows: list[Sequence]) -> dict[int, tuple[tuple[int, ...], ...]]:
-        """The experts (layers, top_k) of the token that each of these sequences has just read, by number."""
-        cache = self._runner.cache
-        assert cache.routes is not None
-        slots = [sequence.slot for sequence in rows if sequence.slot is not None]
-        places = [cache.length(slot) - 1 for slot in slots]
-        found = cache.routes[:, slots, places].transpose(0, 1).tolist()
-        return {
-            sequence.number: tuple(tuple(experts) for experts in layers)
-            for sequence, layers in zip(rows, found, strict=True)
-        }
-
-    def _load(self) -> Load:
-        now = time.monotonic()
-        if self._batch.idle or now - self._counted > _COUNT_EVERY:
-            self._experts = tuple(map(tuple, self._runner.cache.expert_counts.tolist()))
-            self._counted = now
-        running = self._batch.running
-        cache = self._runner.cache
-        return Load(
-            slots=cache.slots,
-            running=len(running),
-            waiting=self._batch.waiting,
-            cache_tokens=sum(sequence.held for sequence in running.values()),
-            cache_capacity=cache.slots * cache.max_seq_len,
-            expert_tokens=self._experts,
-            **vars(self._done),
-        )
-
     def _take_freed(self) -> Freed:
         freed, self._freed = self._freed, Freed()
         return freed
@@ -262,14 +214,6 @@ class Desk:
 def lost(rank: int) -> str:
     """What is said of a rank that went without a word."""
     return f"rank {rank} is gone (killed, out of memory, or its host cut off?)"
-
-
-def _score_prompt(sequence: Sequence, logits_TV: Tensor) -> None:
-    """Note how probable the tokens behind those just read are."""
-    asked = sequence.request
-    following = asked.tokens[sequence.read + 1 : sequence.read + 1 + logits_TV.shape[0]]
-    if following and asked.prompt_logprobs is not None:
-        sequence.prompt_scores += token_scores(logits_TV[: len(following)], following, asked.prompt_logprobs)
 
 
 def _on_cpu(result: object) -> object:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from accessory.serve import batch
 from accessory.serve.request import TokenScore
 
 
@@ -20,3 +21,11 @@ def token_scores(logits_TV: Tensor, tokens: Sequence[int], alternatives: int) ->
     best = logprobs_TV.topk(min(alternatives, logprobs_TV.shape[-1]), dim=-1)
     tops = (tuple(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return [TokenScore(*scored) for scored in zip(tokens, chosen, tops, strict=True)]
+
+
+def score_prompt(sequence: batch.Sequence, logits_TV: Tensor) -> None:
+    """Note how probable the tokens behind the next ones to be read are."""
+    asked, first = sequence.request, sequence.read + 1
+    following = asked.tokens[first : first + logits_TV.shape[0]]
+    if following and asked.prompt_logprobs is not None:
+        sequence.prompt_scores += token_scores(logits_TV[: len(following)], following, asked.prompt_logprobs)
