@@ -1,6 +1,7 @@
 """One process that owns the ranks of a model: starts them, serves requests through them, notices their end."""
 
 import contextlib
+import inspect
 import logging
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from accessory.generation.sampling import Sampling
+from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths
 from accessory.model.tokenizer import Tokenizer
 from accessory.serve.client import Client
@@ -43,7 +45,8 @@ class Driver:
         settings: of `MetaModel.from_pretrained`.
 
     Raises:
-        FileNotFoundError, CheckpointError, ValueError: the model cannot be loaded, or the ranks make no sense.
+        FileNotFoundError, CheckpointError, ValueError: the model cannot be loaded, or a setting makes no sense.
+        TypeError: there is no such setting.
         OSError: the ranks cannot meet at the address.
         RankLost: a rank ended while loading.
     """
@@ -63,6 +66,10 @@ class Driver:
         master_port: int | None = None,
         **settings: Any,
     ) -> None:
+        _check(slots=(slots, 1), queue=(queue, 0), prefill_tokens=(prefill_tokens, 1))
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings)
         size = _size(ranks, gpu_ids)
         on_cpu = computes_on_cpu(size, settings.get("device"))
         self._place = Placement(
@@ -217,14 +224,21 @@ class Driver:
                 return
 
 
+def _check(**counts: tuple[Any, int]) -> None:
+    """Raise ValueError for a (count, least) that is less, or no whole number."""
+    for name, (count, least) in counts.items():
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {count!r}")
+
+
 def _size(ranks: int | None, gpu_ids: Sequence[int] | None) -> int:
     """How many ranks there are to be.
 
     Raises:
         ValueError: naming the argument.
     """
-    if ranks is not None and (type(ranks) is not int or ranks < 1):
-        raise ValueError(f"ranks must be a whole number of at least 1, not {ranks!r}")
+    if ranks is not None:
+        _check(ranks=(ranks, 1))
     if gpu_ids is None:
         return ranks or 1
     if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or not all(type(card) is int and card >= 0 for card in gpu_ids):
