@@ -3,7 +3,6 @@
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.routing import Route
 
 from accessory.serve.http import about, chat, completions, errors, tokenizing
 from accessory.serve.http.gate import Counted, Gate
@@ -34,14 +33,10 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     errors.install(app)
     for part in (completions, chat, about, tokenizing):
         app.include_router(part.router)
-    app.add_middleware(Gate, key=settings.api_key, limit=settings.body_limit)
-    app.add_middleware(Counted, metrics=state.metrics, paths=_paths(app))
     _document(app)
+    app.add_middleware(Gate, key=settings.api_key, limit=settings.body_limit)
+    app.add_middleware(Counted, metrics=state.metrics, paths=["/openapi.json", *app.openapi()["paths"]])
     return app
-
-
-def _paths(app: FastAPI) -> frozenset[str]:
-    return frozenset(route.path for route in app.routes if isinstance(route, Route))
 
 
 def _document(app: FastAPI) -> None:

@@ -5,7 +5,10 @@ Plain ASGI: a body is read here, whole and bounded, so that no route waits for o
 
 import asyncio
 import hmac
+import re
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -27,30 +30,31 @@ class Counted:
     """Counts requests by path and status.
 
     Args:
-        paths: those of the routes. Others are counted together: whoever asks for them must not make up labels.
+        paths: those of the routes, with names in braces for what varies. Others are counted together: whoever asks
+            for them must not make up labels.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> None:
+        self._app, self._metrics = app, metrics
+        self._paths = [(re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path) for path in paths]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        status = CLIENT_LEFT
+        path = next((name for pattern, name in self._paths if pattern.fullmatch(scope["path"])), "other")
+        counted = False
 
         async def note(message: Message) -> None:
-            nonlocal status
+            nonlocal counted
             if message["type"] == "http.response.start":
-                status = message["status"]
+                counted = True
+                self._metrics.count_request(path, message["status"])
             await send(message)
 
-        try:
+        with suppress(ClientGone):
             await self._app(scope, receive, note)
-        except ClientGone:
-            pass
-        finally:
-            path = scope["path"]
-            self._metrics.count_request(path if path in self._paths else "other", status)
+        if not counted:
+            self._metrics.count_request(path, CLIENT_LEFT)
 
 
 class Gate:
