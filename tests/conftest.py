@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from ranks import RankPool
+from talking import teach
 
 from accessory.serve.driver import Driver
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
@@ -66,6 +67,12 @@ def tiny_engine(tiny: tuple[Path, TinyReport]) -> Iterator[Driver]:
     settings = {"dtype": "fp32", "device": "cpu", "max_seq_len": 128}
     with Driver(tiny[0], slots=4, queue=8, **settings) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def talking(tiny: tuple[Path, TinyReport], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model taught the dialogues of talking.py."""
+    return teach(tiny[0], tmp_path_factory.mktemp("talking") / "talking")
 
 
 @pytest.fixture

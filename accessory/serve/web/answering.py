@@ -24,24 +24,23 @@ class Answer:
     Attributes:
         tokens: those of the text, and behind them the one or more that ended it.
         routes: of ``tokens`` in their order; the last ones may lack theirs.
-        seconds: since it was asked for.
-        first: seconds until the first token; None before it.
+        first, last: seconds from the question to the first token, and to the last one so far; None before it.
         finish: why it ended; None while it goes on.
     """
 
     text: str = ""
     tokens: tuple[int, ...] = ()
     routes: tuple[Route, ...] = ()
-    seconds: float = 0.0
     first: float | None = None
+    last: float | None = None
     finish: Finish | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Of the tokens behind the first; 0 where there are none."""
-        if self.first is None or len(self.tokens) < 2 or self.seconds <= self.first:
+        if self.first is None or self.last is None or self.last <= self.first:
             return 0.0
-        return (len(self.tokens) - 1) / (self.seconds - self.first)
+        return (len(self.tokens) - 1) / (self.last - self.first)
 
 
 class Answering:
@@ -53,12 +52,13 @@ class Answering:
 
     def __init__(self, engine: Engine, tokens: Sequence[int], sampling: Sampling) -> None:
         self._loop = asyncio.get_running_loop()
-        self._news: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[float, Event | Exception]] = asyncio.Queue()
         self._start = time.monotonic()
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._routes: list[Route] = []
         self._first: float | None = None
+        self._last: float | None = None
         self._finish: Finish | None = None
         self._stream = engine.submit(tokens, sampling, routes=True, on_event=self._tell)
 
@@ -70,9 +70,9 @@ class Answering:
         """
         await asyncio.sleep(_SHORTEST)
         with contextlib.suppress(TimeoutError):
-            self._take(await asyncio.wait_for(self._news.get(), _LONGEST))
+            self._take(*await asyncio.wait_for(self._news.get(), _LONGEST))
         while not self._news.empty():
-            self._take(self._news.get_nowait())
+            self._take(*self._news.get_nowait())
         return self.answer
 
     @property
@@ -82,8 +82,8 @@ class Answering:
             text="".join(self._text),
             tokens=tuple(self._tokens),
             routes=tuple(self._routes),
-            seconds=time.monotonic() - self._start,
             first=self._first,
+            last=self._last,
             finish=self._finish,
         )
 
@@ -98,13 +98,14 @@ class Answering:
     def _tell(self, event: Event | Exception) -> None:
         """Called from the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the page's loop has ended before the engine
-            self._loop.call_soon_threadsafe(self._news.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (time.monotonic() - self._start, event))
 
-    def _take(self, event: Event | Exception) -> None:
+    def _take(self, seconds: float, event: Event | Exception) -> None:
         if isinstance(event, Exception):
             raise event
-        if event.tokens and self._first is None:
-            self._first = time.monotonic() - self._start
+        if event.tokens:
+            self._first = seconds if self._first is None else self._first
+            self._last = seconds
         self._text.append(event.text)
         self._tokens += event.tokens
         self._routes += event.routes

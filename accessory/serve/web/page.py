@@ -71,6 +71,8 @@ def served(
             max_threads=most,
             app_kwargs={"routes": [APIRoute(STATE_ROUTE, state, methods=["GET"])]},
         )
+        # A tab that is still open must not hold the end back.
+        blocks.server.config.timeout_graceful_shutdown = 1
         yield shared or local
     finally:
         blocks.close(verbose=False)

@@ -33,15 +33,19 @@ class SingleTurnPage:
                     self._build_inputs()
                 with gr.Column():
                     self._output = gr.Textbox(
-                        label="Answer", lines=12, max_lines=24, interactive=False, buttons=["copy"]
+                        label="Answer", lines=12, max_lines=24, interactive=False, buttons=["copy"], elem_id="answer"
                     )
                     self._status = gr.HTML(status("Write an instruction and press Submit."))
             self._experts = ExpertsTab(engine, self._session)
             self._connect()
 
     def _build_inputs(self) -> None:
-        self._instruction = gr.Textbox(label="Instruction", lines=4, max_lines=12, autofocus=True)
-        self._input = gr.Textbox(label="Input", info="optional; the alpaca prompt alone has a place for it", lines=2)
+        self._instruction = gr.Textbox(
+            label="Instruction", lines=4, max_lines=12, autofocus=True, elem_id="instruction"
+        )
+        self._input = gr.Textbox(
+            label="Input", info="optional; the alpaca prompt alone has a place for it", lines=2, elem_id="given"
+        )
         self._system = gr.Radio(
             SYSTEM_PROMPTS, value="alpaca", label="System prompt",
             info="alpaca for models finetuned on it; None for a pretrained model, which continues the text",
