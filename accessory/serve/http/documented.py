@@ -28,7 +28,8 @@ FAILURES = failures(*_MEANINGS)
 
 def with_stream(responses: Responses) -> Responses:
     """The same for an operation that may also answer with a stream."""
-    stream = {"schema": {"type": "string", "description": 'Lines "data: " with JSON objects, the last with [DONE].'}}
+    data = {"type": "string", "description": "A JSON object with a part of the answer; [DONE] in the last event."}
+    stream = {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}  # of each event
     success = {
         "description": "The answer; with stream, as server-sent events.",
         "content": {"text/event-stream": stream},

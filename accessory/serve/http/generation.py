@@ -59,6 +59,11 @@ class Desk:
             raise unavailable(self._closed)
         return Generation(self, engine, jobs)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being written."""
+        return bool(self._open)
+
     def close(self, reason: str) -> None:
         """End all generations; their clients are told why. Call it in the event loop."""
         self._closed = reason
