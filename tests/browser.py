@@ -42,4 +42,4 @@ def chromium() -> Iterator["playwright.sync_api.Browser"]:
 def keep(page: "playwright.sync_api.Page", name: str) -> None:
     """Keep a picture of the page, for people and for docs/."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True, animations="disabled")

@@ -115,7 +115,7 @@ class Terminal:
             self._sink.write("\n")
             self._sink.flush()
         seconds = time.monotonic() - start
-        ended = {"length": "; its length ended it", "cancelled": "; stopped"}.get(last.finish or "", "")
+        ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(last.finish or "", "")
         if self._interactive:
             self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s{ended}")
         return text.rstrip()

@@ -12,7 +12,17 @@ from accessory.generation.sampling import Sampling
 from accessory.serve.dialogue import Turn, dialogue_prompt
 from accessory.serve.request import Engine
 from accessory.serve.web.answering import Answer
-from accessory.serve.web.parts import ExpertsTab, SamplingControls, Update, measured, said, sampling_of, status, written
+from accessory.serve.web.parts import (
+    ExpertsTab,
+    SamplingControls,
+    Update,
+    header,
+    measured,
+    said,
+    sampling_of,
+    status,
+    written,
+)
 from accessory.serve.web.session import Session
 
 
@@ -27,7 +37,7 @@ class MultiTurnPage:
         self._engine = engine
         with gr.Blocks(title=f"{engine.name}: multi turn", analytics_enabled=False) as self.blocks:
             self._session = gr.State(Session())
-            gr.HTML("<h1>Multi turn</h1>")
+            gr.HTML(header("Multi turn", engine))
             with gr.Tab("Dialogue"):
                 self._build_dialogue()
             self._experts = ExpertsTab(engine, self._session)
@@ -46,11 +56,11 @@ class MultiTurnPage:
         )  # fmt: skip
         self._status = gr.HTML(status())
         with gr.Row():
-            self._submit = gr.Button("Submit", variant="primary")
-            self._stop = gr.Button("Stop", variant="stop", interactive=False)
-            self._retry = gr.Button("Retry", interactive=False)
-            self._undo = gr.Button("Undo", interactive=False)
-            self._clear = gr.Button("Clear")
+            self._submit = gr.Button("Submit", min_width=80, variant="primary")
+            self._stop = gr.Button("Stop", min_width=80, variant="stop", interactive=False)
+            self._retry = gr.Button("Retry", min_width=80, interactive=False)
+            self._undo = gr.Button("Undo", min_width=80, interactive=False)
+            self._clear = gr.Button("Clear", min_width=80)
         with gr.Accordion("Sampling", open=False):
             self._sampling = SamplingControls(self._engine.args.max_seq_len)
 

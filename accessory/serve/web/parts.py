@@ -54,12 +54,20 @@ def status(text: str = "", *, error: bool = False) -> str:
     return f"<p class='{kind}' role='{'alert' if error else 'status'}'>{html.escape(text)}</p>"
 
 
+def header(title: str, engine: Engine) -> str:
+    """What a page is and whose answers it shows, in HTML."""
+    args = engine.args
+    layers = f"{args.n_layers} layer{'' if args.n_layers == 1 else 's'} of {args.moe.num_experts} experts"
+    name = html.escape(engine.name)
+    return f"<h1>{title}</h1><p class='model'>{name}: {layers}, {args.max_seq_len} tokens of context</p>"
+
+
 def measured(answer: Answer) -> str:
     """How fast an answer came, for the status line."""
     if answer.first is None:
         return "The model reads ..." if answer.finish is None else "Stopped before the first token."
     count = len(answer.tokens)
-    ended = {"length": "; its length ended it", "cancelled": "; stopped"}.get(answer.finish or "", "")
+    ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(answer.finish or "", "")
     tokens = f"{count} token{'' if count == 1 else 's'}"
     return f"{tokens}, {answer.tokens_per_second:.1f} tokens/s, the first after {answer.first:.2f} s{ended}"
 

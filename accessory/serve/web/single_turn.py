@@ -10,7 +10,17 @@ from accessory.data.system_prompt import format_prompt
 from accessory.generation.sampling import Sampling
 from accessory.serve.request import Engine
 from accessory.serve.web.answering import Answer
-from accessory.serve.web.parts import ExpertsTab, SamplingControls, Update, measured, said, sampling_of, status, written
+from accessory.serve.web.parts import (
+    ExpertsTab,
+    SamplingControls,
+    Update,
+    header,
+    measured,
+    said,
+    sampling_of,
+    status,
+    written,
+)
 from accessory.serve.web.session import Session
 
 SYSTEM_PROMPTS = ("alpaca", "None")
@@ -27,7 +37,7 @@ class SingleTurnPage:
         self._engine = engine
         with gr.Blocks(title=f"{engine.name}: single turn", analytics_enabled=False) as self.blocks:
             self._session = gr.State(Session())
-            gr.HTML("<h1>Single turn</h1>")
+            gr.HTML(header("Single turn", engine))
             with gr.Tab("Answer"), gr.Row(equal_height=False):
                 with gr.Column():
                     self._build_inputs()
@@ -51,9 +61,9 @@ class SingleTurnPage:
             info="alpaca for models finetuned on it; None for a pretrained model, which continues the text",
         )  # fmt: skip
         with gr.Row():
-            self._submit = gr.Button("Submit", variant="primary")
-            self._stop = gr.Button("Stop", variant="stop", interactive=False)
-            self._clear = gr.Button("Clear")
+            self._submit = gr.Button("Submit", min_width=80, variant="primary")
+            self._stop = gr.Button("Stop", min_width=80, variant="stop", interactive=False)
+            self._clear = gr.Button("Clear", min_width=80)
         with gr.Accordion("Sampling", open=True):
             self._sampling = SamplingControls(self._engine.args.max_seq_len)
 

@@ -17,17 +17,19 @@ def theme() -> gr.themes.ThemeClass:
 
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
-h1 { font-size: 1.4rem; font-weight: 600; }
+h1 { font-size: 1.4rem; font-weight: 600; margin-bottom: .1rem; }
+.model { color: var(--body-text-color-subdued); }
 .status { min-height: 1.5em; color: var(--body-text-color-subdued); }
 .status.error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 #model-lost { position: sticky; top: 0; z-index: 1000; padding: .75rem 1rem; color: white; background: #b91c1c;
   font-weight: 600; text-align: center; }
 #shares { overflow-x: auto; }
 #shares table.experts, #shares table.experts :is(th, td) { border: none; }
-table.experts { border-collapse: separate; border-spacing: 2px; font-variant-numeric: tabular-nums; }
+table.experts { width: 100%; border-collapse: separate; border-spacing: 2px; font-variant-numeric: tabular-nums; }
 table.experts caption { text-align: left; padding-bottom: .5rem; color: var(--body-text-color-subdued); }
-table.experts th { font-weight: 500; padding: .1rem .5rem; color: var(--body-text-color-subdued); }
-table.experts td { min-width: 3rem; padding: .3rem .4rem; text-align: center; border-radius: 4px;
+#shares table.experts th { text-align: center; font-weight: 500; padding: .1rem .5rem;
+  color: var(--body-text-color-subdued); }
+table.experts td { min-width: 2rem; padding: .3rem .4rem; text-align: center; border-radius: 4px;
   color: var(--body-text-color);
   background: color-mix(in srgb, var(--primary-500) calc(85% * var(--strength)), var(--background-fill-secondary)); }
 #chat .message-content { white-space: pre-wrap; overflow-wrap: anywhere; }
