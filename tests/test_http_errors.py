@@ -302,3 +302,4 @@ def test_what_nobody_foresaw_tells_nothing(tiny_engine: Driver, monkeypatch: pyt
         monkeypatch.setattr(Driver, "submit", broken)
         answer = httpx.post(f"{api.url}/v1/completions", json={"prompt": "a"})
         assert "secret" not in assert_error(answer, 500)["message"]
+        assert api.metric('accessory_requests_total{endpoint="/v1/completions",status="500"}') == 1

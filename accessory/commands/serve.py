@@ -1,6 +1,7 @@
 """The command serve: a model behind an OpenAI-compatible HTTP API."""
 
 import argparse
+import logging
 import os
 import sys
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from accessory.commands.output import say
 from accessory.serve.options import add_batch_arguments, add_model_arguments, add_nproc_argument, driver_settings
 
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ACCESSORY_API_KEY"
 
 
@@ -64,6 +68,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         model_name=arguments.model_name,
         body_limit=int(arguments.body_limit * MEGABYTE),
     )
+    if key is None and arguments.host not in _LOOPBACK:
+        logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)
     driver = driver_settings(arguments)
     listener = listen(arguments.host, arguments.port)
 

@@ -43,9 +43,7 @@ class TokenTexts:
 
     def lost_space(self, token: int) -> str:
         """What the token loses where it begins a text that is decoded by itself: a space, or nothing."""
-        whole = self[token]
-        lost = whole.data is not None and whole.text.startswith(" ") and self._tokenizer.decode([token])[:1] != " "
-        return " " if lost else ""
+        return " " if self[token].data and self[token].text == " " + self._tokenizer.decode([token]) else ""
 
     def _make(self, token: int) -> TokenText:
         try:

@@ -51,10 +51,16 @@ class Counted:
                 self._metrics.count_request(path, message["status"])
             await send(message)
 
-        with suppress(ClientGone):
-            await self._app(scope, receive, note)
-        if not counted:
-            self._metrics.count_request(path, CLIENT_LEFT)
+        unanswered = CLIENT_LEFT
+        try:
+            with suppress(ClientGone):
+                await self._app(scope, receive, note)
+        except Exception:
+            unanswered = 500  # whoever is outside says so
+            raise
+        finally:
+            if not counted:
+                self._metrics.count_request(path, unanswered)
 
 
 class Gate:
