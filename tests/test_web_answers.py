@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from walks import LAYERS, experts_of, write_walk
 
-pytest.importorskip("gradio", reason="no gradio: pip install 'accessory[serve]'")
-
 from accessory.data.conversation import default_conversation
 from accessory.generation.sampling import Sampling
 from accessory.model.tokenizer import Tokenizer

@@ -10,14 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from browser import chromium, keep
 from ranks import free_port
 from talking import COUNT, DIALOGUES
-
-pytest.importorskip("gradio", reason="no gradio: pip install 'accessory[serve]'")
-
-import httpx
 
 from accessory.data.system_prompt import format_prompt
 from accessory.generation.sampling import Sampling
@@ -325,6 +322,16 @@ def workers() -> set[int]:
         except OSError:
             continue
     return found
+
+
+def test_a_page_takes_no_files_and_no_large_bodies(dialogue_address: str) -> None:
+    upload = httpx.post(f"{dialogue_address}gradio_api/upload", files={"files": b"text"})
+    assert upload.status_code == 403
+    large = httpx.post(f"{dialogue_address}gradio_api/queue/join", content=b" " * (2**20 + 1))
+    assert large.status_code == 413
+    endless = httpx.post(f"{dialogue_address}gradio_api/queue/join", content=iter([b" "]))
+    assert endless.status_code == 411
+    assert httpx.get(f"{dialogue_address}gradio_api/file=/etc/passwd").status_code == 403
 
 
 def test_who_has_no_password_stays_out(engine: Engine) -> None:

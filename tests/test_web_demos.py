@@ -8,17 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+import httpx
+from gradio_client import Client
 from programs import Program
 from ranks import free_port
 from talking import COUNT, DIALOGUES
 
 import accessory
-
-pytest.importorskip("gradio", reason="no gradio: pip install 'accessory[serve]'")
-
-import httpx
-from gradio_client import Client
 
 ROOT = Path(accessory.__file__).parent.parent
 PACKAGE = Path(accessory.__file__).parent

@@ -1,7 +1,6 @@
 """Serving a page for as long as its model lives."""
 
 import contextlib
-import os
 import secrets
 import signal
 import sys
@@ -9,16 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# Before the first import of gradio, which reads it: no program of ours tells others that it runs.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
 import gradio as gr
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
 
 from accessory.launch import Launch
 from accessory.serve.options import Account
 from accessory.serve.request import Engine, RankLost
+from accessory.serve.web.gate import MOST_BYTES, Gate
 from accessory.serve.web.style import CSS, HEAD, STATE_ROUTE, theme
 
 # How long a page whose model is gone stays up, for open tabs to hear of it; they ask every other second.
@@ -69,7 +67,11 @@ def served(
             mcp_server=False,
             enable_monitoring=False,
             max_threads=most,
-            app_kwargs={"routes": [APIRoute(STATE_ROUTE, state, methods=["GET"])]},
+            max_file_size=MOST_BYTES,
+            app_kwargs={
+                "routes": [APIRoute(STATE_ROUTE, state, methods=["GET"])],
+                "middleware": [Middleware(Gate)],
+            },
         )
         # A tab that is still open must not hold the end back.
         blocks.server.config.timeout_graceful_shutdown = 1

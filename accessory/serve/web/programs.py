@@ -1,7 +1,6 @@
 """The two demos as programs: their arguments, the engine behind the page, and how they end."""
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -84,8 +83,6 @@ def _run(
     try:
         launch = Launch.find()
         arguments = parser.parse_args(given)
-        if importlib.util.find_spec("gradio") is None:
-            raise ValueError("the demos need gradio: pip install 'accessory[serve]'")
     except ValueError as error:
         if global_rank() == 0:
             _say(error)
