@@ -12,8 +12,10 @@ from accessory.serve.options import (
     add_nproc_argument,
     add_page_arguments,
     add_rank_arguments,
+    add_template_argument,
     driver_settings,
     model_settings,
+    template_of,
 )
 
 
@@ -68,6 +70,15 @@ def test_a_command_that_starts_ranks_itself() -> None:
     add_nproc_argument(parser)
     assert driver_settings(parser.parse_args(["base", "--nproc", "2"]))["ranks"] == 2
     assert "slots" not in driver_settings(parser.parse_args(["base"]))
+
+
+def test_a_template() -> None:
+    parser = argparse.ArgumentParser()
+    add_template_argument(parser)
+    assert template_of(parser.parse_args([])) is None
+    assert template_of(parser.parse_args(["--chat_template", "alpaca"])) == "alpaca"
+    with pytest.raises(ValueError, match="'mixtral' is unknown: take one of default, alpaca, mixtral-instruct"):
+        template_of(parser.parse_args(["--chat-template", "mixtral"]))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def collect(engine: Engine, tokens: tuple[int, ...], sampling: Sampling) -> list
 
 def test_the_mark_that_ends_a_turn_never_shows(engine: Engine) -> None:
     prompt = dialogue_prompt(engine.tokenizer, [], HELLO, room=200)
-    answers = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=(prompt.stop,)))
+    answers = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=prompt.stop))
     assert answers[-1].text == "big(<b>)."
     assert answers[-1].finish == "stop"
     for answer in answers:
@@ -66,7 +66,7 @@ def test_the_mark_that_ends_a_turn_never_shows(engine: Engine) -> None:
 
 def test_each_token_has_the_colour_of_its_first_expert(engine: Engine, walk: Path) -> None:
     prompt = dialogue_prompt(engine.tokenizer, [], HELLO, room=200)
-    answer = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=(prompt.stop,)))[-1]
+    answer = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=prompt.stop))[-1]
     for layer in range(LAYERS):
         pieces = coloured(engine.tokenizer, answer, layer)
         assert "".join(text for text, _ in pieces) == "big(<b>)."

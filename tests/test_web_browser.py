@@ -104,7 +104,7 @@ def says(engine: Engine, tokens: tuple[int, ...], length: int, stop: tuple[str, 
 
 def replies(engine: Engine, turns: list[Turn], question: str, length: int) -> str:
     prompt = dialogue_prompt(engine.tokenizer, turns, question, room=CONTEXT - length)
-    return says(engine, prompt.tokens, length, (prompt.stop,)).strip()
+    return says(engine, prompt.tokens, length, prompt.stop).strip()
 
 
 def set_length(page: "Page", length: int) -> None:

@@ -12,7 +12,9 @@ from accessory.serve.options import (
     add_master_arguments,
     add_model_arguments,
     add_nproc_argument,
+    add_template_argument,
     driver_settings,
+    template_of,
 )
 
 
@@ -22,6 +24,7 @@ def add_commands(commands: Any) -> None:
     add_model_arguments(chat, positional=True)
     add_nproc_argument(chat)
     add_master_arguments(chat)
+    add_template_argument(chat)
     help_text = "tokens of an answer at most (default 512, or half of the context)"
     chat.add_argument("--max-gen-len", "--max_gen_len", type=int, help=help_text)
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
@@ -32,11 +35,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    from accessory.data.chat_templates import find_template
     from accessory.generation.sampling import Sampling
     from accessory.serve.driver import Driver
     from accessory.serve.request import RankLost
     from accessory.serve.terminal import Terminal
 
+    asked = template_of(arguments)
     length = arguments.max_gen_len
     if length is None:
         length = max(1, min(512, arguments.max_seq_len // 2))
@@ -48,7 +53,8 @@ def _chat(arguments: argparse.Namespace) -> None:
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
     try:
         with Driver(arguments.pretrained_path, slots=1, **driver_settings(arguments)) as engine:
-            Terminal(engine, sampling, seed=arguments.seed).run()
+            template = asked or find_template(engine.tokenizer)
+            Terminal(engine, sampling, template=template, seed=arguments.seed).run()
     except RankLost as error:
         say(error)
         raise SystemExit(1) from None

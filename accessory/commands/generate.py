@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accessory.commands.checkpoints import add_config_argument
 from accessory.commands.output import say, show
-from accessory.config.quant import add_quant_flags, quant_of_flags
+from accessory.serve.options import add_model_arguments, model_settings
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the command."""
     generate = commands.add_parser("generate", help="complete prompts")
-    _add_model_arguments(generate)
+    add_model_arguments(generate, positional=True)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="text to complete; may be repeated")
     prompts.add_argument("--prompt-file", type=Path, help="file with a text to complete on each line")
@@ -30,18 +29,6 @@ def add_commands(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pretrained_path", nargs="+", help="checkpoint folder; later ones overlay earlier ones")
-    parser.add_argument("--llama_type", "--llama-type", help="architecture, where meta.json does not say")
-    add_config_argument(parser)
-    parser.add_argument("--tokenizer_path", "--tokenizer-path", help="tokenizer.model, or folder of tokenizer.json")
-    parser.add_argument("--max_seq_len", "--max-seq-len", type=int, default=4096, help="tokens (default 4096)")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: as stored")
-    add_quant_flags(parser)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    parser.add_argument("--expert_placement", "--expert-placement", default="auto", help="auto, expert or tensor")
-
-
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -50,18 +37,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     with process_group_of_launcher(arguments.device, say=say) as mp_group:
         torch.manual_seed(arguments.seed)
-        model = MetaModel.from_pretrained(
-            arguments.pretrained_path,
-            llama_type=arguments.llama_type,
-            llama_config=arguments.llama_config,
-            tokenizer_path=arguments.tokenizer_path,
-            max_seq_len=arguments.max_seq_len,
-            mp_group=mp_group,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            quant=quant_of_flags(arguments.quant, group_size=arguments.group_size, head=arguments.quant_head),
-            expert_placement=arguments.expert_placement,
-        )
+        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **model_settings(arguments))
         settings = {
             "max_gen_len": arguments.max_gen_len,
             "temperature": arguments.temperature,

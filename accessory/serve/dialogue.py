@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accessory.data.conversation import default_conversation
+from accessory.data.chat_templates import Message, chat_prompt
 from accessory.model.tokenizer import Tokenizer
 
 Turn = tuple[str, str]
@@ -16,34 +16,41 @@ class Prompt:
 
     Attributes:
         tokens: begins with the beginning-of-sequence token.
-        stop: the text that ends the answer.
+        stop: texts that end the answer.
         dropped: turns, the oldest ones, for which there was no room.
     """
 
     tokens: tuple[int, ...]
-    stop: str
+    stop: tuple[str, ...]
     dropped: int = 0
 
 
-def dialogue_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], question: str, *, room: int) -> Prompt:
+def dialogue_prompt(
+    tokenizer: Tokenizer, turns: Sequence[Turn], question: str, *, room: int, template: str = "default"
+) -> Prompt:
     """The prompt for a question that follows ``turns``, without as many of the oldest as leave it too long.
 
     Args:
         room: tokens of the prompt at most.
+        template: a name of `accessory.data.chat_templates`.
 
     Raises:
-        ValueError: the question is empty, or too long by itself.
+        ValueError: the question is empty, or too long by itself, or the template is unknown.
     """
     if not question.strip():
         raise ValueError("the question is empty: write one")
-    conversation = default_conversation()
-    tokens: list[int] = []
+    length = 0
     for dropped in range(len(turns) + 1):
-        conversation.load_qas([*turns[dropped:], (question, None)])
-        tokens = tokenizer.encode(conversation.get_prompt(), bos=True, eos=False)
-        if len(tokens) <= room:
-            return Prompt(tokens=tuple(tokens), stop=conversation.response_end_signal, dropped=dropped)
+        messages = [
+            message
+            for asked, answer in turns[dropped:]
+            for message in (Message("user", asked), Message("assistant", answer))
+        ]
+        prompt = chat_prompt(template, [*messages, Message("user", question)], tokenizer)
+        length = len(prompt.tokens)
+        if length <= room:
+            return Prompt(tokens=tuple(prompt.tokens), stop=prompt.stop, dropped=dropped)
     raise ValueError(
-        f"the question makes a prompt of {len(tokens)} tokens, and there is room for {room}: "
+        f"the question makes a prompt of {length} tokens, and there is room for {room}: "
         "shorten it, or allow shorter answers"
     )

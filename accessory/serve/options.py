@@ -1,4 +1,4 @@
-"""What the demos, `accessory chat` and `accessory serve` are told alike, as groups of arguments.
+"""What the demos and the commands generate, chat and serve are told alike, as groups of arguments.
 
 A program takes the groups that concern it and hands the namespace to `model_settings` or `driver_settings`, whose
 dictionaries are keyword arguments. Names are spelled with underscores, as users' scripts have them, and with hyphens.
@@ -58,7 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     group.add_argument(*_spellings("max_seq_len"), type=_count, default=4096, help=help_text)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: as stored)")
     add_quant_flags(group)
-    group.add_argument("--device", help="cpu or cuda (default: the GPUs where there is one for each rank)")
+    group.add_argument("--device", help="cpu, cuda, or cuda:N for one rank (default: GPUs if each rank has one)")
     help_text = "auto (default), expert or tensor"
     group.add_argument(
         *_spellings("expert_placement"), choices=("auto", "expert", "tensor"), default="auto", help=help_text
@@ -104,6 +104,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser, *, slots: int) -> None:
     group.add_argument("--queue", type=_not_negative, default=64, help=help_text)
 
 
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    """How a dialogue is put to the model."""
+    help_text = "default, alpaca or mixtral-instruct (default: what the tokenizer's settings say, else default)"
+    parser.add_argument(*_spellings("chat_template"), metavar="NAME", help=help_text)
+
+
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     """Where a demo's page is, and who may open it."""
     group = parser.add_argument_group("page")
@@ -131,6 +137,20 @@ def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "quant": quant_of_flags(arguments.quant, group_size=arguments.group_size, head=arguments.quant_head),
         "expert_placement": arguments.expert_placement,
     }
+
+
+def template_of(arguments: argparse.Namespace) -> str | None:
+    """The template that was asked for; None: find out.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    from accessory.data.chat_templates import TEMPLATE_NAMES  # not before it is wanted: it loads the tokenizers
+
+    name: str | None = arguments.chat_template
+    if name is not None and name not in TEMPLATE_NAMES:
+        raise ValueError(f"--chat-template {name!r} is unknown: take one of {', '.join(TEMPLATE_NAMES)}")
+    return name
 
 
 def serve_settings(arguments: argparse.Namespace) -> dict[str, Any]:

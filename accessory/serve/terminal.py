@@ -29,7 +29,8 @@ class Terminal:
     """One dialogue with a model.
 
     Args:
-        sampling: of every answer; the stop string of the dialogue is added.
+        sampling: of every answer; the stop strings of the template are added.
+        template: how the dialogue is put to the model; a name of `accessory.data.chat_templates`.
         source, sink: the lines to read and where to write; a sink that is no terminal gets no prompts.
     """
 
@@ -38,11 +39,12 @@ class Terminal:
         engine: Engine,
         sampling: Sampling,
         *,
+        template: str = "default",
         seed: int | None = None,
         source: TextIO | None = None,
         sink: TextIO | None = None,
     ) -> None:
-        self._engine, self._sampling, self._seed = engine, sampling, seed
+        self._engine, self._sampling, self._template, self._seed = engine, sampling, template, seed
         self._source = sys.stdin if source is None else source
         self._sink = sys.stdout if sink is None else sink
         self._interactive = self._source.isatty() and self._sink.isatty()
@@ -82,8 +84,8 @@ class Terminal:
     def _answer(self, question: str) -> None:
         try:
             room = self._engine.args.max_seq_len - self._sampling.max_gen_len
-            prompt = dialogue_prompt(self._engine.tokenizer, self._turns, question, room=room)
-            sampling = dataclasses.replace(self._sampling, stop=(*self._sampling.stop, prompt.stop))
+            prompt = dialogue_prompt(self._engine.tokenizer, self._turns, question, room=room, template=self._template)
+            sampling = dataclasses.replace(self._sampling, stop=(*self._sampling.stop, *prompt.stop))
             stream = self._engine.submit(prompt.tokens, sampling, seed=self._seed)
         except (ValueError, Busy) as error:
             self._note(str(error))

@@ -29,12 +29,15 @@ from accessory.serve.web.session import Session
 class MultiTurnPage:
     """A dialogue with the model.
 
+    Args:
+        template: how the dialogue is put to the model; a name of `accessory.data.chat_templates`.
+
     Attributes:
         blocks: the page, for gradio to serve.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, *, template: str = "default") -> None:
+        self._engine, self._template = engine, template
         with gr.Blocks(title=f"{engine.name}: multi turn", analytics_enabled=False) as self.blocks:
             self._session = gr.State(Session())
             gr.HTML(header("Multi turn", engine))
@@ -112,9 +115,9 @@ class MultiTurnPage:
             nonlocal dropped
             sampling = sampling_of(self._engine, *sampling_values)
             room = self._engine.args.max_seq_len - sampling.max_gen_len
-            prompt = dialogue_prompt(self._engine.tokenizer, before, question, room=room)
+            prompt = dialogue_prompt(self._engine.tokenizer, before, question, room=room, template=self._template)
             dropped = prompt.dropped
-            return prompt.tokens, dataclasses.replace(sampling, stop=(prompt.stop,))
+            return prompt.tokens, dataclasses.replace(sampling, stop=prompt.stop)
 
         answers = written(self._engine, session, request)
         async with aclosing(answers):

@@ -13,8 +13,10 @@ from accessory.serve.options import (
     add_model_arguments,
     add_page_arguments,
     add_rank_arguments,
+    add_template_argument,
     driver_settings,
     serve_settings,
+    template_of,
 )
 
 # What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
@@ -31,6 +33,7 @@ def multi_turn(arguments: Sequence[str] | None = None) -> int:
     """The program demos/multi_turn.py: one page, and ranks that it starts itself; returns the exit code."""
     parser = _parser("multi_turn.py", "A page that holds a dialogue, with a model on processes that it starts.")
     add_rank_arguments(parser)
+    add_template_argument(parser)
     return _run(parser, arguments, _multi_turn)
 
 
@@ -63,13 +66,16 @@ def _single_turn(arguments: argparse.Namespace) -> None:
 
 
 def _multi_turn(arguments: argparse.Namespace) -> None:
+    from accessory.data.chat_templates import find_template
     from accessory.serve.driver import Driver
 
+    asked = template_of(arguments)
     with Driver(arguments.pretrained_path, **driver_settings(arguments)) as engine:
         from accessory.serve.web.multi_turn import MultiTurnPage
         from accessory.serve.web.page import serve_page
 
-        serve_page(MultiTurnPage(engine).blocks, engine, **_page_settings(arguments))
+        template = asked or find_template(engine.tokenizer)
+        serve_page(MultiTurnPage(engine, template=template).blocks, engine, **_page_settings(arguments))
 
 
 def _page_settings(arguments: argparse.Namespace) -> dict[str, Any]:
