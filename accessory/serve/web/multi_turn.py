@@ -50,7 +50,7 @@ class MultiTurnPage:
         # Neither a user's text nor the model's is read as Markdown or LaTeX; `_messages` sees to HTML. No button copies
         # a message: it would copy what stands for its special characters.
         self._chatbot = gr.Chatbot(
-            label=self._engine.name, height=420, layout="bubble", render_markdown=False, latex_delimiters=[],
+            show_label=False, height=420, layout="bubble", render_markdown=False, latex_delimiters=[],
             sanitize_html=True, allow_tags=False, buttons=[], feedback_options=None, elem_id="chat",
         )  # fmt: skip
         self._question = gr.Textbox(

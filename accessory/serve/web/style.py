@@ -34,6 +34,7 @@ table.experts td { min-width: 2rem; padding: .3rem .4rem; text-align: center; bo
   background: color-mix(in srgb, var(--primary-500) calc(85% * var(--strength)), var(--background-fill-secondary)); }
 #chat .message-content { white-space: pre-wrap; overflow-wrap: anywhere; }
 #coloured .text { white-space: pre-wrap; }
+.dark #coloured :is(.token.highlighted, .legend-item) { color: white !important; }
 #coloured .token, #coloured .token-container { margin: 0; padding-inline: 1px; }
 """
 
