@@ -20,6 +20,9 @@ from programs import Program
 from ranks import free_port, run_command
 
 from accessory.cli import main
+from accessory.serve.http import server
+from accessory.serve.http.settings import ServerSettings
+from accessory.serve.request import Load, RankLost
 
 pytestmark = pytest.mark.timeout(120)
 SERVE = (sys.executable, "-m", "accessory", "serve")
@@ -155,6 +158,25 @@ def test_it_can_be_told_to_end_while_it_loads(folder: Path) -> None:
         assert served.program.wait(20) == 0
         served.program.wait_for_all(5)
     assert "Traceback" not in served.program.text
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        """What is seen of an engine whose ranks are lost for good."""
+
+        name, ready, failure, load = "lost", False, "rank 1 was killed", Load()
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(server, "SECONDS_TO_COME_BACK" if restarts else "SECONDS_OF_FAREWELL", 0.3)
+    engine: Any = Lost()
+    program = server.ApiServer(server.listen("127.0.0.1", 0), lambda: engine, ServerSettings(), restarts=restarts)
+    with pytest.raises(RankLost, match="rank 1 was killed"):
+        program.run()
+    assert engine.closed
 
 
 @pytest.mark.parametrize(

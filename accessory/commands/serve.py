@@ -68,10 +68,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         model_name=arguments.model_name,
         body_limit=int(arguments.body_limit * MEGABYTE),
     )
-    if key is None and arguments.host not in _LOOPBACK:
-        logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)
     driver = driver_settings(arguments)
     listener = listen(arguments.host, arguments.port)
+    if key is None and arguments.host not in _LOOPBACK:
+        logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)
 
     def load() -> Driver:
         return Driver(arguments.pretrained_path, restart=arguments.restart, **driver)

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -21,6 +22,8 @@ SECONDS_TO_FINISH = 3.0
 SECONDS_TO_CLOSE = 3
 # A server whose ranks are lost says so for a while before it ends, so that its clients need not guess.
 SECONDS_OF_FAREWELL = 5.0
+# Ranks that are brought back may load so long; then the program ends, for whatever watches it to start it elsewhere.
+SECONDS_TO_COME_BACK = 600.0
 _POLL = 0.1
 
 
@@ -110,20 +113,19 @@ class ApiServer:
 
     async def _until_over(self, serving: "asyncio.Task[None]") -> None:
         """Wait until running answers need be waited for no longer."""
+        patience = SECONDS_TO_COME_BACK if self._restarts else SECONDS_OF_FAREWELL
+        lost: float | None = None  # since when the ranks are
         while not self._server.should_exit and not serving.done():
             await asyncio.sleep(_POLL)
             failure = None if self._engine is None else self._engine.failure
-            if failure is not None and not self._restarts:
-                await self._say_farewell()
+            if failure is None:
+                lost = None
+                continue
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost >= patience:
                 self._end_with(RankLost(failure))
         if self._outcome is None:
             await asyncio.wait({serving}, timeout=SECONDS_TO_FINISH)
-
-    async def _say_farewell(self) -> None:
-        for _ in range(int(SECONDS_OF_FAREWELL / _POLL)):
-            if self._server.should_exit:
-                return
-            await asyncio.sleep(_POLL)
 
     def _told_to_end(self, number: int) -> None:
         if self._server.should_exit:  # told twice: at once

@@ -12,6 +12,8 @@ from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
 from accessory.serve.token_texts import TokenTexts
 
+_LOADING = "the model is being loaded"
+
 
 class ServerState:
     """A server's engine and settings.
@@ -35,10 +37,10 @@ class ServerState:
     def trouble(self) -> str | None:
         """Why no request can be answered now; None where they can."""
         if self._engine is None:
-            return "the model is being loaded"
+            return _LOADING
         if self._engine.ready:
             return None
-        return self._engine.failure or "the model is being loaded"
+        return self._engine.failure or _LOADING
 
     @property
     def engine(self) -> Engine:
@@ -48,13 +50,15 @@ class ServerState:
             ApiError: 503 while there is none, or its ranks are lost.
         """
         if self._engine is None or self.trouble is not None:
-            raise unavailable(self.trouble or "the model is being loaded")
+            raise unavailable(self.trouble or _LOADING)
         return self._engine
 
     @property
     def name(self) -> str:
-        """The model's name in requests and answers."""
-        return self.settings.model_name or self.engine.name
+        """The model's name in requests and answers; ApiError 503 before it is loaded."""
+        if self._engine is None:
+            raise unavailable(_LOADING)
+        return self.settings.model_name or self._engine.name
 
     @cached_property
     def texts(self) -> TokenTexts:
