@@ -95,7 +95,8 @@ chromium:
 	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	echo "no chromium, and only root may install Debian's: the tests in a browser are skipped"
 
-# What takes longer: a run that is killed 30 times. Its last result stands in docs/reliability.md.
+# What takes longer: a run that is killed 30 times, whose last result stands in docs/reliability.md; 500 clients that
+# leave a server midway, and long fuzzing of it.
 soak: $(READY)
 	$(BIN)/pytest -m soak
 
@@ -103,6 +104,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/serve.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so

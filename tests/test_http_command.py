@@ -150,12 +150,13 @@ def test_with_restart_it_comes_back(folder: Path) -> None:
         program.wait_for_all(10)
 
 
-def test_it_can_be_told_to_end_while_it_loads(folder: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_it_can_be_told_to_end_while_it_loads(folder: Path, number: signal.Signals, code: int) -> None:
     with serving(folder, ranks=1, ready=False) as served:
         wait_until(lambda: served.get("/health") is not None)
         wait_until(lambda: len(served.program.processes()) == 2)
-        served.program.send(signal.SIGTERM)
-        assert served.program.wait(20) == 0
+        served.program.send(number)
+        assert served.program.wait(20) == code
         served.program.wait_for_all(5)
     assert "Traceback" not in served.program.text
 

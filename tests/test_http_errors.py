@@ -148,6 +148,19 @@ def test_a_body_of_another_type(api: ServedApi) -> None:
         assert_error(answer, 415, "Content-Type: application/json")
 
 
+def test_tokens_that_make_no_sense(api: ServedApi) -> None:
+    for body, says in (
+        ({"tokens": [10**6]}, "vocabulary's are 0 to"),
+        ({"tokens": [5] * 5000 + [-1]}, "greater than or equal to 0"),
+        ({"tokens": [5] * 5000 + [10**6]}, "vocabulary's are 0 to"),
+        ({"tokens": "a"}, "list"),
+        ({}, "missing"),
+    ):
+        assert_error(api.client.post("/detokenize", json=body), 400, says)
+    assert_error(api.client.post("/tokenize", json={"prompt": 5}), 400, "string")
+    assert len(api.client.post("/tokenize", json={"prompt": "a " * 5000}).json()["tokens"]) > 5000
+
+
 def test_an_unknown_model(api: ServedApi) -> None:
     for name in ("gpt-4", "", "\ud800"):
         body = json.dumps({"prompt": "a", "model": name})

@@ -1,11 +1,12 @@
 """Text to tokens and back, in vLLM's form, which lm-evaluation-harness and other clients ask for."""
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from accessory.serve.http.answers import Text, TokenizerInfo, Tokens
 from accessory.serve.http.documented import failures
-from accessory.serve.http.jobs import check_ids, encode_text
+from accessory.serve.http.jobs import LONG_TEXT, check_ids, encode_text
 from accessory.serve.http.schema import DetokenizeRequest, TokenizeRequest
 from accessory.serve.http.state import state_of
 
@@ -41,8 +42,13 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model)
     tokenizer = state.engine.tokenizer
-    check_ids(tokenizer, body.tokens, "tokens")
-    return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+
+    def decode() -> str:
+        check_ids(tokenizer, body.tokens, "tokens")
+        return tokenizer.decode(body.tokens)
+
+    text = decode() if len(body.tokens) < LONG_TEXT else await run_in_threadpool(decode)
+    return JSONResponse({"prompt": text})
 
 
 @router.get("/tokenizer_info", response_model=TokenizerInfo, responses=failures(401, 503))
