@@ -10,7 +10,7 @@ PROMPT := The list method
 # One process and two write the same text in float32 on one kind of device.
 ALIKE := --dtype fp32 --device cpu
 
-.PHONY: install demo finetune-demo peft-demo test lint docs pytest soak bench clean
+.PHONY: install demo finetune-demo peft-demo demo-web test lint docs pytest test-browser chromium soak bench clean
 
 install: $(READY)
 
@@ -67,6 +67,11 @@ peft-demo: $(TINY)/converted
 		--prompt-file runs/dialogues/questions.txt
 	$(BIN)/accessory merge $(TINY)/converted runs/adapter/epoch11 runs/merged
 
+# A page to talk to the tiny model; to the finetuned one, where `make finetune-demo` has made it.
+demo-web: $(TINY)/converted
+	$(BIN)/python demos/multi_turn.py --n_gpus 2 --device cpu \
+		--pretrained_path $(or $(wildcard runs/finetuned/epoch11),$(TINY)/converted)
+
 # Everything that CI runs.
 test: lint docs pytest
 
@@ -78,10 +83,20 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-pytest: $(READY)
+pytest: $(READY) chromium
 	$(BIN)/pytest
 
-# What takes longer: a run that is killed 30 times. Its last result stands in docs/reliability.md.
+# The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.
+test-browser: $(READY) chromium
+	$(BIN)/pytest tests/test_web_browser.py
+
+chromium:
+	@command -v chromium || command -v chromium-browser || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	echo "no chromium, and only root may install Debian's: the tests in a browser are skipped"
+
+# What takes longer: a run that is killed 30 times, whose last result stands in docs/reliability.md; 500 clients that
+# leave a server midway, and long fuzzing of it.
 soak: $(READY)
 	$(BIN)/pytest -m soak
 
@@ -89,6 +104,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/serve.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so

@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from ranks import RankPool
+from talking import teach
 
+from accessory.serve.driver import Driver
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.tools.tiny import TinyReport, make_tiny
 
@@ -57,6 +59,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyReport]:
     """The tiny model's recipe cut short, as a release, and what it says of itself."""
     folder = tmp_path_factory.mktemp("tiny") / "released"
     return folder, make_tiny(folder, steps=150)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny: tuple[Path, TinyReport]) -> Iterator[Driver]:
+    """A server's engine with the tiny model in float32 on one rank; it holds 4 requests, and 8 may wait."""
+    settings = {"dtype": "fp32", "device": "cpu", "max_seq_len": 128}
+    with Driver(tiny[0], slots=4, queue=8, **settings) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def talking(tiny: tuple[Path, TinyReport], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model taught the dialogues of talking.py."""
+    return teach(tiny[0], tmp_path_factory.mktemp("talking") / "talking")
 
 
 @pytest.fixture

@@ -21,12 +21,23 @@ _LAUNCHER_VARIABLES = re.compile(r"RANK|WORLD_SIZE|LOCAL_\w+|MASTER_\w+|SLURM_\w
 class Program:
     """A running command and all that it started, with one thread for each process.
 
+    Args:
+        folder: to start it in.
+        terminal: what it reads from and writes to, beside standard error.
+
     Attributes:
-        lines: what it has written so far, standard output and standard error together.
+        lines: what it has written so far, standard output and standard error together; not to a terminal.
         process: the command itself.
     """
 
-    def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        *,
+        folder: Path | None = None,
+        terminal: int | None = None,
+    ) -> None:
         mark = uuid.uuid4().hex
         self._mark = f"ACCESSORY_TEST={mark}".encode()
         clean = {key: value for key, value in os.environ.items() if not _LAUNCHER_VARIABLES.fullmatch(key)}
@@ -34,12 +45,16 @@ class Program:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [str(part) for part in command],
+            cwd=folder,
             env=clean,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL if terminal is None else terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.STDOUT if terminal is None else subprocess.PIPE,
             start_new_session=True,
         )
+        output = self.process.stdout if terminal is None else self.process.stderr
+        assert output is not None
+        self._output = output
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -53,8 +68,7 @@ class Program:
         self.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._output.close()
         if error is not None:
             error.add_note(self.text)
 
@@ -131,8 +145,7 @@ class Program:
             time.sleep(0.01)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._output:
             with self._news:
                 self.lines.append(line.decode(errors="replace").rstrip("\n"))
                 self._news.notify_all()

@@ -145,7 +145,7 @@ def test_an_address_that_others_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     several = {"launcher": "torchrun", "rank": 3, "world_size": 4, "local_rank": 1, "local_size": 2}
     # On rank 0's host, whose name may stand for the loopback, the others know it by that name.
     for address in ("127.0.1.1", "localhost"):
-        assert peers._published_host(Launch(**several, address=address)) == address
+        assert peers.published_host(Launch(**several, address=address)) == address
     monkeypatch.setattr(peers, "own_address", lambda address: (socket.AF_INET, "10.0.0.7", "10.0.0.1"))
-    assert peers._published_host(Launch(**several, address="head")) == "10.0.0.7"
-    assert peers._published_host(Launch()) == "127.0.0.1"
+    assert peers.published_host(Launch(**several, address="head")) == "10.0.0.7"
+    assert peers.published_host(Launch()) == "127.0.0.1"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.config import ModelArgs
-from accessory.generation.sampling import Sampling, sample
+from accessory.generation.sampling import Sampling, not_finite, sample
 from accessory.generation.stopping import StreamableTokenizer, TextStream
 from accessory.parallel.state import ParallelState, on_all_ranks
 
@@ -157,10 +157,5 @@ def _choose(state: ParallelState, logits_RV: Tensor, sampling: Sampling) -> list
         dist.broadcast(tokens, group=state.mp_group, group_src=0)
     chosen: list[int] = tokens.tolist()
     if min(chosen) < 0:
-        raise on_all_ranks(
-            FloatingPointError(
-                "the model's logits are not finite: look for damaged weights with `accessory inspect --check-values`, "
-                "or, in float16, load with dtype bf16 or fp32"
-            )
-        )
+        raise on_all_ranks(not_finite())
     return chosen

@@ -3,7 +3,7 @@
 Shape letters: S sequences, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Self
@@ -65,6 +65,49 @@ def sample(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
     broken_S = (logits_SV.isnan() | logits_SV.isposinf()).any(-1)
     tokens_S = _choose(logits_SV.nan_to_num(0.0, 0.0), temperature, top_p)
     return tokens_S.masked_fill(broken_S, -1)
+
+
+def sample_each(logits_SV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """`sample` with settings and chance of their own for every sequence, in one go.
+
+    Args:
+        draws: for each sequence a number from [0, 1), which decides where chance does.
+    """
+    best_S, tokens_S = logits_SV.max(-1)
+    drawn = [row for row, how in enumerate(samplings) if how.temperature >= _LEAST_TEMPERATURE and how.top_p > 0]
+    if drawn:
+        settings = [(samplings[row].temperature, samplings[row].top_p, draws[row]) for row in drawn]
+        tokens_S[drawn] = _draw(logits_SV[drawn], settings)
+    return tokens_S.masked_fill(~(best_S < float("inf")), -1)
+
+
+def not_finite() -> FloatingPointError:
+    """The error for logits of which nothing can be chosen."""
+    return FloatingPointError(
+        "the model's logits are not finite: look for damaged weights with `accessory inspect --check-values`, "
+        "or, in float16, load with dtype bf16 or fp32"
+    )
+
+
+def _draw(logits_SV: Tensor, settings: Sequence[tuple[float, float, float]]) -> Tensor:
+    """One token for each row, by its temperature, top_p and number from [0, 1)."""
+    temperature_S1, top_p_S1, draw_S1 = (
+        torch.tensor(column, dtype=torch.float64, device=logits_SV.device)[:, None]
+        for column in zip(*settings, strict=True)
+    )
+    probs_SV = torch.softmax(logits_SV.float() / temperature_S1.float(), dim=-1)
+    tokens_SV = None
+    if any(top_p < 1 for _, top_p, _ in settings):
+        probs_SV, tokens_SV = probs_SV.sort(dim=-1, descending=True)
+        # Rounded sums pass 1 before the end: a top_p of 1 keeps all.
+        bound_S1 = top_p_S1.masked_fill(top_p_S1 == 1, float("inf"))
+        probs_SV = probs_SV.masked_fill(probs_SV.cumsum(-1) - probs_SV > bound_S1, 0.0)
+    sums_SV = probs_SV.double().cumsum(-1)
+    total_S1 = sums_SV[:, -1:]
+    target_S1 = torch.minimum(draw_S1 * total_S1, torch.nextafter(total_S1, torch.zeros_like(total_S1)))
+    # The first whose sum passes the target: it has a probability of its own, whatever the draw.
+    places_S1 = (sums_SV <= target_S1).sum(-1, keepdim=True)
+    return (places_S1 if tokens_SV is None else tokens_SV.gather(-1, places_S1)).squeeze(-1)
 
 
 def _choose(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:

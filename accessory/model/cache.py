@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 class KVCache:
@@ -12,10 +13,15 @@ class KVCache:
     With slots of lengths [5, 0, 9], `decode` writes position 5 of slot 0 and position 9 of slot 2 if those two
     are active, and reads no further than `bound` says: 256, the least multiple of 256 that holds position 9.
 
+    Args:
+        routes: (experts, experts chosen for each token) where the cache is to remember who took each token.
+
     Attributes:
         k, v: (layers, slots, max_seq_len, local kv heads, head_dim).
         lengths: (slots,) int64 on the device: tokens held by each slot.
         bound: how far the next decoding step reads: covers the new position of the longest slot.
+        routes: (layers, slots, max_seq_len, experts for each token) int16, beside k and v; None: not remembered.
+        expert_counts: (layers, experts) int64: pairs of token and expert so far, of all sequences ever.
     """
 
     # Decoding reads the cache up to a multiple of this, so that shapes change once in 256 tokens.
@@ -31,12 +37,18 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        routes: tuple[int, int] | None = None,
     ) -> None:
         shape = (layers, slots, max_seq_len, kv_heads, head_dim)
         # Zeros, not empty: masked positions still enter a product, and 0 * NaN would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.routes: Tensor | None = None
+        if routes is not None:
+            experts, chosen = routes
+            self.routes = torch.zeros((layers, slots, max_seq_len, chosen), dtype=torch.int16, device=device)
+            self.expert_counts = torch.zeros((layers, experts), dtype=torch.int64, device=device)
         # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
         self._host_lengths = [0] * slots
         self._set_bound()
@@ -59,6 +71,12 @@ class KVCache:
         self.lengths[slot] = 0
         self._set_bound()
 
+    def clear(self, slot: int) -> None:
+        """Overwrite what a slot holds, which may not be finite; where decoding wrote for an inactive slot, too."""
+        written = self._host_lengths[slot] + 1
+        self.k[:, slot, :written] = 0
+        self.v[:, slot, :written] = 0
+
     def check_room(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """Raise ValueError where ``counts`` more tokens in ``slots`` would exceed max_seq_len."""
         for slot, count in zip(slots, counts, strict=True):
@@ -79,6 +97,21 @@ class KVCache:
             self._host_lengths[slot] += count
         self.lengths.copy_(torch.tensor(self._host_lengths))
         self._set_bound()
+
+    def record(self, experts: Sequence[Tensor], slots_T: Tensor, positions_T: Tensor, active_T: Tensor | None) -> None:
+        """Remember the experts of new tokens, where the cache does.
+
+        Args:
+            experts: of every layer, (T, K).
+            active_T: bool; which of the tokens count (None: all).
+        """
+        if self.routes is None:
+            return
+        experts_LTK = torch.stack(list(experts))
+        self.routes[:, slots_T, positions_T] = experts_LTK.to(torch.int16)
+        counted_T = torch.ones_like(slots_T) if active_T is None else active_T.long()
+        counted_LP = counted_T[:, None].expand(experts_LTK.shape[1:]).flatten().expand(experts_LTK.shape[0], -1)
+        self.expert_counts.scatter_add_(1, experts_LTK.flatten(1), counted_LP)
 
     def _set_bound(self) -> None:
         # A number, not a property: torch.compile would make the lengths behind it part of what it compiled for.

@@ -51,28 +51,49 @@ def prompt_tokens(
     limit = llma.args.max_seq_len
 
     def check() -> list[list[int]]:
-        refuse_images(images)
-        sampling.check(limit)
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            raise ValueError(f"prompts must be a non-empty list of strings, not {prompts!r}")
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompts[{index}] must be a string, not {prompt!r}")
-        return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return encode_prompts(tokenizer, prompts, sampling, images=images, limit=limit)
 
     encoded = agreed(llma.state, check, (prompts, sampling))
-    room = limit - sampling.max_gen_len
+    return cut_prompts(encoded, limit - sampling.max_gen_len, say=llma.state.is_first)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Any, sampling: Sampling, *, images: Any, limit: int
+) -> list[list[int]]:
+    """Token ids of prompts, however many they are.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    refuse_images(images)
+    sampling.check(limit)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"prompts must be a non-empty list of strings, not {prompts!r}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts[{index}] must be a string, not {prompt!r}")
+    return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+
+def cut_prompts(encoded: Sequence[list[int]], room: int, *, say: bool = True) -> list[list[int]]:
+    """The prompts, each of at most ``room`` tokens: its first and its last ones.
+
+    Args:
+        say: warn of what is cut.
+    """
+    cut = []
     for index, tokens in enumerate(encoded):
         if len(tokens) > room:
-            if llma.state.is_first:
+            if say:
                 logger.warning(
                     "prompts[%d] has %d tokens, more than max_seq_len - max_gen_len = %d: only its last are kept",
                     index,
                     len(tokens),
                     room,
                 )
-            encoded[index] = [tokens[0], *tokens[len(tokens) - room + 1 :]]
-    return encoded
+            tokens = [tokens[0], *tokens[len(tokens) - room + 1 :]]
+        cut.append(tokens)
+    return cut
 
 
 def example_tokens(

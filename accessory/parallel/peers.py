@@ -87,16 +87,16 @@ class PeerWatch:
 
     def _connect(self) -> None:
         rank, size = self._launch.rank, self._launch.world_size
-        family, own = _listening_address(self._launch)
+        family, own = listening_address(self._launch)
         key = secrets.token_bytes(16)
         with socket.create_server(own, family=family) as server:
-            place = {"host": _published_host(self._launch), "port": server.getsockname()[1], "key": key.hex()}
+            place = {"host": published_host(self._launch), "port": server.getsockname()[1], "key": key.hex()}
             self._store.set(_name(rank), json.dumps({**place, "name": socket.gethostname()}))
             behind = self._place_of((rank + 1) % size)
             self._name_before = self._place_of((rank - 1) % size)["name"]
             self._behind = socket.create_connection((behind["host"], behind["port"]), timeout=_CONNECT)
             self._behind.sendall(bytes.fromhex(behind["key"]))
-            self._before = _accepted(server, key)
+            self._before = accepted(server, key)
         self._before.settimeout(None)
         self._before.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
@@ -155,13 +155,14 @@ def own_address(address: str) -> tuple[socket.AddressFamily, str, str]:
         return family, str(probe.getsockname()[0]), str(target[0])
 
 
-def _listening_address(launch: Launch) -> tuple[socket.AddressFamily, tuple[str, int]]:
+def listening_address(launch: Launch) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Where a rank may listen for the others: on a single host at its loopback; port 0."""
     if launch.world_size == launch.local_size:
         return socket.AF_INET, ("127.0.0.1", 0)
     return own_address(launch.address)[0], ("", 0)
 
 
-def _published_host(launch: Launch) -> str:
+def published_host(launch: Launch) -> str:
     """Where the other ranks find this one."""
     if launch.world_size == launch.local_size:
         return "127.0.0.1"
@@ -170,7 +171,7 @@ def _published_host(launch: Launch) -> str:
     return launch.address if own == target or ipaddress.ip_address(own).is_loopback else own
 
 
-def _accepted(server: socket.socket, key: bytes) -> socket.socket:
+def accepted(server: socket.socket, key: bytes) -> socket.socket:
     """The connection of the rank before; strangers, who do not know the key, are turned away."""
     server.settimeout(_CONNECT)
     while True:

@@ -113,16 +113,31 @@ class Transformer(nn.Module):
         x_TD, _ = self._run(tokens_T, Score(lengths, tokens_T.device))
         return self.output(self.norm(x_TD))
 
-    def prefill(self, tokens_T: Tensor, lengths: Sequence[int], slots: Sequence[int], cache: KVCache) -> Tensor:
+    def prefill(
+        self,
+        tokens_T: Tensor,
+        lengths: Sequence[int],
+        slots: Sequence[int],
+        cache: KVCache,
+        *,
+        all_logits: bool = False,
+    ) -> Tensor:
         """Read new tokens into the cache; logits (R, V) of each row's last token.
 
         Args:
             tokens_T: the rows' new tokens one after another, without padding.
             lengths: how many of them belong to each row.
             slots: distinct slots; a slot that holds tokens already is continued.
+            all_logits: give those of every token, (T, V).
         """
-        x_TD, _ = self._run(tokens_T, Prefill(cache, lengths, slots))
+        pattern = Prefill(cache, lengths, slots)
+        x_TD, routings = self._run(tokens_T, pattern)
+        if cache.routes is not None:
+            slots_T = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(x_TD.device)
+            cache.record([routing.experts_TK for routing in routings], slots_T, pattern.positions_T, None)
         cache.extend(slots, lengths)
+        if all_logits:
+            return self.output(self.norm(x_TD))
         last_R = torch.tensor(lengths).cumsum(0).to(x_TD.device) - 1
         return self.output(self.norm(x_TD[last_R]))
 
@@ -138,11 +153,19 @@ class Transformer(nn.Module):
         """
         # A full slot can only be an inactive one; its write must still land inside the cache.
         positions_S = cache.lengths.clamp(max=cache.max_seq_len - 1)
-        x_SD, _ = self._run(tokens_S, Decode(cache, positions_S, cache.bound), active_T=active_S)
+        pattern = Decode(cache, positions_S, cache.bound)
+        x_SD, routings = self._run(tokens_S, pattern, active_T=active_S)
+        if cache.routes is not None:
+            cache.record([routing.experts_TK for routing in routings], *pattern.places, active_S)
         return self.output(self.norm(x_SD))
 
-    def new_cache(self, slots: int, max_seq_len: int) -> KVCache:
-        """An empty cache of this rank's key/value heads."""
+    def new_cache(self, slots: int, max_seq_len: int, *, routes: bool = False) -> KVCache:
+        """An empty cache of this rank's key/value heads.
+
+        Args:
+            routes: it is to remember which experts took each token.
+        """
+        moe = self.args.moe
         return KVCache(
             layers=self.args.n_layers,
             slots=slots,
@@ -151,6 +174,7 @@ class Transformer(nn.Module):
             head_dim=self.args.head_dim,
             dtype=self.dtype,
             device=self.state.device,
+            routes=(moe.num_experts, moe.num_experts_per_tok) if routes else None,
         )
 
     def _run(

@@ -1,0 +1,64 @@
+"""The command chat: a dialogue in the terminal."""
+
+import argparse
+import io
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from accessory.commands.output import say
+from accessory.serve.options import (
+    add_master_arguments,
+    add_model_arguments,
+    add_nproc_argument,
+    add_template_argument,
+    driver_settings,
+    template_of,
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the command."""
+    chat = commands.add_parser("chat", help="talk to a model in the terminal")
+    add_model_arguments(chat, positional=True)
+    add_nproc_argument(chat)
+    add_master_arguments(chat)
+    add_template_argument(chat)
+    help_text = "tokens of an answer at most (default 512, or half of the context)"
+    chat.add_argument("--max-gen-len", "--max_gen_len", type=int, help=help_text)
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
+    chat.add_argument("--top-p", "--top_p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
+    chat.add_argument("--stop", action="append", default=[], help="text that ends an answer too; may be repeated")
+    chat.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
+    chat.set_defaults(run=_chat)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from accessory.data.chat_templates import find_template
+    from accessory.generation.sampling import Sampling
+    from accessory.serve.driver import Driver
+    from accessory.serve.request import RankLost
+    from accessory.serve.terminal import Terminal
+
+    asked = template_of(arguments)
+    length = arguments.max_gen_len
+    if length is None:
+        length = max(1, min(512, arguments.max_seq_len // 2))
+    sampling = Sampling.of(length, arguments.temperature, arguments.top_p, arguments.stop)
+    sampling.check(arguments.max_seq_len)
+    signal.signal(signal.SIGTERM, _end)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
+    try:
+        with Driver(arguments.pretrained_path, slots=1, **driver_settings(arguments)) as engine:
+            template = asked or find_template(engine.tokenizer)
+            Terminal(engine, sampling, template=template, seed=arguments.seed).run()
+    except RankLost as error:
+        say(error)
+        raise SystemExit(1) from None
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,111 @@
+"""Commands about checkpoint folders: tiny, split, merge, export-adapter, quantize and inspect."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the commands."""
+    tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")
+    tiny.add_argument("--out", type=Path, required=True, help="folder to write, e.g. runs/tiny")
+    tiny.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the full recipe)")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=_tiny)
+
+    split = commands.add_parser("split", help="write a checkpoint as N shards, ready to load")
+    split.add_argument("source", type=Path, help="folder with consolidated.00.pth, or with other shards")
+    split.add_argument("destination", type=Path, help="folder to write")
+    split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
+    add_config_argument(split)
+    split.set_defaults(run=_split)
+
+    merge = commands.add_parser("merge", help="write a base and its adapter as one plain checkpoint")
+    merge.add_argument("base", type=Path, help="checkpoint folder that the adapter was trained on")
+    merge.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
+    merge.add_argument("destination", type=Path, help="folder to write")
+    merge.set_defaults(run=_merge)
+
+    export = commands.add_parser("export-adapter", help="write an adapter as a folder of Hugging Face's peft")
+    export.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
+    export.add_argument("destination", type=Path, help="folder to write")
+    export.set_defaults(run=_export_adapter)
+
+    quantize = commands.add_parser("quantize", help="write a checkpoint with its matrices in 8 or 4 bits")
+    quantize.add_argument("source", type=Path, help="checkpoint folder")
+    quantize.add_argument("destination", type=Path, help="folder to write")
+    add_quant_flags(quantize)
+    quantize.add_argument("--calibrate", type=Path, help="text file: int4 is then rounded with an eye on its inputs")
+    quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN or infinity is an error")
+    add_config_argument(inspect)
+    inspect.set_defaults(run=_inspect)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Give a command the argument --llama_config."""
+    help_text = "config files in place of the folder's own, the last rules"
+    parser.add_argument("--llama_config", "--llama-config", nargs="+", help=help_text)
+
+
+def _tiny(arguments: argparse.Namespace) -> None:
+    from accessory.tools.tiny import make_tiny
+
+    steps = {} if arguments.steps is None else {"steps": arguments.steps}
+    report = make_tiny(arguments.out, seed=arguments.seed, **steps)
+    lightest = report.expert_share.min().item()
+    sys.stdout.write(
+        f"wrote {arguments.out}: {report.parameters:,} parameters, loss {report.loss:.2f}, "
+        f"lightest expert {lightest:.1%} of its layer's tokens\n"
+    )
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.convert import split
+
+    split(arguments.source, arguments.destination, mp=arguments.mp, llama_config=arguments.llama_config)
+    sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.merge import merge
+
+    report = merge(arguments.base, arguments.adapter, arguments.destination)
+    for line in (*report.lines(), f"wrote {arguments.destination}"):
+        sys.stdout.write(f"{line}\n")
+
+
+def _export_adapter(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.adapter_export import export_adapter
+
+    export_adapter(arguments.adapter, arguments.destination)
+    sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.quantize import quantize_checkpoint
+
+    type_ = DEFAULT_FORM if arguments.quant is None else arguments.quant
+    quant = QuantArgs(type=type_, group_size=arguments.group_size, head=arguments.quant_head)
+    calibration = None
+    if arguments.calibrate is not None:
+        from accessory.tools.calibration import calibrate
+
+        if quant.type != "int4":
+            raise ValueError(f"--calibrate guides the rounding of int4; {quant.type} has none to guide: leave it out")
+        calibration = calibrate(arguments.source, arguments.calibrate, group_size=quant.group_size)
+    report = quantize_checkpoint(arguments.source, arguments.destination, quant, calibration)
+    sys.stdout.write(f"{report}\nwrote {arguments.destination}\n")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.report import describe
+
+    for line in describe(arguments.folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
+        sys.stdout.write(f"{line}\n")

@@ -1,0 +1,85 @@
+"""The command generate: complete prompts on one rank or many."""
+
+import argparse
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accessory.commands.output import say, show
+from accessory.serve.options import add_model_arguments, model_settings
+
+logger = logging.getLogger(__name__)
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the command."""
+    generate = commands.add_parser("generate", help="complete prompts")
+    add_model_arguments(generate, positional=True)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="text to complete; may be repeated")
+    prompts.add_argument("--prompt-file", type=Path, help="file with a text to complete on each line")
+    generate.add_argument("--dialog", action="store_true", help="prompts are questions to a chat model")
+    generate.add_argument("--max-gen-len", type=int, default=512, help="tokens at most (default 512)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
+    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
+    generate.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from accessory.model.meta import MetaModel
+    from accessory.parallel.rendezvous import process_group_of_launcher
+
+    with process_group_of_launcher(arguments.device, say=say) as mp_group:
+        torch.manual_seed(arguments.seed)
+        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **model_settings(arguments))
+        settings = {
+            "max_gen_len": arguments.max_gen_len,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "additional_stop_symbols": arguments.stop,
+        }
+        texts = arguments.prompt or _lines_of(arguments.prompt_file)
+        prompts = texts
+        if arguments.dialog:
+            prompts, end = _open_dialogues(texts)
+            settings["additional_stop_symbols"] = [*arguments.stop, end]
+        if len(prompts) == 1:
+            _print_stream(model.stream_generate(prompts[0], **settings))
+        else:
+            for text, answer in zip(texts, model.generate(prompts, **settings), strict=True):
+                show(f"{text}\n  {answer.strip()}\n" if arguments.dialog else f"{answer}\n")
+
+
+def _lines_of(file: Path) -> list[str]:
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt-file {file} has no line to complete: write some into it")
+    return lines
+
+
+def _open_dialogues(questions: Sequence[str]) -> tuple[list[str], str]:
+    """A prompt for each question, and the text that ends an answer."""
+    from accessory.data.conversation import default_conversation
+
+    conversation = default_conversation()
+    prompts = []
+    for question in questions:
+        conversation.load_qas([[question, None]])
+        prompts.append(conversation.get_prompt())
+    return prompts, conversation.response_end_signal
+
+
+def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
+    start, shown, tokens = time.perf_counter(), 0, 0
+    for progress in stream:
+        show(progress["text"][shown:])
+        shown, tokens = len(progress["text"]), tokens + 1
+    show("\n")
+    seconds = time.perf_counter() - start
+    logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)

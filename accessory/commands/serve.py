@@ -1,0 +1,89 @@
+"""The command serve: a model behind an OpenAI-compatible HTTP API."""
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any
+
+from accessory.commands.output import say
+from accessory.serve.options import add_batch_arguments, add_model_arguments, add_nproc_argument, driver_settings
+
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEY_VARIABLE = "ACCESSORY_API_KEY"
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the command."""
+    serve = commands.add_parser("serve", help="answer requests over HTTP, as OpenAI's API does")
+    add_model_arguments(serve, positional=True)
+    add_nproc_argument(serve)
+    add_batch_arguments(serve, slots=16)
+    server = serve.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in")
+    server.add_argument(
+        "--port", type=_port, default=8000, help="port to listen at (default 8000; 0: one that is free)"
+    )
+    server.add_argument(
+        "--api-key", "--api_key", metavar="KEY", help=f"demand this key (default: the variable {KEY_VARIABLE})"
+    )
+    server.add_argument(
+        "--chat-template",
+        "--chat_template",
+        metavar="NAME",
+        help="default, alpaca or mixtral-instruct (default: what the tokenizer's settings say, else default)",
+    )
+    server.add_argument(
+        "--model-name", "--model_name", metavar="NAME", help="the model's name (default: that of its folder)"
+    )
+    server.add_argument(
+        "--body-limit", "--body_limit", type=float, default=4, metavar="MB", help="largest request body (default 4)"
+    )
+    server.add_argument("--restart", action="store_true", help="bring the ranks back when one is lost")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from accessory.data.chat_templates import TEMPLATE_NAMES
+    from accessory.serve.driver import Driver
+    from accessory.serve.http.server import ApiServer, listen
+    from accessory.serve.http.settings import MEGABYTE, ServerSettings
+    from accessory.serve.request import RankLost
+
+    if "RANK" in os.environ:
+        raise ValueError("accessory serve starts its ranks itself: give --nproc N in place of torchrun")
+    template = arguments.chat_template
+    if template is not None and template not in TEMPLATE_NAMES:
+        raise ValueError(f"--chat-template {template!r} is unknown: take one of {', '.join(TEMPLATE_NAMES)}")
+    key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise ValueError(f"the API key is empty: give --api-key a key, or unset {KEY_VARIABLE}")
+    if not 0.001 <= arguments.body_limit <= 1024:
+        raise ValueError(f"--body-limit {arguments.body_limit} is no size from 0.001 to 1024 MB")
+    settings = ServerSettings(
+        api_key=key,
+        chat_template=template,
+        model_name=arguments.model_name,
+        body_limit=int(arguments.body_limit * MEGABYTE),
+    )
+    driver = driver_settings(arguments)
+    listener = listen(arguments.host, arguments.port)
+    if key is None and arguments.host not in _LOOPBACK:
+        logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)
+
+    def load() -> Driver:
+        return Driver(arguments.pretrained_path, restart=arguments.restart, **driver)
+
+    try:
+        ApiServer(listener, load, settings, restarts=arguments.restart).run()
+    except RankLost as error:
+        say(error)
+        sys.exit(1)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} given: give a port from 0 to 65535")
+    return int(text)

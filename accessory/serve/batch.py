@@ -1,0 +1,146 @@
+"""Which requests run, and what they do next. Nothing here computes: a sequence knows its state, a batch decides."""
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from accessory.generation.engine import EndingTokenizer
+from accessory.generation.stopping import TextStream
+from accessory.serve.request import Finish, Request, TokenScore
+
+
+class Sequence:
+    """A request on its way to becoming an answer: it waits, its prompt is read, its answer is written, it ends.
+
+    Attributes:
+        number: by which its events are known.
+        slot: of the cache; None while it waits and after its end.
+        read: tokens of the prompt that are in the cache.
+        written: tokens of the answer.
+        last_token: the newest of them.
+        finish: why it ended.
+        prompt_scores: of what was read so far, where the request asks for them.
+    """
+
+    def __init__(self, number: int, request: Request, tokenizer: EndingTokenizer) -> None:
+        self.number, self.request = number, request
+        self.slot: int | None = None
+        self.read = self.written = 0
+        self.last_token = -1
+        self.finish: Finish | None = None
+        self.prompt_scores: list[TokenScore | None] = [None]
+        self._eos_id = tokenizer.eos_id
+        self._stream = TextStream(tokenizer, request.sampling.stop)
+        self._shown = 0
+        self._random = random.Random(request.seed)
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return len(self.request.tokens) - self.read
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache: the newest one is read a step later."""
+        return self.read + max(0, self.written - 1)
+
+    def draw(self) -> float:
+        """A number from [0, 1) for the next token; only chance that is used up counts."""
+        return self._random.random() if self.request.sampling.temperature > 0 else 0.0
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the characters that may be shown now. Sets ``finish`` at the end."""
+        self.last_token = token
+        self.written += 1
+        if token != self._eos_id:
+            self._stream.push(token)
+        if token == self._eos_id or self._stream.stopped:
+            self.finish = "stop"
+        elif self.written == self.request.sampling.max_gen_len:
+            self.finish = "length"
+        text = self._stream.finish() if self.finish else self._stream.text
+        if self.finish == "length" and self._stream.stopped:  # one that was held back for a longer stop string
+            self.finish = "stop"
+        shown, self._shown = self._shown, len(text)
+        return text[shown:]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The next step reads so many further tokens of these prompts."""
+
+    rows: list[tuple[Sequence, int]]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The next step adds a token to each of these answers."""
+
+    rows: list[Sequence]
+
+
+class Batch:
+    """The requests that wait, in the order in which they came, and those that run, each in a slot of its own.
+
+    Steps that read prompts take turns with steps that write answers, so that neither waits for long. A reading step
+    takes at most ``prefill_tokens`` and shares them: with 512 and prompts of 4,000, 100 and 30 unread tokens the
+    shorter two are read whole, and 382 of the long one.
+    """
+
+    def __init__(self, slots: int, prefill_tokens: int) -> None:
+        assert prefill_tokens >= slots > 0
+        self.slots, self.prefill_tokens = slots, prefill_tokens
+        self.running: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._free = list(range(slots))
+        self._wrote_last = True
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self._waiting
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running.values()
+        yield from self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a request wait for its turn."""
+        self._waiting.append(sequence)
+
+    def leave(self, sequence: Sequence) -> int | None:
+        """Take out a request that waits or runs; returns the slot that it had."""
+        slot, sequence.slot = sequence.slot, None
+        if slot is None:
+            self._waiting.remove(sequence)
+        else:
+            del self.running[slot]
+            heapq.heappush(self._free, slot)
+        return slot
+
+    def next(self) -> Reading | Writing | None:
+        """Seat whom there is room for, and decide the next step; None where there is nothing to do."""
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            self.running[sequence.slot] = sequence
+        reading = [sequence for sequence in self.running.values() if sequence.unread]
+        writing = [sequence for sequence in self.running.values() if not sequence.unread]
+        if reading and (self._wrote_last or not writing):
+            self._wrote_last = False
+            return Reading(self._shared(reading))
+        self._wrote_last = True
+        return Writing(writing) if writing else None
+
+    def _shared(self, reading: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """How many tokens of each prompt are read: equal shares, of which the short ones leave some to the long."""
+        left, counts = self.prefill_tokens, {}
+        for place, sequence in enumerate(sorted(reading, key=lambda sequence: sequence.unread)):
+            counts[sequence.number] = min(sequence.unread, left // (len(reading) - place))
+            left -= counts[sequence.number]
+        return [(sequence, counts[sequence.number]) for sequence in reading]

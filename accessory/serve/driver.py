@@ -1,0 +1,255 @@
+"""One process that owns the ranks of a model: starts them, serves requests through them, notices their end."""
+
+import contextlib
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from accessory.generation.sampling import Sampling
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Paths
+from accessory.model.tokenizer import Tokenizer
+from accessory.serve.client import Client
+from accessory.serve.messages import Failed, Link, Ready, Setup
+from accessory.serve.processes import Placement, RankProcesses, computes_on_cpu
+from accessory.serve.ranks import PREFILL_TOKENS, name_of
+from accessory.serve.request import Load, OnEvent, RankLost
+from accessory.serve.stream import AnswerStream
+
+logger = logging.getLogger(__name__)
+
+# Pauses in seconds before each attempt to bring the ranks back, after which it is given up.
+_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
+
+
+class Driver:
+    """An `Engine` that owns its ranks.
+
+    Args:
+        pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+        ranks: processes that hold the model together; None: one for each of ``gpu_ids``, else one.
+        gpu_ids: their cards. On a machine without GPUs the ranks compute on the CPU.
+        slots: requests that run at once.
+        queue: requests that may wait beside them.
+        restart: bring the ranks back when one was lost; requests that ran are lost with it.
+        prefill_tokens: tokens of prompts that are read in one step.
+        timeout: of the ranks' collectives, in seconds; None: torch's own. Waiting for work is none.
+        master_addr, master_port: where the ranks meet; None: a port that is free.
+        settings: of `MetaModel.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: the model cannot be loaded, or a setting makes no sense.
+        TypeError: there is no such setting.
+        OSError: the ranks cannot meet at the address.
+        RankLost: a rank ended while loading.
+    """
+
+    def __init__(
+        self,
+        pretrained_path: Paths,
+        *,
+        ranks: int | None = None,
+        gpu_ids: Sequence[int] | None = None,
+        slots: int = 16,
+        queue: int = 64,
+        restart: bool = False,
+        prefill_tokens: int = PREFILL_TOKENS,
+        timeout: float | None = None,
+        master_addr: str = "127.0.0.1",
+        master_port: int | None = None,
+        **settings: Any,
+    ) -> None:
+        _check(slots=(slots, 1), queue=(queue, 0), prefill_tokens=(prefill_tokens, 1))
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings)
+        size = _size(ranks, gpu_ids)
+        on_cpu = computes_on_cpu(size, settings.get("device"))
+        self._place = Placement(
+            size=size,
+            cards=None if on_cpu or gpu_ids is None else _known_cards(gpu_ids),
+            on_cpu=on_cpu,
+            master_addr=master_addr,
+            master_port=master_port,
+        )
+        self._setup = Setup(
+            settings={"pretrained_path": pretrained_path, **settings},
+            slots=slots,
+            prefill_tokens=prefill_tokens,
+            timeout=timeout,
+        )
+        self.name = name_of(pretrained_path)
+        self._queue, self._restart = queue, restart
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        ready = self._load_ranks()
+        self.args, self.tokenizer = ready.args, Tokenizer(Path(ready.tokenizer_path))
+        self._client = self._serve()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def ready(self) -> bool:
+        return self._client.ready
+
+    @property
+    def failure(self) -> str | None:
+        return self._client.failure
+
+    @property
+    def load(self) -> Load:
+        return self._client.load
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        routes: bool = False,
+        on_event: OnEvent | None = None,
+    ) -> AnswerStream:
+        """As `Client.submit`."""
+        return self._client.submit(
+            tokens,
+            sampling,
+            seed=seed,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            routes=routes,
+            on_event=on_event,
+        )
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """As `Client.call`."""
+        return self._client.call(method, *args, **kwargs)
+
+    def close(self) -> None:
+        """End the ranks; requests that are left end with RankLost."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+        if self._client.ready:
+            self._client.close()
+            self._processes.wait()
+        self._processes.kill()
+
+    def _load_ranks(self) -> Ready:
+        """Start ranks and let them load the model."""
+        where = "CPU" if self._place.on_cpu else "GPU"
+        logger.info(
+            "loading %s on %d %s rank%s", self.name, self._place.size, where, "s" if self._place.size > 1 else ""
+        )
+        start = time.monotonic()
+        processes = RankProcesses(self._place)
+        with self._lock:
+            self._processes = processes
+            closed = self._closed.is_set()
+        try:
+            if closed:
+                raise RankLost("the engine was closed")
+            ready = processes.load(self._setup)
+        except BaseException:
+            processes.kill()
+            raise
+        logger.info("%s is ready after %.1f s", self.name, time.monotonic() - start)
+        return ready
+
+    def _serve(self) -> Client:
+        """A client of the ranks, now that they are loaded; and threads that hear what they report."""
+        processes = self._processes
+        client = Client(
+            tokenizer=self.tokenizer,
+            args=self.args,
+            name=self.name,
+            slots=self._setup.slots,
+            queued=self._queue,
+            send=processes.links[0].send,
+        )
+        for link in processes.links:
+            arguments = (link, client, processes)
+            threading.Thread(target=self._listen, args=arguments, name="rank", daemon=True).start()
+        return client
+
+    def _listen(self, link: Link, client: Client, processes: RankProcesses) -> None:
+        """Hand on what a rank reports; see to its end."""
+        told: Exception | None = None
+        with contextlib.suppress(EOFError):
+            while told is None:
+                report = link.receive()
+                if isinstance(report, Failed):
+                    told = report.error
+                else:
+                    client.take(report)
+        with self._lock:
+            if self._closed.is_set() or processes.over:
+                return
+            processes.over = True
+        cause = processes.cause(told)
+        logger.error("%s: its requests are lost", cause)
+        client.fail(RankLost(cause))
+        processes.kill()
+        if self._restart:
+            self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Start the ranks again, now or a little later."""
+        for pause in _PAUSES:
+            if self._closed.wait(pause):
+                return
+            try:
+                self._load_ranks()
+            except Exception as error:
+                if self._closed.is_set():
+                    return
+                logger.error("the ranks do not come back: %s", error)
+            else:
+                self._client = self._serve()
+                return
+
+
+def _check(**counts: tuple[Any, int]) -> None:
+    """Raise ValueError for a (count, least) that is less, or no whole number."""
+    for name, (count, least) in counts.items():
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {count!r}")
+
+
+def _size(ranks: int | None, gpu_ids: Sequence[int] | None) -> int:
+    """How many ranks there are to be.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if ranks is not None:
+        _check(ranks=(ranks, 1))
+    if gpu_ids is None:
+        return ranks or 1
+    if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or not all(type(card) is int and card >= 0 for card in gpu_ids):
+        raise ValueError(f"gpu_ids must be the numbers of different cards, not {gpu_ids!r}")
+    if ranks not in (None, len(gpu_ids)):
+        raise ValueError(f"{ranks} ranks were asked for on {len(gpu_ids)} cards: give one of ranks and gpu_ids")
+    return len(gpu_ids)
+
+
+def _known_cards(gpu_ids: Sequence[int]) -> list[int]:
+    count = torch.cuda.device_count()
+    if max(gpu_ids) >= count:
+        raise ValueError(f"gpu_ids {list(gpu_ids)} go beyond the {count} GPUs of this machine, 0 to {count - 1}")
+    return list(gpu_ids)

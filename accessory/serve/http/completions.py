@@ -1,0 +1,150 @@
+"""POST /v1/completions: texts go on."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from accessory.serve.http.answers import Completion, usage_of
+from accessory.serve.http.documented import FAILURES, with_stream
+from accessory.serve.http.generation import Generation, unless_gone
+from accessory.serve.http.jobs import check_characters, check_ids, encode_text, jobs_of, room
+from accessory.serve.http.schema import CompletionRequest
+from accessory.serve.http.state import ServerState, state_of
+from accessory.serve.http.streams import EventStream
+from accessory.serve.http.texts import AnswerText, CompletionScores, ScoredToken
+from accessory.serve.request import Event
+
+router = APIRouter(tags=["OpenAI"])
+USUAL_TOKENS = 16  # of an answer whose length the client does not say, as in OpenAI's API
+
+
+@router.post("/v1/completions", response_model=Completion, responses=with_stream(FAILURES))
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Complete one prompt or several: texts, or token ids that are taken as they are."""
+    state = state_of(request)
+    prompts = await _prompts(state, body)
+    jobs = jobs_of(
+        body,
+        [(prompt.tokens, prompt.room) for prompt in prompts],
+        stop=body.stops,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    generation = state.desk.generation(state.engine, jobs)
+    answer = _Answer(state, body, prompts)
+    generation.start()
+    if body.stream:
+        return EventStream(generation, answer.stream(generation))
+    try:
+        return JSONResponse(await unless_gone(request, lambda: answer.whole(generation)))
+    finally:
+        generation.close()
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    tokens: Sequence[int]
+    room: int
+
+
+async def _prompts(state: ServerState, body: CompletionRequest) -> list[_Prompt]:
+    """Texts begin with the beginning-of-sequence token."""
+    engine, tokenizer, limit = state.engine, state.engine.tokenizer, state.engine.args.max_seq_len
+    state.check_model(body.model)
+    given = body.prompts()
+    check_characters([prompt for prompt in given if isinstance(prompt, str)], limit * len(given), "prompt")
+    prompts = []
+    for prompt in given:
+        if isinstance(prompt, str):
+            text, tokens = prompt, await encode_text(tokenizer, prompt, bos=True, limit=limit, param="prompt")
+        else:
+            check_ids(tokenizer, prompt[: limit + 1], "prompt")
+            text, tokens = "", prompt
+        length = room(engine, tokens, body.max_tokens, usual=USUAL_TOKENS, param="prompt")
+        if not isinstance(prompt, str) and body.echo:
+            text = tokenizer.decode(prompt)
+        prompts.append(_Prompt(text, tokens, length))
+    return prompts
+
+
+@dataclass
+class _Choice:
+    """One answer, as far as it is written."""
+
+    prompt: _Prompt
+    follow: AnswerText
+    scores: CompletionScores
+    parts: list[str] = field(default_factory=list)
+    shown: list[ScoredToken] = field(default_factory=list)
+    finish: str | None = None
+    begun: bool = False
+
+
+class _Answer:
+    """Turns what an engine writes into objects of the API."""
+
+    def __init__(self, state: ServerState, body: CompletionRequest, prompts: Sequence[_Prompt]) -> None:
+        self._body, self._prompts = body, prompts
+        self._scored = body.logprobs is not None
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": state.name,
+        }
+        tokenizer = state.engine.tokenizer
+        self._choices = []
+        for prompt in prompts:
+            continues = any(not tokenizer.is_control(token) for token in prompt.tokens)
+            lead = bool(body.echo) or not continues
+            for _ in range(body.n or 1):
+                follow = AnswerText(state.texts, tokenizer.eos_id, continues=continues, show_end=True)
+                self._choices.append(_Choice(prompt, follow, CompletionScores(state.texts, lead=lead)))
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The finished answer."""
+        async for index, event in generation.events():
+            choice = self._choices[index]
+            text, shown = self._push(choice, event)
+            choice.parts.append(text)
+            choice.shown += shown
+            choice.finish = event.finish
+        choices = [
+            self._choice(index, "".join(choice.parts), choice.shown, choice.finish)
+            for index, choice in enumerate(self._choices)
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def stream(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """Its parts, while they are written."""
+        usage = {"usage": None} if self._body.wants_usage else {}
+        async for index, event in generation.events():
+            text, shown = self._push(self._choices[index], event)
+            if text or shown or event.finish:
+                yield {**self._head, "choices": [self._choice(index, text, shown, event.finish)], **usage}
+        if self._body.wants_usage:
+            yield {**self._head, "choices": [], "usage": self._usage()}
+
+    def _push(self, choice: _Choice, event: Event) -> tuple[str, list[ScoredToken]]:
+        text, shown = choice.follow.push(event)
+        if self._body.echo and not choice.begun:
+            choice.begun = True
+            text = choice.prompt.text + text
+            if event.prompt_scores:
+                pairs = zip(choice.prompt.tokens, event.prompt_scores, strict=True)
+                shown = [*(ScoredToken(token, score) for token, score in pairs), *shown]
+        return text, shown
+
+    def _choice(self, index: int, text: str, shown: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
+        scores = self._choices[index].scores.of(shown) if self._scored else None
+        return {"index": index, "text": text, "logprobs": scores, "finish_reason": finish}
+
+    def _usage(self) -> dict[str, Any]:
+        read = sum(len(prompt.tokens) for prompt in self._prompts)
+        return usage_of(read, sum(choice.follow.tokens for choice in self._choices))

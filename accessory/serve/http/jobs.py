@@ -1,0 +1,112 @@
+"""What a request's fields mean to the engine: prompts as tokens, room for the answer, a seed for each."""
+
+from collections.abc import Sequence
+
+from starlette.concurrency import run_in_threadpool
+
+from accessory.generation.sampling import Sampling
+from accessory.model.tokenizer import Tokenizer
+from accessory.serve.http.errors import bad_request
+from accessory.serve.http.generation import Job
+from accessory.serve.http.schema import MOST_PROMPTS, Answering
+from accessory.serve.request import Engine
+
+# No vocabulary has longer tokens: what cannot fit for its characters alone need not be tokenised to be refused.
+MOST_CHARACTERS_OF_A_TOKEN = 128
+# A longer text is tokenised in a thread, so that other clients' streams go on.
+LONG_TEXT = 4_000
+
+
+async def encode_text(tokenizer: Tokenizer, text: str, *, bos: bool, limit: int, param: str) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        ApiError: it cannot fit into ``limit`` tokens, or has no UTF-8 form.
+    """
+    check_characters([text], limit, param)
+    try:
+        if len(text) < LONG_TEXT:
+            return tokenizer.encode(text, bos=bos, eos=False)
+        return await run_in_threadpool(tokenizer.encode, text, bos=bos, eos=False)
+    except ValueError as error:
+        raise bad_request(f"{param}: {error}", param) from error
+
+
+def check_characters(texts: Sequence[str], limit: int, param: str) -> None:
+    """Refuse what cannot fit into ``limit`` tokens however it is cut; ApiError."""
+    characters = sum(map(len, texts))
+    if characters > MOST_CHARACTERS_OF_A_TOKEN * limit:
+        raise bad_request(
+            f"{param} has {characters} characters, more than this model's context of {limit} tokens can hold",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def check_ids(tokenizer: Tokenizer, tokens: Sequence[int], param: str) -> None:
+    """Refuse token ids that mean nothing; ApiError."""
+    for token in tokens:
+        try:
+            tokenizer.is_control(token)
+        except (ValueError, OverflowError) as error:
+            message = f"{param} has the token {token}, and the vocabulary's are 0 to {tokenizer.n_words - 1}"
+            raise bad_request(message, param) from error
+
+
+def room(engine: Engine, tokens: Sequence[int], wanted: int | None, *, usual: int | None, param: str) -> int:
+    """How many tokens an answer may have.
+
+    Args:
+        wanted: as the client says.
+        usual: where it does not say; None: as many as fit.
+
+    Raises:
+        ApiError: prompt and answer do not fit into the context.
+    """
+    limit, length = engine.args.max_seq_len, len(tokens)
+    if length + (wanted or 1) > limit:
+        asked = "at least 1 of the answer" if wanted is None else f"{wanted} of the answer"
+        raise bad_request(
+            f"this model's context is {limit} tokens, and the prompt's {length} with {asked} are more: "
+            "shorten the prompt or ask for fewer",
+            param,
+            "context_length_exceeded",
+        )
+    # The engine's own bound leaves room for two tokens of a prompt.
+    return wanted if wanted is not None else min(limit - length, max(1, limit - 2), usual or limit)
+
+
+def jobs_of(
+    body: Answering,
+    prompts: Sequence[tuple[Sequence[int], int]],
+    *,
+    stop: tuple[str, ...],
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> list[Job]:
+    """The answers that a request asks for: n for each prompt, those of one prompt one after another.
+
+    Args:
+        prompts: token ids of each, and how many tokens its answer may have.
+
+    Raises:
+        ApiError: too many.
+    """
+    n = body.n or 1
+    if n * len(prompts) > MOST_PROMPTS:
+        raise bad_request(f"{len(prompts)} prompts with n = {n} are more than {MOST_PROMPTS} answers", "n")
+    temperature = 1.0 if body.temperature is None else float(body.temperature)
+    top_p = 1.0 if body.top_p is None else float(body.top_p)
+    return [
+        Job(
+            tokens=tokens,
+            sampling=Sampling.of(length, temperature, top_p, stop),
+            # Answers to one prompt differ, and each is the same when it is asked for again.
+            seed=None if body.seed is None else (body.seed + choice) % 2**63,
+            logprobs=logprobs,
+            # The scores of one prompt are the same for all its answers, but each shows them.
+            prompt_logprobs=prompt_logprobs,
+        )
+        for tokens, length in prompts
+        for choice in range(n)
+    ]

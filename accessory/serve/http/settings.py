@@ -1,0 +1,25 @@
+"""What the HTTP server is told when it starts."""
+
+from dataclasses import dataclass
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How the API behaves.
+
+    Attributes:
+        api_key: what clients must send as "Authorization: Bearer KEY"; None lets everyone in.
+        chat_template: a name of accessory.data.chat_templates; None: the one that lies with the tokenizer.
+        model_name: the name of the model in requests and answers; None: the engine's.
+        body_limit: bytes of a request's body at most.
+    """
+
+    api_key: str | None = None
+    chat_template: str | None = None
+    model_name: str | None = None
+    body_limit: int = 4 * MEGABYTE
+
+    def __repr__(self) -> str:
+        return f"ServerSettings(chat_template={self.chat_template!r}, body_limit={self.body_limit})"

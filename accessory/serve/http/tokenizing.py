@@ -1,0 +1,66 @@
+"""Text to tokens and back, in vLLM's form, which lm-evaluation-harness and other clients ask for."""
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from accessory.serve.http.answers import Text, TokenizerInfo, Tokens
+from accessory.serve.http.documented import failures
+from accessory.serve.http.jobs import LONG_TEXT, check_ids, encode_text
+from accessory.serve.http.schema import DetokenizeRequest, TokenizeRequest
+from accessory.serve.http.state import state_of
+
+router = APIRouter(tags=["tokens"])
+_FAILURES = failures(400, 401, 404, 408, 413, 415, 503)
+# A text may be longer than the context here; it is bounded by the size of the body, too.
+_MOST_TOKENS = 2**20
+
+
+@router.post("/tokenize", response_model=Tokens, responses=_FAILURES)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    """The tokens of a text.
+
+    A text is taken literally. But clients find the begin and end tokens by asking for their names alone, so these
+    stand for the tokens.
+    """
+    state = state_of(request)
+    state.check_model(body.model)
+    tokenizer = state.engine.tokenizer
+    names = {tokenizer.name(token): token for token in (tokenizer.bos_id, tokenizer.eos_id)}
+    if body.prompt in names:
+        tokens = [names[body.prompt]]
+    else:
+        bos = body.add_special_tokens
+        tokens = await encode_text(tokenizer, body.prompt, bos=bos, limit=_MOST_TOKENS, param="prompt")
+    limit = state.engine.args.max_seq_len
+    return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+
+@router.post("/detokenize", response_model=Text, responses=_FAILURES)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of tokens; control tokens have none."""
+    state = state_of(request)
+    state.check_model(body.model)
+    tokenizer = state.engine.tokenizer
+
+    def decode() -> str:
+        check_ids(tokenizer, body.tokens, "tokens")
+        return tokenizer.decode(body.tokens)
+
+    text = decode() if len(body.tokens) < LONG_TEXT else await run_in_threadpool(decode)
+    return JSONResponse({"prompt": text})
+
+
+@router.get("/tokenizer_info", response_model=TokenizerInfo, responses=failures(401, 503))
+async def tokenizer_info(request: Request) -> Response:
+    """What the tokenizer calls its begin and end tokens. Chats are put into a template here, not by clients."""
+    tokenizer = state_of(request).engine.tokenizer
+    return JSONResponse(
+        {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.name(tokenizer.bos_id),
+            "eos_token": tokenizer.name(tokenizer.eos_id),
+            "vocab_size": tokenizer.n_words,
+            "chat_template": None,
+        }
+    )

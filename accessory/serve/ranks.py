@@ -1,0 +1,197 @@
+"""The ranks of an engine, when a launcher has started them: the first one serves, the others follow it."""
+
+import logging
+import queue
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from accessory.launch import Launch
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Paths
+from accessory.parallel.peers import accepted, listening_address, published_host
+from accessory.parallel.rendezvous import process_group_of_launcher
+from accessory.parallel.state import ParallelState
+from accessory.serve.client import Client
+from accessory.serve.desk import Desk, lost
+from accessory.serve.messages import Failed, Link, Lost, Order, Report
+from accessory.serve.request import Engine, RankLost
+from accessory.serve.runner import Runner, follow
+
+logger = logging.getLogger(__name__)
+
+# Tokens of prompts that are read in one step: what a running answer may have to wait for.
+PREFILL_TOKENS = 512
+_RANK = struct.Struct(">i")
+_CONNECT = 50.0  # seconds
+
+
+def serve_on_ranks(
+    program: Callable[[Engine], None],
+    pretrained_path: Paths,
+    *,
+    slots: int = 16,
+    queue: int = 64,
+    prefill_tokens: int = PREFILL_TOKENS,
+    timeout: float | None = None,
+    say: Callable[[Exception], None] | None = None,
+    **settings: Any,
+) -> None:
+    """Load a model on the ranks that torchrun or srun started, or on this process alone, and run a program on it.
+
+    Every rank calls it. The program runs on rank 0, in the calling thread, while the ranks answer its requests; when
+    it returns, all end.
+
+    Args:
+        slots: requests that run at once.
+        queue: requests that may wait beside them.
+        prefill_tokens: tokens of prompts that are read in one step.
+        timeout: of collectives, in seconds; None: torch's own.
+        say: is given an error that all ranks raise alike, on rank 0; None: it is logged.
+        settings: of `MetaModel.from_pretrained`.
+
+    Raises:
+        SystemExit, OSError, ValueError: as `process_group_of_launcher`.
+        RankLost: the program has ended, and the ranks had failed before.
+    """
+    say = say or (lambda error: logger.error("%s", error))
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    with process_group_of_launcher(settings.get("device"), say=say, timeout=limit) as group:
+        model = MetaModel.from_pretrained(pretrained_path, mp_group=group, **settings)
+        if model.llma.state.is_first:
+            _run_program(program, model, name_of(pretrained_path), slots, queue, prefill_tokens)
+        else:
+            follow_first(model, slots)
+
+
+def name_of(pretrained_path: Paths) -> str:
+    """What a model is called: its last folder."""
+    last = pretrained_path if isinstance(pretrained_path, str | Path) else list(pretrained_path)[-1]
+    return Path(last).resolve().name
+
+
+def serve_first(
+    model: MetaModel,
+    slots: int,
+    *,
+    inbox: "queue.SimpleQueue[Order]",
+    report: Callable[[Report], None],
+    prefill_tokens: int,
+    ready: Callable[[], None],
+) -> None:
+    """The first rank's part: meet the others, say that it is ``ready``, and serve orders until told to close.
+
+    Raises:
+        RankLost: another rank is gone.
+    """
+    followers = _meet_followers(model.llma.state)
+    runner = Runner(model, slots)
+    for rank, follower in enumerate(followers, start=1):
+        threading.Thread(target=_watch, args=(rank, follower, inbox, report), daemon=True).start()
+    try:
+        ready()
+        Desk(runner, followers, inbox=inbox, report=report, prefill_tokens=prefill_tokens).run()
+    finally:
+        for follower in followers:
+            follower.close()
+
+
+def follow_first(model: MetaModel, slots: int) -> None:
+    """Another rank's part: meet the first, and do what it says.
+
+    Raises:
+        RuntimeError: the first rank is gone; one of those that `process_group_of_launcher` takes for a lost peer.
+    """
+    first = _meet_first(model.llma.state)
+    try:
+        follow(Runner(model, slots), first)
+    except EOFError:
+        raise RuntimeError(f"connection closed: {lost(0)}") from None
+    finally:
+        first.close()
+
+
+def _run_program(
+    program: Callable[[Engine], None], model: MetaModel, name: str, slots: int, queued: int, prefill_tokens: int
+) -> None:
+    """Run the program in this thread, and what it asks for in another."""
+    inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    engine = Client(
+        tokenizer=model.tokenizer, args=model.llma.args, name=name, slots=slots, queued=queued, send=inbox.put
+    )
+    loaded = threading.Event()
+
+    def serve() -> None:
+        try:
+            serve_first(model, slots, inbox=inbox, report=engine.take, prefill_tokens=prefill_tokens, ready=loaded.set)
+        except Exception as error:
+            if not isinstance(error, RankLost):
+                logger.exception("the engine has failed")
+            engine.take(Failed(error))
+        finally:
+            loaded.set()
+
+    thread = threading.Thread(target=serve, name="engine", daemon=True)
+    thread.start()
+    loaded.wait()
+    failure = engine.failure
+    try:
+        if failure is None:
+            program(engine)
+    finally:
+        failure = engine.failure
+        engine.close()
+        if failure is None:
+            thread.join()
+    if failure is not None:
+        raise RankLost(failure)
+
+
+def _watch(rank: int, follower: Link, inbox: "queue.SimpleQueue[Order]", report: Callable[[Report], None]) -> None:
+    """Notice the loss of a follower, whatever the first rank is doing; one that ends as told says so."""
+    try:
+        follower.receive()
+    except EOFError:
+        report(Failed(RankLost(lost(rank))))
+        inbox.put(Lost(lost(rank)))
+
+
+def _meet_followers(state: ParallelState) -> list[Link]:
+    """Connections to the other ranks, by rank."""
+    if state.mp_size == 1:
+        return []
+    launch = Launch.find()
+    family, own = listening_address(launch)
+    key = secrets.token_bytes(16)
+    with socket.create_server(own, family=family, backlog=state.mp_size) as server:
+        place = (published_host(launch), server.getsockname()[1], key)
+        dist.broadcast_object_list([place], group_src=0, group=state.mp_group)
+        links: dict[int, Link] = {}
+        while len(links) < state.mp_size - 1:
+            connection = accepted(server, key)
+            (rank,) = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))
+            links[rank] = _linked(connection)
+    return [links[rank] for rank in sorted(links)]
+
+
+def _meet_first(state: ParallelState) -> Link:
+    """The connection to the first rank."""
+    given: list[Any] = [None]
+    dist.broadcast_object_list(given, group_src=0, group=state.mp_group)
+    host, port, key = given[0]
+    connection = socket.create_connection((host, port), timeout=_CONNECT)
+    connection.sendall(key + _RANK.pack(state.mp_rank))
+    return _linked(connection)
+
+
+def _linked(connection: socket.socket) -> Link:
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Link(connection)

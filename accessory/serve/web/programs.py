@@ -1,0 +1,122 @@
+"""The two demos as programs: their arguments, the engine behind the page, and how they end."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from accessory.launch import Launch
+from accessory.log import RankParser, global_rank, setup_logging
+from accessory.serve.options import (
+    add_batch_arguments,
+    add_model_arguments,
+    add_page_arguments,
+    add_rank_arguments,
+    add_template_argument,
+    driver_settings,
+    serve_settings,
+    template_of,
+)
+
+# What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
+_SLOTS = 4
+
+
+def single_turn(arguments: Sequence[str] | None = None) -> int:
+    """The program demos/single_turn.py: one page, and the ranks that a launcher started; returns the exit code."""
+    parser = _parser("single_turn.py", "A page that answers one instruction at a time, on the ranks of torchrun.")
+    return _run(parser, arguments, _single_turn)
+
+
+def multi_turn(arguments: Sequence[str] | None = None) -> int:
+    """The program demos/multi_turn.py: one page, and ranks that it starts itself; returns the exit code."""
+    parser = _parser("multi_turn.py", "A page that holds a dialogue, with a model on processes that it starts.")
+    add_rank_arguments(parser)
+    add_template_argument(parser)
+    return _run(parser, arguments, _multi_turn)
+
+
+def end(code: int) -> NoReturn:
+    """End the process. Threads that wait for a rank which is gone must not hold it back."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = RankParser(prog=prog, description=description)
+    add_model_arguments(parser)
+    add_batch_arguments(parser, slots=_SLOTS)
+    add_page_arguments(parser)
+    return parser
+
+
+def _single_turn(arguments: argparse.Namespace) -> None:
+    from accessory.serve.ranks import serve_on_ranks
+    from accessory.serve.request import Engine
+
+    def program(engine: Engine) -> None:
+        from accessory.serve.web.page import serve_page
+        from accessory.serve.web.single_turn import SingleTurnPage
+
+        serve_page(SingleTurnPage(engine).blocks, engine, **_page_settings(arguments))
+
+    serve_on_ranks(program, arguments.pretrained_path, say=_say, **serve_settings(arguments))
+
+
+def _multi_turn(arguments: argparse.Namespace) -> None:
+    from accessory.data.chat_templates import find_template
+    from accessory.serve.driver import Driver
+
+    asked = template_of(arguments)
+    with Driver(arguments.pretrained_path, **driver_settings(arguments)) as engine:
+        from accessory.serve.web.multi_turn import MultiTurnPage
+        from accessory.serve.web.page import serve_page
+
+        template = asked or find_template(engine.tokenizer)
+        serve_page(MultiTurnPage(engine, template=template).blocks, engine, **_page_settings(arguments))
+
+
+def _page_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("server_name", "server_port", "share", "auth")}
+
+
+def _run(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None, program: Callable[[argparse.Namespace], None]
+) -> int:
+    setup_logging()
+    try:
+        launch = Launch.find()
+        arguments = parser.parse_args(given)
+    except ValueError as error:
+        if global_rank() == 0:
+            _say(error)
+        return 1
+    except SystemExit as error:
+        if error.code and launch.world_size > 1:
+            from accessory.parallel.rendezvous import refuse_together
+
+            refuse_together("its arguments are wrong")
+        return int(error.code or 0)
+    try:
+        program(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
+        from accessory.parallel.state import raised_on_all_ranks
+        from accessory.serve.request import RankLost
+
+        if isinstance(error, RuntimeError) and not isinstance(error, RankLost):
+            raise
+        if global_rank() == 0 or not raised_on_all_ranks(error):
+            _say(error)
+        return 1
+    return 0
+
+
+def _say(error: Exception) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()

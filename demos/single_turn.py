@@ -1,0 +1,18 @@
+"""A web page that answers one instruction at a time.
+
+    torchrun --nproc-per-node=2 --master-port=23456 demos/single_turn.py --pretrained_path PATH
+
+docs/demos.md shows the page; ``--help`` lists the arguments.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Started as a file, Python looks for modules in its folder first; the package is one above.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from accessory.serve.web.programs import end, single_turn
+
+if __name__ == "__main__":
+    end(single_turn())

@@ -1,0 +1,52 @@
+"""The tiny model taught a few dialogues, so that it answers in words and ends its answers."""
+
+from pathlib import Path
+
+import torch
+
+from accessory.data.collate import collate
+from accessory.data.dialogue import dialogue_text
+from accessory.data.examples import encode_example
+from accessory.model.meta import MetaModel
+from accessory.train.export import export_checkpoint
+from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.trainer import train_step
+
+COUNT = "Please count."
+DIALOGUES = (
+    (
+        ("What is a list?", "A list is a sequence of values that can change."),
+        ("And a tuple?", "A tuple is a sequence of values that stays as it is."),
+    ),
+    ((COUNT, ", ".join(map(str, range(1, 41))) + "."),),
+)
+_STEPS = 60
+
+
+def teach(base: Path, folder: Path) -> Path:
+    """Train the model of ``base`` on DIALOGUES until it knows them, and write it to ``folder``."""
+    model = MetaModel.from_pretrained(base, dtype="fp32", device="cpu", max_seq_len=512)
+    records = [
+        {
+            "conversations": [
+                {"from": speaker, "value": text}
+                for turn in turns
+                for speaker, text in zip(("human", "gpt"), turn, strict=True)
+            ]
+        }
+        for turns in DIALOGUES
+    ]
+    rows = [encode_example(dialogue_text(record), model.tokenizer, max_words=512)[:2] for record in records]
+    batch = collate(rows)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as quick as two, and much quicker where the cores are busy
+    model.train()
+    optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=0.0)
+    schedule = CosineSchedule(steps=_STEPS, lr=3e-3, min_lr=1e-4, warmup=5)
+    for step in range(_STEPS):
+        result = train_step(model, optimizer, [batch], lr=schedule(step), clip_grad=1.0)
+        if result.loss < 0.02:
+            break
+    torch.set_num_threads(threads)
+    assert result.loss < 0.1, f"it has not learned its dialogues: loss {result.loss}"
+    return export_checkpoint(model, folder, dtype=torch.float32)

@@ -1,0 +1,151 @@
+"""The batch of a serving engine: who runs next, whatever comes and goes. No model and no processes here."""
+
+import random
+
+import pytest
+from models import Letters
+
+from accessory.generation.sampling import Sampling
+from accessory.serve.batch import Batch, Reading, Sequence, Writing
+from accessory.serve.request import Request
+
+
+def sequence(number: int, prompt: int, answer: int = 1000, stop: tuple[str, ...] = (), eos_id: int = -1) -> Sequence:
+    sampling = Sampling(max_gen_len=answer, stop=stop)
+    return Sequence(number, Request(tokens=(1,) * prompt, sampling=sampling), Letters(eos_id))
+
+
+def step(batch: Batch, token: int = 5) -> Reading | Writing | None:
+    """Let a batch take its next step, with a model that says the same token for ever."""
+    decided = batch.next()
+    match decided:
+        case Reading(rows):
+            for row, count in rows:
+                row.read += count
+            moved = [row for row, _ in rows if not row.unread]
+        case Writing(rows):
+            moved = rows
+        case None:
+            moved = []
+    for row in moved:
+        row.push(token)
+        if row.finish:
+            batch.leave(row)
+    return decided
+
+
+def counts(decided: Reading | Writing | None) -> dict[int, int]:
+    assert isinstance(decided, Reading)
+    return {row.number: count for row, count in decided.rows}
+
+
+def test_short_prompts_leave_their_share_to_the_long_one() -> None:
+    batch = Batch(slots=4, prefill_tokens=512)
+    for number, prompt in enumerate((4000, 100, 30)):
+        batch.add(sequence(number, prompt))
+    assert counts(step(batch)) == {0: 382, 1: 100, 2: 30}
+
+
+def test_reading_takes_turns_with_writing() -> None:
+    batch = Batch(slots=2, prefill_tokens=8)
+    batch.add(sequence(0, 3))
+    assert counts(step(batch)) == {0: 3}
+    batch.add(sequence(1, 20))
+    seen = [step(batch) for _ in range(6)]
+    assert [type(each) for each in seen] == [Writing, Reading, Writing, Reading, Writing, Reading]
+    assert [counts(each)[1] for each in seen if isinstance(each, Reading)] == [8, 8, 4]
+    assert isinstance(last := step(batch), Writing)
+    assert [row.number for row in last.rows] == [0, 1]
+
+
+def test_a_free_slot_goes_to_who_came_first() -> None:
+    batch = Batch(slots=1, prefill_tokens=8)
+    for number in range(3):
+        batch.add(sequence(number, 2, answer=2))
+    order = []
+    while (decided := step(batch)) is not None:
+        order += [row.number for row, _ in decided.rows] if isinstance(decided, Reading) else []
+    assert order == [0, 1, 2]
+
+
+def test_who_waits_can_leave() -> None:
+    batch = Batch(slots=1, prefill_tokens=8)
+    first, second, third = (sequence(number, 2) for number in range(3))
+    for each in (first, second, third):
+        batch.add(each)
+    step(batch)
+    assert batch.leave(second) is None
+    assert batch.leave(first) == 0
+    assert counts(step(batch)) == {2: 2}
+    assert third.slot == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_comes_and_goes_slots_are_kept_and_all_are_served(seed: int) -> None:
+    """Requests of random lengths come and are cancelled at random moments."""
+    chance = random.Random(seed)
+    slots, budget = chance.randint(1, 5), chance.randint(5, 40)
+    batch, left = Batch(slots, budget), {}
+    ended: dict[int, Sequence] = {}
+    idle_steps: dict[int, int] = {}
+    number = 0
+    for moment in range(400):
+        if moment < 300 and chance.random() < 0.3:
+            left[number] = sequence(number, chance.randint(1, 120), answer=chance.randint(1, 30))
+            batch.add(left[number])
+            number += 1
+        if left and chance.random() < 0.05:
+            gone = left.pop(chance.choice(list(left)))
+            batch.leave(gone)
+            ended[gone.number] = gone
+        decided = step(batch)
+        rows = {}
+        if isinstance(decided, Reading):
+            rows = {row.number: count for row, count in decided.rows}
+            assert sum(rows.values()) <= budget
+            assert all(rows.values())
+        elif isinstance(decided, Writing):
+            rows = {row.number: 1 for row in decided.rows}
+        # Who has a slot is never passed over twice in a row.
+        for each in batch.running.values():
+            idle_steps[each.number] = 0 if each.number in rows else idle_steps.get(each.number, 0) + 1
+            assert idle_steps[each.number] <= 1
+        for done in [each for each in left.values() if each.finish]:
+            ended[done.number] = left.pop(done.number)
+        assert {each.slot for each in left.values()} - {None} == set(batch.running)
+        assert len(batch.running) == min(slots, len(left)) or decided is not None
+        assert batch.waiting == sum(each.slot is None for each in left.values())
+    for _ in range(10_000):
+        if step(batch) is None:
+            break
+    assert batch.idle
+    assert all(each.finish for each in left.values())
+    assert sorted(ended | left) == list(range(number))
+
+
+def test_why_an_answer_ends() -> None:
+    cut = sequence(0, 1, answer=2)
+    assert [cut.push(5), cut.push(6)] == [Letters().decode([5]), Letters().decode([6])]
+    assert cut.finish == "length"
+    ended = sequence(0, 1, eos_id=7)
+    ended.push(5)
+    assert ended.push(7) == ""
+    assert ended.finish == "stop"
+    stopped = sequence(0, 1, stop=(Letters().decode([5, 6]),))
+    assert stopped.push(5) == ""  # it may be the beginning of a stop string
+    assert stopped.push(6) == ""
+    assert stopped.finish == "stop"
+    held = sequence(0, 1, stop=(Letters().decode([5, 6]),))
+    held.push(5)
+    assert held.push(7) == Letters().decode([5, 7])
+
+
+def test_equal_seeds_draw_alike_and_only_where_chance_is_asked_for() -> None:
+    def drawn(seed: int | None, temperature: float) -> list[float]:
+        request = Request(tokens=(1,), sampling=Sampling(temperature=temperature), seed=seed)
+        one = Sequence(0, request, Letters())
+        return [one.draw() for _ in range(3)]
+
+    assert drawn(7, 1.0) == drawn(7, 1.0) != drawn(8, 1.0)
+    assert drawn(None, 1.0) != drawn(None, 1.0)
+    assert drawn(7, 0.0) == [0.0, 0.0, 0.0]

@@ -1,0 +1,246 @@
+"""The driver: one process that owns two ranks, which live through idle times, cancellations and bad calls."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_tensors, small_config, write_folder
+from models import completions, load
+from programs import Program
+
+from accessory.errors import CheckpointError
+from accessory.generation.sampling import Sampling
+from accessory.serve.driver import Driver
+from accessory.serve.request import Event, RankLost
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+
+PROMPTS = [[1, *range(10 + length, 10 + 2 * length)] for length in (1, 60, 7, 3, 30, 2, 17, 45, 1, 5)]
+SETTINGS = {"max_seq_len": 128, "dtype": "fp32", "device": "cpu"}
+TIMEOUT = 2.0  # seconds, of collectives
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path) -> Path:
+    config = small_config()
+    target = tmp_path_factory.mktemp("driver") / "small"
+    return write_folder(target, random_tensors(config, 3), config, files=2, tokenizer=small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def driver(folder: Path) -> Iterator[Driver]:
+    with Driver(folder, ranks=2, slots=4, prefill_tokens=16, timeout=TIMEOUT, restart=True, **SETTINGS) as started:
+        yield started
+    assert not children()
+
+
+@pytest.fixture
+def others() -> set[int]:
+    """Process ids of the ranks that are there before a test."""
+    return set(children_ids())
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+def children() -> dict[int, int]:
+    """Process ids of the ranks of the one driver that runs, by rank."""
+    return {rank: pid for pid, rank in children_ids().items()}
+
+
+def children_ids() -> dict[int, int]:
+    """The ranks of all of this process's drivers, by process id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = dict(pair.partition("=")[::2] for pair in (folder / "environ").read_text().split("\0"))
+            command = (folder / "cmdline").read_text()
+        except (OSError, ValueError):
+            continue
+        if parent == os.getpid() and "accessory.serve.worker" in command:
+            found[int(folder.name)] = int(variables["RANK"])
+    return found
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def until(condition: object, seconds: float = 60) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_answers_of_two_ranks_are_those_of_one_model_alone(driver: Driver, folder: Path) -> None:
+    model = load(folder)
+    eos = model.tokenizer.eos_id
+    alone = [completions(model.llma, [prompt], max_gen_len=40, eos_id=eos)[0] for prompt in PROMPTS]
+    streams = [driver.submit(prompt, Sampling(max_gen_len=40)) for prompt in PROMPTS]
+    together = [tokens_of(list(stream)) for stream in streams]
+    assert [[token for token in tokens if token != eos] for tokens in together] == alone
+    assert driver.name == "small"
+    assert driver.args.max_seq_len == 128
+
+
+def test_idle_ranks_rest_and_outlive_the_time_out_of_collectives(driver: Driver) -> None:
+    sampling = Sampling(max_gen_len=10)
+    before = tokens_of(list(driver.submit(PROMPTS[2], sampling)))
+    ranks = children()
+    assert sorted(ranks) == [0, 1]
+    used = {rank: processor_seconds(pid) for rank, pid in ranks.items()}
+    time.sleep(1.5 * TIMEOUT)
+    # Gloo's own threads wake now and then; a rank that asked again and again would use a core's 3 s.
+    assert all(processor_seconds(pid) - used[rank] < 0.5 for rank, pid in ranks.items())
+    assert tokens_of(list(driver.submit(PROMPTS[2], sampling))) == before
+    assert children() == ranks
+
+
+def test_ranks_live_in_the_programs_own_session(driver: Driver) -> None:
+    assert {os.getsid(pid) for pid in children().values()} == {os.getsid(0)}
+
+
+def test_many_cancellations_leave_all_as_it_was(driver: Driver) -> None:
+    chance = random.Random(0)
+    sampling = Sampling(max_gen_len=60)
+    before = tokens_of(list(driver.submit(PROMPTS[2], sampling)))
+    threads, sizes = threading.active_count(), {}
+    for round_ in range(2):
+        for _ in range(6):
+            streams = [driver.submit(chance.choice(PROMPTS), sampling) for _ in range(6)]
+            for stream in streams:
+                wanted = chance.randint(0, 8)
+                for count, _ in enumerate(stream):
+                    if count >= wanted:
+                        break
+        until(lambda: driver.load.running == driver.load.waiting == 0)
+        sizes[round_] = [resident(pid) for pid in children().values()]
+    assert driver.load.cache_tokens == 0
+    assert driver.load.cancelled >= 50
+    assert tokens_of(list(driver.submit(PROMPTS[2], sampling))) == before
+    assert threading.active_count() == threads
+    assert all(later - earlier < 2**23 for earlier, later in zip(*sizes.values(), strict=True))
+
+
+def test_bad_calls_raise_and_harm_nobody(driver: Driver, folder: Path) -> None:
+    stream = driver.submit(PROMPTS[1], Sampling(max_gen_len=50))
+    with pytest.raises(ValueError, match="no token to score"):
+        driver.call("evaluate_examples", [[1]])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        driver.call("compute_logits", [[1, 999]])
+    with pytest.raises(TypeError, match="examples"):
+        driver.call("compute_logits")
+    with pytest.raises(Exception, match="pickle"):
+        driver.call("compute_logits", lambda: None)
+    logits = driver.call("compute_logits", [PROMPTS[4]])
+    torch.testing.assert_close(logits, load(folder).compute_logits([PROMPTS[4]]))
+    assert len(tokens_of(list(stream))) == 50
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_is_killed_is_told_of_and_comes_back(driver: Driver, rank: int) -> None:
+    before = tokens_of(list(driver.submit(PROMPTS[2], Sampling(max_gen_len=20))))
+    reached = threading.Event()
+    told: list[Event | Exception] = []
+
+    def on_event(event: Event | Exception) -> None:
+        told.append(event)
+        reached.set()
+
+    driver.submit(PROMPTS[0], Sampling(max_gen_len=120), on_event=on_event)
+    stream = driver.submit(PROMPTS[0], Sampling(max_gen_len=120))
+    assert reached.wait(60)
+    old = children()
+    os.kill(old[rank], signal.SIGKILL)
+    with pytest.raises(RankLost, match=rf"rank {rank} of 2 was killed \(SIGKILL\)"):
+        list(stream)
+    until(lambda: isinstance(told[-1], RankLost))
+    until(lambda: driver.ready)
+    assert driver.failure is None
+    assert tokens_of(list(driver.submit(PROMPTS[2], Sampling(max_gen_len=20)))) == before
+    assert not set(old.values()) & set(children().values())
+
+
+def test_without_restart_a_loss_is_for_good(folder: Path, others: set[int]) -> None:
+    with Driver(folder, ranks=1, slots=1, **SETTINGS) as driver:
+        (pid,) = set(children_ids()) - others
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not driver.ready)
+        assert driver.failure == "rank 0 of 1 was killed (SIGKILL)"
+        with pytest.raises(RankLost, match="SIGKILL"):
+            driver.submit(PROMPTS[0], Sampling(max_gen_len=1))
+        with pytest.raises(RankLost, match="SIGKILL"):
+            driver.call("compute_logits", ["a"])
+    assert set(children_ids()) == others
+
+
+def test_what_cannot_be_loaded_is_said_by_the_constructor(tmp_path: Path, others: set[int]) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_folder does not exist"):
+        Driver(tmp_path / "no_such_folder", ranks=2, device="cpu")
+    with pytest.raises(CheckpointError):
+        Driver(tmp_path, ranks=1, device="cpu")
+    assert set(children_ids()) == others
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": 0}, "ranks must be"),
+        ({"ranks": "2"}, "ranks must be"),
+        ({"gpu_ids": []}, "gpu_ids must be"),
+        ({"gpu_ids": [0, 0]}, "gpu_ids must be"),
+        ({"ranks": 3, "gpu_ids": [0, 1]}, "3 ranks were asked for on 2 cards"),
+        ({"slots": 0}, "slots must be"),
+        ({"queue": -1}, "queue must be"),
+        ({"prefill_tokens": 0}, "prefill_tokens must be"),
+        ({"timeout": 0}, "timeout must be"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(folder: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Driver(folder, **{**SETTINGS, **settings})  # type: ignore[arg-type]
+
+
+PROGRAM = """
+import sys, time
+from accessory.generation.sampling import Sampling
+from accessory.serve.driver import Driver
+with Driver(sys.argv[1], ranks=2, max_seq_len=512, dtype="fp32", device="cpu", slots=2) as driver:
+    while True:
+        for event in driver.submit([1, 5], Sampling(max_gen_len=500, temperature=1.0)):
+            if event.finish is None and not sys.argv[2:]:
+                sys.argv.append("said")
+                print("it answers", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill -9", "interrupt"])
+def test_no_rank_outlives_its_driver(folder: Path, how: str) -> None:
+    with Program([sys.executable, "-c", PROGRAM, folder]) as program:
+        program.wait_for("it answers")
+        assert len(program.processes()) == 3
+        if how == "interrupt":  # a terminal tells every process of the foreground
+            os.killpg(program.process.pid, signal.SIGINT)
+        else:
+            program.send(signal.SIGKILL)
+        program.wait_for_all(10)
+        if how == "interrupt":
+            assert "KeyboardInterrupt" in program.text
+            assert program.text.count("Traceback") == 1

@@ -1,0 +1,104 @@
+"""The arguments that demos, chat and serve share."""
+
+import argparse
+
+import pytest
+
+from accessory.config import QuantArgs
+from accessory.serve.options import (
+    Account,
+    add_batch_arguments,
+    add_model_arguments,
+    add_nproc_argument,
+    add_page_arguments,
+    add_rank_arguments,
+    add_template_argument,
+    driver_settings,
+    model_settings,
+    template_of,
+)
+
+
+def demo() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    add_batch_arguments(parser, slots=4)
+    add_page_arguments(parser)
+    add_rank_arguments(parser)
+    return parser
+
+
+def test_underscores_and_hyphens_say_the_same() -> None:
+    words = "--pretrained_path base adapter --max_seq_len 256 --n_gpus 2 --master_port 23456 --llama_type mistral"
+    given = demo().parse_args(words.split())
+    assert given == demo().parse_args(words.replace("_", "-").split())
+    assert given.pretrained_path == ["base", "adapter"]
+    settings = driver_settings(given)
+    expected = {"max_seq_len": 256, "ranks": 2, "master_port": 23456, "llama_type": "mistral", "slots": 4, "queue": 64}
+    assert expected.items() <= settings.items()
+    assert "gpu_ids" not in settings
+
+
+def test_what_is_not_said() -> None:
+    given = demo().parse_args(["--pretrained_path", "base"])
+    assert (given.server_name, given.server_port, given.share, given.auth) == ("127.0.0.1", None, False, None)
+    assert model_settings(given) == {
+        "llama_type": None,
+        "llama_config": None,
+        "tokenizer_path": None,
+        "max_seq_len": 4096,
+        "dtype": "auto",
+        "device": None,
+        "quant": None,
+        "expert_placement": "auto",
+    }
+    assert not {"ranks", "gpu_ids", "master_port"} & driver_settings(given).keys()
+
+
+def test_quantization_and_cards() -> None:
+    given = demo().parse_args(["--pretrained_path", "base", "--quant", "int8", "--gpu_ids", "4", "5"])
+    settings = driver_settings(given)
+    assert settings["quant"] == QuantArgs(type="int8")
+    assert settings["gpu_ids"] == [4, 5]
+    with pytest.raises(ValueError, match="give --quant TYPE as well"):
+        driver_settings(demo().parse_args(["--pretrained_path", "base", "--quant_head"]))
+
+
+def test_a_command_that_starts_ranks_itself() -> None:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser, positional=True)
+    add_nproc_argument(parser)
+    assert driver_settings(parser.parse_args(["base", "--nproc", "2"]))["ranks"] == 2
+    assert "slots" not in driver_settings(parser.parse_args(["base"]))
+
+
+def test_a_template() -> None:
+    parser = argparse.ArgumentParser()
+    add_template_argument(parser)
+    assert template_of(parser.parse_args([])) is None
+    assert template_of(parser.parse_args(["--chat_template", "alpaca"])) == "alpaca"
+    with pytest.raises(ValueError, match="'mixtral' is unknown: take one of default, alpaca, mixtral-instruct"):
+        template_of(parser.parse_args(["--chat-template", "mixtral"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--server_port 70000", "'70000' given: give a port from 1 to 65535"),
+        ("--n_gpus 0", "'0' given: give a whole number of at least 1"),
+        ("--n_gpus 2 --gpu_ids 0 1", "not allowed with argument"),
+        ("--max_seq_len many", "'many' given"),
+        ("--dtype fp64", "invalid choice: 'fp64'"),
+        ("--auth ann", "give a name and a password as USER:PASSWORD"),
+    ],
+)
+def test_what_makes_no_sense(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo().parse_args(["--pretrained_path", "base", *words.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_a_password_shows_nowhere() -> None:
+    given = demo().parse_args(["--pretrained_path", "base", "--auth", "ann:top:secret"])
+    assert given.auth == Account(user="ann", password="top:secret")
+    assert "secret" not in repr(given)
