@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .native import DTYPES, gathered_product, native_available, native_variant
+from .triton_products import gathered_product_on_gpu, triton_available, triton_serves
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
 # November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.
@@ -43,8 +44,8 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """
     if pairs > FEW_TOKENS:
         return False
-    if x_TD.is_cuda:  # no kernel yet: grouped_mm in bfloat16 reads the weights in place, its fallbacks synchronise
-        return x_TD.dtype != torch.bfloat16
+    if x_TD.is_cuda:  # not measured. Without Triton: grouped_mm reads weights in place in bfloat16 only
+        return triton_available() or x_TD.dtype != torch.bfloat16
     return torch.compiler.is_compiling() or (x_TD.dtype in DTYPES and native_available())
 
 
@@ -60,8 +61,8 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the
-    other pairs, to the bit. Otherwise (another device or dtype, rows of w without unit stride, kernels not
-    built) this is `gathered_linear_reference`. For inference only: no derivative.
+    other pairs, to the bit. On a GPU there is a Triton kernel. Otherwise (another dtype, rows of w without unit
+    stride, no kernel) this is `gathered_linear_reference`. For inference only: no derivative.
     """
     if called_directly(x_PD):
         return _gathered_on_cpu(x_PD, w_ERD, expert_P)
@@ -102,6 +103,14 @@ def _gathered_on_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
 
 
 _gathered_linear.register_kernel("cpu", _gathered_on_cpu)
+
+
+@_gathered_linear.register_kernel("cuda")
+def _gathered_on_gpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    _check_gathered(x_PD, w_ERD, expert_P)
+    if triton_serves(x_PD, w_ERD) and w_ERD.shape[0]:
+        return gathered_product_on_gpu(x_PD, w_ERD, expert_P)
+    return gathered_linear_reference(x_PD, w_ERD, expert_P)
 
 
 @_gathered_linear.register_fake
