@@ -117,7 +117,7 @@ def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
         with Program(command, terminal=terminal) as program:
             shown.wait_for("> ")
             program.send(signal.SIGTERM)
-            assert program.wait(10) == 143
+            assert program.wait(10) == -signal.SIGTERM
             program.wait_for_all(2)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,11 +121,19 @@ def test_multi_turn_alone_from_the_root_ends_with_its_rank(talking: Path) -> Non
 
 
 def test_wrong_arguments_are_one_line(talking: Path) -> None:
-    with Program(
-        [sys.executable, ROOT / "demos" / "multi_turn.py", "--pretrained_path", talking / "absent"]
-    ) as program:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        told = one_line(ROOT / "demos" / "multi_turn.py", "--pretrained_path", talking, "--server_port", port)
+        assert f"--server_port {port} (Address already in use): give another" in told
+    absent = talking / "absent"
+    assert f"{absent} does not exist" in one_line(ROOT / "demos" / "single_turn.py", "--pretrained_path", absent)
+
+
+def one_line(*command: str | Path) -> str:
+    """What a program that cannot start says."""
+    with Program([sys.executable, *command]) as program:
         assert program.wait(60) == 1
         program.wait_for_all(5)
         assert program.lines[-1].startswith("error: ")
-        assert "absent does not exist" in program.lines[-1]
         assert "Traceback" not in program.text
+        return program.lines[-1]

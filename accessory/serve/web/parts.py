@@ -109,14 +109,15 @@ class ExpertsTab:
     def outputs(self) -> list[Any]:
         return [self.shares, self.text]
 
-    def show(self, answer: Answer | None, layer: int) -> Update:
+    def show(self, answer: Answer | None, layer: float | None) -> Update:
         """The components' values for an answer."""
         if answer is None or not answer.routes:
             return {self.shares: _NO_ANSWER, self.text: []}
         shares = heatmap(answer.routes, self._engine.args.moe.num_experts)
-        return {self.shares: shares, self.text: coloured(self._engine.tokenizer, answer, int(layer))}
+        layer = min(max(int(layer or 0), 0), self._engine.args.n_layers - 1)  # its field may be empty
+        return {self.shares: shares, self.text: coloured(self._engine.tokenizer, answer, layer)}
 
-    def _recolour(self, session: Session, layer: int) -> Any:
+    def _recolour(self, session: Session, layer: float | None) -> Any:
         return self.show(session.answer, layer)[self.text]
 
 
