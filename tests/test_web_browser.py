@@ -219,6 +219,19 @@ def test_errors_are_said_on_the_page(page: "Page") -> None:
     assert bubbles(page)[0] == "short"
 
 
+def test_a_full_context_is_said_and_a_dialogue_may_be_cleared_meanwhile(page: "Page", engine: Engine) -> None:
+    ask(page, DIALOGUES[0][0][0], 50)
+    finished(page)
+    ask(page, COUNT, 400)
+    page.locator(".status", has_text="the oldest turn is left out").wait_for()
+    page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
+    page.locator("#chat").get_by_role("button", name="Clear").click()
+    wait_until(lambda: engine.load.running == 0)
+    expect_bubbles(page, 0)
+    page.get_by_role("button", name="Stop", disabled=True).wait_for()
+    assert bubbles(page) == []
+
+
 def test_two_tabs_run_together_and_a_closed_one_ends(
     page: "Page", open_tab: Callable[[str], "Page"], dialogue_address: str, engine: Engine
 ) -> None:

@@ -62,10 +62,13 @@ def header(title: str, engine: Engine) -> str:
     return f"<h1>{title}</h1><p class='model'>{name}: {layers}, {args.max_seq_len} tokens of context</p>"
 
 
-def measured(answer: Answer) -> str:
-    """How fast an answer came, for the status line."""
+def measured(answer: Answer, engine: Engine) -> str:
+    """How far an answer is and how fast it came, for the status line."""
     if answer.first is None:
-        return "The model reads ..." if answer.finish is None else "Stopped before the first token."
+        if answer.finish is not None:
+            return "Stopped before the first token."
+        waits = engine.load.waiting > 0
+        return "Waiting until another answer has ended ..." if waits else "The model reads ..."
     count = len(answer.tokens)
     ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(answer.finish or "", "")
     tokens = f"{count} token{'' if count == 1 else 's'}"

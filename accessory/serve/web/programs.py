@@ -1,6 +1,7 @@
 """The two demos as programs: their arguments, the engine behind the page, and how they end."""
 
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -20,6 +21,9 @@ from accessory.serve.options import (
     template_of,
 )
 
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
 _SLOTS = 4
 
@@ -96,6 +100,8 @@ def _run(
         arguments = parser.parse_args(given)
         if launch.rank == 0:
             _check_address(arguments.server_name, arguments.server_port)
+            if arguments.auth is None and (arguments.share or arguments.server_name not in _LOOPBACK):
+                logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
     except (SystemExit, OSError) as error:
         if isinstance(error, OSError):
             _say(error)
