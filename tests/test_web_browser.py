@@ -16,6 +16,7 @@ from browser import chromium, keep
 from ranks import free_port
 from talking import COUNT, DIALOGUES
 
+from accessory.data.conversation import default_conversation
 from accessory.data.system_prompt import format_prompt
 from accessory.generation.sampling import Sampling
 from accessory.serve.dialogue import Turn, dialogue_prompt
@@ -115,10 +116,18 @@ def set_length(page: "Page", length: int) -> None:
     field.press("Tab")
 
 
-def ask(page: "Page", question: str, length: int) -> None:
+def write(page: "Page", question: str, length: int) -> None:
     set_length(page, length)
     page.locator("#question textarea").fill(question)
+
+
+def submit(page: "Page") -> None:
     page.get_by_role("button", name="Submit").click()
+
+
+def ask(page: "Page", question: str, length: int) -> None:
+    write(page, question, length)
+    submit(page)
 
 
 def finished(page: "Page") -> str:
@@ -219,12 +228,27 @@ def test_errors_are_said_on_the_page(page: "Page") -> None:
     assert bubbles(page)[0] == "short"
 
 
+def test_a_full_context_is_said_and_a_dialogue_may_be_cleared_meanwhile(page: "Page", engine: Engine) -> None:
+    ask(page, DIALOGUES[0][0][0], 50)
+    finished(page)
+    ask(page, COUNT, 400)
+    page.locator(".status", has_text="the oldest turn is left out").wait_for()
+    page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
+    page.locator("#chat").get_by_role("button", name="Clear").click()
+    wait_until(lambda: engine.load.running == 0)
+    expect_bubbles(page, 0)
+    page.get_by_role("button", name="Stop", disabled=True).wait_for()
+    assert bubbles(page) == []
+
+
 def test_two_tabs_run_together_and_a_closed_one_ends(
     page: "Page", open_tab: Callable[[str], "Page"], dialogue_address: str, engine: Engine
 ) -> None:
     other = open_tab(dialogue_address)
-    ask(page, COUNT, 300)
-    ask(other, COUNT, 300)
+    for one in (page, other):
+        write(one, COUNT, 300)
+    for one in (page, other):
+        submit(one)
     wait_until(lambda: engine.load.running == 2)
     expect_bubbles(page, 2)
     expect_bubbles(other, 2)
@@ -283,6 +307,15 @@ def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> N
         page.get_by_label("None").check()
         page.get_by_role("button", name="Submit").click()
         wait_until(lambda: output.input_value() == expected(engine, "What is a list?"))
+        conversation = default_conversation()
+        conversation.load_qas([[COUNT, None]])
+        instruction.fill(conversation.get_prompt())
+        set_length(page, 155)
+        page.get_by_role("button", name="Submit").click()
+        wait_until(lambda: "3, 4" in output.input_value())
+        page.get_by_role("button", name="Stop").click()
+        assert finished(page).endswith("; stopped")
+        assert DIALOGUES[1][0][1].startswith(output.input_value())
         instruction.fill("word " * 600)
         page.get_by_role("button", name="Submit").click()
         page.locator(".status.error", has_text="shorten it, or choose a smaller length").wait_for()

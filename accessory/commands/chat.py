@@ -2,9 +2,8 @@
 
 import argparse
 import io
-import signal
+import os
 import sys
-from types import FrameType
 from typing import Any
 
 from accessory.commands.output import say
@@ -41,13 +40,14 @@ def _chat(arguments: argparse.Namespace) -> None:
     from accessory.serve.request import RankLost
     from accessory.serve.terminal import Terminal
 
+    if "RANK" in os.environ:
+        raise ValueError("accessory chat starts its ranks itself: give --nproc N in place of torchrun")
     asked = template_of(arguments)
     length = arguments.max_gen_len
     if length is None:
         length = max(1, min(512, arguments.max_seq_len // 2))
     sampling = Sampling.of(length, arguments.temperature, arguments.top_p, arguments.stop)
     sampling.check(arguments.max_seq_len)
-    signal.signal(signal.SIGTERM, _end)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
@@ -58,7 +58,3 @@ def _chat(arguments: argparse.Namespace) -> None:
     except RankLost as error:
         say(error)
         raise SystemExit(1) from None
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

@@ -135,12 +135,12 @@ class Terminal:
                 interrupted = True
                 self._note("Ctrl-C again, or Ctrl-D, ends")
                 continue
-            interrupted = False
             if not line:
                 if self._interactive:
                     self._write("\n")
                 return
             if line.strip():
+                interrupted = False
                 yield line.strip()
 
     def _line(self) -> str:

@@ -110,6 +110,7 @@ class MultiTurnPage:
     ) -> AsyncGenerator[tuple[Answer | Exception, Update], None]:
         """A question's answer behind the turns ``before``, and the page with it; at the end they are the session's."""
         dropped = 0
+        dialogue = session.turns  # another list takes its place when the dialogue is cleared meanwhile
 
         def request() -> tuple[tuple[int, ...], Sampling]:
             nonlocal dropped
@@ -129,10 +130,11 @@ class MultiTurnPage:
                 if answer.finish is None:
                     update = {self._chatbot: _messages([*before, turn]), **self._buttons(busy=True)}
                 else:
-                    if not _nothing_came(answer):
+                    if session.turns is dialogue and not _nothing_came(answer):
                         session.turns = [*before, turn]
                     update = {**self._dialogue(session), **self._experts.show(answer, layer)}
-                yield answer, {self._status: status(measured(answer) + _left_out(dropped)), **update}
+                line = measured(answer, self._engine) + _left_out(dropped)
+                yield answer, {self._status: status(line), **update}
 
     def _take_back(self, session: Session) -> Update:
         if session.running is not None or not session.turns:

@@ -20,7 +20,7 @@ from accessory.serve.web.gate import MOST_BYTES, Gate
 from accessory.serve.web.style import CSS, HEAD, STATE_ROUTE, theme
 
 # How long a page whose model is gone stays up, for open tabs to hear of it; they ask every other second.
-_FAREWELL = 5.0
+_FAREWELL = 4.0
 # A launcher that sees a rank die ends the others, this one too: so long after its signal the loss may show.
 _EXPLAINED = 1.0
 

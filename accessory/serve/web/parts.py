@@ -62,10 +62,13 @@ def header(title: str, engine: Engine) -> str:
     return f"<h1>{title}</h1><p class='model'>{name}: {layers}, {args.max_seq_len} tokens of context</p>"
 
 
-def measured(answer: Answer) -> str:
-    """How fast an answer came, for the status line."""
+def measured(answer: Answer, engine: Engine) -> str:
+    """How far an answer is and how fast it came, for the status line."""
     if answer.first is None:
-        return "The model reads ..." if answer.finish is None else "Stopped before the first token."
+        if answer.finish is not None:
+            return "Stopped before the first token."
+        waits = engine.load.waiting > 0
+        return "Waiting until another answer has ended ..." if waits else "The model reads ..."
     count = len(answer.tokens)
     ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(answer.finish or "", "")
     tokens = f"{count} token{'' if count == 1 else 's'}"
@@ -109,14 +112,15 @@ class ExpertsTab:
     def outputs(self) -> list[Any]:
         return [self.shares, self.text]
 
-    def show(self, answer: Answer | None, layer: int) -> Update:
+    def show(self, answer: Answer | None, layer: float | None) -> Update:
         """The components' values for an answer."""
         if answer is None or not answer.routes:
             return {self.shares: _NO_ANSWER, self.text: []}
         shares = heatmap(answer.routes, self._engine.args.moe.num_experts)
-        return {self.shares: shares, self.text: coloured(self._engine.tokenizer, answer, int(layer))}
+        layer = min(max(int(layer or 0), 0), self._engine.args.n_layers - 1)  # its field may be empty
+        return {self.shares: shares, self.text: coloured(self._engine.tokenizer, answer, layer)}
 
-    def _recolour(self, session: Session, layer: int) -> Any:
+    def _recolour(self, session: Session, layer: float | None) -> Any:
         return self.show(session.answer, layer)[self.text]
 
 

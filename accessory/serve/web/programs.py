@@ -1,7 +1,9 @@
 """The two demos as programs: their arguments, the engine behind the page, and how they end."""
 
 import argparse
+import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -19,6 +21,9 @@ from accessory.serve.options import (
     template_of,
 )
 
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
 _SLOTS = 4
 
@@ -88,33 +93,56 @@ def _run(
     setup_logging()
     try:
         launch = Launch.find()
-        arguments = parser.parse_args(given)
     except ValueError as error:
-        if global_rank() == 0:
-            _say(error)
+        _say(error)
         return 1
-    except SystemExit as error:
-        if error.code and launch.world_size > 1:
+    try:
+        arguments = parser.parse_args(given)
+        if launch.rank == 0:
+            _check_address(arguments.server_name, arguments.server_port)
+            if arguments.auth is None and (arguments.share or arguments.server_name not in _LOOPBACK):
+                logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
+    except (SystemExit, OSError) as error:
+        if isinstance(error, OSError):
+            _say(error)
+        code = 1 if isinstance(error, OSError) else int(error.code or 0)
+        if code and launch.world_size > 1:
             from accessory.parallel.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")
-        return int(error.code or 0)
+        return code
+    return _ended(lambda: program(arguments))
+
+
+def _ended(program: Callable[[], None]) -> int:
+    """Run to the end, saying what went wrong; returns the exit code."""
+    from accessory.parallel.state import raised_on_all_ranks
+    from accessory.serve.request import RankLost
+
     try:
-        program(arguments)
+        program()
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
         return int(error.code or 0)
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
-        from accessory.parallel.state import raised_on_all_ranks
-        from accessory.serve.request import RankLost
-
-        if isinstance(error, RuntimeError) and not isinstance(error, RankLost):
-            raise
+    except (OSError, ValueError, FloatingPointError, RankLost) as error:
         if global_rank() == 0 or not raised_on_all_ranks(error):
             _say(error)
         return 1
     return 0
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise OSError where nothing can listen: a large model takes minutes to load, and then it would be too late."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        where = f"--server_name {host}" + ("" if port is None else f" --server_port {port}")
+        raise OSError(f"no page can be served at {where} ({error.strerror or error}): give another") from None
 
 
 def _say(error: Exception) -> None:

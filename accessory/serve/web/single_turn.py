@@ -111,7 +111,7 @@ class SingleTurnPage:
     def _shown(self, answer: Answer | Exception, layer: int) -> Update:
         if isinstance(answer, Exception):
             return {self._status: said(answer), **self._buttons(busy=False)}
-        update = {self._output: answer.text.lstrip(), self._status: status(measured(answer))}
+        update = {self._output: answer.text.lstrip(), self._status: status(measured(answer, self._engine))}
         if answer.finish is not None:
             update |= self._experts.show(answer, layer)
         return {**update, **self._buttons(busy=answer.finish is None)}
