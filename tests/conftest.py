@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when PyTorch is imported, here and in what the tests start: a thread that waits for another soon lets go of its
+# core. By default it holds it for milliseconds, in which the other thread may be the one that wants to run.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
