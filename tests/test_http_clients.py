@@ -72,7 +72,11 @@ def leave_together(api: ServedApi, engine: Driver, count: int) -> None:
 
     def idle() -> bool:
         load = engine.load
-        return (load.running, load.waiting, load.cache_tokens) == (0, 0, 0) and not api.app.state.server.desk.busy
+        return (load.running, load.waiting, load.cache_tokens) == (
+            0,
+            0,
+            0,
+        ) and not api.app.state.server.generations.busy
 
     wait_until(idle)
     assert api.complete(prompt="The list", max_tokens=8, temperature=0).json()["choices"] == expected

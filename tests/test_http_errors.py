@@ -299,8 +299,8 @@ def test_an_answer_that_is_cut_off_by_the_servers_end_says_so(tiny_engine: Drive
             lines = answer.iter_lines()
             next(lines)
             state = api.app.state.server
-            loop = next(iter(state.desk._open))._loop
-            loop.call_soon_threadsafe(state.desk.close, "the server is shutting down")
+            loop = next(iter(state.generations._open))._loop
+            loop.call_soon_threadsafe(state.generations.close, "the server is shutting down")
             rest = [line for line in lines if line]
         assert "shutting down" in json.loads(rest[-1].removeprefix("data: "))["error"]["message"]
         assert_error(api.complete(prompt="a"), 503, "shutting down")

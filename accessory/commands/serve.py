@@ -7,7 +7,14 @@ import sys
 from typing import Any
 
 from accessory.commands.output import say
-from accessory.serve.options import add_batch_arguments, add_model_arguments, add_nproc_argument, driver_settings
+from accessory.serve.options import (
+    add_batch_arguments,
+    add_model_arguments,
+    add_nproc_argument,
+    add_template_argument,
+    driver_settings,
+    template_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +28,7 @@ def add_commands(commands: Any) -> None:
     add_model_arguments(serve, positional=True)
     add_nproc_argument(serve)
     add_batch_arguments(serve, slots=16)
+    add_template_argument(serve)
     server = serve.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in")
     server.add_argument(
@@ -28,12 +36,6 @@ def add_commands(commands: Any) -> None:
     )
     server.add_argument(
         "--api-key", "--api_key", metavar="KEY", help=f"demand this key (default: the variable {KEY_VARIABLE})"
-    )
-    server.add_argument(
-        "--chat-template",
-        "--chat_template",
-        metavar="NAME",
-        help="default, alpaca or mixtral-instruct (default: what the tokenizer's settings say, else default)",
     )
     server.add_argument(
         "--model-name", "--model_name", metavar="NAME", help="the model's name (default: that of its folder)"
@@ -46,7 +48,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from accessory.data.chat_templates import TEMPLATE_NAMES
     from accessory.serve.driver import Driver
     from accessory.serve.http.server import ApiServer, listen
     from accessory.serve.http.settings import MEGABYTE, ServerSettings
@@ -54,9 +55,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     if "RANK" in os.environ:
         raise ValueError("accessory serve starts its ranks itself: give --nproc N in place of torchrun")
-    template = arguments.chat_template
-    if template is not None and template not in TEMPLATE_NAMES:
-        raise ValueError(f"--chat-template {template!r} is unknown: take one of {', '.join(TEMPLATE_NAMES)}")
+    template = template_of(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise ValueError(f"the API key is empty: give --api-key a key, or unset {KEY_VARIABLE}")

@@ -181,6 +181,10 @@ def _environment(placement: Placement) -> dict[str, str]:
     if placement.on_cpu:
         threads = max(1, len(os.sched_getaffinity(0)) // placement.size)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if "OMP_WAIT_POLICY" not in environment:
+            # A thread that waits for another soon lets go of its core. By default it holds it for milliseconds, and
+            # beside a server that wants some of the cores itself a step then took ten times as long.
+            environment.setdefault("GOMP_SPINCOUNT", "1000")
     elif placement.cards is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = seen.split(",") if seen else [str(card) for card in range(torch.cuda.device_count())]

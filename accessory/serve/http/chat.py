@@ -37,7 +37,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         stop=(*body.stops, *prompt.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    generation = state.desk.generation(state.engine, jobs)
+    generation = state.generations.begin(state.engine, jobs)
     answer = _Answer(state, body, len(prompt.tokens))
     generation.start()
     if body.stream:

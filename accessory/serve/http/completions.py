@@ -35,7 +35,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    generation = state.desk.generation(state.engine, jobs)
+    generation = state.generations.begin(state.engine, jobs)
     answer = _Answer(state, body, prompts)
     generation.start()
     if body.stream:

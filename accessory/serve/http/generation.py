@@ -37,7 +37,7 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Desk:
+class Generations:
     """The generations of a server; ends them when it closes.
 
     Attributes:
@@ -49,7 +49,7 @@ class Desk:
         self._open: set[Generation] = set()
         self._closed: str | None = None
 
-    def generation(self, engine: Engine, jobs: Sequence[Job]) -> "Generation":
+    def begin(self, engine: Engine, jobs: Sequence[Job]) -> "Generation":
         """Prepare to write answers.
 
         Raises:
@@ -84,8 +84,8 @@ class Generation:
     written, as pairs of the answer's number and an Event, until each answer has finished. `close` ends what goes on.
     """
 
-    def __init__(self, desk: Desk, engine: Engine, jobs: Sequence[Job]) -> None:
-        self._desk, self._engine, self._jobs = desk, engine, jobs
+    def __init__(self, among: Generations, engine: Engine, jobs: Sequence[Job]) -> None:
+        self._among, self._engine, self._jobs = among, engine, jobs
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._waiting = deque(range(len(jobs)))
@@ -99,7 +99,7 @@ class Generation:
         Raises:
             ApiError: no place for any, or a request that the engine refuses.
         """
-        self._desk._enter(self)
+        self._among._enter(self)
         try:
             self._hand_over()
         except Exception:
@@ -138,7 +138,7 @@ class Generation:
             stream.cancel()
         self._running.clear()
         self._waiting.clear()
-        self._desk._leave(self)
+        self._among._leave(self)
 
     def _hand_over(self) -> None:
         while self._waiting and len(self._running) < self._window:
@@ -155,7 +155,7 @@ class Generation:
 
     def _submit(self, index: int) -> Stream:
         job = self._jobs[index]
-        watch = self._desk.metrics.watch()
+        watch = self._among.metrics.watch()
 
         def on_event(event: Event | Exception) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server has ended

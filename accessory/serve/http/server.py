@@ -96,7 +96,7 @@ class ApiServer:
         # A daemon: a program that is told to end while it loads does not wait for that.
         threading.Thread(target=self._load, args=(loop,), name="loading", daemon=True).start()
         await self._until_over(serving)
-        self._app.state.server.desk.close("the server is shutting down")
+        self._app.state.server.generations.close("the server is shutting down")
         await serving
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:

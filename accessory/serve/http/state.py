@@ -6,7 +6,7 @@ from fastapi import Request
 
 from accessory.data.chat_templates import find_template
 from accessory.serve.http.errors import ApiError, unavailable
-from accessory.serve.http.generation import Desk
+from accessory.serve.http.generation import Generations
 from accessory.serve.http.metrics import Metrics
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
@@ -20,14 +20,14 @@ class ServerState:
 
     Attributes:
         settings: what the server was told.
-        metrics, desk: what is measured, and who waits.
+        metrics, generations: what is measured, and who waits.
     """
 
     def __init__(self, engine: Engine | None, settings: ServerSettings) -> None:
         self.settings = settings
         self._engine = engine
         self.metrics = Metrics(lambda: self._engine)
-        self.desk = Desk(self.metrics)
+        self.generations = Generations(self.metrics)
 
     def load(self, engine: Engine) -> None:
         """Take the engine, now that its model is loaded."""
