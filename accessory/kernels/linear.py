@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_products
 from .native import DTYPES, gathered_product, native_available, native_variant
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
@@ -43,8 +44,10 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """
     if pairs > FEW_TOKENS:
         return False
-    if x_TD.is_cuda:  # no kernel yet: grouped_mm in bfloat16 reads the weights in place, its fallbacks synchronise
-        return x_TD.dtype != torch.bfloat16
+    if x_TD.is_cuda:
+        # Not measured: the Triton kernel reads only the chosen experts. Without it, grouped_mm in bfloat16 reads the
+        # weights in place; in other dtypes its fallbacks synchronise.
+        return x_TD.dtype != torch.bfloat16 or triton_products.triton_available()
     return torch.compiler.is_compiling() or (x_TD.dtype in DTYPES and native_available())
 
 
@@ -60,8 +63,9 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the
-    other pairs, to the bit. Otherwise (another device or dtype, rows of w without unit stride, kernels not
-    built) this is `gathered_linear_reference`. For inference only: no derivative.
+    other pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise (another device or dtype, rows
+    of w without unit stride, kernels not built) this is `gathered_linear_reference`. For inference only: no
+    derivative.
     """
     if called_directly(x_PD):
         return _gathered_on_cpu(x_PD, w_ERD, expert_P)
@@ -104,6 +108,14 @@ def _gathered_on_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
 _gathered_linear.register_kernel("cpu", _gathered_on_cpu)
 
 
+@_gathered_linear.register_kernel("cuda")
+def _gathered_on_cuda(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+    _check_gathered(x_PD, w_ERD, expert_P)
+    if triton_products.triton_serves(x_PD, w_ERD):
+        return triton_products.gathered_linear(x_PD, w_ERD, expert_P)
+    return gathered_linear_reference(x_PD, w_ERD, expert_P)
+
+
 @_gathered_linear.register_fake
 def _gathered_linear_fake(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     _check_gathered(x_PD, w_ERD, expert_P)
@@ -129,6 +141,14 @@ def _few_tokens_on_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 _few_token_linear.register_kernel("cpu", _few_tokens_on_cpu)
+
+
+@_few_token_linear.register_kernel("cuda")
+def _few_tokens_on_cuda(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    _check_dense(x_PD, w_RD)
+    if x_PD.shape[0] <= _DENSE_TOKENS and triton_products.triton_serves(x_PD, w_RD):
+        return triton_products.few_token_linear(x_PD, w_RD)
+    return F.linear(x_PD, w_RD)
 
 
 @_few_token_linear.register_fake

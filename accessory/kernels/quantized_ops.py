@@ -8,6 +8,7 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 import torch
 from torch import Tensor
 
+from . import triton_products
 from .linear import called_directly
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import native_serves, native_values, quantized_product
@@ -35,7 +36,7 @@ def gathered_quantized_linear(
     """y[p] = w[expert[p]] @ x[p] for a weight (E, R, D) and few pairs; a negative expert gives zeros.
 
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the other
-    pairs, to the bit. Otherwise this is `quantized_linear_reference`.
+    pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise this is `quantized_linear_reference`.
     """
     if called_directly(x_PD):
         return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
@@ -84,6 +85,14 @@ def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
 _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _multiply, mutates_args=())
 
 
+@_quantized_linear.register_kernel("cuda")
+def _multiply_on_cuda(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    if not (_few(x_PD, codes, zero) and triton_products.triton_serves(x_PD, codes, scale, zero)):
+        return _multiply(x_PD, codes, scale, zero)
+    _check(x_PD, codes, scale, zero, axes=2)
+    return triton_products.quantized_linear(x_PD, codes, scale, zero)
+
+
 @_quantized_linear.register_fake
 def _quantized_linear_fake(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
@@ -101,6 +110,17 @@ def _multiply_gathered(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor 
 _gathered_quantized_linear = torch.library.custom_op(
     "accessory::gathered_quantized_linear", _multiply_gathered, mutates_args=()
 )
+
+
+@_gathered_quantized_linear.register_kernel("cuda")
+def _multiply_gathered_on_cuda(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
+) -> Tensor:
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
+        return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
+    _check(x_PD, codes, scale, zero, axes=3)
+    _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
+    return triton_products.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
 
 
 @_gathered_quantized_linear.register_fake
