@@ -44,11 +44,13 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """
     if pairs > FEW_TOKENS:
         return False
+    if torch.compiler.is_compiling():
+        return True
     if x_TD.is_cuda:
         # Not measured: the Triton kernel reads only the chosen experts. Without it, grouped_mm in bfloat16 reads the
         # weights in place; in other dtypes its fallbacks synchronise.
         return x_TD.dtype != torch.bfloat16 or triton_products.triton_available()
-    return torch.compiler.is_compiling() or (x_TD.dtype in DTYPES and native_available())
+    return x_TD.dtype in DTYPES and native_available()
 
 
 def called_directly(x: Tensor) -> bool:

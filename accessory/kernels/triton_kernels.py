@@ -84,7 +84,7 @@ def multiply_halves(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ) -> None:
-    """Weights of two codes in a byte: int4 with a zero point for each group (ZERO), or nf4, whose values a table holds."""
+    """Weights of two codes in a byte: int4 with a zero point for each group (ZERO), or nf4 by its table of values."""
     pair_P, row_R = _place(pairs, PAIRS, ROWS)
     expert, end = _chosen(expert_P, pair_P, experts, depth // 2, GATHERED)
     some_P, some_R = pair_P < pairs, row_R < rows

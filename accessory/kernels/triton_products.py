@@ -1,14 +1,16 @@
 """Products of few tokens on GPU: `linear.py`'s and `quantized_ops.py`'s, under their names, by Triton kernels.
 
-Activations stay float, whatever the weight, and sums are float32. Block sizes are a guess from the sizes of caches and
-registers: no GPU was at hand to measure them.
+Activations stay float, whatever the weight, and sums are float32. The block sizes keep the compiler from spilling
+registers (capabilities 8.0 and 9.0); which are fastest was not measured, for want of a GPU.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +70,8 @@ def _whole(x_PD: Tensor, w_ERD: Tensor, scale: Tensor | None, expert_P: Tensor |
         return x_PD.new_zeros(pairs, rows)
     y_PR = x_PD.new_empty(pairs, rows)
     at_once = _at_once(pairs, expert_P)
-    _loaded().multiply_whole[_grid(pairs, rows, at_once, _WHOLE[0])](
+    _launch(
+        _loaded().multiply_whole[_grid(pairs, rows, at_once, _WHOLE[0])],
         x_PD.contiguous(),
         w_ERD,
         w_ERD if scale is None else scale,
@@ -95,7 +98,8 @@ def _halves(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, exp
         return x_PD.new_zeros(pairs, rows)
     y_PR = x_PD.new_empty(pairs, rows)
     at_once = _at_once(pairs, expert_P)
-    _loaded().multiply_halves[_grid(pairs, rows, at_once, _HALVES[0])](
+    _launch(
+        _loaded().multiply_halves[_grid(pairs, rows, at_once, _HALVES[0])],
         x_PD.contiguous(),
         codes,
         scale,
@@ -118,6 +122,11 @@ def _halves(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, exp
         BYTES=_HALVES[1],
     )
     return y_PR
+
+
+def _launch(kernel: Callable[..., Any], x_PD: Tensor, *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(x_PD):  # Triton launches on the current GPU, whichever holds the tensors
+        kernel(x_PD, *arguments, **constants)
 
 
 def _at_once(pairs: int, expert_P: Tensor | None) -> int:
