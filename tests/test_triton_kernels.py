@@ -106,6 +106,11 @@ def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch
     assert not gathering_pays(half, 64)
 
 
+@pytest.mark.parametrize("name", list(triton_cases.ON_GPU))
+def test_operations_have_a_kernel_of_their_own_on_gpu(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"accessory::{name}", "CUDA")
+
+
 def test_import_loads_no_triton() -> None:
     script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton_kernels' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

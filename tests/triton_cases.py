@@ -22,6 +22,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ROWS = (1, 3, 4, 9, 17, 8, 2, 13, 5)  # for 1 to 9 pairs
 
 
+ON_GPU: dict[str, Callable[..., Tensor]] = {
+    "few_token_linear": linear._few_tokens_on_cuda,
+    "gathered_linear": linear._gathered_on_cuda,
+    "quantized_linear": quantized_ops._multiply_on_cuda,
+    "gathered_quantized_linear": quantized_ops._multiply_gathered_on_cuda,
+}
+
+
 def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype).to(device)
 
@@ -49,15 +57,15 @@ def depths(form: str) -> tuple[int, ...]:
 
 
 def multiply(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
-    """What the operations call on GPU."""
-    if len(weight) == 1:
-        if expert_P is None:
-            return linear._few_tokens_on_cuda(x_PD, *weight)
-        return linear._gathered_on_cuda(x_PD, *weight, expert_P)
-    codes, scale, zero = weight[0], weight[1], weight[2] if len(weight) == 3 else None
-    if expert_P is None:
-        return quantized_ops._multiply_on_cuda(x_PD, codes, scale, zero)
-    return quantized_ops._multiply_gathered_on_cuda(x_PD, codes, scale, zero, expert_P)
+    """The operation; from a tensor on CPU it would go to other kernels, so there what it calls on GPU."""
+    names = ("few_token_linear", "gathered_linear")
+    if len(weight) > 1:
+        names = ("quantized_linear", "gathered_quantized_linear")
+    name = names[0 if expert_P is None else 1]
+    operation = getattr(torch.ops.accessory, name) if x_PD.is_cuda else ON_GPU[name]
+    zero = (None,) if len(weight) == 2 else ()
+    experts = () if expert_P is None else (expert_P,)
+    return operation(x_PD, *weight, *zero, *experts)
 
 
 def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
