@@ -1,24 +1,116 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: no GPU is needed, and none is measured.
-
-Triton decides when it is imported whether it interprets, so this has a process of its own.
-"""
+"""The Triton kernels: their results in Triton's interpreter and on a GPU, that they compile, and where they serve."""
 
 import importlib.util
+import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import triton_cases
+from torch._subclasses import FakeTensorMode
+
+from accessory.kernels import gathering_pays, triton_products
+
+HERE = Path(__file__).parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: PyTorch's builds for GPUs bring it")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton comes with PyTorch's CUDA builds; for this test: pip install triton",
-)
-def test_kernels_are_their_plain_twins() -> None:
-    tests = Path(__file__).with_name("interpreted_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """What failed in the interpreter, by the name of the case."""
+    command = [sys.executable, "-W", "error", HERE / "triton_cases.py"]
+    clean = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=clean, timeout=250, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [name for name, _ in triton_cases.cases("cpu")])
+def test_in_the_interpreter(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in triton_cases.cases("cuda")])
+def test_on_a_gpu(check: Callable[[], None]) -> None:
+    check()
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["multiply_whole", "multiply_halves"])
+@pytest.mark.parametrize("gathered", [True, False])
+def test_compiles_without_a_gpu_for_one(kernel: str, gathered: bool, tmp_path: Path) -> None:
+    """Down to machine code: the interpreter accepts more than the compiler."""
+    whole, experts = kernel == "multiply_whole", "*i64" if gathered else "*bf16"
+    types = {"x_PD": "*bf16", "y_PR": "*bf16", "expert_P": experts, "w_ERD": "*i8", "scale_ER": "*fp32"}
+    types |= {"codes_ERC": "*u8", "scale_ERG": "*bf16", "zero_ERG": "*u8", "table": "*bf16"}
+    constants = {"GATHERED": gathered, "PAIRS": 1 if gathered else 4, "ROWS": 4}
+    constants |= {"SCALED": True, "DEPTH": 512} if whole else {"ZERO": True, "GROUP": 64, "BYTES": 256}
+    script = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from accessory.kernels.triton_kernels import {kernel} as kernel
+types, constants = {types}, {constants}
+signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
+for capability in (80, 90):
+    source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
+    assert len(triton.compile(source, target=target).asm["cubin"]) > 1000
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=True)
+
+
+# ---- where Triton is not installed -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "accessory.kernels.triton_kernels", raising=False)
+    triton_products._kernels.cache_clear()
+    yield
+    triton_products._kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize("form", list(triton_cases.FORMS))
+def test_without_triton_the_twins_serve(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    x = triton_cases.draw(3, 128, dtype=torch.float32, device="cpu")
+    weight = triton_cases.draw_weight(form, 2, 5, 128, dtype=torch.float32, device="cpu")
+    with caplog.at_level(logging.WARNING, logger="accessory.kernels"):
+        triton_cases.assert_true(x, weight, torch.tensor([1, -1, 0]))
+        triton_cases.assert_true(x, tuple(part[0] for part in weight), None)
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == ["Triton does not load"]
+    with pytest.raises(RuntimeError, match="need Triton"):
+        triton_products._loaded()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_products, "triton_available", lambda: has_it)
+    with FakeTensorMode():
+        half, full = (torch.empty(2, 8, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert gathering_pays(half, 4) is has_it
+    assert gathering_pays(full, 4)
+    assert not gathering_pays(half, 64)
+
+
+@pytest.mark.parametrize("name", list(triton_cases.ON_GPU))
+def test_operations_have_a_kernel_of_their_own_on_gpu(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"accessory::{name}", "CUDA")
+
+
+def test_import_loads_no_triton() -> None:
+    script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton_kernels' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

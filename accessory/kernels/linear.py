@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_products
 from .native import DTYPES, gathered_product, native_available, native_variant
-from .triton_products import gathered_product_on_gpu, triton_available, triton_serves
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
 # November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.
@@ -44,9 +44,13 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """
     if pairs > FEW_TOKENS:
         return False
-    if x_TD.is_cuda:  # not measured. Without Triton: grouped_mm reads weights in place in bfloat16 only
-        return triton_available() or x_TD.dtype != torch.bfloat16
-    return torch.compiler.is_compiling() or (x_TD.dtype in DTYPES and native_available())
+    if torch.compiler.is_compiling():
+        return True
+    if x_TD.is_cuda:
+        # Not measured: the Triton kernel reads only the chosen experts. Without it, grouped_mm in bfloat16 reads the
+        # weights in place; in other dtypes its fallbacks synchronise.
+        return x_TD.dtype != torch.bfloat16 or triton_products.triton_available()
+    return x_TD.dtype in DTYPES and native_available()
 
 
 def called_directly(x: Tensor) -> bool:
@@ -61,8 +65,9 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the
-    other pairs, to the bit. On a GPU there is a Triton kernel. Otherwise (another dtype, rows of w without unit
-    stride, no kernel) this is `gathered_linear_reference`. For inference only: no derivative.
+    other pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise (another device or dtype, rows
+    of w without unit stride, kernels not built) this is `gathered_linear_reference`. For inference only: no
+    derivative.
     """
     if called_directly(x_PD):
         return _gathered_on_cpu(x_PD, w_ERD, expert_P)
@@ -106,10 +111,10 @@ _gathered_linear.register_kernel("cpu", _gathered_on_cpu)
 
 
 @_gathered_linear.register_kernel("cuda")
-def _gathered_on_gpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
+def _gathered_on_cuda(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     _check_gathered(x_PD, w_ERD, expert_P)
-    if triton_serves(x_PD, w_ERD) and w_ERD.shape[0]:
-        return gathered_product_on_gpu(x_PD, w_ERD, expert_P)
+    if triton_products.triton_serves(x_PD, w_ERD):
+        return triton_products.gathered_linear(x_PD, w_ERD, expert_P)
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
 
 
@@ -138,6 +143,14 @@ def _few_tokens_on_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 _few_token_linear.register_kernel("cpu", _few_tokens_on_cpu)
+
+
+@_few_token_linear.register_kernel("cuda")
+def _few_tokens_on_cuda(x_PD: Tensor, w_RD: Tensor) -> Tensor:
+    _check_dense(x_PD, w_RD)
+    if x_PD.shape[0] <= _DENSE_TOKENS and triton_products.triton_serves(x_PD, w_RD):
+        return triton_products.few_token_linear(x_PD, w_RD)
+    return F.linear(x_PD, w_RD)
 
 
 @_few_token_linear.register_fake

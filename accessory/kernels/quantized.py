@@ -15,8 +15,8 @@ half. nf4 is the 4-bit NormalFloat of Dettmers et al., 2023 (https://arxiv.org/a
 layout of bitsandbytes (its absmax is our scale).
 
 Few tokens: in bfloat16, int8 and int4 take the activations in 8 bits too (`round_activations`), so that the CPU's
-integer dot products serve; in float32, and with nf4, activations stay float. Many tokens: blocks of rows are made
-plain in a scratch that stays in the cache, and multiplied as plain weights are.
+integer dot products serve; in float32, and with nf4, and in the Triton kernels on GPU, activations stay float. Many
+tokens: blocks of rows are made plain in a scratch that stays in the cache, and multiplied as plain weights are.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C codes of a
 row, G groups of a row.

@@ -8,10 +8,10 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 import torch
 from torch import Tensor
 
+from . import triton_products
 from .linear import called_directly
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import native_serves, native_values, quantized_product
-from .triton_products import quantized_product_on_gpu, triton_serves
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
 #               int8, 8 tokens      16         32          int4, 8      16         32         nf4, 8      16
@@ -20,7 +20,6 @@ from .triton_products import quantized_product_on_gpu, triton_serves
 _FEW = {"int8": 16, "int4": 16, "nf4": 8}
 _FEW_NF4_ELEMENTS = 16384  # of x: beyond them its staged floats leave the first cache
 _FEW_FLOAT32 = 32  # by linear.py's times of plain float32 products
-_FEW_ON_GPU = 4  # not measured: each token reads the weight for itself, from the GPU's cache but for the first
 _SCRATCH = 2**22  # elements of plain weights at a time: they stay in the cache until they are multiplied
 
 
@@ -37,7 +36,7 @@ def gathered_quantized_linear(
     """y[p] = w[expert[p]] @ x[p] for a weight (E, R, D) and few pairs; a negative expert gives zeros.
 
     With the native kernel every needed row of w is read once, and a pair's result does not depend on the other
-    pairs, to the bit. On a GPU there is a Triton kernel. Otherwise this is `quantized_linear_reference`.
+    pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise this is `quantized_linear_reference`.
     """
     if called_directly(x_PD):
         return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
@@ -80,12 +79,18 @@ def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
         return _by_blocks(x_PD, codes, scale, zero)
     if native_serves(x_PD.dtype, codes, scale, zero):
         return quantized_product(x_PD, codes[None], scale[None], None if zero is None else zero[None], None)
-    if triton_serves(x_PD, codes, scale, zero):
-        return quantized_product_on_gpu(x_PD, codes[None], scale[None], None if zero is None else zero[None], None)
     return quantized_linear_reference(x_PD, codes, scale, zero)
 
 
 _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _multiply, mutates_args=())
+
+
+@_quantized_linear.register_kernel("cuda")
+def _multiply_on_cuda(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    if not (_few(x_PD, codes, zero) and triton_products.triton_serves(x_PD, codes, scale, zero)):
+        return _multiply(x_PD, codes, scale, zero)
+    _check(x_PD, codes, scale, zero, axes=2)
+    return triton_products.quantized_linear(x_PD, codes, scale, zero)
 
 
 @_quantized_linear.register_fake
@@ -99,14 +104,23 @@ def _multiply_gathered(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor 
     _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
     if native_serves(x_PD.dtype, codes, scale, zero):
         return quantized_product(x_PD, codes, scale, zero, expert_P)
-    if triton_serves(x_PD, codes, scale, zero) and codes.shape[0]:
-        return quantized_product_on_gpu(x_PD, codes, scale, zero, expert_P)
     return quantized_linear_reference(x_PD, codes, scale, zero, expert_P)
 
 
 _gathered_quantized_linear = torch.library.custom_op(
     "accessory::gathered_quantized_linear", _multiply_gathered, mutates_args=()
 )
+
+
+@_gathered_quantized_linear.register_kernel("cuda")
+def _multiply_gathered_on_cuda(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
+) -> Tensor:
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
+        return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
+    _check(x_PD, codes, scale, zero, axes=3)
+    _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
+    return triton_products.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
 
 
 @_gathered_quantized_linear.register_fake
@@ -145,8 +159,6 @@ def _grouped_quantized_linear_fake(
 
 
 def _few(x_PD: Tensor, codes: Tensor, zero: Tensor | None) -> bool:
-    if x_PD.is_cuda:
-        return x_PD.shape[0] <= _FEW_ON_GPU
     if x_PD.dtype == torch.float32:
         return x_PD.shape[0] <= _FEW_FLOAT32
     form = form_of(codes, zero)

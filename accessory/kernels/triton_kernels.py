@@ -1,9 +1,16 @@
-"""Products of few tokens with weights on a GPU, one program for a block of an output's rows.
+"""Triton kernels for few tokens on GPU: the counterparts of native.cpp and quantized.cpp, launched by triton_products.
 
-The twins of native.cpp and quantized.cpp: the expert's number is read here, on the GPU, and sums are in float32.
-Activations stay float. `triton_products` launches them; the formats are described in quantized.py.
+The only module that imports Triton, which the project does not ask for: PyTorch's builds for GPUs bring it.
 
-Shape letters: R rows (outputs), D depth (inputs), J pairs of inputs whose two codes share a byte.
+A program makes ROWS rows of the result for one pair, or for PAIRS of them where all share the weight. The products of
+a pass over the depth are kept apart in float32 and summed once, behind the last. What a program reads of a weight is
+decided on the GPU, by the expert of its pair, so no number travels to the host; a negative expert reads nothing.
+
+Arguments are pointers with the shape letters of what they point to, then sizes, then strides in elements. The last
+axis of every tensor has unit stride, and x and y are contiguous.
+
+Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C bytes of two
+codes, G groups of a row; in a program P, R, D and C are what it takes at a time.
 """
 
 import triton
@@ -11,75 +18,139 @@ import triton.language as tl
 
 
 @triton.jit
-def plain_product(
-    x, w, expert, y, rows, depth, w_expert, w_row, GATHERED: tl.constexpr, R: tl.constexpr, D: tl.constexpr
-):
-    """y[p, r] = w[expert[p], r] . x[p]; a negative expert gives zeros."""
-    p = tl.program_id(1).to(tl.int64)
-    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    e = tl.load(expert + p) if GATHERED else p * 0
-    sums = tl.zeros((R,), dtype=tl.float32)
-    if e >= 0:
-        own = w + e * w_expert + r[:, None] * w_row
-        for start in range(0, depth, D):
-            d = start + tl.arange(0, D)
-            x_D = tl.load(x + p * depth + d, mask=d < depth, other=0.0).to(tl.float32)
-            here = (r[:, None] < rows) & (d[None, :] < depth)
-            w_RD = tl.load(own + d[None, :], mask=here, other=0.0).to(tl.float32)
-            sums += tl.sum(w_RD * x_D[None, :], axis=1)
-    tl.store(y + p * rows + r, sums.to(y.dtype.element_ty), mask=r < rows)
+def multiply_whole(
+    x_PD: tl.tensor,
+    w_ERD: tl.tensor,
+    scale_ER: tl.tensor,
+    expert_P: tl.tensor,
+    y_PR: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    rows: tl.tensor,
+    depth: tl.tensor,
+    w_expert: tl.tensor,
+    w_row: tl.tensor,
+    scale_expert: tl.tensor,
+    scale_row: tl.tensor,
+    GATHERED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """Weights of which every element is a number (floats, or int8 with a scale for each row: SCALED)."""
+    pair_P, row_R = _place(pairs, PAIRS, ROWS)
+    expert, end = _chosen(expert_P, pair_P, experts, depth, GATHERED)
+    some_P, some_R = pair_P < pairs, row_R < rows
+    x_P = x_PD + pair_P.to(tl.int64) * depth
+    w_R = w_ERD + expert * w_expert + row_R.to(tl.int64) * w_row
+    sums_PRD = tl.zeros((PAIRS, ROWS, DEPTH), tl.float32)
+    for begin in range(0, end, DEPTH):
+        at_D = begin + tl.arange(0, DEPTH)
+        some_D = at_D < depth
+        w_RD = tl.load(w_R[:, None] + at_D[None, :], some_R[:, None] & some_D[None, :], 0).to(tl.float32)
+        own_PD = tl.load(x_P[:, None] + at_D[None, :], some_P[:, None] & some_D[None, :], 0).to(tl.float32)
+        sums_PRD += own_PD[:, None, :] * w_RD[None, :, :]
+    sums_PR = tl.sum(sums_PRD, axis=2)
+    if SCALED:
+        scale_R = tl.load(scale_ER + expert * scale_expert + row_R * scale_row, some_R & (end > 0), 0)
+        sums_PR *= scale_R[None, :]
+    _store(sums_PR, y_PR, pair_P, row_R, pairs, rows, expert < experts)
 
 
 @triton.jit
-def int8_product(
-    x, codes, scale, expert, y, rows, depth, codes_expert, codes_row, scale_expert, scale_row,
-    GATHERED: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """The same for codes with one scale for each row."""
-    p = tl.program_id(1).to(tl.int64)
-    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    e = tl.load(expert + p) if GATHERED else p * 0
-    sums = tl.zeros((R,), dtype=tl.float32)
-    if e >= 0:
-        own = codes + e * codes_expert + r[:, None] * codes_row
-        for start in range(0, depth, D):
-            d = start + tl.arange(0, D)
-            x_D = tl.load(x + p * depth + d, mask=d < depth, other=0.0).to(tl.float32)
-            here = (r[:, None] < rows) & (d[None, :] < depth)
-            w_RD = tl.load(own + d[None, :], mask=here, other=0).to(tl.float32)
-            sums += tl.sum(w_RD * x_D[None, :], axis=1)
-        sums *= tl.load(scale + e * scale_expert + r * scale_row, mask=r < rows, other=0.0)
-    tl.store(y + p * rows + r, sums.to(y.dtype.element_ty), mask=r < rows)
+def multiply_halves(
+    x_PD: tl.tensor,
+    codes_ERC: tl.tensor,
+    scale_ERG: tl.tensor,
+    zero_ERG: tl.tensor,
+    table: tl.tensor,
+    expert_P: tl.tensor,
+    y_PR: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    rows: tl.tensor,
+    depth: tl.tensor,
+    codes_expert: tl.tensor,
+    codes_row: tl.tensor,
+    scale_expert: tl.tensor,
+    scale_row: tl.tensor,
+    zero_expert: tl.tensor,
+    zero_row: tl.tensor,
+    GROUP: tl.constexpr,
+    GATHERED: tl.constexpr,
+    ZERO: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+) -> None:
+    """Weights of two codes in a byte: int4 with a zero point for each group (ZERO), or nf4 by its table of values."""
+    pair_P, row_R = _place(pairs, PAIRS, ROWS)
+    expert, end = _chosen(expert_P, pair_P, experts, depth // 2, GATHERED)
+    some_P, some_R = pair_P < pairs, row_R < rows
+    x_P = x_PD + pair_P.to(tl.int64) * depth
+    codes_R = codes_ERC + expert * codes_expert + row_R.to(tl.int64) * codes_row
+    scale_R = scale_ERG + expert * scale_expert + row_R.to(tl.int64) * scale_row
+    sums_PRC = tl.zeros((PAIRS, ROWS, BYTES), tl.float32)
+    for begin in range(0, end, BYTES):
+        at_C = begin + tl.arange(0, BYTES)
+        some_C = at_C < depth // 2
+        group_C = at_C // (GROUP // 2)
+        some_RC, some_PC = some_R[:, None] & some_C[None, :], some_P[:, None] & some_C[None, :]
+        codes_RC = tl.load(codes_R[:, None] + at_C[None, :], some_RC, 0)
+        scale_RC = tl.load(scale_R[:, None] + group_C[None, :], some_RC, 0).to(tl.float32)
+        even_RC, odd_RC = codes_RC >> 4, codes_RC & 15
+        if ZERO:
+            zero_R = zero_ERG + expert * zero_expert + row_R.to(tl.int64) * zero_row
+            zero_RC = tl.load(zero_R[:, None] + group_C[None, :], some_RC, 0).to(tl.float32) / 16
+            even_RC = even_RC.to(tl.float32) - zero_RC
+            odd_RC = odd_RC.to(tl.float32) - zero_RC
+        else:
+            even_RC = tl.load(table + even_RC)
+            odd_RC = tl.load(table + odd_RC)
+        x_even_PC = tl.load(x_P[:, None] + 2 * at_C[None, :], some_PC, 0).to(tl.float32)
+        x_odd_PC = tl.load(x_P[:, None] + 2 * at_C[None, :] + 1, some_PC, 0).to(tl.float32)
+        even_RC *= scale_RC
+        odd_RC *= scale_RC
+        sums_PRC += x_even_PC[:, None, :] * even_RC[None, :, :] + x_odd_PC[:, None, :] * odd_RC[None, :, :]
+    _store(tl.sum(sums_PRC, axis=2), y_PR, pair_P, row_R, pairs, rows, expert < experts)
 
 
 @triton.jit
-def packed_product(
-    x, codes, scale, zero, table, expert, y, rows, depth, codes_expert, codes_row, scale_expert, scale_row,
-    GATHERED: tl.constexpr, NF4: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, J: tl.constexpr,
-):  # fmt: skip
-    """The same for 4-bit codes, the even input's in the upper half of a byte; ``zero`` has the strides of ``scale``.
+def _place(pairs: tl.tensor, PAIRS: tl.constexpr, ROWS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Pairs and rows of this program. Those of one block of rows are neighbours: the cache holds what they share."""
+    blocks = tl.cdiv(pairs, PAIRS)
+    program = tl.program_id(0)
+    pair_P = program % blocks * PAIRS + tl.arange(0, PAIRS)
+    return pair_P, program // blocks * ROWS + tl.arange(0, ROWS)
 
-    With NF4 a code stands for an entry of ``table``, else for itself less a sixteenth of the zero point.
-    """
-    p = tl.program_id(1).to(tl.int64)
-    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
-    e = tl.load(expert + p) if GATHERED else p * 0
-    sums = tl.zeros((R,), dtype=tl.float32)
-    if e >= 0:
-        own = codes + e * codes_expert + r[:, None] * codes_row
-        own_groups = e * scale_expert + r[:, None] * scale_row
-        for start in range(0, depth // 2, J):
-            j = start + tl.arange(0, J)
-            even = tl.load(x + p * depth + 2 * j, mask=2 * j < depth, other=0.0).to(tl.float32)
-            odd = tl.load(x + p * depth + 2 * j + 1, mask=2 * j < depth, other=0.0).to(tl.float32)
-            here = (r[:, None] < rows) & (2 * j[None, :] < depth)
-            pairs_RJ = tl.load(own + j[None, :], mask=here, other=0).to(tl.int32)
-            groups = own_groups + (2 * j // GROUP)[None, :]
-            scale_RJ = tl.load(scale + groups, mask=here, other=0.0).to(tl.float32)
-            if NF4:
-                upper, lower = tl.load(table + (pairs_RJ >> 4)), tl.load(table + (pairs_RJ & 15))
-            else:
-                zero_RJ = tl.load(zero + groups, mask=here, other=0).to(tl.float32) * 0.0625
-                upper, lower = (pairs_RJ >> 4).to(tl.float32) - zero_RJ, (pairs_RJ & 15).to(tl.float32) - zero_RJ
-            sums += tl.sum((upper * even[None, :] + lower * odd[None, :]) * scale_RJ, axis=1)
-    tl.store(y + p * rows + r, sums.to(y.dtype.element_ty), mask=r < rows)
+
+@triton.jit
+def _chosen(
+    expert_P: tl.tensor, pair_P: tl.tensor, experts: tl.tensor, depth: tl.tensor, GATHERED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The expert, and how far its rows are to be read: not at all where it is none."""
+    if GATHERED:
+        expert = tl.max(tl.load(expert_P + pair_P), axis=0)  # PAIRS is 1 here
+        end = tl.where((expert >= 0) & (expert < experts), depth, 0)
+    else:
+        expert = tl.full((), 0, tl.int64)
+        end = tl.where(expert == 0, depth, 0)
+    return expert, end
+
+
+@triton.jit
+def _store(
+    sums_PR: tl.tensor,
+    y_PR: tl.tensor,
+    pair_P: tl.tensor,
+    row_R: tl.tensor,
+    pairs: tl.tensor,
+    rows: tl.tensor,
+    exists: tl.tensor,
+) -> None:
+    """The result; NaN for an expert that does not exist, which the host cannot refuse without waiting for the GPU."""
+    sums_PR = tl.where(exists, sums_PR, float("nan"))
+    at_PR = pair_P.to(tl.int64)[:, None] * rows + row_R[None, :]
+    inside_PR = (pair_P < pairs)[:, None] & (row_R < rows)[None, :]
+    tl.store(y_PR + at_PR, sums_PR.to(y_PR.dtype.element_ty), inside_PR)

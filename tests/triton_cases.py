@@ -1,0 +1,169 @@
+"""What the Triton kernels have to fulfil, on tensors of any device: the cases of tests/test_triton_kernels.py.
+
+As a script it runs them all on CPU under Triton's interpreter, which must be chosen before Triton is imported, and so
+by a process of its own; it prints what failed, by case, as JSON.
+"""
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from accessory.kernels import gathered_linear_reference, linear, quantized_linear_reference, quantized_ops
+from accessory.kernels import triton_products as on_gpu
+
+Weight = tuple[Tensor, ...]  # a plain weight, or codes, scale and (int4) zero
+FORMS = {"plain": 0, "int8": 0, "int4-32": 32, "int4-64": 64, "nf4": 64}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ROWS = (1, 3, 4, 9, 17, 8, 2, 13, 5)  # for 1 to 9 pairs
+
+
+ON_GPU: dict[str, Callable[..., Tensor]] = {
+    "few_token_linear": linear._few_tokens_on_cuda,
+    "gathered_linear": linear._gathered_on_cuda,
+    "quantized_linear": quantized_ops._multiply_on_cuda,
+    "gathered_quantized_linear": quantized_ops._multiply_gathered_on_cuda,
+}
+
+
+def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype).to(device)
+
+
+def draw_weight(form: str, *shape: int, dtype: torch.dtype, device: str) -> Weight:
+    """Every code, and scales and zero points that are not those of one group repeated."""
+    if form == "plain":
+        return (draw(*shape, dtype=dtype, device=device),)
+    generator = torch.Generator().manual_seed(sum(shape))
+    if form == "int8":
+        codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        return codes.to(device), (torch.rand(*shape[:-1], 1, generator=generator) / 64).to(device)
+    codes = torch.randint(256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8).to(device)
+    scale = torch.rand(*shape[:-1], shape[-1] // FORMS[form], generator=generator) / 4
+    if form == "nf4":
+        return codes, scale.to(device)
+    zero = torch.randint(256, scale.shape, generator=generator, dtype=torch.uint8)
+    return codes, scale.bfloat16().to(device), zero.to(device)
+
+
+def depths(form: str) -> tuple[int, ...]:
+    if form in ("plain", "int8"):
+        return (1, 7, 64, 127, 300, 511, 512, 513, 1030)
+    return tuple(FORMS[form] * count for count in (1, 2, 3, 5, 7, 8, 9, 16, 17))
+
+
+def multiply(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
+    """The operation; from a tensor on CPU it would go to other kernels, so there what it calls on GPU."""
+    names = ("few_token_linear", "gathered_linear")
+    if len(weight) > 1:
+        names = ("quantized_linear", "gathered_quantized_linear")
+    name = names[0 if expert_P is None else 1]
+    operation = getattr(torch.ops.accessory, name) if x_PD.is_cuda else ON_GPU[name]
+    zero = (None,) if len(weight) == 2 else ()
+    experts = () if expert_P is None else (expert_P,)
+    return operation(x_PD, *weight, *zero, *experts)
+
+
+def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
+    """The plain twins in float64, with activations as they are."""
+    x = x_PD.double()
+    if len(weight) == 1:
+        w = weight[0].double()
+        return x @ w.T if expert_P is None else gathered_linear_reference(x, w, expert_P)
+    codes, scale, zero = weight[0], weight[1], weight[2] if len(weight) == 3 else None
+    return quantized_linear_reference(x, codes, scale, zero, expert_P)
+
+
+def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
+    """The product is the float64 one, to within float32 sums and the rounding to x's dtype."""
+    y_PR = multiply(x_PD, weight, expert_P)
+    truth = multiply_plainly(x_PD, weight, expert_P)
+    assert (y_PR.dtype, y_PR.shape, y_PR.device) == (x_PD.dtype, truth.shape, x_PD.device)
+    if expert_P is not None:
+        assert bool((y_PR[expert_P < 0] == 0).all())
+    largest = 16 * weight[1].double().abs().amax() if len(weight) == 3 else _largest(weight)
+    terms = largest * x_PD.double().abs().sum(1, keepdim=True)
+    rounding = torch.finfo(y_PR.dtype).eps / 2 * (1 + 2**-10)  # to the nearest
+    if y_PR.dtype == torch.bfloat16 and x_PD.is_cpu:
+        rounding *= 2  # the interpreter cuts to bfloat16
+    allowed = rounding * truth.abs() + (x_PD.shape[1] / 512 + 16) * 2**-24 * terms + 2**-25
+    off = ((y_PR.double() - truth).abs() / allowed).max().item()
+    assert off <= 1, f"{tuple(x_PD.shape)} by {[tuple(part.shape) for part in weight]}: {off:.2f} of what is allowed"
+
+
+def _largest(weight: Weight) -> Tensor:
+    return weight[0].double().abs().amax() * (weight[1].double().amax() if len(weight) > 1 else 1)
+
+
+def sweep(form: str, dtype: torch.dtype, device: str) -> None:
+    """1 to 9 pairs, 1 to 8 experts, ragged rows and depths; and the same tokens with one weight for all."""
+    for pairs, rows, depth in zip(range(1, 10), ROWS, depths(form), strict=True):
+        experts = pairs if pairs < 9 else 3
+        x = draw(pairs, depth, dtype=dtype, device=device)
+        weight = draw_weight(form, experts, rows, depth, dtype=dtype, device=device)
+        expert = torch.randint(-1, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(device)
+        assert on_gpu.triton_serves(x, *weight)
+        assert_true(x, weight, expert)
+        assert_true(x, tuple(part[-1] for part in weight), None)
+
+
+def views(form: str, dtype: torch.dtype, device: str) -> None:
+    """Some experts, some rows and the second half of the inputs of a weight, activations and experts with gaps."""
+    whole = draw_weight(form, 9, 20, 256, dtype=dtype, device=device)
+    x = draw(8, 256, dtype=dtype, device=device)[::2, 128:]
+    expert = torch.tensor([1, 9, -1, 9, 3, 9, 1], device=device)[::2]
+    for index in ((slice(1, None, 2), slice(3, None)), (slice(0, 4), slice(None, None, 3))):
+        parts = tuple(part[index] for part in whole)
+        parts = tuple(part[..., part.shape[-1] // 2 :] if part.shape[-1] > 1 else part for part in parts)
+        assert_true(x, parts, expert)
+        assert_true(x, tuple(part[2] for part in parts), None)
+    if form == "plain":  # no unit stride: the twin serves
+        assert not on_gpu.triton_serves(x, whole[0].transpose(1, 2))
+        across = draw(4, 128, 5, dtype=dtype, device=device).transpose(1, 2)
+        assert torch.equal(multiply(x, (across,), expert), gathered_linear_reference(x, across, expert))
+
+
+def experts(form: str, dtype: torch.dtype, device: str) -> None:
+    """A pair knows nothing of the others; what no pair chose is not read; none, or one too high, is no accident."""
+    x = draw(6, 192, dtype=dtype, device=device)
+    weight = draw_weight(form, 4, 11, 192, dtype=dtype, device=device)
+    expert = torch.tensor([0, 2, -1, 2, 3, 0], device=device)
+    y = multiply(x, weight, expert)
+    for first, size in ((0, 1), (1, 3), (4, 2), (5, 1)):
+        part = slice(first, first + size)
+        assert torch.equal(multiply(x[part], weight, expert[part]), y[part])
+    unread = 1 if form != "plain" else 0  # the part that can hold what is not a number
+    weight[unread][1], x[0] = float("nan"), float("nan")
+    y = multiply(x, weight, torch.tensor([0, 2, -1, 0, 4, 3], device=device))
+    assert y.isnan().any(dim=1).tolist() == [True, False, False, False, True, False]
+    assert bool(y[4].isnan().all())
+    nobody = multiply(x, tuple(part[:0] for part in weight), torch.full((6,), -1, device=device))
+    assert torch.equal(nobody, torch.zeros_like(y))
+    assert multiply(x[:0], weight, expert[:0]).shape == (0, 11)
+
+
+def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for check in (sweep, views, experts):
+        for form in FORMS:
+            for name, dtype in DTYPES.items():
+                yield f"{check.__name__} {form} {name}", partial(check, form, dtype, device)
+
+
+def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    failures = {}
+    for name, check in cases("cpu"):
+        try:
+            check()
+        except Exception:
+            failures[name] = traceback.format_exc()
+    assert on_gpu.triton_available()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()
