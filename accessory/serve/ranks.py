@@ -96,6 +96,7 @@ def serve_first(
     for rank, follower in enumerate(followers, start=1):
         threading.Thread(target=_watch, args=(rank, follower, inbox, report), daemon=True).start()
     try:
+        runner.warm_up()
         ready()
         Desk(runner, followers, inbox=inbox, report=report, prefill_tokens=prefill_tokens).run()
     finally:
@@ -110,8 +111,10 @@ def follow_first(model: MetaModel, slots: int) -> None:
         RuntimeError: the first rank is gone; one of those that `process_group_of_launcher` takes for a lost peer.
     """
     first = _meet_first(model.llma.state)
+    runner = Runner(model, slots)
     try:
-        follow(Runner(model, slots), first)
+        runner.warm_up()
+        follow(runner, first)
     except EOFError:
         raise RuntimeError(f"connection closed: {lost(0)}") from None
     finally:
