@@ -19,7 +19,7 @@ from accessory.model.tokenizer import Tokenizer
 from accessory.serve.client import Client
 from accessory.serve.messages import Failed, Link, Ready, Setup
 from accessory.serve.processes import Placement, RankProcesses, computes_on_cpu
-from accessory.serve.ranks import PREFILL_TOKENS, name_of
+from accessory.serve.ranks import PREFILL_TOKENS, check_count, check_settings, name_of
 from accessory.serve.request import Load, OnEvent, RankLost
 from accessory.serve.stream import AnswerStream
 
@@ -66,9 +66,7 @@ class Driver:
         master_port: int | None = None,
         **settings: Any,
     ) -> None:
-        _check(slots=(slots, 1), queue=(queue, 0), prefill_tokens=(prefill_tokens, 1))
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        check_settings(slots=slots, queue=queue, prefill_tokens=prefill_tokens, timeout=timeout)
         inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings)
         size = _size(ranks, gpu_ids)
         on_cpu = computes_on_cpu(size, settings.get("device"))
@@ -91,7 +89,7 @@ class Driver:
         self._closed = threading.Event()
         ready = self._load_ranks()
         self.args, self.tokenizer = ready.args, Tokenizer(Path(ready.tokenizer_path))
-        self._client = self._serve()
+        self._serve()
 
     def __enter__(self) -> Self:
         return self
@@ -171,8 +169,8 @@ class Driver:
         logger.info("%s is ready after %.1f s", self.name, time.monotonic() - start)
         return ready
 
-    def _serve(self) -> Client:
-        """A client of the ranks, now that they are loaded; and threads that hear what they report."""
+    def _serve(self) -> None:
+        """Become a client of the ranks, now that they are loaded, and hear what they report."""
         processes = self._processes
         client = Client(
             tokenizer=self.tokenizer,
@@ -182,10 +180,10 @@ class Driver:
             queued=self._queue,
             send=processes.links[0].send,
         )
+        self._client = client
         for link in processes.links:
             arguments = (link, client, processes)
             threading.Thread(target=self._listen, args=arguments, name="rank", daemon=True).start()
-        return client
 
     def _listen(self, link: Link, client: Client, processes: RankProcesses) -> None:
         """Hand on what a rank reports; see to its end."""
@@ -220,15 +218,8 @@ class Driver:
                     return
                 logger.error("the ranks do not come back: %s", error)
             else:
-                self._client = self._serve()
+                self._serve()
                 return
-
-
-def _check(**counts: tuple[Any, int]) -> None:
-    """Raise ValueError for a (count, least) that is less, or no whole number."""
-    for name, (count, least) in counts.items():
-        if type(count) is not int or count < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {count!r}")
 
 
 def _size(ranks: int | None, gpu_ids: Sequence[int] | None) -> int:
@@ -238,7 +229,7 @@ def _size(ranks: int | None, gpu_ids: Sequence[int] | None) -> int:
         ValueError: naming the argument.
     """
     if ranks is not None:
-        _check(ranks=(ranks, 1))
+        check_count("ranks", ranks, least=1)
     if gpu_ids is None:
         return ranks or 1
     if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or not all(type(card) is int and card >= 0 for card in gpu_ids):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import accessory
+from accessory.errors import first_line
 from accessory.serve.messages import Failed, Link, Ready, Setup
 from accessory.serve.request import RankLost
 
@@ -112,7 +113,7 @@ class RankProcesses:
                 name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
                 return f"rank {rank} of {self.size} was killed ({name})"
         if told is not None:
-            return str(told)
+            return first_line(str(told), otherwise=type(told).__name__)
         for rank, code in codes.items():
             return f"rank {rank} of {self.size} ended with exit code {code}"
         return "the ranks of the model have closed their connections"
