@@ -324,7 +324,7 @@ def test_an_engine_that_fails_says_so_to_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: Runner, command: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out of memory\nand a page of where")
 
     monkeypatch.setattr(Runner, "write", fail)
 
@@ -341,6 +341,12 @@ def test_an_engine_that_fails_says_so_to_all(
     with pytest.raises(RankLost, match="out of memory"):
         serving(folder, program)
     assert "the engine has failed" in caplog.text
+
+
+@pytest.mark.parametrize("setting", [{"slots": 0}, {"queue": -1}, {"prefill_tokens": 0}, {"timeout": 0.0}])
+def test_settings_that_make_no_sense_are_refused(folder: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        serving(folder, lambda engine: None, **setting)
 
 
 def test_what_is_left_when_the_program_ends_is_told(folder: Path) -> None:

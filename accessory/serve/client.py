@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accessory.config import ModelArgs
+from accessory.errors import first_line
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.model.tokenizer import Tokenizer
@@ -160,7 +161,7 @@ class Client:
                 if answers is not None:
                     answers.put(report)
             case Failed(error):
-                self.fail(error if isinstance(error, RankLost) else RankLost(str(error)))
+                self.fail(RankLost(first_line(str(error), otherwise=type(error).__name__)))
 
     def fail(self, reason: RankLost) -> None:
         """End all that runs; the first reason stays."""

@@ -10,16 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths
 from accessory.model.tokenizer import Tokenizer
 from accessory.serve.client import Client
 from accessory.serve.messages import Failed, Link, Ready, Setup
-from accessory.serve.processes import Placement, RankProcesses, computes_on_cpu
-from accessory.serve.ranks import PREFILL_TOKENS, name_of
+from accessory.serve.processes import Placement, RankProcesses
+from accessory.serve.ranks import PREFILL_TOKENS, check_settings, name_of
 from accessory.serve.request import Load, OnEvent, RankLost
 from accessory.serve.stream import AnswerStream
 
@@ -66,18 +64,10 @@ class Driver:
         master_port: int | None = None,
         **settings: Any,
     ) -> None:
-        _check(slots=(slots, 1), queue=(queue, 0), prefill_tokens=(prefill_tokens, 1))
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        check_settings(slots=slots, queue=queue, prefill_tokens=prefill_tokens, timeout=timeout)
         inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings)
-        size = _size(ranks, gpu_ids)
-        on_cpu = computes_on_cpu(size, settings.get("device"))
-        self._place = Placement(
-            size=size,
-            cards=None if on_cpu or gpu_ids is None else _known_cards(gpu_ids),
-            on_cpu=on_cpu,
-            master_addr=master_addr,
-            master_port=master_port,
+        self._place = Placement.of(
+            ranks, gpu_ids, device=settings.get("device"), master_addr=master_addr, master_port=master_port
         )
         self._setup = Setup(
             settings={"pretrained_path": pretrained_path, **settings},
@@ -91,7 +81,7 @@ class Driver:
         self._closed = threading.Event()
         ready = self._load_ranks()
         self.args, self.tokenizer = ready.args, Tokenizer(Path(ready.tokenizer_path))
-        self._client = self._serve()
+        self._serve()
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +114,18 @@ class Driver:
         routes: bool = False,
         on_event: OnEvent | None = None,
     ) -> AnswerStream:
-        """As `Client.submit`."""
+        """Ask for an answer to a prompt; returns at once.
+
+        Args:
+            seed, logprobs, prompt_logprobs, routes: as `Request` has them.
+            on_event: is given each event, or the exception that ends them, from the engine's thread: it must not
+                block. None: the stream is to be iterated.
+
+        Raises:
+            ValueError: naming the setting.
+            Busy: as many wait as may.
+            RankLost: the ranks are gone.
+        """
         return self._client.submit(
             tokens,
             sampling,
@@ -136,7 +137,14 @@ class Driver:
         )
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """As `Client.call`."""
+        """Let all ranks call compute_logits or evaluate_examples of their MetaModel, between two steps.
+
+        Tensors come back on the CPU. Requests that run wait meanwhile.
+
+        Raises:
+            RankLost: the ranks are gone.
+            Exception: what the method raises.
+        """
         return self._client.call(method, *args, **kwargs)
 
     def close(self) -> None:
@@ -171,8 +179,8 @@ class Driver:
         logger.info("%s is ready after %.1f s", self.name, time.monotonic() - start)
         return ready
 
-    def _serve(self) -> Client:
-        """A client of the ranks, now that they are loaded; and threads that hear what they report."""
+    def _serve(self) -> None:
+        """Become a client of the ranks, now that they are loaded, and hear what they report."""
         processes = self._processes
         client = Client(
             tokenizer=self.tokenizer,
@@ -182,10 +190,10 @@ class Driver:
             queued=self._queue,
             send=processes.links[0].send,
         )
+        self._client = client
         for link in processes.links:
             arguments = (link, client, processes)
             threading.Thread(target=self._listen, args=arguments, name="rank", daemon=True).start()
-        return client
 
     def _listen(self, link: Link, client: Client, processes: RankProcesses) -> None:
         """Hand on what a rank reports; see to its end."""
@@ -220,36 +228,5 @@ class Driver:
                     return
                 logger.error("the ranks do not come back: %s", error)
             else:
-                self._client = self._serve()
+                self._serve()
                 return
-
-
-def _check(**counts: tuple[Any, int]) -> None:
-    """Raise ValueError for a (count, least) that is less, or no whole number."""
-    for name, (count, least) in counts.items():
-        if type(count) is not int or count < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {count!r}")
-
-
-def _size(ranks: int | None, gpu_ids: Sequence[int] | None) -> int:
-    """How many ranks there are to be.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if ranks is not None:
-        _check(ranks=(ranks, 1))
-    if gpu_ids is None:
-        return ranks or 1
-    if not gpu_ids or len(set(gpu_ids)) < len(gpu_ids) or not all(type(card) is int and card >= 0 for card in gpu_ids):
-        raise ValueError(f"gpu_ids must be the numbers of different cards, not {gpu_ids!r}")
-    if ranks not in (None, len(gpu_ids)):
-        raise ValueError(f"{ranks} ranks were asked for on {len(gpu_ids)} cards: give one of ranks and gpu_ids")
-    return len(gpu_ids)
-
-
-def _known_cards(gpu_ids: Sequence[int]) -> list[int]:
-    count = torch.cuda.device_count()
-    if max(gpu_ids) >= count:
-        raise ValueError(f"gpu_ids {list(gpu_ids)} go beyond the {count} GPUs of this machine, 0 to {count - 1}")
-    return list(gpu_ids)

@@ -11,13 +11,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 import accessory
+from accessory.errors import first_line
 from accessory.serve.messages import Failed, Link, Ready, Setup
+from accessory.serve.ranks import check_count
 from accessory.serve.request import RankLost
 
 # Seconds for ranks that were told to end to do so by themselves.
@@ -42,6 +44,38 @@ class Placement:
     master_addr: str = "127.0.0.1"
     master_port: int | None = None
 
+    @classmethod
+    def of(
+        cls,
+        ranks: int | None,
+        gpu_ids: Sequence[int] | None,
+        *,
+        device: Any,
+        master_addr: str = "127.0.0.1",
+        master_port: int | None = None,
+    ) -> Self:
+        """Where so many ranks, or one for each of these cards, compute by the rules of `process_group_of_launcher`.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if ranks is not None:
+            check_count("ranks", ranks, least=1)
+        if gpu_ids is not None:
+            _check_cards(gpu_ids, ranks)
+        size = ranks or (1 if gpu_ids is None else len(gpu_ids))
+        count = torch.cuda.device_count()
+        on_cpu = str(device) == "cpu" or count < size
+        if gpu_ids is not None and not on_cpu and max(gpu_ids) >= count:
+            raise ValueError(f"gpu_ids {list(gpu_ids)} go beyond the {count} GPUs of this machine, 0 to {count - 1}")
+        return cls(
+            size=size,
+            cards=None if on_cpu else gpu_ids,
+            on_cpu=on_cpu,
+            master_addr=master_addr,
+            master_port=master_port,
+        )
+
 
 class RankProcesses:
     """Processes that hold a model together, children of this one.
@@ -59,7 +93,7 @@ class RankProcesses:
         self.over = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._store, port = _store(placement.master_addr, placement.master_port or 0)
-        shared = _environment(placement) | {
+        shared = environment_of(placement) | {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": placement.master_addr,
@@ -112,7 +146,7 @@ class RankProcesses:
                 name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
                 return f"rank {rank} of {self.size} was killed ({name})"
         if told is not None:
-            return str(told)
+            return first_line(str(told), otherwise=type(told).__name__)
         for rank, code in codes.items():
             return f"rank {rank} of {self.size} ended with exit code {code}"
         return "the ranks of the model have closed their connections"
@@ -148,9 +182,12 @@ class RankProcesses:
             )
 
 
-def computes_on_cpu(size: int, device: Any) -> bool:
-    """Whether so many ranks compute on the CPU, by the rules of `process_group_of_launcher`."""
-    return str(device) == "cpu" or torch.cuda.device_count() < size
+def _check_cards(gpu_ids: Sequence[int], ranks: int | None) -> None:
+    known = all(type(card) is int and card >= 0 for card in gpu_ids)
+    if not gpu_ids or not known or len(set(gpu_ids)) < len(gpu_ids):
+        raise ValueError(f"gpu_ids must be the numbers of different cards, not {gpu_ids!r}")
+    if ranks not in (None, len(gpu_ids)):
+        raise ValueError(f"{ranks} ranks were asked for on {len(gpu_ids)} cards: give one of ranks and gpu_ids")
 
 
 def _store(address: str, port: int) -> tuple[dist.Store | None, int]:
@@ -175,7 +212,7 @@ def _store(address: str, port: int) -> tuple[dist.Store | None, int]:
     return store, port
 
 
-def _environment(placement: Placement) -> dict[str, str]:
+def environment_of(placement: Placement) -> dict[str, str]:
     """What the ranks inherit, without another launcher's variables."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
     if placement.on_cpu:

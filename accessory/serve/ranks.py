@@ -58,9 +58,11 @@ def serve_on_ranks(
         settings: of `MetaModel.from_pretrained`.
 
     Raises:
-        SystemExit, OSError, ValueError: as `process_group_of_launcher`.
+        ValueError: a setting makes no sense.
+        SystemExit, OSError: as `process_group_of_launcher`.
         RankLost: the program has ended, and the ranks had failed before.
     """
+    check_settings(slots=slots, queue=queue, prefill_tokens=prefill_tokens, timeout=timeout)
     say = say or (lambda error: logger.error("%s", error))
     limit = None if timeout is None else timedelta(seconds=timeout)
     with process_group_of_launcher(settings.get("device"), say=say, timeout=limit) as group:
@@ -69,6 +71,21 @@ def serve_on_ranks(
             _run_program(program, model, name_of(pretrained_path), slots, queue, prefill_tokens)
         else:
             follow_first(model, slots)
+
+
+def check_settings(*, slots: int, queue: int, prefill_tokens: int, timeout: float | None) -> None:
+    """Raise ValueError where a setting of an engine makes no sense, naming it."""
+    check_count("slots", slots, least=1)
+    check_count("queue", queue, least=0)
+    check_count("prefill_tokens", prefill_tokens, least=1)
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+
+
+def check_count(name: str, count: int, *, least: int) -> None:
+    """Raise ValueError for a count that is less, or no whole number."""
+    if type(count) is not int or count < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {count!r}")
 
 
 def name_of(pretrained_path: Paths) -> str:
@@ -96,6 +113,7 @@ def serve_first(
     for rank, follower in enumerate(followers, start=1):
         threading.Thread(target=_watch, args=(rank, follower, inbox, report), daemon=True).start()
     try:
+        runner.warm_up()
         ready()
         Desk(runner, followers, inbox=inbox, report=report, prefill_tokens=prefill_tokens).run()
     finally:
@@ -110,8 +128,10 @@ def follow_first(model: MetaModel, slots: int) -> None:
         RuntimeError: the first rank is gone; one of those that `process_group_of_launcher` takes for a lost peer.
     """
     first = _meet_first(model.llma.state)
+    runner = Runner(model, slots)
     try:
-        follow(Runner(model, slots), first)
+        runner.warm_up()
+        follow(runner, first)
     except EOFError:
         raise RuntimeError(f"connection closed: {lost(0)}") from None
     finally:

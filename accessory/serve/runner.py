@@ -18,6 +18,14 @@ class Runner:
         llma = model.llma
         self.cache = llma.new_cache(slots, llma.args.max_seq_len, routes=llma.state.is_first)
 
+    def warm_up(self) -> None:
+        """Read and write a token for nobody, so that no request waits for what a first one sets in motion."""
+        self.read(Read([0], [1], [0], Freed()))
+        self.write(Write([0], [0], Freed()))
+        self._free(Freed(slots=[0], unclean=[0]))
+        if self.cache.routes is not None:
+            self.cache.expert_counts.zero_()
+
     @torch.no_grad()
     def read(self, command: Read) -> Tensor:
         """Logits (R, V) of each row's last token, or (T, V) of all tokens."""
