@@ -254,6 +254,22 @@ def test_an_inactive_slot_keeps_its_tokens() -> None:
         )
 
 
+def test_the_first_slots_alone_decode_as_among_all() -> None:
+    model = small_model(max_seq_len=8)
+    whole, other = (model.new_cache(4, 8, routes=True) for _ in range(2))
+    tokens, active = torch.tensor([5, 6, 0, 0]), torch.tensor([True, True, False, False])
+    with torch.inference_mode():
+        for cache in (whole, other):
+            model.prefill(torch.arange(1, 8), [4, 3], [0, 1], cache)
+        among_all = model.decode(tokens, whole, active)
+        alone = model.decode(tokens[:2], other.first(2), active[:2])
+    torch.testing.assert_close(alone, among_all[:2], atol=1e-5, rtol=0)
+    for name in ("k", "v", "routes"):
+        torch.testing.assert_close(getattr(other, name)[:, :2], getattr(whole, name)[:, :2])
+    assert torch.equal(other.expert_counts, whole.expert_counts)
+    assert not other.k[:, 2:].any()
+
+
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_inactive_tokens_go_to_no_expert(tokens: int) -> None:
     """Through the product of few tokens and through that of many."""

@@ -132,7 +132,7 @@ def tiny_setting(tiny: tuple[Path, object], tmp_path_factory: pytest.TempPathFac
     (folder / "data.yaml").write_text((folder / "dialogues" / "data.yaml").read_text())
     split(tiny[0], folder / "base", mp=1)
     (folder / "peft.json").write_text('{"lora_rank": 16, "bias_tuning": true, "norm_tuning": true}')
-    return Setting(folder, 64)
+    return Setting(folder, 128)
 
 
 def dialogue_losses(pools: Pools, setting: Setting, output: Path, dp_size: int, mp_size: int, **changes: Any) -> float:

@@ -53,12 +53,12 @@ def tokens_of(events: list[Event]) -> list[int]:
 
 
 def children() -> dict[int, int]:
-    """Process ids of the ranks of the one driver that runs, by rank."""
-    return {rank: pid for pid, rank in children_ids().items()}
+    """Process ids of the two ranks of this module's driver, by rank."""
+    return {rank: pid for pid, (rank, size) in children_ids().items() if size == 2}
 
 
-def children_ids() -> dict[int, int]:
-    """The ranks of all of this process's drivers, by process id."""
+def children_ids() -> dict[int, tuple[int, int]]:
+    """The ranks of all of this process's drivers, another module's among them: rank and number of ranks, by process."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,7 +68,7 @@ def children_ids() -> dict[int, int]:
         except (OSError, ValueError):
             continue
         if parent == os.getpid() and "accessory.serve.worker" in command:
-            found[int(folder.name)] = int(variables["RANK"])
+            found[int(folder.name)] = (int(variables["RANK"]), int(variables["WORLD_SIZE"]))
     return found
 
 

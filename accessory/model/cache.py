@@ -1,5 +1,6 @@
 """The key/value cache; it belongs to the caller, the model only writes into it."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,16 @@ class KVCache:
     @property
     def max_seq_len(self) -> int:
         return self.k.shape[2]
+
+    def first(self, slots: int) -> "KVCache":
+        """The first slots as a cache of their own, in the same memory, for one decoding step.
+
+        Lengths are recorded, and slots freed, in the whole.
+        """
+        part = copy.copy(self)
+        part.k, part.v, part.lengths = self.k[:, :slots], self.v[:, :slots], self.lengths[:slots]
+        part.routes = None if self.routes is None else self.routes[:, :slots]
+        return part
 
     def length(self, slot: int) -> int:
         """Tokens held by a slot."""

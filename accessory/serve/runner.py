@@ -39,11 +39,15 @@ class Runner:
         """Logits (R, V) of each slot's next token, in the command's order."""
         self._free(command.freed)
         llma, slots = self.model.llma, command.slots
-        last, active = [0] * self.cache.slots, [False] * self.cache.slots
+        # Requests take the lowest free slots, so where few run only these are computed; doubling, since whatever is
+        # compiled or captured for a number of slots should serve again.
+        count = min(1 << max(slots).bit_length(), self.cache.slots)
+        last, active = [0] * count, [False] * count
         for slot, token in zip(slots, command.tokens, strict=True):
             last[slot], active[slot] = token, True
         device = llma.state.device
-        logits_SV = llma.decode(torch.tensor(last, device=device), self.cache, torch.tensor(active, device=device))
+        cache = self.cache.first(count)
+        logits_SV = llma.decode(torch.tensor(last, device=device), cache, torch.tensor(active, device=device))
         self.cache.extend(slots, [1] * len(slots))
         return logits_SV[slots]
 
