@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.tools.tiny import TinyReport, make_tiny
 
 torch.set_num_threads(2)
+
+# Started in the background of a shell, programs ignore Ctrl-C, and so would those that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LOGGERS = ("accessory", "accessory.kernels", "accessory.data")
 
