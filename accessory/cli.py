@@ -9,9 +9,9 @@ import os
 from collections.abc import Sequence
 
 from accessory.commands import chat, checkpoints, generate, serve
-from accessory.commands.output import say
+from accessory.commands.output import ended
 from accessory.launch import Launch
-from accessory.log import RankParser, global_rank, setup_logging
+from accessory.log import RankParser, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,19 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             refuse_together("its arguments are wrong")
         raise
-    try:
-        arguments.run(arguments)
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as error:
-        return int(error.code or 0)
-    except (OSError, ValueError, FloatingPointError) as error:
-        from accessory.parallel.state import raised_on_all_ranks
-
-        if global_rank() == 0 or not raised_on_all_ranks(error):
-            say(error)
-        return 1
-    return 0
+    return ended(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

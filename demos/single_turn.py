@@ -12,7 +12,7 @@ if __name__ == "__main__":
     # Started as a file, Python looks for modules in its folder first; the package is one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.serve.web.programs import end, single_turn
+from accessory.commands.demos import end, single_turn
 
 if __name__ == "__main__":
     end(single_turn())

@@ -13,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
+from http_api import ServedApi
 from ranks import RankPool
 from talking import teach
 
@@ -75,6 +76,13 @@ def tiny_engine(tiny: tuple[Path, TinyReport]) -> Iterator[Driver]:
     settings = {"dtype": "fp32", "device": "cpu", "max_seq_len": 128}
     with Driver(tiny[0], slots=4, queue=8, **settings) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def api(tiny_engine: Driver) -> Iterator[ServedApi]:
+    """The API with that engine, at a port of this machine."""
+    with ServedApi(tiny_engine) as api:
+        yield api
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """/v1/chat/completions through the official client, and the routes about the model and its tokens."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from accessory.serve.driver import Driver
 from accessory.tools.tiny import TinyReport
 
 MESSAGES = [{"role": "user", "content": "Return a list."}]
-
-
-@pytest.fixture(scope="module")
-def api(tiny_engine: Driver) -> Iterator[ServedApi]:
-    with ServedApi(tiny_engine) as api:
-        yield api
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,6 @@ from accessory.serve.driver import Driver
 
 LM_EVAL = Path(sys.executable).with_name("lm_eval")
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
-
-
-@pytest.fixture(scope="module")
-def api(tiny_engine: Driver) -> Iterator[ServedApi]:
-    with ServedApi(tiny_engine) as api:
-        yield api
 
 
 def leave_midway(url: str, seed: int) -> None:

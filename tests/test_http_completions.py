@@ -1,7 +1,6 @@
 """/v1/completions through the official client: texts, scores, streams, several answers, seeds."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,9 @@ from http_api import ServedApi
 from models import completions, load
 
 from accessory.model.meta import MetaModel
-from accessory.serve.driver import Driver
 from accessory.tools.tiny import TinyReport
 
 PROMPT = "The list method"
-
-
-@pytest.fixture(scope="module")
-def api(tiny_engine: Driver) -> Iterator[ServedApi]:
-    with ServedApi(tiny_engine) as api:
-        yield api
 
 
 @pytest.fixture(scope="module")

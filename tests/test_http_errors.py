@@ -19,12 +19,6 @@ MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def api(tiny_engine: Driver) -> Iterator[ServedApi]:
-    with ServedApi(tiny_engine) as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
 def locked(tiny_engine: Driver) -> Iterator[ServedApi]:
     with ServedApi(tiny_engine, api_key="caf\u00e9-7") as api:
         yield api

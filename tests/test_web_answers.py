@@ -46,7 +46,7 @@ def collect(engine: Engine, tokens: tuple[int, ...], sampling: Sampling) -> list
         answers = [running.answer]
         while answers[-1].finish is None:
             answers.append(await running.progress())
-        running.close()
+        running.stop()
         return answers
 
     return asyncio.run(ask())

@@ -6,7 +6,6 @@ import os
 import sys
 from typing import Any
 
-from accessory.commands.output import say
 from accessory.serve.options import (
     add_master_arguments,
     add_model_arguments,
@@ -36,8 +35,8 @@ def add_commands(commands: Any) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from accessory.data.chat_templates import find_template
     from accessory.generation.sampling import Sampling
+    from accessory.serve.dialogue import usual_length
     from accessory.serve.driver import Driver
-    from accessory.serve.request import RankLost
     from accessory.serve.terminal import Terminal
 
     if "RANK" in os.environ:
@@ -45,16 +44,12 @@ def _chat(arguments: argparse.Namespace) -> None:
     asked = template_of(arguments)
     length = arguments.max_gen_len
     if length is None:
-        length = max(1, min(512, arguments.max_seq_len // 2))
+        length = usual_length(arguments.max_seq_len)
     sampling = Sampling.of(length, arguments.temperature, arguments.top_p, arguments.stop)
     sampling.check(arguments.max_seq_len)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
-    try:
-        with Driver(arguments.pretrained_path, slots=1, **driver_settings(arguments)) as engine:
-            template = asked or find_template(engine.tokenizer)
-            Terminal(engine, sampling, template=template, seed=arguments.seed).run()
-    except RankLost as error:
-        say(error)
-        raise SystemExit(1) from None
+    with Driver(arguments.pretrained_path, slots=1, **driver_settings(arguments)) as engine:
+        template = asked or find_template(engine.tokenizer)
+        Terminal(engine, sampling, template=template, seed=arguments.seed).run()

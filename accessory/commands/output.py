@@ -1,6 +1,7 @@
-"""What commands write: their results from rank 0 alone, and errors as one line."""
+"""What commands write, their results from rank 0 alone and errors as one line, and how they end."""
 
 import sys
+from collections.abc import Callable
 
 from accessory.log import global_rank
 
@@ -16,3 +17,23 @@ def show(text: str) -> None:
     if global_rank() == 0:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def ended(program: Callable[[], None]) -> int:
+    """Run a program to its end, saying what went wrong; returns the exit code."""
+    try:
+        program()
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except Exception as error:
+        from accessory.parallel.state import raised_on_all_ranks
+        from accessory.serve.request import RankLost
+
+        if not isinstance(error, OSError | ValueError | FloatingPointError | RankLost):
+            raise
+        if global_rank() == 0 or not raised_on_all_ranks(error):
+            say(error)
+        return 1
+    return 0

@@ -3,11 +3,10 @@
 import argparse
 import logging
 import os
-import sys
 from typing import Any
 
-from accessory.commands.output import say
 from accessory.serve.options import (
+    LOOPBACK,
     add_batch_arguments,
     add_model_arguments,
     add_nproc_argument,
@@ -18,7 +17,6 @@ from accessory.serve.options import (
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ACCESSORY_API_KEY"
 
 
@@ -51,7 +49,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from accessory.serve.driver import Driver
     from accessory.serve.http.server import ApiServer, listen
     from accessory.serve.http.settings import MEGABYTE, ServerSettings
-    from accessory.serve.request import RankLost
 
     if "RANK" in os.environ:
         raise ValueError("accessory serve starts its ranks itself: give --nproc N in place of torchrun")
@@ -69,17 +66,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     driver = driver_settings(arguments)
     listener = listen(arguments.host, arguments.port)
-    if key is None and arguments.host not in _LOOPBACK:
+    if key is None and arguments.host not in LOOPBACK:
         logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)
 
     def load() -> Driver:
         return Driver(arguments.pretrained_path, restart=arguments.restart, **driver)
 
-    try:
-        ApiServer(listener, load, settings, restarts=arguments.restart).run()
-    except RankLost as error:
-        say(error)
-        sys.exit(1)
+    ApiServer(listener, load, settings, restarts=arguments.restart).run()
 
 
 def _port(text: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from accessory.data.chat_templates import Message, chat_prompt
 from accessory.model.tokenizer import Tokenizer
+from accessory.serve.request import Finish
 
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -54,3 +55,13 @@ def dialogue_prompt(
         f"the question makes a prompt of {length} tokens, and there is room for {room}: "
         "shorten it, or allow shorter answers"
     )
+
+
+def usual_length(max_seq_len: int) -> int:
+    """Tokens of an answer at most where nobody says: half of the context is left to the dialogue."""
+    return max(1, min(512, max_seq_len // 2))
+
+
+def how_ended(finish: Finish | None) -> str:
+    """What is said behind an answer's counts where it did not end by itself."""
+    return {"length": "; cut off at its length", "cancelled": "; stopped"}.get(finish or "", "")

@@ -12,6 +12,7 @@ from accessory.config.quant import add_quant_flags, quant_of_flags
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEFAULT_MASTER_ADDR = "127.0.0.1"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where nobody listens in from another computer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TextIO
 
 from accessory.generation.sampling import Sampling
-from accessory.serve.dialogue import Turn, dialogue_prompt
+from accessory.serve.dialogue import Turn, dialogue_prompt, how_ended
 from accessory.serve.request import Busy, Engine, Event, Stream
 
 HELP = """\
@@ -117,7 +117,7 @@ class Terminal:
             self._sink.write("\n")
             self._sink.flush()
         seconds = time.monotonic() - start
-        ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(last.finish or "", "")
+        ended = how_ended(last.finish)
         if self._interactive:
             self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s{ended}")
         return text.rstrip()

@@ -44,7 +44,7 @@ class Answer:
 
 
 class Answering:
-    """A request of a page. It begins with the object; `close` must follow, whatever happens.
+    """A request of a page. It begins with the object; `stop` must follow, whatever happens.
 
     Raises:
         ValueError, Busy, RankLost: as ``engine.submit`` does.
@@ -88,11 +88,7 @@ class Answering:
         )
 
     def stop(self) -> None:
-        """Ask the model to end the answer here; `progress` brings the end."""
-        self._stream.cancel()
-
-    def close(self) -> None:
-        """Let the model's slot go, however far the answer is."""
+        """Let the model end the answer here, however far it is; `progress` brings the end to whoever still asks."""
         self._stream.cancel()
 
     def _tell(self, event: Event | Exception) -> None:

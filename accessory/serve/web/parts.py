@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from accessory.generation.sampling import Sampling
+from accessory.serve.dialogue import how_ended, usual_length
 from accessory.serve.request import Busy, Engine, RankLost
 from accessory.serve.web.answering import Answer, Answering
 from accessory.serve.web.experts import coloured, colours, heatmap
@@ -22,7 +23,7 @@ class SamplingControls:
 
     def __init__(self, max_seq_len: int) -> None:
         longest = max(1, max_seq_len - 2)
-        default = max(1, min(512, max_seq_len // 2))
+        default = usual_length(max_seq_len)
         self.length = gr.Slider(1, longest, value=default, step=1, label="Length", info="tokens of the answer at most")
         self.temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", info="0: the most probable token; higher: more random"
@@ -70,7 +71,7 @@ def measured(answer: Answer, engine: Engine) -> str:
         waits = engine.load.waiting > 0
         return "Waiting until another answer has ended ..." if waits else "The model reads ..."
     count = len(answer.tokens)
-    ended = {"length": "; cut off at its length", "cancelled": "; stopped"}.get(answer.finish or "", "")
+    ended = how_ended(answer.finish)
     tokens = f"{count} token{'' if count == 1 else 's'}"
     return f"{tokens}, {answer.tokens_per_second:.1f} tokens/s, the first after {answer.first:.2f} s{ended}"
 
@@ -155,4 +156,4 @@ async def written(
         yield error
     finally:
         session.running = None
-        running.close()
+        running.stop()

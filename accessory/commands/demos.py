@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from accessory.commands.output import ended, say
 from accessory.launch import Launch
-from accessory.log import RankParser, global_rank, setup_logging
+from accessory.log import RankParser, setup_logging
 from accessory.serve.options import (
+    LOOPBACK,
     add_batch_arguments,
     add_model_arguments,
     add_page_arguments,
@@ -23,7 +25,6 @@ from accessory.serve.options import (
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
 _SLOTS = 4
 
@@ -67,7 +68,7 @@ def _single_turn(arguments: argparse.Namespace) -> None:
 
         serve_page(SingleTurnPage(engine).blocks, engine, **_page_settings(arguments))
 
-    serve_on_ranks(program, arguments.pretrained_path, say=_say, **serve_settings(arguments))
+    serve_on_ranks(program, arguments.pretrained_path, say=say, **serve_settings(arguments))
 
 
 def _multi_turn(arguments: argparse.Namespace) -> None:
@@ -94,42 +95,24 @@ def _run(
     try:
         launch = Launch.find()
     except ValueError as error:
-        _say(error)
+        say(error)
         return 1
     try:
         arguments = parser.parse_args(given)
         if launch.rank == 0:
             _check_address(arguments.server_name, arguments.server_port)
-            if arguments.auth is None and (arguments.share or arguments.server_name not in _LOOPBACK):
+            if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):
                 logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
     except (SystemExit, OSError) as error:
         if isinstance(error, OSError):
-            _say(error)
+            say(error)
         code = 1 if isinstance(error, OSError) else int(error.code or 0)
         if code and launch.world_size > 1:
             from accessory.parallel.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")
         return code
-    return _ended(lambda: program(arguments))
-
-
-def _ended(program: Callable[[], None]) -> int:
-    """Run to the end, saying what went wrong; returns the exit code."""
-    from accessory.parallel.state import raised_on_all_ranks
-    from accessory.serve.request import RankLost
-
-    try:
-        program()
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as error:
-        return int(error.code or 0)
-    except (OSError, ValueError, FloatingPointError, RankLost) as error:
-        if global_rank() == 0 or not raised_on_all_ranks(error):
-            _say(error)
-        return 1
-    return 0
+    return ended(lambda: program(arguments))
 
 
 def _check_address(host: str, port: int | None) -> None:
@@ -143,8 +126,3 @@ def _check_address(host: str, port: int | None) -> None:
     except OSError as error:
         where = f"--server_name {host}" + ("" if port is None else f" --server_port {port}")
         raise OSError(f"no page can be served at {where} ({error.strerror or error}): give another") from None
-
-
-def _say(error: Exception) -> None:
-    sys.stderr.write(f"error: {error}\n")
-    sys.stderr.flush()
