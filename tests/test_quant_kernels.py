@@ -17,7 +17,7 @@ from accessory.kernels import (
     quantized_linear_reference,
     round_activations,
 )
-from accessory.kernels.quantized_native import native_serves, native_values, quantized_product
+from accessory.kernels.quantized_native import NativeWeight, native_values, native_weight, quantized_product
 
 FORMS = (("int8", 0), ("int4", 32), ("int4", 64), ("nf4", 64))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -52,16 +52,23 @@ def each(weight: Parts, index: object) -> Parts:
     return codes[index], scale[index], None if zero is None else zero[index]
 
 
+def described(weight: Parts) -> NativeWeight:
+    native_one = native_weight(*weight)
+    assert native_one is not None
+    return native_one
+
+
 def assert_true(y_PR: Tensor, x_PD: Tensor, weight: Parts, expert_P: Tensor) -> None:
     """y is the float64 product with the rounded activations, to within float32 sums and the rounding to y's dtype."""
     assert y_PR.dtype == x_PD.dtype
-    is_nf4 = weight[0].dtype == torch.uint8 and weight[2] is None
-    x = (round_activations(x_PD) if x_PD.dtype == torch.bfloat16 and not is_nf4 else x_PD).double()
-    w = plain_values(*weight, torch.float64)[expert_P.clamp(min=0)]
+    rounded = x_PD.dtype == torch.bfloat16
+    x = (round_activations(x_PD) if rounded else x_PD).double()
+    w = plain_values(*weight, torch.float64, in_steps=rounded)[expert_P.clamp(min=0)]
     kept = (expert_P >= 0).unsqueeze(-1)
     truth = torch.einsum("prd,pd->pr", w, x) * kept
-    # int4's zero points are taken from the sum of codes, which may be larger than the weights are
-    size = w.abs() + (16 * weight[1].double().abs().amax() if weight[2] is not None else 0)
+    # What the sums of 4-bit codes are moved by may be larger than the weights are: int4's zero points, nf4's offset.
+    moved = 0 if weight[0].dtype == torch.int8 else 2 if weight[2] is None else 16
+    size = w.abs() + moved * weight[1].double().abs().amax()
     terms = torch.einsum("prd,pd->pr", size, x.abs()) * kept
     rounding = 2**-8 if y_PR.dtype == torch.bfloat16 else 2**-24
     allowed = rounding * truth.abs() + (x_PD.shape[1] / 16 + 16) * 2**-24 * terms
@@ -82,7 +89,7 @@ def test_product_is_the_float64_one(variant: str, dtype: torch.dtype, form: str,
         for pairs, experts, rows in ((1, 1, 1), (3, 2, 17), (8, 4, 31), (13, 3, 40)):
             x, weight = draw(pairs, depth, dtype=dtype), draw_weight(form, group, experts, rows, depth)
             expert = torch.randint(-1, experts, (pairs,), generator=torch.Generator().manual_seed(depth))
-            y = quantized_product(x, *weight, expert, variant=variant)
+            y = quantized_product(x, described(weight), expert, variant=variant)
             assert_true(y, x, weight, expert)
             assert bool((y[expert < 0] == 0).all())
 
@@ -93,7 +100,7 @@ def test_product_is_the_float64_one(variant: str, dtype: torch.dtype, form: str,
 def test_plain_values_are_the_twins_to_the_bit(variant: str, dtype: torch.dtype, form: str, group: int) -> None:
     for depth in depths(form, group):
         weight = draw_weight(form, group, 3, 9, depth)
-        out = native_values(*weight, torch.empty(3, 9, depth, dtype=dtype), variant=variant)
+        out = native_values(described(weight), torch.empty(3, 9, depth, dtype=dtype), variant=variant)
         assert torch.equal(out, plain_values(*weight, dtype))
 
 
@@ -110,11 +117,12 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype, form: str, grou
         codes = codes[..., codes.shape[-1] // 2 :]
         if form != "int8":
             scale, zero = scale[..., scale.shape[-1] // 2 :], None if zero is None else zero[..., zero.shape[-1] // 2 :]
-        y = quantized_product(x, codes, scale, zero, expert, variant=variant)
+        y = quantized_product(x, described((codes, scale, zero)), expert, variant=variant)
         assert_true(y, x, (codes, scale, zero), expert)
         out = torch.empty(*codes.shape[:2], 128, dtype=dtype)
         assert torch.equal(
-            native_values(codes, scale, zero, out, variant=variant), plain_values(codes, scale, zero, dtype)
+            native_values(described((codes, scale, zero)), out, variant=variant),
+            plain_values(codes, scale, zero, dtype),
         )
 
 
@@ -124,10 +132,10 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype, form: str, grou
 def test_a_pair_does_not_depend_on_its_batch(variant: str, dtype: torch.dtype, form: str, group: int) -> None:
     x, weight = draw(11, 192, dtype=dtype), draw_weight(form, group, 3, 70, 192)
     expert = torch.tensor([0, 2, 2, -1, 2, 2, 1, 2, 2, 0, 2])
-    y = quantized_product(x, *weight, expert, variant=variant)
+    y = quantized_product(x, described(weight), expert, variant=variant)
     for first, size in product(range(11), (1, 2, 3, 5)):
         part = slice(first, first + size)
-        assert torch.equal(quantized_product(x[part], *weight, expert[part], variant=variant), y[part])
+        assert torch.equal(quantized_product(x[part], described(weight), expert[part], variant=variant), y[part])
 
 
 @pytest.fixture
@@ -145,7 +153,7 @@ def test_any_number_of_threads_gives_the_same(form: str, group: int) -> None:
     results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        results.append(quantized_product(x, *weight, expert))
+        results.append(quantized_product(x, described(weight), expert))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -154,10 +162,10 @@ def test_long_rows_do_not_overflow(variant: str) -> None:
     depth = 2**17 - 128
     x = torch.full((1, depth), 3.0, dtype=torch.bfloat16)
     codes, scale = torch.full((1, 1, depth), 127, dtype=torch.int8), torch.ones(1, 1, 1)
-    y = quantized_product(x, codes, scale, None, None, variant=variant)
+    y = quantized_product(x, described((codes, scale, None)), None, variant=variant)
     torch.testing.assert_close(y, torch.full((1, 1), 127 * 3.0 * depth, dtype=torch.bfloat16))
     longer = torch.zeros(1, 1, 2**17, dtype=torch.int8)
-    assert not native_serves(torch.bfloat16, longer, scale, None)
+    assert native_weight(longer, scale, None) is None
 
 
 @variants
@@ -166,7 +174,7 @@ def test_what_is_not_a_number_shows_in_its_own_token(variant: str, form: str, gr
     weight = draw_weight(form, group, 1, 5, 256)
     x = draw(4, 256, dtype=torch.bfloat16)
     x[1, 3], x[2, 200] = float("nan"), float("inf")
-    y = quantized_product(x, *weight, None, variant=variant)
+    y = quantized_product(x, described(weight), None, variant=variant)
     assert y.isfinite().all(dim=1).tolist() == [True, False, False, True]
 
 
@@ -203,15 +211,16 @@ def test_dense_for_any_number_of_tokens(
     dtype: torch.dtype, form: str, group: int, off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if off:
-        monkeypatch.setattr("accessory.kernels.quantized_ops.native_serves", lambda *_: False)
+        monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
     monkeypatch.setattr("accessory.kernels.quantized_ops._SCRATCH", 10 * 192)  # several blocks, the last smaller
     weight = draw_weight(form, group, 37, 192)
     w = plain_values(*weight, torch.float64)
     for tokens in (0, 1, 8, 16, 17, 33, 70):
         x = draw(tokens, 192, dtype=dtype)
         truth = x.double() @ w.T
-        # 8 bits of activations or of bfloat16 weights: both relative to the largest of some
-        error = {torch.bfloat16: 0.02, torch.float16: 0.002, torch.float32: 1e-5}[dtype]
+        # 8 bits of activations or of bfloat16 weights: both relative to the largest of some. A sum of 8-bit activations
+        # has a deviation of 0.006 of the weights' norm; this is the largest of 600.
+        error = {torch.bfloat16: 0.025, torch.float16: 0.002, torch.float32: 1e-5}[dtype]
         torch.testing.assert_close(
             quantized_linear(x, *weight).double(), truth, rtol=error, atol=error * w.norm(dim=1).max().item()
         )
@@ -225,7 +234,7 @@ def test_gathered_and_grouped_agree(
     dtype: torch.dtype, form: str, group: int, off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if off:
-        monkeypatch.setattr("accessory.kernels.quantized_ops.native_serves", lambda *_: False)
+        monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
     weight = draw_weight(form, group, 4, 21, 128)
     x, expert = draw(9, 128, dtype=dtype), torch.tensor([0, 0, 2, 2, 2, 2, 3, -1, -1])
     ends = torch.tensor([2, 2, 6, 7], dtype=torch.int32)
@@ -241,7 +250,7 @@ def test_gathered_and_grouped_agree(
 def test_without_few_tokens_kernel_the_twin_serves_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = draw_weight("int4", 64, 30, 256), draw(3, 256, dtype=torch.bfloat16)
     native_result = quantized_linear(x, *weight)
-    monkeypatch.setattr("accessory.kernels.quantized_ops.native_serves", lambda *_: False)
+    monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
     torch.testing.assert_close(quantized_linear(x, *weight), native_result, rtol=2**-7, atol=1e-3)
     assert torch.equal(quantized_linear(x, *weight), quantized_linear_reference(x, *weight))
 

@@ -1,12 +1,22 @@
 """Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
 
-from .linear import FEW_TOKENS, few_token_linear, gathered_linear, gathered_linear_reference, gathering_pays
+from .linear import (
+    FEW_TOKENS,
+    called_directly,
+    few_token_linear,
+    gathered_linear,
+    gathered_linear_reference,
+    gathering_pays,
+)
 from .native import native_available, native_variant
 from .quantized import plain_values, quantized_linear_reference, round_activations
+from .quantized_native import NativeWeight, native_weight
 from .quantized_ops import dequantize, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
 
 __all__ = [
     "FEW_TOKENS",
+    "NativeWeight",
+    "called_directly",
     "dequantize",
     "few_token_linear",
     "gathered_linear",
@@ -16,6 +26,7 @@ __all__ = [
     "grouped_quantized_linear",
     "native_available",
     "native_variant",
+    "native_weight",
     "plain_values",
     "quantized_linear",
     "quantized_linear_reference",

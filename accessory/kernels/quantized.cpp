@@ -5,10 +5,17 @@
 
 #include "schedule.h"
 
+// What each 4-bit code stands for; for nf4 with 8-bit activations steps * step.
+struct accessory_levels {
+    float values[16];
+    int8_t steps[16];
+    float step;
+};
+
 // A weight (experts, rows, depth). Strides count bytes; along a row, codes, scales and zeros have none between them.
 struct accessory_quantized_weight {
     const char *codes, *scale, *zero;
-    const float* table;  // 16 floats: what each 4-bit code stands for
+    const accessory_levels* levels;
     int64_t experts, rows, depth;
     int64_t codes_expert, codes_row, scale_expert, scale_row, zero_expert, zero_row;
     int32_t kind;  // 0: int8, 1: int4 in groups of 32, 2: int4 in groups of 64, 3: nf4
@@ -16,12 +23,14 @@ struct accessory_quantized_weight {
 
 namespace {
 
+using Levels = accessory_levels;
+
 constexpr int KINDS = 4;
 constexpr float TINY = 1e-36f;  // activations below it count as 0: the inverse of their scale overflows
 
 struct Row {
     const char *codes, *scale, *zero;
-    const float* table;
+    const Levels* levels;
 };
 
 // A token as the rows' products read it.
@@ -51,7 +60,7 @@ namespace {
 
 Row row_at(const accessory_quantized_weight& w, int64_t expert, int64_t row) {
     return {w.codes + expert * w.codes_expert + row * w.codes_row, w.scale + expert * w.scale_expert + row * w.scale_row,
-            w.zero ? w.zero + expert * w.zero_expert + row * w.zero_row : nullptr, w.table};
+            w.zero ? w.zero + expert * w.zero_expert + row * w.zero_row : nullptr, w.levels};
 }
 
 // The staged tokens, in the order of the schedule.

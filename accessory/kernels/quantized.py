@@ -14,9 +14,10 @@ int4 also has ``zero``, uint8 (..., R, D / group). Two 4-bit codes share a byte,
 half. nf4 is the 4-bit NormalFloat of Dettmers et al., 2023 (https://arxiv.org/abs/2305.14314), section 3, with the
 layout of bitsandbytes (its absmax is our scale).
 
-Few tokens: in bfloat16, int8 and int4 take the activations in 8 bits too (`round_activations`), so that the CPU's
-integer dot products serve; in float32, and with nf4, and in the Triton kernels on GPU, activations stay float. Many
-tokens: blocks of rows are made plain in a scratch that stays in the cache, and multiplied as plain weights are.
+Few tokens: in bfloat16 the activations are taken in 8 bits too (`round_activations`), so that the CPU's integer dot
+products serve, and so are the levels of nf4 (`NF4_STEP`); in float32, and in the Triton kernels on GPU, both stay
+float. Many tokens: blocks of rows are made plain in a scratch that stays in the cache, and multiplied as plain weights
+are.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C codes of a
 row, G groups of a row.
@@ -35,6 +36,7 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+NF4_STEP = 1 / 112.03  # of levels in 8 bits: that which moves them least, by 0.3 % of their root mean square
 _TINY = 1e-36  # activations below it count as 0: the inverse of their scale overflows
 
 
@@ -50,9 +52,9 @@ def depth_of(codes: Tensor) -> int:
     return codes.shape[-1] * (1 if codes.dtype == torch.int8 else 2)
 
 
-def rounds_activations(dtype: torch.dtype, codes: Tensor, zero: Tensor | None) -> bool:
+def rounds_activations(dtype: torch.dtype) -> bool:
     """Whether products of few tokens take activations of this dtype in 8 bits."""
-    return dtype == torch.bfloat16 and form_of(codes, zero) != "nf4"
+    return dtype == torch.bfloat16
 
 
 def round_activations(x_PD: Tensor) -> Tensor:
@@ -67,14 +69,22 @@ def round_activations(x_PD: Tensor) -> Tensor:
     return ((padded * inverse).round() * (largest / most)).flatten(1)[:, : x_PD.shape[1]]
 
 
-def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The plain weight (..., R, D) in PyTorch alone, on any device: the twin of `dequantize`."""
+def plain_values(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype, *, in_steps: bool = False
+) -> Tensor:
+    """The plain weight (..., R, D) in PyTorch alone, on any device: the twin of `dequantize`.
+
+    Args:
+        in_steps: with the levels of nf4 in 8 bits, as beside 8-bit activations.
+    """
     if form_of(codes, zero) == "int8":
         return (codes * scale).to(dtype)
     codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2)
     group = codes.shape[-1] // scale.shape[-1] if scale.shape[-1] else 1
     if zero is None:
         table = torch.tensor(NF4, dtype=torch.float32, device=codes.device)
+        if in_steps:
+            table = (table / NF4_STEP).round() * NF4_STEP
         values = table[codes.int()].unflatten(-1, (-1, group))
     else:
         values = codes.unflatten(-1, (-1, group)) - zero.unsqueeze(-1).float() / 16
@@ -85,13 +95,15 @@ def quantized_linear_reference(
     x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor | None = None
 ) -> Tensor:
     """The plain twin of the native product with few tokens; without expert_P the weight is (R, D), not (E, R, D)."""
-    x = round_activations(x_PD) if rounds_activations(x_PD.dtype, codes, zero) else x_PD
+    rounds = rounds_activations(x_PD.dtype)
+    x = round_activations(x_PD) if rounds else x_PD
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if expert_P is None:
-        return F.linear(x, plain_values(codes, scale, zero, x.dtype)).to(x_PD.dtype)
+        return F.linear(x, plain_values(codes, scale, zero, x.dtype, in_steps=rounds)).to(x_PD.dtype)
     if codes.shape[0] == 0:  # a rank without experts
         return x_PD.new_zeros(x_PD.shape[0], codes.shape[1])
     chosen = expert_P.clamp(min=0)
-    w_PRD = plain_values(codes[chosen], scale[chosen], None if zero is None else zero[chosen], x.dtype)
+    own = (codes[chosen], scale[chosen], None if zero is None else zero[chosen])
+    w_PRD = plain_values(*own, x.dtype, in_steps=rounds)
     y_PR = torch.bmm(w_PRD, x.unsqueeze(-1)).squeeze(-1)
     return y_PR.masked_fill((expert_P < 0).unsqueeze(-1), 0).to(x_PD.dtype)

@@ -9,15 +9,21 @@ import functools
 import torch
 from torch import Tensor
 
-from .native import DTYPES, check_outcome, native_available, native_library, native_variant
-from .quantized import NF4, form_of, rounds_activations
+from .native import check_outcome, native_available, native_library, native_variant
+from .quantized import NF4, NF4_STEP, depth_of, form_of, rounds_activations
+
+
+class _Levels(ctypes.Structure):
+    """struct accessory_levels of quantized.cpp."""
+
+    _fields_ = [("values", ctypes.c_float * 16), ("steps", ctypes.c_int8 * 16), ("step", ctypes.c_float)]
 
 
 class _Weight(ctypes.Structure):
     """struct accessory_quantized_weight of quantized.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "table")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "levels")),
         *((name, ctypes.c_int64) for name in ("experts", "rows", "depth")),
         *((f"{name}_{axis}", ctypes.c_int64) for name in ("codes", "scale", "zero") for axis in ("expert", "row")),
         ("kind", ctypes.c_int32),
@@ -38,30 +44,68 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _table(form: str) -> ctypes.Array[ctypes.c_float]:
-    return (ctypes.c_float * 16)(*(NF4 if form == "nf4" else range(16)))
+def _levels(form: str) -> _Levels:
+    values, steps = (NF4, [round(level / NF4_STEP) for level in NF4]) if form == "nf4" else (range(16), range(16))
+    return _Levels((ctypes.c_float * 16)(*values), (ctypes.c_int8 * 16)(*steps), NF4_STEP)
+
+
+class NativeWeight:
+    """A weight (R, D), or (E, ..., R, D) whose axes between experts and inputs are all rows, as the library reads it.
+
+    It is made of addresses: whoever keeps it must see to it that the tensors' memory stays. Their shapes and dtypes
+    have been checked. `native_weight` makes one.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        if codes.dim() == 2:
+            codes, scale, zero = codes[None], scale[None], None if zero is None else zero[None]
+        form = form_of(codes, zero)
+        self.experts, self.rows, self.depth = codes.shape[0], codes.shape[1:-1].numel(), depth_of(codes)
+        row, last = codes.dim() - 2, codes.dim() - 1
+        kind = {"int8": 0, "int4": 1 if self.depth == 32 * scale.shape[last] else 2, "nf4": 3}[form]
+        size = scale.element_size()
+        self._struct = _Weight(
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            ctypes.addressof(_levels(form)),
+            self.experts,
+            self.rows,
+            self.depth,
+            codes.stride(0),
+            codes.stride(row),
+            scale.stride(0) * size,
+            scale.stride(row) * size,
+            0 if zero is None else zero.stride(0),
+            0 if zero is None else zero.stride(row),
+            kind,
+        )
+        self.reference = ctypes.byref(self._struct)
+
+
+def native_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
+    """None where the native library does not read such tensors; their shapes and dtypes have been checked."""
+    tensors = (codes, scale) if zero is None else (codes, scale, zero)
+    # Integer sums of a longer row would not fit 32 bits.
+    short = codes.dtype != torch.int8 or codes.shape[-1] < 2**17
+    fits = short and codes.is_cpu and all(tensor.stride(-1) == 1 and _one_axis_of_rows(tensor) for tensor in tensors)
+    return NativeWeight(codes, scale, zero) if fits and native_available() else None
 
 
 def quantized_product(
-    x_PD: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    expert_P: Tensor | None,
-    *,
-    variant: str | None = None,
+    x_PD: Tensor, weight: NativeWeight, expert_P: Tensor | None, *, variant: str | None = None
 ) -> Tensor:
-    """y[p] = w[expert[p]] @ x[p] by the native library, for a weight (E, R, D); no expert_P: all are 0.
+    """y[p] = w[expert[p]] @ x[p] by the native library, in x's dtype, one of `DTYPES`; no expert_P: all are 0.
 
-    The caller has checked shapes, dtypes and strides (`native_serves`).
+    The caller has checked the shapes of x and expert_P.
     """
     x_PD = x_PD.contiguous()
     expert_P = None if expert_P is None else expert_P.contiguous()
-    y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
+    y_PR = x_PD.new_empty(x_PD.shape[0], weight.rows)
     outcome = _library().accessory_quantized_linear(
         (variant or native_variant()).encode(),
-        _described(codes, scale, zero),
-        rounds_activations(x_PD.dtype, codes, zero),
+        weight.reference,
+        rounds_activations(x_PD.dtype),
         x_PD.dtype == torch.bfloat16,
         x_PD.data_ptr(),
         None if expert_P is None else expert_P.data_ptr(),
@@ -69,56 +113,25 @@ def quantized_product(
         x_PD.shape[0],
         torch.get_num_threads(),
     )
-    check_outcome(outcome, expert_P, codes.shape[0])
+    check_outcome(outcome, expert_P, weight.experts)
     return y_PR
 
 
-def native_values(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, variant: str | None = None
-) -> Tensor:
-    """The plain values of a weight (E, R, D), written to the contiguous ``out`` by the native library."""
+def native_values(weight: NativeWeight, out: Tensor, *, variant: str | None = None) -> Tensor:
+    """The plain values of a weight, written to ``out``, contiguous and of one of `DTYPES`, by the native library."""
     outcome = _library().accessory_dequantize(
         (variant or native_variant()).encode(),
-        _described(codes, scale, zero),
+        weight.reference,
         out.dtype == torch.bfloat16,
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    check_outcome(outcome, None, codes.shape[0])
+    check_outcome(outcome, None, weight.experts)
     return out
 
 
-def native_serves(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
-    """Whether the native library multiplies such weights with activations of this dtype."""
-    # Integer sums of a longer row would not fit 32 bits.
-    short = codes.dtype != torch.int8 or codes.shape[-1] < 2**17
-    return (
-        dtype in DTYPES
-        and short
-        and codes.is_cpu
-        and codes.stride(-1) == scale.stride(-1) == 1
-        and (zero is None or zero.stride(-1) == 1)
-        and native_available()
-    )
-
-
-def _described(codes: Tensor, scale: Tensor, zero: Tensor | None) -> _Weight:
-    form = form_of(codes, zero)
-    depth = codes.shape[2] * (1 if form == "int8" else 2)
-    kind = {"int8": 0, "int4": 1 if depth == 32 * scale.shape[2] else 2, "nf4": 3}[form]
-    codes_strides, (expert, row, _), size = codes.stride(), scale.stride(), scale.element_size()
-    zero_strides = (0, 0) if zero is None else zero.stride()[:2]
-    return _Weight(
-        codes.data_ptr(),
-        scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        ctypes.addressof(_table(form)),
-        codes.shape[0],
-        codes.shape[1],
-        depth,
-        *codes_strides[:2],
-        expert * size,
-        row * size,
-        *zero_strides,
-        kind,
+def _one_axis_of_rows(tensor: Tensor) -> bool:
+    """Whether the axes between the first and the last lie in memory as one."""
+    return all(
+        tensor.stride(axis) == tensor.stride(axis + 1) * tensor.shape[axis + 1] for axis in range(1, tensor.dim() - 2)
     )

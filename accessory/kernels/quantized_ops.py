@@ -10,34 +10,60 @@ from torch import Tensor
 
 from . import triton_products
 from .linear import called_directly
+from .native import DTYPES
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
-from .quantized_native import native_serves, native_values, quantized_product
+from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
-#               int8, 8 tokens      16         32          int4, 8      16         32         nf4, 8      16
-#   7168, 1024  289 / 709     517 / 846  965 / 1096   265 / 1185  496 / 1363  958 / 1710  414 / 735  801 / 864
-#   1024, 3584  150 / 289     252 / 331      -        135 / 327   251 / 380   473 / 506   399 / 290  792 / 350
-_FEW = {"int8": 16, "int4": 16, "nf4": 8}
-_FEW_NF4_ELEMENTS = 16384  # of x: beyond them its staged floats leave the first cache
+#               int8, 8 tokens   16           32            nf4, 8       16           32
+#   7168, 1024  424 / 2158       812 / 2426   1516 / 2981   634 / 2162   1225 / 2443  2462 / 3106
+#   1024, 3584  236 / 544        421 / 687    779 / 954     331 / 587    640 / 719    1293 / 1015
+# int4 takes as long as int8, and its plain way 5 to 15 % longer.
+_FEW = 16
 _FEW_FLOAT32 = 32  # by linear.py's times of plain float32 products
 _SCRATCH = 2**22  # elements of plain weights at a time: they stay in the cache until they are multiplied
 
 
-def quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """x @ w.T for a weight (R, D), (P, R) in x's dtype, by the fastest way for this number of tokens."""
+def quantized_linear(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, native: NativeWeight | None = None
+) -> Tensor:
+    """x @ w.T for a weight (R, D), (P, R) in x's dtype, by the fastest way for this number of tokens.
+
+    Args:
+        native: the same weight as `native_weight` gives it, where the caller keeps it (checks and descriptions cost as
+            much as a small product) and x is `called_directly`.
+    """
+    if native is not None and x_PD.dtype in DTYPES and _few(x_PD):
+        _check_inputs(x_PD, native.depth)
+        return quantized_product(x_PD, native, None)
     if called_directly(x_PD):
         return _multiply(x_PD, codes, scale, zero)
     return torch.ops.accessory.quantized_linear(x_PD, codes, scale, zero)
 
 
 def gathered_quantized_linear(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
+    x_PD: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    expert_P: Tensor,
+    *,
+    native: NativeWeight | None = None,
 ) -> Tensor:
-    """y[p] = w[expert[p]] @ x[p] for a weight (E, R, D) and few pairs; a negative expert gives zeros.
+    """y[p] = w[expert[p]] @ x[p] for a weight (E, ..., D) and few pairs; a negative expert gives zeros.
 
-    With the native kernel every needed row of w is read once, and a pair's result does not depend on the other
-    pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise this is `quantized_linear_reference`.
+    The axes between are rows. With the native kernel every needed row of w is read once, and a pair's result does not
+    depend on the other pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise this is
+    `quantized_linear_reference`.
+
+    Args:
+        native: as in `quantized_linear`.
     """
+    if native is not None and x_PD.dtype in DTYPES:
+        _check_inputs(x_PD, native.depth)
+        _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
+        return quantized_product(x_PD, native, expert_P)
+    codes, scale, zero = codes.flatten(1, -2), scale.flatten(1, -2), None if zero is None else zero.flatten(1, -2)
     if called_directly(x_PD):
         return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
     return torch.ops.accessory.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
@@ -59,12 +85,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.d
 @torch.library.custom_op("accessory::dequantize", mutates_args=())
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     _check_weight(codes, scale, zero)
-    if codes.dim() not in (2, 3) or not native_serves(dtype, codes, scale, zero):
+    native = _native(dtype, codes, scale, zero)
+    if native is None:
         return plain_values(codes, scale, zero, dtype)
-    out = torch.empty(*codes.shape[:-1], depth_of(codes), dtype=dtype)
-    if codes.dim() == 3:
-        return native_values(codes, scale, zero, out)
-    return native_values(codes[None], scale[None], None if zero is None else zero[None], out)
+    return native_values(native, torch.empty(*codes.shape[:-1], depth_of(codes), dtype=dtype))
 
 
 @_dequantize.register_fake
@@ -75,11 +99,12 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: t
 
 def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
-    if not _few(x_PD, codes, zero):
+    if not _few(x_PD):
         return _by_blocks(x_PD, codes, scale, zero)
-    if native_serves(x_PD.dtype, codes, scale, zero):
-        return quantized_product(x_PD, codes[None], scale[None], None if zero is None else zero[None], None)
-    return quantized_linear_reference(x_PD, codes, scale, zero)
+    native = _native(x_PD.dtype, codes, scale, zero)
+    if native is None:
+        return quantized_linear_reference(x_PD, codes, scale, zero)
+    return quantized_product(x_PD, native, None)
 
 
 _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _multiply, mutates_args=())
@@ -87,7 +112,7 @@ _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _mult
 
 @_quantized_linear.register_kernel("cuda")
 def _multiply_on_cuda(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    if not (_few(x_PD, codes, zero) and triton_products.triton_serves(x_PD, codes, scale, zero)):
+    if not (_few(x_PD) and triton_products.triton_serves(x_PD, codes, scale, zero)):
         return _multiply(x_PD, codes, scale, zero)
     _check(x_PD, codes, scale, zero, axes=2)
     return triton_products.quantized_linear(x_PD, codes, scale, zero)
@@ -102,9 +127,10 @@ def _quantized_linear_fake(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Ten
 def _multiply_gathered(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
-    if native_serves(x_PD.dtype, codes, scale, zero):
-        return quantized_product(x_PD, codes, scale, zero, expert_P)
-    return quantized_linear_reference(x_PD, codes, scale, zero, expert_P)
+    native = _native(x_PD.dtype, codes, scale, zero)
+    if native is None:
+        return quantized_linear_reference(x_PD, codes, scale, zero, expert_P)
+    return quantized_product(x_PD, native, expert_P)
 
 
 _gathered_quantized_linear = torch.library.custom_op(
@@ -158,11 +184,8 @@ def _grouped_quantized_linear_fake(
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
 
 
-def _few(x_PD: Tensor, codes: Tensor, zero: Tensor | None) -> bool:
-    if x_PD.dtype == torch.float32:
-        return x_PD.shape[0] <= _FEW_FLOAT32
-    form = form_of(codes, zero)
-    return x_PD.shape[0] <= _FEW[form] and (form != "nf4" or x_PD.numel() <= _FEW_NF4_ELEMENTS)
+def _few(x_PD: Tensor) -> bool:
+    return x_PD.shape[0] <= (_FEW_FLOAT32 if x_PD.dtype == torch.float32 else _FEW)
 
 
 def _by_blocks(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, out: Tensor | None = None) -> Tensor:
@@ -170,24 +193,31 @@ def _by_blocks(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, 
     rows, depth = codes.shape[0], depth_of(codes)
     y_PR = x_PD.new_empty(x_PD.shape[0], rows) if out is None else out
     block = min(rows, max(1, _SCRATCH // max(1, depth)))
-    native = native_serves(x_PD.dtype, codes, scale, zero)
-    scratch = x_PD.new_empty(block, depth) if native else None
+    scratch = x_PD.new_empty(block, depth)
     for begin in range(0, rows, max(1, block)):
         part = slice(begin, begin + block)
         own = (codes[part], scale[part], None if zero is None else zero[part])
-        if scratch is None:
-            w_BD = plain_values(*own, x_PD.dtype)
-        else:
-            w_BD = scratch[: own[0].shape[0]]
-            native_values(own[0][None], own[1][None], None if own[2] is None else own[2][None], w_BD)
+        native = _native(x_PD.dtype, *own)
+        w_BD = plain_values(*own, x_PD.dtype) if native is None else native_values(native, scratch[: own[0].shape[0]])
         torch.mm(x_PD, w_BD.T, out=y_PR[:, part])
     return y_PR
 
 
+def _native(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
+    """The weight for the native library, where that multiplies activations of this dtype with it."""
+    return native_weight(codes, scale, zero) if dtype in DTYPES and codes.dim() >= 2 else None
+
+
 def _check(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, axes: int) -> None:
     _check_weight(codes, scale, zero)
-    if x_PD.dim() != 2 or codes.dim() != axes or x_PD.shape[1] != depth_of(codes) or not x_PD.is_floating_point():
-        raise ValueError(f"x_PD {_form(x_PD)} does not fit a weight with codes {_form(codes)}")
+    if codes.dim() != axes:
+        raise ValueError(f"codes {_form(codes)} are not those of a weight with {axes} axes")
+    _check_inputs(x_PD, depth_of(codes))
+
+
+def _check_inputs(x_PD: Tensor, depth: int) -> None:
+    if x_PD.dim() != 2 or x_PD.shape[1] != depth or not x_PD.is_floating_point():
+        raise ValueError(f"x_PD {_form(x_PD)} does not fit a weight with {depth} inputs")
 
 
 def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:

@@ -94,10 +94,36 @@ template <int GROUP> struct Int4Float {
     static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
 #pragma GCC unroll 4
         for (int v = 0; v < BLOCK / 2 / VL; v++)
-            table_block<N>(s, w + v * VL, row.table, t, b * BLOCK + 2 * v * VL, spread_bf16<GROUP>(scale, v));
+            table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread_bf16<GROUP>(scale, v));
     }
     template <int N> static INLINE void finish(vf* s, const Row& row, const Staged* t, int64_t d) {
         take_zeros<N>(s, row, t, d / GROUP);
+    }
+};
+
+struct Nf4Dots {
+    static constexpr int code_bytes = BLOCK / 2, scale_bytes = 4 * BLOCK / 64;
+    template <int N>
+    static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
+        const vu steps = byte_table(row.levels->steps) ^ FLIP;
+#pragma GCC unroll 4
+        for (int v = 0; v < BLOCK / 2 / VL; v++) {
+            const vu codes = load<vu>(w + v * VL);
+            const vu odd = look_up_bytes(steps, codes & 0x0f0f0f0fu);
+            const vu even = look_up_bytes(steps, (codes >> 4) & 0x0f0f0f0fu);
+            const vf scales = spread_f32(scale, v);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; i++) {
+                const char* x = t[i].x + b * BLOCK + 2 * v * VL;
+                const vi sums = dot_flipped(dot_flipped(vi{}, even, x), odd, x + VL);
+                s[i] += to_float(sums) * (scales * t[i].scale[b]);
+            }
+        }
+    }
+    template <int N> static INLINE void finish(vf* s, const Row& row, const Staged* t, int64_t d) {
+        if constexpr (FLIP != 0) take_offset<N>(s, row, t, d / 64, 128);  // flipped steps are 128 more
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) s[i] *= row.levels->step;
     }
 };
 
@@ -107,7 +133,7 @@ struct Nf4Float {
     static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
 #pragma GCC unroll 4
         for (int v = 0; v < BLOCK / 2 / VL; v++)
-            table_block<N>(s, w + v * VL, row.table, t, b * BLOCK + 2 * v * VL, spread_f32(scale, v));
+            table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread_f32(scale, v));
     }
     template <int N> static INLINE void finish(vf*, const Row&, const Staged*, int64_t) {}
 };
@@ -156,7 +182,7 @@ const Variant variant = {
     {{row_dot<Int8Dots>, stage_dots<0>},
      {row_dot<Int4Dots<32>>, stage_dots<32>},
      {row_dot<Int4Dots<64>>, stage_dots<64>},
-     {nullptr, nullptr}},
+     {row_dot<Nf4Dots>, stage_dots<64>}},
     {{row_dot<Int8Float>, stage_floats<0>},
      {row_dot<Int4Float<32>>, stage_floats<32>},
      {row_dot<Int4Float<64>>, stage_floats<64>},

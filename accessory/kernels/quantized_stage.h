@@ -101,7 +101,7 @@ template <int GROUP> void expand_int4(const Row& row, int64_t d, bool bf16, char
         const float scale = load<float>(&bits), zero = (uint8_t)row.zero[g] * 0.0625f;
 #pragma GCC unroll 16
         for (int j = 0; j < GROUP; j += LANES)
-            put(to, bf16, g * GROUP + j, (look_up(row.table, unpack(row.codes, g * GROUP + j)) - zero) * scale);
+            put(to, bf16, g * GROUP + j, (look_up(row.levels->values, unpack(row.codes, g * GROUP + j)) - zero) * scale);
     }
 }
 
@@ -110,6 +110,6 @@ void expand_nf4(const Row& row, int64_t d, bool bf16, char* to) {
         const float scale = load<float>(row.scale + 4 * g);
 #pragma GCC unroll 16
         for (int j = 0; j < 64; j += LANES)
-            put(to, bf16, g * 64 + j, look_up(row.table, unpack(row.codes, g * 64 + j)) * scale);
+            put(to, bf16, g * 64 + j, look_up(row.levels->values, unpack(row.codes, g * 64 + j)) * scale);
     }
 }

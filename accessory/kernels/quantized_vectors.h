@@ -19,7 +19,9 @@ INLINE vi dot_unsigned(vi sum, vu w, const char* x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, load<__m512i>(x));
 }
 // As unsigned numbers w is 128 more: the staged token's shift is -128 times its sum.
-INLINE vi dot_signed(vi sum, vu w, const char* x) { return dot_unsigned(sum, w ^ 0x80808080u, x); }
+constexpr uint32_t FLIP = 0x80808080u;
+INLINE vi dot_signed(vi sum, vu w, const char* x) { return dot_unsigned(sum, w ^ FLIP, x); }
+INLINE vi dot_flipped(vi sum, vu w, const char* x) { return dot_unsigned(sum, w, x); }
 #elif VL == 64
 INLINE vi pair_sums(vi sum, __m512i w, __m512i x) {
     return sum + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
@@ -48,6 +50,11 @@ template <class Byte> INLINE vi byte_sums(vi sum, vu w, const char* x) {
 }
 INLINE vi dot_unsigned(vi sum, vu w, const char* x) { return byte_sums<uint8_t>(sum, w, x); }
 INLINE vi dot_signed(vi sum, vu w, const char* x) { return byte_sums<int8_t>(sum, w, x); }
+#endif
+
+#if !DOTS
+constexpr uint32_t FLIP = 0;
+INLINE vi dot_flipped(vi sum, vu w, const char* x) { return dot_signed(sum, w, x); }
 #endif
 
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
@@ -86,6 +93,24 @@ INLINE vf look_up(const float* table, vu index) {
 #endif
 }
 
+// A table of 16 bytes, and its bytes by those of an index, each below 16.
+#if VL == 64
+INLINE vu byte_table(const int8_t* table) { return (vu)_mm512_broadcast_i32x4(load<__m128i>(table)); }
+INLINE vu look_up_bytes(vu table, vu index) { return (vu)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
+#elif VL == 32
+INLINE vu byte_table(const int8_t* table) { return (vu)_mm256_broadcastsi128_si256(load<__m128i>(table)); }
+INLINE vu look_up_bytes(vu table, vu index) { return (vu)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
+#else
+INLINE vu byte_table(const int8_t* table) { return load<vu>(table); }
+INLINE vu look_up_bytes(vu table, vu index) {
+    uint8_t levels[VL], bytes[VL];
+    __builtin_memcpy(levels, &table, VL);
+    __builtin_memcpy(bytes, &index, VL);
+    for (int j = 0; j < VL; j++) bytes[j] = levels[bytes[j]];
+    return load<vu>(bytes);
+}
+#endif
+
 // The scales of the weights in vector v of a block's codes, each in the lanes of its group.
 template <int GROUP> INLINE vf spread_bf16(const char* scale, int v) {
     constexpr int groups = 2 * VL / GROUP;
@@ -106,10 +131,22 @@ template <int GROUP> INLINE vf spread_bf16(const char* scale, int v) {
 INLINE vf spread_f32(const char* scale, int v) {  // groups of 64
     const char* at = scale + 4 * (v * 2 * VL / 64);
     if constexpr (VL < 64) {
-        return vf{} + load<float>(at);
+        return (vf)(vu{} + load<uint32_t>(at));  // as integers: floats would be added to the zeros
     } else {
         constexpr vi first = QUARTERS(-1, -1, 0, 0);
-        return first ? vf{} + load<float>(at) : vf{} + load<float>(at + 4);
+        return (vf)(first ? vu{} + load<uint32_t>(at) : vu{} + load<uint32_t>(at + 4));
+    }
+}
+
+// s -= by * scale * (sum of the group's activations), over all groups of a row.
+template <int N> INLINE void take_offset(vf* s, const Row& row, const Staged* t, int64_t groups, float by) {
+    for (int64_t g = 0; g < groups; g += LANES) {
+        char rest[VL] = {};
+        const bool whole = groups - g >= LANES;
+        if (!whole) __builtin_memcpy(rest, row.scale + 4 * g, 4 * (groups - g));
+        const vf offsets = load<vf>(whole ? row.scale + 4 * g : rest) * -by;
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) s[i] += offsets * load<vf>(t[i].sums + g);
     }
 }
 

@@ -143,7 +143,7 @@ class AdaptedExperts(Experts):
         both_PO = super().first(x_PD, way)
         if self.updated:
             lora_a = copy_to_region(local(self.w13_lora_a), self.region)
-            inner_PR = way.product(self._dropped(x_PD), lora_a.flatten(1, 2)) * self.peft.scale
+            inner_PR = way.product(self._dropped(x_PD), lora_a) * self.peft.scale
             halves = zip(inner_PR.chunk(2, dim=-1), local(self.w13_lora_b).unbind(1), strict=True)
             both_PO = both_PO + torch.cat([way.product(inner.contiguous(), lora_b) for inner, lora_b in halves], -1)
         if self.peft.bias_tuning:

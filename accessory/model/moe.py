@@ -19,6 +19,7 @@ from accessory.model.pair_products import GatheredPairs, GroupedPairs, TrainedPa
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
+from accessory.quant import linear
 
 
 class Routing(NamedTuple):
@@ -57,7 +58,7 @@ class Router(nn.Module):
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = F.linear(x_TD, local(self.weight).type_as(x_TD)).float()
+        logits_TE = linear(x_TD, local(self.weight).type_as(x_TD)).float()
         probs_TE = logits_TE.softmax(-1)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE)
@@ -112,7 +113,7 @@ class Experts(nn.Module):
 
     def first(self, x_PD: Tensor, way: Way) -> Tensor:
         """What w1 and w3 make of each pair, side by side; (P, 2 F)."""
-        return way.product(x_PD, local(self.w13).flatten(1, 2))
+        return way.product(x_PD, local(self.w13))
 
     def second(self, hidden_PF: Tensor, way: Way) -> Tensor:
         """What w2 makes of each pair; (P, D)."""

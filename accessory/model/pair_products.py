@@ -19,7 +19,7 @@ class Way(Protocol):
     """How the pairs of one layer find their experts' weights."""
 
     def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
-        """Each pair's row times its expert's matrix transposed; (P, O)."""
+        """Each pair's row times its expert's matrix transposed; (P, O). Several axes of outputs count as one."""
         ...
 
     def rows(self, bias_EO: Tensor, like: Tensor) -> Tensor:
@@ -73,4 +73,4 @@ class TrainedPairs(GroupedPairs):
     def product(self, x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight) -> Tensor:
         if isinstance(weight_EOD, QuantizedWeight):
             return grouped_linear(x_PD, weight_EOD, self.ends_E)
-        return differentiable_product(x_PD, weight_EOD, self.ends_E)
+        return differentiable_product(x_PD, weight_EOD.flatten(1, -2), self.ends_E)

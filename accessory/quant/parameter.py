@@ -1,5 +1,8 @@
 """A quantized weight as parameters of a module, so that whatever splits, shards, moves or saves them takes it along."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,15 +37,28 @@ class QuantizedParameter(nn.Module):
         self.shape, self.form = shape, quant.type
         empty = QuantizedWeight.empty(shape, quant.type, group_size=quant.group_size, device=device)
         self._dtypes = [tensor.dtype for tensor in empty.tensors().values()]
+        self._kept: tuple[list[Tensor], list[int], QuantizedWeight] | None = None
         for name, tensor in empty.tensors().items():
             self.register_parameter(f"{self.form}_{name}", nn.Parameter(as_bits(tensor), requires_grad=False))
 
     def to_local(self) -> QuantizedWeight:
         """This rank's weight, in the parameters' own memory."""
-        # Asked for by every product of a decoded token: no walk through the module, no names taken apart.
-        parameters = (parameter for parameter in self._parameters.values() if parameter is not None)
-        own = zip(map(_local, parameters), self._dtypes, strict=True)
-        return QuantizedWeight(*(bits if bits.dtype == dtype else bits.view(dtype) for bits, dtype in own))
+        # Asked for by every product of a decoded token: kept for as long as the parameters are the same tensors at
+        # the same addresses (FSDP changes both).
+        own = [_local(parameter) for parameter in self._parameters.values() if parameter is not None]
+        if torch.compiler.is_compiling():
+            return self._weight(own)
+        places = [tensor.data_ptr() for tensor in own]
+        if self._kept is None or places != self._kept[1] or any(map(operator.is_not, own, self._kept[0])):
+            self._kept = own, places, self._weight(own)
+        return self._kept[2]
+
+    def _weight(self, own: list[Tensor]) -> QuantizedWeight:
+        pairs = zip(own, self._dtypes, strict=True)
+        return QuantizedWeight(*(bits if bits.dtype == dtype else bits.view(dtype) for bits, dtype in pairs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
 
 def as_bits(tensor: Tensor) -> Tensor:

@@ -26,18 +26,23 @@ def linear(x_TD: Tensor, weight_OD: Tensor | QuantizedWeight) -> Tensor:
     if x_TD.dim() != 2:
         return linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     if isinstance(weight_OD, QuantizedWeight):
-        return kernels.quantized_linear(x_TD, weight_OD.codes, weight_OD.scale, weight_OD.zero)
+        native = weight_OD.native if kernels.called_directly(x_TD) else None
+        return kernels.quantized_linear(x_TD, weight_OD.codes, weight_OD.scale, weight_OD.zero, native=native)
     if x_TD.shape[0] <= kernels.FEW_TOKENS and not x_TD.is_cuda:
         return kernels.few_token_linear(x_TD, weight_OD)
     return F.linear(x_TD, weight_OD)
 
 
 def gathered_linear(x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight, expert_P: Tensor) -> Tensor:
-    """y[p] = weight[expert[p]] @ x[p], for few pairs; a negative expert gives zeros. Without a derivative."""
+    """y[p] = weight[expert[p]] @ x[p], for few pairs; a negative expert gives zeros. Without a derivative.
+
+    Here and in `grouped_linear` the outputs of a weight may be several axes, which count as one.
+    """
     if isinstance(weight_EOD, QuantizedWeight):
+        native = weight_EOD.native if kernels.called_directly(x_PD) else None
         codes, scale, zero = weight_EOD.codes, weight_EOD.scale, weight_EOD.zero
-        return kernels.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
-    return kernels.gathered_linear(x_PD, weight_EOD, expert_P)
+        return kernels.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P, native=native)
+    return kernels.gathered_linear(x_PD, weight_EOD.flatten(1, -2), expert_P)
 
 
 def grouped_linear(x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight, ends_E: Tensor) -> Tensor:
@@ -46,6 +51,7 @@ def grouped_linear(x_PD: Tensor, weight_EOD: Tensor | QuantizedWeight, ends_E: T
     Args:
         ends_E: int32.
     """
+    weight_EOD = weight_EOD.flatten(1, -2)
     if isinstance(weight_EOD, QuantizedWeight):
         if torch.is_grad_enabled():
             return _FrozenGrouped.apply(x_PD, weight_EOD, ends_E)

@@ -6,12 +6,13 @@ Shape letters: E experts, R rows (outputs), D depth (inputs).
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from accessory.config import QUANT_FORMS, QuantForm
-from accessory.kernels import dequantize
+from accessory.kernels import NativeWeight, dequantize, native_weight
 from accessory.kernels.quantized import GROUPS, NF4_GROUP, depth_of, form_of
 from accessory.quant import gptq, int4, int8, nf4
 from accessory.quant.gptq import InputMoments
@@ -87,6 +88,14 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Of all tensors, scales included."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @cached_property
+    def native(self) -> NativeWeight | None:
+        """As the native library reads it, None where it does not; stale once the tensors' memory has moved."""
+        return native_weight(self.codes, self.scale, self.zero)
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor, Tensor | None]]:
+        return QuantizedWeight, (self.codes, self.scale, self.zero)  # a copy's memory is elsewhere
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The plain weight (..., R, D)."""
