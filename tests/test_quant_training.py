@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import add_by_hand, random_adapter, trained_by_hand, write_adapter
 from checkpoints import accessory_config, write_checkpoint
-from finetuning import PRODUCT, Setting, finetune_on_rank, layout, losses, make_setting, model_tensors
+from finetuning import Setting, finetune_on_rank, layout, losses, make_setting, model_tensors
 from quantized import mixtral_to_quantize, quantized_by_hand
 from ranks import RankPool, assert_same, error_of
 from test_gradients import Batch, assert_gradients, random_batch, reference_loss
@@ -121,14 +121,14 @@ def run(pools: Pools, setting: Setting, output: Path, dp_size: int, mp_size: int
     assert set(pools(dp_size * mp_size).run(finetune_on_rank, setting, given)) == {0}
 
 
-STEPS = 100
+STEPS, EXAMPLES_OF_STEP = 100, 2
 
 
 @pytest.fixture(scope="module")
 def tiny_setting(tiny: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """The tiny model, and as many dialogues as it reads in that many steps."""
     folder = tmp_path_factory.mktemp("dialogues")
-    write_dialogues(folder / "dialogues", limit=STEPS * PRODUCT)
+    write_dialogues(folder / "dialogues", limit=STEPS * EXAMPLES_OF_STEP)
     (folder / "data.yaml").write_text((folder / "dialogues" / "data.yaml").read_text())
     split(tiny[0], folder / "base", mp=1)
     (folder / "peft.json").write_text('{"lora_rank": 16, "bias_tuning": true, "norm_tuning": true}')
@@ -137,7 +137,8 @@ def tiny_setting(tiny: tuple[Path, object], tmp_path_factory: pytest.TempPathFac
 
 def dialogue_losses(pools: Pools, setting: Setting, output: Path, dp_size: int, mp_size: int, **changes: Any) -> float:
     """Sum of the last ten steps' losses."""
-    settings = {"max_steps": STEPS, "epochs": 2, "lr": 1e-3, "dialog": True, **changes}
+    batch = {"batch_size": EXAMPLES_OF_STEP // dp_size, "accum_iter": 1}
+    settings = {"max_steps": STEPS, "epochs": 2, "lr": 1e-3, "dialog": True, **batch, **changes}
     run(pools, setting, output, dp_size, mp_size, **settings)
     found = losses(output)
     assert len(found) == STEPS

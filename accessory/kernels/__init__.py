@@ -10,14 +10,15 @@ from .linear import (
 )
 from .native import native_available, native_variant
 from .quantized import plain_values, quantized_linear_reference, round_activations
-from .quantized_native import NativeWeight, native_weight
-from .quantized_ops import dequantize, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
+from .quantized_native import NativeWeight
+from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
 
 __all__ = [
     "FEW_TOKENS",
     "NativeWeight",
     "called_directly",
     "dequantize",
+    "described",
     "few_token_linear",
     "gathered_linear",
     "gathered_linear_reference",
@@ -26,7 +27,6 @@ __all__ = [
     "grouped_quantized_linear",
     "native_available",
     "native_variant",
-    "native_weight",
     "plain_values",
     "quantized_linear",
     "quantized_linear_reference",

@@ -30,8 +30,8 @@ def quantized_linear(
     """x @ w.T for a weight (R, D), (P, R) in x's dtype, by the fastest way for this number of tokens.
 
     Args:
-        native: the same weight as `native_weight` gives it, where the caller keeps it (checks and descriptions cost as
-            much as a small product) and x is `called_directly`.
+        native: the same weight as `described` gives it, where the caller keeps it (checks and descriptions cost as much
+            as a small product) and x is `called_directly`.
     """
     if native is not None and x_PD.dtype in DTYPES and _few(x_PD):
         _check_inputs(x_PD, native.depth)
@@ -75,6 +75,16 @@ def grouped_quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: T
     Rows behind the last end come back as zeros.
     """
     return torch.ops.accessory.grouped_quantized_linear(x_PD, codes, scale, zero, ends_E)
+
+
+def described(codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
+    """For `native` of the products above: None where the native library does not read such a weight.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+    """
+    _check_weight(codes, scale, zero)
+    return native_weight(codes, scale, zero)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory.config import QUANT_FORMS, QuantForm
-from accessory.kernels import NativeWeight, dequantize, native_weight
+from accessory.kernels import NativeWeight, dequantize, described
 from accessory.kernels.quantized import GROUPS, NF4_GROUP, depth_of, form_of
 from accessory.quant import gptq, int4, int8, nf4
 from accessory.quant.gptq import InputMoments
@@ -92,7 +92,7 @@ class QuantizedWeight:
     @cached_property
     def native(self) -> NativeWeight | None:
         """As the native library reads it, None where it does not; stale once the tensors' memory has moved."""
-        return native_weight(self.codes, self.scale, self.zero)
+        return described(self.codes, self.scale, self.zero)
 
     def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor, Tensor | None]]:
         return QuantizedWeight, (self.codes, self.scale, self.zero)  # a copy's memory is elsewhere
