@@ -159,23 +159,33 @@ def test_any_number_of_threads_gives_the_same(form: str, group: int) -> None:
 
 @variants
 def test_long_rows_do_not_overflow(variant: str) -> None:
-    depth = 2**17 - 128
+    depth = 2**17 + 128  # whole, an integer sum would not fit 32 bits
     x = torch.full((1, depth), 3.0, dtype=torch.bfloat16)
     codes, scale = torch.full((1, 1, depth), 127, dtype=torch.int8), torch.ones(1, 1, 1)
     y = quantized_product(x, described((codes, scale, None)), None, variant=variant)
     torch.testing.assert_close(y, torch.full((1, 1), 127 * 3.0 * depth, dtype=torch.bfloat16))
-    longer = torch.zeros(1, 1, 2**17, dtype=torch.int8)
-    assert native_weight(longer, scale, None) is None
+
+
+@variants
+@pytest.mark.parametrize("code", [0, 15])
+def test_the_largest_levels_do_not_overflow(variant: str, code: int) -> None:
+    depth = 192
+    codes, scale = torch.full((1, 1, depth // 2), 17 * code, dtype=torch.uint8), torch.ones(1, 1, depth // 64)
+    x = torch.tensor([[3.0], [-3.0]], dtype=torch.bfloat16).expand(2, depth)
+    y = quantized_product(x, described((codes, scale, None)), None, variant=variant)
+    level = plain_values(codes, scale, None, torch.float32, in_steps=True)[0, 0, 0].item()
+    torch.testing.assert_close(y.float(), torch.tensor([[3.0], [-3.0]]) * level * depth, rtol=2**-8, atol=0)
 
 
 @variants
 @forms
 def test_what_is_not_a_number_shows_in_its_own_token(variant: str, form: str, group: int) -> None:
-    weight = draw_weight(form, group, 1, 5, 256)
-    x = draw(4, 256, dtype=torch.bfloat16)
-    x[1, 3], x[2, 200] = float("nan"), float("inf")
-    y = quantized_product(x, described(weight), None, variant=variant)
-    assert y.isfinite().all(dim=1).tolist() == [True, False, False, True]
+    for depth, last in ((256, 200), (192, 150)):
+        weight = draw_weight(form, group, 1, 5, depth)
+        x = draw(4, depth, dtype=torch.bfloat16)
+        x[1, 3], x[2, last] = float("nan"), float("inf")
+        y = quantized_product(x, described(weight), None, variant=variant)
+        assert y.isfinite().all(dim=1).tolist() == [True, False, False, True]
 
 
 # ---- 8-bit activations -----------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 The truth is transformers' own block, holding the plain values of the quantized weights.
 """
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +16,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralSparseMoeBlock
 
 from accessory import kernels
-from accessory.quant import QuantizedWeight, gathered_linear, grouped_linear, linear, quantize
+from accessory.config import QuantArgs
+from accessory.quant import QuantizedParameter, QuantizedWeight, gathered_linear, grouped_linear, linear, quantize
 
 DIM, HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 8, 8, 4, 64
 Weight = Tensor | QuantizedWeight
@@ -277,3 +280,83 @@ def test_training_does_not_round_activations() -> None:
     rounded = kernels.quantized_linear_reference(x, weight.codes, weight.scale, weight.zero)
     assert not torch.equal(linear(x, weight), y)
     torch.testing.assert_close(linear(x, weight), rounded, rtol=2**-7, atol=1e-3)
+
+
+# ---- what is kept of a weight from one product to the next ------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@forms
+def test_a_kept_description_gives_the_same_bits(form: str, group: int, dtype: torch.dtype) -> None:
+    weights, expert = weights_of(form, group), torch.tensor([3, -1, 0])
+    x = draw(3, DIM).to(dtype)
+    wq, w13 = weights["wq"], weights["w13"]
+    assert isinstance(wq, QuantizedWeight)
+    assert isinstance(w13, QuantizedWeight)
+    assert wq.native is not None, "this machine has no kernels, so this test shows nothing"
+    for _ in range(2):
+        own = torch.ops.accessory.quantized_linear(x, wq.codes, wq.scale, wq.zero)
+        assert torch.equal(linear(x, wq), own)
+        flat = w13.flatten(1, 2)
+        own = torch.ops.accessory.gathered_quantized_linear(x, flat.codes, flat.scale, flat.zero, expert)
+        assert torch.equal(gathered_linear(x, w13, expert), own)
+
+
+def parameter_with(weight: QuantizedWeight) -> QuantizedParameter:
+    module = QuantizedParameter(weight.shape, QuantArgs(type=weight.form), torch.device("cpu"))
+    for kept, new in zip(module.to_local().tensors().values(), weight.tensors().values(), strict=True):
+        kept.copy_(new)
+    return module
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+def test_it_follows_the_parameters_of_a_module(form: str) -> None:
+    first, second = (quantize(draw(64, DIM, seed=seed), form) for seed in (1, 2))  # type: ignore[arg-type]
+    x = draw(2, DIM)
+    module = parameter_with(first)
+    before = linear(x, module.to_local())
+    assert module.to_local() is module.to_local()
+    other = parameter_with(second)
+    truth = linear(x, other.to_local())
+    assert not torch.equal(truth, before)
+
+    copied = copy.deepcopy(module)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(linear(x, module.to_local()), truth)
+    assert torch.equal(linear(x, copied.to_local()), before)
+    module.load_state_dict({name: value.clone() for name, value in copied.state_dict().items()}, assign=True)
+    assert torch.equal(linear(x, module.to_local()), before)
+    for own, new in zip(module.parameters(), other.parameters(), strict=True):
+        own.data = new.data.clone()
+    assert torch.equal(linear(x, module.to_local()), truth)
+    for own in module.parameters():  # as FSDP frees memory below a parameter, and fills other memory later
+        size, values = own.untyped_storage().size(), own.detach().clone()
+        own.untyped_storage().resize_(0)
+        own.untyped_storage().resize_(size)
+        own.copy_(values)
+    assert torch.equal(linear(x, module.to_local()), truth)
+    weight = pickle.loads(pickle.dumps(module.to_local()))
+    assert torch.equal(linear(x, weight), truth)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    weights, x = weights_of("int4"), draw(3, DIM)
+    wq, w2 = weights["wq"], weights["w2"]
+    assert isinstance(wq, QuantizedWeight)
+    assert isinstance(w2, QuantizedWeight)
+    for wrong in (
+        QuantizedWeight(wq.codes, wq.scale[:, 1:], wq.zero),
+        QuantizedWeight(wq.codes, wq.scale.float(), wq.zero),
+        QuantizedWeight(wq.codes[1:], wq.scale, wq.zero),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            linear(x, wrong)
+    with pytest.raises(ValueError, match="stacked experts"):
+        linear(draw(3, HIDDEN), w2)
+    with pytest.raises(ValueError, match="without stacked experts"):
+        gathered_linear(x, wq, torch.tensor([0, 0, 0]))
+    for short in (x[:, 1:], x[:, : DIM // 2]):
+        with pytest.raises(ValueError, match="does not fit a weight with 256 inputs"):
+            linear(short, wq)
+    with pytest.raises(ValueError, match="one int64 for each pair"):
+        gathered_linear(draw(3, HIDDEN), w2, torch.tensor([0, 0]))

@@ -101,7 +101,7 @@ def check_outcome(outcome: int, expert_P: Tensor | None, experts: int) -> None:
         bad = int(expert_P[outcome - 1])
         raise IndexError(f"expert_P holds {bad}, but the weight has {experts} experts")
     if outcome != 0:
-        raise RuntimeError("this CPU does not run that variant of the kernels, or it lacks the product")
+        raise RuntimeError("this CPU does not run that variant of the kernels")
 
 
 @functools.cache

@@ -99,7 +99,7 @@ class Tokens {
 
 // y[p, r] = sum_d x[p, d] * w[e(p), r, d]; x (tokens, depth) and y (tokens, rows) contiguous, in float32 or bf16.
 // expert: one per token, negative for a row of zeros; null: all are expert 0. dots: with 8-bit activations.
-// Returns 0, or 1 + the first token whose expert does not exist, or -1 where the variant or the product does not.
+// Returns 0, or 1 + the first token whose expert does not exist, or -1 where the variant does not.
 extern "C" int64_t accessory_quantized_linear(const char* variant_name, const accessory_quantized_weight* weight,
                                               int dots, int bf16, const void* x, const int64_t* expert, void* y,
                                               int64_t tokens, int threads) {
@@ -107,7 +107,6 @@ extern "C" int64_t accessory_quantized_linear(const char* variant_name, const ac
     const Variant* variant = find_variant(variant_name);
     if (!variant) return -1;
     const Variant::Way& way = dots ? variant->dots[w.kind] : variant->floats[w.kind];
-    if (!way.dot) return -1;
     const int64_t bad = check_experts(expert, tokens, w.experts, (char*)y, w.rows * (bf16 ? 2 : 4));
     if (bad) return bad;
     const Schedule schedule(expert, tokens, w.rows);

@@ -57,7 +57,8 @@ class NativeWeight:
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        if codes.dim() == 2:
+        self.stacked = codes.dim() > 2
+        if not self.stacked:
             codes, scale, zero = codes[None], scale[None], None if zero is None else zero[None]
         form = form_of(codes, zero)
         self.experts, self.rows, self.depth = codes.shape[0], codes.shape[1:-1].numel(), depth_of(codes)
@@ -86,10 +87,8 @@ class NativeWeight:
 def native_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
     """None where the native library does not read such tensors; their shapes and dtypes have been checked."""
     tensors = (codes, scale) if zero is None else (codes, scale, zero)
-    # Integer sums of a longer row would not fit 32 bits.
-    short = codes.dtype != torch.int8 or codes.shape[-1] < 2**17
-    fits = short and codes.is_cpu and all(tensor.stride(-1) == 1 and _one_axis_of_rows(tensor) for tensor in tensors)
-    return NativeWeight(codes, scale, zero) if fits and native_available() else None
+    laid_out = codes.dim() >= 2 and all(tensor.stride(-1) == 1 and _one_axis_of_rows(tensor) for tensor in tensors)
+    return NativeWeight(codes, scale, zero) if laid_out and codes.is_cpu and native_available() else None
 
 
 def quantized_product(

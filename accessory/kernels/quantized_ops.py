@@ -18,7 +18,7 @@ from .quantized_native import NativeWeight, native_values, native_weight, quanti
 #               int8, 8 tokens   16           32            nf4, 8       16           32
 #   7168, 1024  424 / 2158       812 / 2426   1516 / 2981   634 / 2162   1225 / 2443  2462 / 3106
 #   1024, 3584  236 / 544        421 / 687    779 / 954     331 / 587    640 / 719    1293 / 1015
-# int4 takes as long as int8, and its plain way 5 to 15 % longer.
+# int4 takes as long as int8, and its plain way 5 to 15 % longer. Beyond 16, nf4 is what loses.
 _FEW = 16
 _FEW_FLOAT32 = 32  # by linear.py's times of plain float32 products
 _SCRATCH = 2**22  # elements of plain weights at a time: they stay in the cache until they are multiplied
@@ -34,7 +34,7 @@ def quantized_linear(
             as a small product) and x is `called_directly`.
     """
     if native is not None and x_PD.dtype in DTYPES and _few(x_PD):
-        _check_inputs(x_PD, native.depth)
+        _check_product(x_PD, native, stacked=False)
         return quantized_product(x_PD, native, None)
     if called_directly(x_PD):
         return _multiply(x_PD, codes, scale, zero)
@@ -60,10 +60,11 @@ def gathered_quantized_linear(
         native: as in `quantized_linear`.
     """
     if native is not None and x_PD.dtype in DTYPES:
-        _check_inputs(x_PD, native.depth)
+        _check_product(x_PD, native, stacked=True)
         _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
         return quantized_product(x_PD, native, expert_P)
-    codes, scale, zero = codes.flatten(1, -2), scale.flatten(1, -2), None if zero is None else zero.flatten(1, -2)
+    if codes.dim() > 3:
+        codes, scale, zero = codes.flatten(1, -2), scale.flatten(1, -2), None if zero is None else zero.flatten(1, -2)
     if called_directly(x_PD):
         return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
     return torch.ops.accessory.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
@@ -203,19 +204,23 @@ def _by_blocks(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, 
     rows, depth = codes.shape[0], depth_of(codes)
     y_PR = x_PD.new_empty(x_PD.shape[0], rows) if out is None else out
     block = min(rows, max(1, _SCRATCH // max(1, depth)))
-    scratch = x_PD.new_empty(block, depth)
+    scratch: Tensor | None = None
     for begin in range(0, rows, max(1, block)):
         part = slice(begin, begin + block)
         own = (codes[part], scale[part], None if zero is None else zero[part])
         native = _native(x_PD.dtype, *own)
-        w_BD = plain_values(*own, x_PD.dtype) if native is None else native_values(native, scratch[: own[0].shape[0]])
+        if native is None:
+            w_BD = plain_values(*own, x_PD.dtype)
+        else:
+            scratch = x_PD.new_empty(block, depth) if scratch is None else scratch
+            w_BD = native_values(native, scratch[: own[0].shape[0]])
         torch.mm(x_PD, w_BD.T, out=y_PR[:, part])
     return y_PR
 
 
 def _native(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
     """The weight for the native library, where that multiplies activations of this dtype with it."""
-    return native_weight(codes, scale, zero) if dtype in DTYPES and codes.dim() >= 2 else None
+    return native_weight(codes, scale, zero) if dtype in DTYPES else None
 
 
 def _check(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, axes: int) -> None:
@@ -223,6 +228,12 @@ def _check(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, a
     if codes.dim() != axes:
         raise ValueError(f"codes {_form(codes)} are not those of a weight with {axes} axes")
     _check_inputs(x_PD, depth_of(codes))
+
+
+def _check_product(x_PD: Tensor, native: NativeWeight, *, stacked: bool) -> None:
+    if native.stacked != stacked:
+        raise ValueError(f"a weight {'of' if native.stacked else 'without'} stacked experts does not fit this product")
+    _check_inputs(x_PD, native.depth)
 
 
 def _check_inputs(x_PD: Tensor, depth: int) -> None:

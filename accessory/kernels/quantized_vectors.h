@@ -18,9 +18,11 @@ typedef uint16_t vh __attribute__((vector_size(VL / 2)));
 INLINE vi dot_unsigned(vi sum, vu w, const char* x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, load<__m512i>(x));
 }
-// As unsigned numbers w is 128 more: the staged token's shift is -128 times its sum.
+// What makes signed bytes unsigned: each is then 128 more, and each product has 128 times the activations too many.
 constexpr uint32_t FLIP = 0x80808080u;
+// The staged token's shift is -128 times its sum.
 INLINE vi dot_signed(vi sum, vu w, const char* x) { return dot_unsigned(sum, w ^ FLIP, x); }
+// For w that has been flipped already; the caller takes off what is too many.
 INLINE vi dot_flipped(vi sum, vu w, const char* x) { return dot_unsigned(sum, w, x); }
 #elif VL == 64
 INLINE vi pair_sums(vi sum, __m512i w, __m512i x) {
@@ -52,7 +54,7 @@ INLINE vi dot_unsigned(vi sum, vu w, const char* x) { return byte_sums<uint8_t>(
 INLINE vi dot_signed(vi sum, vu w, const char* x) { return byte_sums<int8_t>(sum, w, x); }
 #endif
 
-#if !DOTS
+#if !DOTS  // signed bytes are multiplied as they are
 constexpr uint32_t FLIP = 0;
 INLINE vi dot_flipped(vi sum, vu w, const char* x) { return dot_signed(sum, w, x); }
 #endif

@@ -21,7 +21,8 @@ class RMSNorm(nn.Module):
         weight = local(self.weight).type_as(x)
         if not torch.is_grad_enabled():
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        # With gradients this is faster than F.rms_norm by a fifth (2,048 x 1,024 on CPU, torch 2.13.0).
+        # With gradients this is faster than F.rms_norm by a fifth (2,048 x 1,024 in bfloat16 on CPU, torch 2.13.0); it
+        # rounds before the weight as well, as transformers does, and F.rms_norm only behind it.
         wide = x.to(torch.float32, copy=True)
         mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]
         return (wide * torch.rsqrt(mean_square + self.eps)).type_as(x) * weight

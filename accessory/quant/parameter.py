@@ -44,7 +44,7 @@ class QuantizedParameter(nn.Module):
     def to_local(self) -> QuantizedWeight:
         """This rank's weight, in the parameters' own memory."""
         # Asked for by every product of a decoded token: kept for as long as the parameters are the same tensors at
-        # the same addresses (FSDP changes both).
+        # the same addresses. FSDP moves the memory below its parameters, and DTensors give a new tensor each time.
         own = [_local(parameter) for parameter in self._parameters.values() if parameter is not None]
         if torch.compiler.is_compiling():
             return self._weight(own)
@@ -58,7 +58,7 @@ class QuantizedParameter(nn.Module):
         return QuantizedWeight(*(bits if bits.dtype == dtype else bits.view(dtype) for bits, dtype in pairs))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**super().__getstate__(), "_kept": None}
 
 
 def as_bits(tensor: Tensor) -> Tensor:
