@@ -23,7 +23,7 @@ from accessory.serve.ranks import check_count
 from accessory.serve.request import RankLost
 
 # Seconds for ranks that were told to end to do so by themselves.
-_PATIENCE = 5.0
+_PATIENCE = 3.0
 # Seconds in which the cause of a loss shows: the rank that died first and those that follow it end almost together.
 _CAUSE = 0.5
 

@@ -18,8 +18,9 @@ from accessory.serve.request import Engine, RankLost
 logger = logging.getLogger(__name__)
 
 # Answers that are being written may go on for so long once the program is told to end; then their clients are told.
-SECONDS_TO_FINISH = 3.0
-SECONDS_TO_CLOSE = 3
+# With the seconds that connections get to close, and ranks to end (processes.py), it must be over within 10.
+SECONDS_TO_FINISH = 3
+SECONDS_TO_CLOSE = 2
 # A server whose ranks are lost says so for a while before it ends, so that its clients need not guess.
 SECONDS_OF_FAREWELL = 5.0
 # Ranks that are brought back may load so long; then the program ends, for whatever watches it to start it elsewhere.
@@ -62,7 +63,7 @@ class ApiServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=SECONDS_TO_CLOSE,
+            timeout_graceful_shutdown=SECONDS_TO_FINISH + SECONDS_TO_CLOSE,  # it counts from the same moment
         )
         self._server = _Server(config)
         self._engine: Engine | None = None
