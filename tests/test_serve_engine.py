@@ -18,6 +18,7 @@ from accessory.model.meta import MetaModel
 from accessory.serve.ranks import serve_on_ranks
 from accessory.serve.request import Busy, Engine, Event, RankLost, TokenScore
 from accessory.serve.runner import Runner
+from accessory.serve.stream import AnswerStream
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
@@ -157,6 +158,27 @@ def test_routes_are_those_of_a_pass_over_the_whole(folder: Path, model: MetaMode
     for layer, row in enumerate(counts):
         tally = Counter(expected[:, layer].flatten().tolist())
         assert list(row) == [tally[expert] for expert in range(8)]
+
+
+def test_routes_and_scores_are_the_same_while_other_prompts_are_read(folder: Path) -> None:
+    def asked(engine: Engine) -> AnswerStream:
+        return engine.submit(PROMPTS[4], Sampling(max_gen_len=40), routes=True, logprobs=2)
+
+    def program(engine: Engine) -> tuple[list[Event], list[Event]]:
+        alone = list(asked(engine))
+        stream = asked(engine)
+        others = [engine.submit([1, 20 + n] * 30, Sampling(max_gen_len=3), prompt_logprobs=n % 2) for n in range(6)]
+        together = list(stream)
+        for other in others:
+            list(other)
+        return alone, together
+
+    alone, together = serving(folder, program)
+    assert tokens_of(together) == tokens_of(alone)
+    assert [event.routes for event in together] == [event.routes for event in alone]
+    for one, other in zip(alone, together, strict=True):
+        for score, expected in zip(other.scores, one.scores, strict=True):
+            assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
 def test_cancelling_ends_within_two_steps_and_the_next_request_works(

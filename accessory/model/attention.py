@@ -7,6 +7,7 @@ Shape letters: T tokens, R rows (sequences), S slots of the cache, L length, H q
 G query heads that share one (H = K * G), h width of a head; all heads are this rank's own.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,6 +51,8 @@ class CausalRows:
 class Prefill:
     """Ragged rows, one after another without padding, each continuing the sequence in its slot.
 
+    Rows of a single token, the running answers of a serving batch, attend together, as in decoding.
+
     Args:
         lengths: new tokens of each row.
         slots: the slot of each row; what it holds already is seen by the new tokens.
@@ -61,19 +64,25 @@ class Prefill:
     def __init__(self, cache: KVCache, lengths: Sequence[int], slots: Sequence[int]) -> None:
         cache.check_room(slots, lengths)
         self.cache, self.lengths, self.slots = cache, list(lengths), list(slots)
-        self.starts = [cache.length(slot) for slot in slots]
-        spans = [torch.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        starts = [cache.length(slot) for slot in slots]
+        spans = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
         self.positions_T = torch.cat(spans).to(cache.k.device)
+        ends = list(itertools.accumulate(self.lengths))
+        rows = [(slot, start, end - n, end) for slot, start, n, end in zip(slots, starts, lengths, ends, strict=True)]
+        ones = [row for row, n in enumerate(self.lengths) if n == 1]
+        self._ones = _SingleTokens(cache, [rows[one] for one in ones]) if len(ones) > 1 else None
+        self._rows = [row for row, n in zip(rows, self.lengths, strict=True) if n > 1 or self._ones is None]
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        rows = []
-        split = (x.split(self.lengths) for x in (q_THh, k_TKh, v_TKh))
-        for slot, start, q, k, v in zip(self.slots, self.starts, *split, strict=True):
-            end = start + q.shape[0]
+        out_THh = torch.empty_like(q_THh)
+        for slot, start, first, last in self._rows:
+            end = start + last - first
             keys, values = self.cache.k[layer, slot], self.cache.v[layer, slot]
-            keys[start:end], values[start:end] = k, v
-            rows.append(_attend_row(q, keys[:end], values[:end], start))
-        return torch.cat(rows)
+            keys[start:end], values[start:end] = k_TKh[first:last], v_TKh[first:last]
+            out_THh[first:last] = _attend_row(q_THh[first:last], keys[:end], values[:end], start)
+        if self._ones is not None:
+            self._ones.attend(layer, q_THh, k_TKh, v_TKh, out_THh)
+        return out_THh
 
 
 class Score:
@@ -107,12 +116,38 @@ class Decode:
         keys, values = self.cache.k[layer], self.cache.v[layer]
         keys.index_put_(self.places, k_TKh)
         values.index_put_(self.places, v_TKh)
-        # The heads of a group see the same keys through the same mask: they can stand where a query's length
-        # stands, and no key is repeated.
-        q_SKGh = q_THh.unflatten(1, (keys.shape[2], -1))
-        k_SKLh, v_SKLh = keys[:, : self.bound].transpose(1, 2), values[:, : self.bound].transpose(1, 2)
-        out = F.scaled_dot_product_attention(q_SKGh, k_SKLh, v_SKLh, attn_mask=self.seen_S11L)
-        return out.flatten(1, 2)
+        return _attend_slots(q_THh, keys[:, : self.bound], values[:, : self.bound], self.seen_S11L)
+
+
+class _SingleTokens:
+    """Rows of a single token among those of a `Prefill`.
+
+    All slots up to the last one take part, since a choice of them would be a copy of their keys and values.
+
+    Args:
+        rows: the slot of each row, its position there, and its place among the tokens with the one behind it.
+    """
+
+    def __init__(self, cache: KVCache, rows: Sequence[tuple[int, int, int, int]]) -> None:
+        device = cache.k.device
+        slots, positions, places, _ = zip(*rows, strict=True)
+        self.cache, self.count, self.bound = cache, max(slots) + 1, max(positions) + 1
+        self.slots_R, self.positions_R, self.places_R = (
+            torch.tensor(numbers, device=device) for numbers in (slots, positions, places)
+        )
+        # A slot that is not asked sees its first position: a row that sees nothing would be NaN.
+        positions_S = torch.zeros(self.count, dtype=torch.int64, device=device)
+        positions_S[self.slots_R] = self.positions_R
+        self.seen_S11L = (torch.arange(self.bound, device=device) <= positions_S[:, None])[:, None, None]
+
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, out_THh: Tensor) -> None:
+        """Attention of these rows' tokens, written to their places in ``out_THh``."""
+        keys, values = (x[layer, : self.count, : self.bound] for x in (self.cache.k, self.cache.v))
+        keys.index_put_((self.slots_R, self.positions_R), k_TKh[self.places_R])
+        values.index_put_((self.slots_R, self.positions_R), v_TKh[self.places_R])
+        q_SHh = q_THh.new_zeros(self.count, *q_THh.shape[1:]).index_copy_(0, self.slots_R, q_THh[self.places_R])
+        out_SHh = _attend_slots(q_SHh, keys, values, self.seen_S11L)
+        out_THh.index_copy_(0, self.places_R, out_SHh[self.slots_R])
 
 
 class Attention(nn.Module):
@@ -136,6 +171,15 @@ class Attention(nn.Module):
         q, k = rotate(torch.cat((q, k), dim=1), rotation).split((q.shape[1], k.shape[1]), dim=1)
         out = pattern.attend(self.layer, q, k, v)
         return self.wo(out.flatten(1))
+
+
+def _attend_slots(q_SHh: Tensor, k_SLKh: Tensor, v_SLKh: Tensor, seen_S11L: Tensor) -> Tensor:
+    """One token of every slot; (S, H, h)."""
+    # The heads of a group see the same keys through the same mask: they can stand where a query's length stands, and
+    # no key is repeated.
+    q_SKGh = q_SHh.unflatten(1, (k_SLKh.shape[2], -1))
+    out = F.scaled_dot_product_attention(q_SKGh, k_SLKh.transpose(1, 2), v_SLKh.transpose(1, 2), attn_mask=seen_S11L)
+    return out.flatten(1, 2)
 
 
 def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:

@@ -103,30 +103,34 @@ class Desk:
                     return False
 
     def _read(self, step: Reading) -> None:
-        """Read pieces of prompts; the first token of those that end."""
+        """Read pieces of prompts; the first token of those that end, and one more for every running answer."""
         tokens = [
             token
             for sequence, count in step.rows
             for token in sequence.request.tokens[sequence.read : sequence.read + count]
         ]
-        slots = [sequence.slot for sequence, _ in step.rows if sequence.slot is not None]
-        lengths = [count for _, count in step.rows]
+        self._tally.prompt_tokens += len(tokens)
+        # To the model a running answer is a prompt with one token to read.
+        tokens += [sequence.last_token for sequence in step.answers]
+        lengths = [count for _, count in step.rows] + [1] * len(step.answers)
+        sequences = [sequence for sequence, _ in step.rows] + step.answers
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         scored = any(sequence.request.prompt_logprobs is not None for sequence, _ in step.rows)
         command = Read(tokens, lengths, slots, self._take_freed(), all_logits=scored)
         self._command(command)
         logits = self._runner.read(command)
-        self._tally.prompt_tokens += len(tokens)
         pieces = list(logits.split(lengths)) if scored else list(logits.split(1))
         ready, finals = [], []
-        for (sequence, count), piece_TV in zip(step.rows, pieces, strict=True):
+        for (sequence, count), piece_TV in zip(step.rows, pieces[: len(step.rows)], strict=True):
             if scored and sequence.request.prompt_logprobs is not None:
                 score_prompt(sequence, piece_TV)
             sequence.read += count
             if not sequence.unread:
                 ready.append(sequence)
                 finals.append(piece_TV[-1:])
-        if ready:
-            self._advance(ready, torch.cat(finals))
+        finals += pieces[len(step.rows) :]
+        if finals:
+            self._advance(ready + step.answers, torch.cat(finals), self._newest_routes(step.answers))
 
     def _write(self, step: Writing) -> None:
         """One more token for every answer that is being written."""
@@ -135,16 +139,19 @@ class Desk:
         command = Write([sequence.last_token for sequence in rows], slots, self._take_freed())
         self._command(command)
         logits_RV = self._runner.write(command)
-        asking = [sequence for sequence in rows if sequence.request.routes]
-        self._advance(rows, logits_RV, newest_routes(self._runner.cache, asking) if asking else {})
+        self._advance(rows, logits_RV, self._newest_routes(rows))
 
     def _advance(
         self,
         rows: list[Sequence],
         logits_RV: Tensor,
-        routes: dict[int, tuple[tuple[int, ...], ...]] | None = None,
+        routes: dict[int, tuple[tuple[int, ...], ...]],
     ) -> None:
-        """Choose the next token of each sequence, and tell what came of it."""
+        """Choose the next token of each sequence, and tell what came of it.
+
+        Args:
+            routes: of the tokens that the logits stand behind, by number, where they are told.
+        """
         samplings = [sequence.request.sampling for sequence in rows]
         tokens = sample_each(logits_RV, samplings, [sequence.draw() for sequence in rows]).tolist()
         for row, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -164,7 +171,7 @@ class Desk:
                 tokens=(token,),
                 scores=scores,
                 prompt_scores=prompt_scores,
-                routes=(routes[sequence.number],) if routes and asked.routes else (),
+                routes=(routes[sequence.number],) if sequence.number in routes else (),
                 finish=sequence.finish,
             )
             self._tally.generated_tokens += 1
@@ -173,6 +180,10 @@ class Desk:
                 self._end(sequence, event)
             else:
                 self._events.append((sequence.number, event))
+
+    def _newest_routes(self, answers: list[Sequence]) -> dict[int, tuple[tuple[int, ...], ...]]:
+        asking = [sequence for sequence in answers if sequence.request.routes]
+        return newest_routes(self._runner.cache, asking) if asking else {}
 
     def _end(self, sequence: Sequence, last: Event | Exception) -> None:
         del self._sequences[sequence.number]
