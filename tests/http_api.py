@@ -14,7 +14,7 @@ from accessory.serve.http.app import create_app
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
 
-SECONDS = 30
+SECONDS = 60
 
 
 class ServedApi:
