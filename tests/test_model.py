@@ -208,18 +208,18 @@ def cache_of(slots: int, max_seq_len: int) -> KVCache:
 
 def test_bound_is_the_least_block_that_holds_the_next_token() -> None:
     cache = cache_of(3, 1000)
-    assert cache.bound == 256
+    assert cache.bound == 64
     cache.extend([0, 2], [5, 9])
-    assert cache.bound == 256
-    cache.extend([1], [255])  # the next token goes to place 255, the last of the block
-    assert cache.bound == 256
+    assert cache.bound == 64
+    cache.extend([1], [63])  # the next token goes to place 63, the last of the block
+    assert cache.bound == 64
     cache.extend([1], [1])
-    assert cache.bound == 512
+    assert cache.bound == 128
     cache.free(1)
-    assert cache.bound == 256
-    cache.extend([2], [800])
+    assert cache.bound == 64
+    cache.extend([2], [951])
     assert cache.bound == 1000  # not 1024: the cache ends there
-    cache.extend([2], [191])
+    cache.extend([2], [40])
     assert (cache.length(2), cache.bound) == (1000, 1000)
 
 
