@@ -83,9 +83,8 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-# Two files of tests at a time: much of what they do is waiting for processes to start.
 pytest: $(READY) chromium
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest
 
 # The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.
 test-browser: $(READY) chromium
