@@ -14,7 +14,7 @@ from accessory.serve.http.app import create_app
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
 
-SECONDS = 60
+SECONDS = 30
 
 
 class ServedApi:

@@ -100,7 +100,7 @@ class KillRun:
         with self._start() as program:
             self._see_where_it_goes_on(program)
             assert program.wait(300) == 0, program.text
-            program.wait_for_all()
+            program.wait_for_all(5)
         inside = sum(kill.phase in PHASES for kill in self.done)
         assert 3 * inside >= self.kills, f"only {inside} of {self.kills} kills hit a save"
 
@@ -124,9 +124,9 @@ class KillRun:
                 with suppress(ProcessLookupError):
                     os.kill(target, signal.SIGKILL)
             phase, unsaved = self._phase(program)
-            program.wait_for_all()
+            program.wait_for_all(60)
             seconds = time.monotonic() - at
-            assert program.wait() != 0
+            assert program.wait(5) != 0
             if victim != "torchrun":  # whose ranks go on, to save
                 phase, unsaved = self._phase(program)
             last = self._last_step()

@@ -107,7 +107,7 @@ class Program:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end within {seconds} s\n{self.text}") from None
 
-    def wait_for_all(self, seconds: float = 60) -> None:
+    def wait_for_all(self, seconds: float) -> None:
         """Wait until nothing that the command started is left.
 
         Raises:

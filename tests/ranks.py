@@ -95,7 +95,7 @@ class RankPool:
             try:
                 answers.append(pipe.recv())
             except EOFError:
-                self._processes[rank].join(30)
+                self._processes[rank].join(5)
                 code = self._processes[rank].exitcode
                 self.close()
                 raise RankDied(f"rank {rank} of {self.size} ended with exit code {code}") from None

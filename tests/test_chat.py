@@ -109,8 +109,8 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(talking: Path) -> None:
             shown.wait_for("> ")
             ctrl_c(program)
             shown.type("\n")
-            assert program.wait() == 0
-            program.wait_for_all()
+            assert program.wait(10) == 0
+            program.wait_for_all(2)
 
 
 def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
@@ -119,8 +119,8 @@ def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
         with Program(command, terminal=terminal) as program:
             shown.wait_for("> ")
             program.send(signal.SIGTERM)
-            assert program.wait() == -signal.SIGTERM
-            program.wait_for_all()
+            assert program.wait(10) == -signal.SIGTERM
+            program.wait_for_all(2)
 
 
 def ctrl_c(program: Program) -> None:

@@ -74,7 +74,7 @@ def test_ranks_started_by_hand_end_when_one_dies(
         others = [program for rank, program in enumerate(programs) if rank != victim]
         for program in others:
             assert program.wait(60) == 1
-            program.wait_for_all()
+            program.wait_for_all(5)
         (said,) = (line for program in others for line in errors_of(program))
         assert re.search(rf"ERROR: rank {victim} on \S+ is gone", said)
     assert_only_complete_states(tmp_path)
@@ -93,7 +93,7 @@ def test_torchrun_says_once_that_a_rank_died(setting: Setting, tmp_path: Path) -
         program.wait_for(MOMENTS["step"])
         os.kill(program.rank(1), 9)
         assert program.wait(60) == 1
-        program.wait_for_all()
+        program.wait_for_all(5)
         (said,) = (line for line in program.lines if "ERROR: " in line)
         assert said.startswith("[rank 2] ERROR: rank 1 on ")
 
@@ -168,7 +168,7 @@ def test_a_spoilt_model_is_said_once(setting: Setting, small_tokenizer: Path, tm
     output = tmp_path / "run"
     with Program(under_torchrun(2, spoilt.arguments(output, **layout(1, 2))), spoilt.environment) as program:
         assert program.wait() == 1
-        program.wait_for_all()
+        program.wait_for_all(5)
         (said,) = (line for line in program.lines if "ERROR: " in line)
         assert "is not finite" in said
         assert program.text.count("Traceback") == 1, "torchrun's own"

@@ -142,7 +142,7 @@ def test_one_process_saves_and_goes_on(ranks: Pools, setting: Setting, tmp_path:
         program.send(signal.SIGUSR1)
         step = stopped_after(program, "a signal")
         assert program.wait() == 0
-        program.wait_for_all()
+        program.wait_for_all(5)
         assert "error" not in program.text.lower()
     assert latest_state(output).name == f"step-{step:08d}"
     whole = tmp_path / "whole"
@@ -171,7 +171,7 @@ def test_ranks_save_when_torchrun_is_ended(
         step = stopped_after(program, why)
         # Fact of torchrun: it fails also where its workers end well.
         assert program.wait() == (-signal.SIGKILL if number is signal.SIGKILL else 1)
-        program.wait_for_all()
+        program.wait_for_all(10)
         assert "ERROR" not in program.text
     assert latest_state(tmp_path).name == f"step-{step:08d}"
     assert len(losses(tmp_path)) == step
@@ -184,7 +184,7 @@ def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, un
         first, second = (stack.enter_context(Program(alone(arguments), environment | place)) for place in by_hand(2))
         first.wait_for(TOKENISES)
         second.send(signal.SIGTERM)
-        assert second.wait() == -signal.SIGTERM
+        assert second.wait(5) == -signal.SIGTERM
         # Nothing but its peer's death tells rank 0 that the run is over.
         assert first.wait(60) == 1
         (said,) = (line for line in first.lines if "ERROR" in line)
@@ -199,4 +199,4 @@ def test_before_the_first_step_ranks_without_a_launcher_end_at_once(
     with lock_of_tokens(setting, tmp_path / "cache") as environment, Program(command, environment) as program:
         program.wait_for(TOKENISES)
         program.send(signal.SIGKILL)
-        program.wait_for_all()
+        program.wait_for_all(10)

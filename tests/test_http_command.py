@@ -46,12 +46,12 @@ class Served:
 
     def get(self, path: str) -> httpx.Response | None:
         try:
-            return httpx.get(self.url + path, headers=self.headers, timeout=60)
+            return httpx.get(self.url + path, headers=self.headers, timeout=30)
         except httpx.TransportError:
             return None
 
     def post(self, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=30)
 
     def is_ready(self) -> bool:
         answer = self.get("/health")
@@ -98,11 +98,13 @@ def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert begun.wait(60)
+        assert begun.wait(30)
         program.send(signal.SIGTERM)
-        assert program.wait() == 0
-        program.wait_for_all()
-        reader.join(60)
+        start = time.monotonic()
+        assert program.wait(20) == 0
+        assert time.monotonic() - start < 10
+        program.wait_for_all(5)
+        reader.join(10)
         assert not reader.is_alive()
     last = [line for line in lines if line][-1].removeprefix("data: ")
     assert last == "[DONE]" or "shutting down" in json.loads(last)["error"]["message"]
@@ -117,20 +119,20 @@ def test_a_dead_rank_is_said_and_ends_the_program(folder: Path) -> None:
 
         def ask() -> None:
             body = {"prompt": "a", "max_tokens": 1900, "temperature": 1, "stream": True, "seed": 1}
-            with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
+            with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=30) as answer:
                 failures.extend(line for line in answer.iter_lines() if "error" in line)
 
         asking = threading.Thread(target=ask)
         asking.start()
         wait_until(lambda: "accessory_running_requests 1.0" in getattr(served.get("/metrics"), "text", ""))
         os.kill(program.rank(1), signal.SIGKILL)
-        asking.join(60)
+        asking.join(30)
         assert len(failures) == 1
         for answer in (served.get("/health"), served.post(prompt="a")):
             assert answer is not None
             assert_error(answer, 503, "rank")
-        assert program.wait() == 1
-        program.wait_for_all()
+        assert program.wait(30) == 1
+        program.wait_for_all(5)
     assert len([line for line in program.lines if line.startswith("error: ")]) == 1
     assert "Traceback" not in program.text
 
@@ -145,7 +147,7 @@ def test_with_restart_it_comes_back(folder: Path) -> None:
         assert served.post(prompt="The list", max_tokens=4, temperature=0).json()["choices"] == expected
         program.process.kill()  # nobody can end its ranks but they themselves
         program.process.wait()
-        program.wait_for_all()
+        program.wait_for_all(10)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -154,8 +156,8 @@ def test_it_can_be_told_to_end_while_it_loads(folder: Path, number: signal.Signa
         wait_until(lambda: served.get("/health") is not None)
         wait_until(lambda: len(served.program.processes()) == 2)
         served.program.send(number)
-        assert served.program.wait() == code
-        served.program.wait_for_all()
+        assert served.program.wait(20) == code
+        served.program.wait_for_all(5)
     assert "Traceback" not in served.program.text
 
 

@@ -242,7 +242,7 @@ def test_no_rank_outlives_its_driver(folder: Path, how: str) -> None:
             os.killpg(program.process.pid, signal.SIGINT)
         else:
             program.send(signal.SIGKILL)
-        program.wait_for_all()
+        program.wait_for_all(10)
         if how == "interrupt":
             assert "KeyboardInterrupt" in program.text
             assert program.text.count("Traceback") == 1

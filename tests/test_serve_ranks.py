@@ -60,7 +60,7 @@ def test_the_first_rank_serves_and_all_end_together(folder: Path) -> None:
         first, follower = started(stack, folder, "end")
         assert first.wait() == follower.wait() == 0
         for program in (first, follower):
-            program.wait_for_all()
+            program.wait_for_all(10)
     expected = load(folder).generate(["The list method"], max_gen_len=20)[0]
     assert [line for line in first.lines if line.startswith("answer")] == [f"answer {expected!r}"] * 2
     assert "scores [False]" in first.lines
@@ -74,7 +74,7 @@ def test_a_follower_that_is_killed_is_told_to_the_program_and_ends_it(folder: Pa
         os.kill(follower.process.pid, signal.SIGKILL)
         first.wait_for("lost: rank 1 is gone")
         assert first.wait(30) == 1
-        first.wait_for_all()
+        first.wait_for_all(10)
 
 
 def test_what_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:

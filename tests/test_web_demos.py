@@ -66,8 +66,8 @@ def ask_multi(talker: Client, question: str, length: int = 60) -> list[str]:
 
 def end_by_sigterm(program: Program) -> None:
     program.send(signal.SIGTERM)
-    assert program.wait() != 0
-    program.wait_for_all()
+    assert program.wait(10) != 0
+    program.wait_for_all(1)
 
 
 def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
@@ -77,8 +77,8 @@ def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
     while not said:  # the page's script asks like this
         said = httpx.get(f"{address}model-state").json()["failure"] or ""
     assert f"rank {rank}" in said
-    assert program.wait() != 0
-    program.wait_for_all()
+    assert program.wait(30) != 0
+    program.wait_for_all(1)
     assert f"rank {rank}" in program.text
 
 
@@ -128,7 +128,7 @@ def one_line(*command: str | Path) -> str:
     """What a program that cannot start says."""
     with Program([sys.executable, *command]) as program:
         assert program.wait(60) == 1
-        program.wait_for_all()
+        program.wait_for_all(5)
         assert program.lines[-1].startswith("error: ")
         assert "Traceback" not in program.text
         return program.lines[-1]
