@@ -337,7 +337,7 @@ def compiled_against_eager(model: Transformer, slots: int, script: list[dict[int
     return differences, counter.frame_count
 
 
-# Slots come and go and another becomes the longest; then the cache's second block is read, and the first again.
+# Slots come and go and another becomes the longest; then further blocks of the cache are read, and the first again.
 SCRIPT: list[dict[int, int]] = [{0: 5, 2: 9}, {}, {1: 30}, {1: 0}, {0: 40}, {}, {1: 252}, {}, {}, {}, {}, {1: 0}]
 
 

@@ -247,10 +247,11 @@ def test_more_than_may_wait_are_turned_away_and_find_room_later(folder: Path) ->
 
 def test_requests_share_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    write = Runner.write
-    monkeypatch.setattr(
-        Runner, "write", lambda self, command: (steps.append(len(command.slots)), write(self, command))[1]
-    )
+    for name in ("read", "write"):
+        method = getattr(Runner, name)
+        monkeypatch.setattr(
+            Runner, name, lambda self, command, run=method: (steps.append(len(command.slots)), run(self, command))[1]
+        )
 
     def program(engine: Engine) -> int:
         streams = [engine.submit([1, 20 + number], Sampling(max_gen_len=50)) for number in range(16)]

@@ -63,15 +63,15 @@ class Prefill:
 
     def __init__(self, cache: KVCache, lengths: Sequence[int], slots: Sequence[int]) -> None:
         cache.check_room(slots, lengths)
-        self.cache, self.lengths, self.slots = cache, list(lengths), list(slots)
+        self.cache = cache
         starts = [cache.length(slot) for slot in slots]
-        spans = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
+        spans = [torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
         self.positions_T = torch.cat(spans).to(cache.k.device)
-        ends = list(itertools.accumulate(self.lengths))
+        ends = itertools.accumulate(lengths)
         rows = [(slot, start, end - n, end) for slot, start, n, end in zip(slots, starts, lengths, ends, strict=True)]
-        ones = [row for row, n in enumerate(self.lengths) if n == 1]
-        self._ones = _SingleTokens(cache, [rows[one] for one in ones]) if len(ones) > 1 else None
-        self._rows = [row for row, n in zip(rows, self.lengths, strict=True) if n > 1 or self._ones is None]
+        ones = [(slot, start, first) for slot, start, first, last in rows if last - first == 1]
+        self._ones = _SingleTokens(cache, ones) if len(ones) > 1 else None
+        self._rows = [row for row, n in zip(rows, lengths, strict=True) if n > 1 or self._ones is None]
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
         out_THh = torch.empty_like(q_THh)
@@ -125,12 +125,12 @@ class _SingleTokens:
     All slots up to the last one take part, since a choice of them would be a copy of their keys and values.
 
     Args:
-        rows: the slot of each row, its position there, and its place among the tokens with the one behind it.
+        rows: the slot of each row, its position there, and its place among the tokens.
     """
 
-    def __init__(self, cache: KVCache, rows: Sequence[tuple[int, int, int, int]]) -> None:
+    def __init__(self, cache: KVCache, rows: Sequence[tuple[int, int, int]]) -> None:
         device = cache.k.device
-        slots, positions, places, _ = zip(*rows, strict=True)
+        slots, positions, places = zip(*rows, strict=True)
         self.cache, self.count, self.bound = cache, max(slots) + 1, max(positions) + 1
         self.slots_R, self.positions_R, self.places_R = (
             torch.tensor(numbers, device=device) for numbers in (slots, positions, places)

@@ -130,7 +130,7 @@ class Desk:
                 finals.append(piece_TV[-1:])
         finals += pieces[len(step.rows) :]
         if finals:
-            self._advance(ready + step.answers, torch.cat(finals), self._newest_routes(step.answers))
+            self._advance(ready + step.answers, torch.cat(finals), newest_routes(self._runner.cache, step.answers))
 
     def _write(self, step: Writing) -> None:
         """One more token for every answer that is being written."""
@@ -139,7 +139,7 @@ class Desk:
         command = Write([sequence.last_token for sequence in rows], slots, self._take_freed())
         self._command(command)
         logits_RV = self._runner.write(command)
-        self._advance(rows, logits_RV, self._newest_routes(rows))
+        self._advance(rows, logits_RV, newest_routes(self._runner.cache, rows))
 
     def _advance(
         self,
@@ -180,10 +180,6 @@ class Desk:
                 self._end(sequence, event)
             else:
                 self._events.append((sequence.number, event))
-
-    def _newest_routes(self, answers: list[Sequence]) -> dict[int, tuple[tuple[int, ...], ...]]:
-        asking = [sequence for sequence in answers if sequence.request.routes]
-        return newest_routes(self._runner.cache, asking) if asking else {}
 
     def _end(self, sequence: Sequence, last: Event | Exception) -> None:
         del self._sequences[sequence.number]

@@ -41,7 +41,10 @@ class Tally:
 
 
 def newest_routes(cache: KVCache, rows: Rows[Sequence]) -> dict[int, tuple[tuple[int, ...], ...]]:
-    """The experts (layers, top_k) of the token that each of these sequences has just read, by their numbers."""
+    """The experts (layers, top_k) of the token that each of these has just read, by number, where it asks for them."""
+    rows = [sequence for sequence in rows if sequence.request.routes]
+    if not rows:  # nothing is asked of the device
+        return {}
     assert cache.routes is not None
     slots = [sequence.slot for sequence in rows if sequence.slot is not None]
     places = [cache.length(slot) - 1 for slot in slots]
