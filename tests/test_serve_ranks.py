@@ -25,14 +25,14 @@ def program(engine):
     for pause in (0, 3):
         time.sleep(pause)
         stream = engine.submit(tokens, Sampling(max_gen_len=20))
-        print("answer", repr("".join(event.text for event in stream)), flush=True)
+        print(f"answer {''.join(event.text for event in stream)!r}", flush=True)
     print("scores", engine.call("evaluate_examples", [tokens])["max_equal"], flush=True)
     if sys.argv[2] == "wait":
         try:
             while engine.ready:
                 list(engine.submit(tokens, Sampling(max_gen_len=100)))
         except RankLost as error:
-            print("lost:", error, flush=True)
+            print(f"lost: {error}", flush=True)  # in one write: another thread logs just then
         assert not engine.ready and engine.failure
 
 setup_logging()
