@@ -14,6 +14,7 @@ import torch
 import triton_cases
 from torch._subclasses import FakeTensorMode
 
+from accessory import kernels
 from accessory.kernels import gathering_pays, triton_products
 
 HERE = Path(__file__).parent
@@ -78,6 +79,7 @@ for capability in (80, 90):
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "accessory.kernels.triton_kernels", raising=False)
+    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
     triton_products._kernels.cache_clear()
     yield
     triton_products._kernels.cache_clear()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from accessory.model.graphs import DecodeGraphs
+
 
 class KVCache:
     """Keys and values of every layer for a fixed number of slots, one sequence in each.
@@ -23,6 +25,7 @@ class KVCache:
         bound: how far the next decoding step reads: covers the new position of the longest slot.
         routes: (layers, slots, max_seq_len, experts for each token) int16, beside k and v; None: not remembered.
         expert_counts: (layers, experts) int64: pairs of token and expert so far, of all sequences ever.
+        graphs: the decoding steps with this cache that were captured, on a GPU.
     """
 
     # Decoding reads the cache up to a multiple of this, so that shapes seldom change: what is compiled or captured for
@@ -54,6 +57,7 @@ class KVCache:
             self.routes = torch.zeros((layers, slots, max_seq_len, chosen), dtype=torch.int16, device=device)
             self.expert_counts = torch.zeros((layers, experts), dtype=torch.int64, device=device)
         self._block = self.BLOCK_ON_CPU if device.type == "cpu" else self.BLOCK
+        self.graphs = DecodeGraphs()
         # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
         self._host_lengths = [0] * slots
         self._set_bound()

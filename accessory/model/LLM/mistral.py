@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from accessory.config import ModelArgs
 from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Score
@@ -54,6 +55,9 @@ class Transformer(nn.Module):
         expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each) or
             "auto" (the first where the rank count divides the expert count).
 
+    Attributes:
+        cuda_graphs: on a GPU `decode` may capture a step and replay it; what a hook sees of one is then seen once.
+
     Raises:
         ValueError: the model cannot be split over so many ranks.
     """
@@ -69,6 +73,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.args, self.state = args, state
+        self.cuda_graphs = True
         self.placement = resolve_placement(args, expert_placement, state.mp_size)
         own = local_sizes(args, state.mp_size, self.placement)
         place = Place(dtype, state.device if device is None else device, args.quant)
@@ -151,6 +156,12 @@ class Transformer(nn.Module):
             tokens_S: each slot's last token.
             active_S: bool; an inactive slot keeps its tokens, but for the last one of a full slot.
         """
+        if not self._captures(tokens_S):
+            return self._decode(tokens_S, cache, active_S)
+        key = (self.norm.weight.data_ptr(), tokens_S.shape[0], cache.bound)
+        return cache.graphs.run(key, lambda tokens, active: self._decode(tokens, cache, active), tokens_S, active_S)
+
+    def _decode(self, tokens_S: Tensor, cache: KVCache, active_S: Tensor) -> Tensor:
         # A full slot can only be an inactive one; its write must still land inside the cache.
         positions_S = cache.lengths.clamp(max=cache.max_seq_len - 1)
         pattern = Decode(cache, positions_S, cache.bound)
@@ -158,6 +169,13 @@ class Transformer(nn.Module):
         if cache.routes is not None:
             cache.record([routing.experts_TK for routing in routings], *pattern.places, active_S)
         return self.output(self.norm(x_SD))
+
+    def _captures(self, tokens_S: Tensor) -> bool:
+        """Whether a step may become a CUDA graph. Across ranks that was not tried; a sharded weight has no address."""
+        if not (tokens_S.is_cuda and self.cuda_graphs and self.state.mp_size == 1):
+            return False
+        changes = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not changes and not isinstance(self.norm.weight, DTensor)
 
     def new_cache(self, slots: int, max_seq_len: int, *, routes: bool = False) -> KVCache:
         """An empty cache of this rank's key/value heads.
