@@ -1,7 +1,7 @@
 """Decoding and prefill on one GPU: shapes 'mid' and that of Mixtral-8x7B, random weights in bfloat16.
 
     python benchmarks/gpu.py                  # some layers of 8x7B's 32, as fit beside their quantized copies
-    python benchmarks/gpu.py --kernels        # the products alone, by block sizes
+    python benchmarks/gpu.py --kernels        # the products alone before, by tiles
     python benchmarks/gpu.py --profile        # where a decoding step's time goes
 
 transformers runs on the same weights in the same memory. Both sides take turns within every round; numbers are medians.
@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from gpu_products import product_rows, seconds
 
-from accessory import kernels
 from accessory.config import QUANT_FORMS, ModelArgs, MoEArgs, QuantArgs
-from accessory.kernels import triton_products
 from accessory.model.LLM.mistral import Transformer
 from accessory.parallel.state import ParallelState
-from accessory.quant import quantize
 from accessory.tools.quality import quantized_copy
 
 MOE = MoEArgs(num_experts=8, num_experts_per_tok=2)
@@ -61,15 +58,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LARGE.n_layers, help="of the shape of Mixtral-8x7B")
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt before decoding")
     parser.add_argument("--without-transformers", action="store_true")
-    parser.add_argument("--kernels", action="store_true", help="the products alone")
+    parser.add_argument("--kernels", action="store_true", help="first the products alone, by tiles; then with the best")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="where a decoding step's time goes, to a folder")
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"a copy moves {copy_bandwidth() / 1e9:.0f} GB/s, counting what is read and what is written")
     with torch.inference_mode():
         if arguments.kernels:
-            kernel_rows()
-            return
+            product_rows()
+            torch.cuda.empty_cache()
         shapes = {"mid": MID, f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
         for name, args in shapes.items():
             plain = random_model(args)
@@ -111,7 +108,7 @@ def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
             sides[name] = partial(Decoding(model, batch, arguments.context, length).run, steps)
         sides["kernel by kernel"] = partial(Decoding(plain, batch, arguments.context, length, graphs=False).run, steps)
         if theirs is not None:
-            for implementation in DECODE_IMPLEMENTATIONS:
+            for implementation in DECODE_IMPLEMENTATIONS[: 1 if batch > 1 else 2]:
                 sides[implementation] = partial(
                     TheirDecoding(theirs, implementation, batch, arguments.context).run, steps
                 )
@@ -149,6 +146,7 @@ class TheirDecoding:
 
         self.model, self.implementation = model, implementation
         self.past = DynamicCache(config=model.config)
+        model.set_experts_implementation(DECODE_IMPLEMENTATIONS[0])  # the other copies a matrix for every token
         prompt = torch.randint(3, model.config.vocab_size, (batch, context), device="cuda")
         out = model(prompt, past_key_values=self.past, use_cache=True, logits_to_keep=1)
         self.tokens = out.logits[:, -1].argmax(-1)
@@ -199,14 +197,6 @@ def transformers_on(ours: Transformer) -> Any:
 # ---- timing ------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def medians(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 2):
@@ -244,53 +234,6 @@ def profile(name: str, model: Transformer, arguments: argparse.Namespace) -> Non
                 sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90
             )
             (arguments.profile / f"{name}-{form}-{batch}.txt").write_text(table)
-
-
-# ---- products alone ----------------------------------------------------------------------------------------
-
-
-def kernel_rows() -> None:
-    """GB/s of weights at 2 and 16 pairs of 8 experts, by rows and elements that a program reads at a time."""
-    torch.manual_seed(0)
-    for rows, depth in ((28672, 4096), (4096, 14336), (7168, 1024)):
-        plain = torch.randn(8, rows, depth, dtype=torch.bfloat16, device="cuda") * 0.02
-        weights: dict[str, tuple[Tensor, Tensor | None, Tensor | None]] = {"bfloat16": (plain, None, None)}
-        for form in QUANT_FORMS:
-            weight = quantize(plain, form)
-            weights[form] = (weight.codes, weight.scale, weight.zero)
-        for form, (codes, scale, zero) in weights.items():
-            whole = form in ("bfloat16", "int8")
-            size = codes.numel() * codes.element_size() / 8
-            choices = ((4, 512), (1, 1024), (8, 512), (2, 1024), (8, 256))
-            for pairs in (2, 16):
-                x = torch.randn(pairs, depth, dtype=torch.bfloat16, device="cuda")
-                expert = torch.arange(pairs, device="cuda") % 8
-                cells = []
-                for choice in choices:
-                    setattr(triton_products, "_WHOLE" if whole else "_HALVES", choice)
-                    if scale is None:
-                        run = partial(kernels.gathered_linear, x, codes, expert)
-                    else:
-                        run = partial(kernels.gathered_quantized_linear, x, codes, scale, zero, expert)
-                    try:
-                        elapsed = replayed(run)
-                    except Exception as error:  # too large for the registers or the shared memory
-                        cells.append(f"{choice} {type(error).__name__}")
-                        continue
-                    cells.append(f"{choice[0]}x{choice[1]} {min(pairs, 8) * size / elapsed / 1e9:.0f}")
-                print(f"{rows}x{depth} {form} {pairs} pairs, GB/s: " + ", ".join(cells), flush=True)
-
-
-def replayed(run: Callable[[], Any], times: int = 20) -> float:
-    """Seconds of one call, launched from a graph."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
-    graph.replay()
-    return statistics.median(seconds(graph.replay) for _ in range(5)) / times
 
 
 if __name__ == "__main__":

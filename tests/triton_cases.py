@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accessory.kernels import gathered_linear_reference, linear, quantized_linear_reference, quantized_ops
 from accessory.kernels import triton_products as on_gpu
+from accessory.kernels.quantized import plain_values
 
 Weight = tuple[Tensor, ...]  # a plain weight, or codes, scale and (int4) zero
 FORMS = {"plain": 0, "int8": 0, "int4-32": 32, "int4-64": 64, "nf4": 64}
@@ -27,6 +28,8 @@ ON_GPU: dict[str, Callable[..., Tensor]] = {
     "gathered_linear": linear._gathered_on_cuda,
     "quantized_linear": quantized_ops._multiply_on_cuda,
     "gathered_quantized_linear": quantized_ops._multiply_gathered_on_cuda,
+    "grouped_quantized_linear": quantized_ops._multiply_grouped_on_cuda,
+    "dequantize": quantized_ops._dequantize_on_cuda,
 }
 
 
@@ -81,16 +84,21 @@ def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> T
 def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
     """The product is the float64 one, to within float32 sums and the rounding to x's dtype."""
     y_PR = multiply(x_PD, weight, expert_P)
-    truth = multiply_plainly(x_PD, weight, expert_P)
-    assert (y_PR.dtype, y_PR.shape, y_PR.device) == (x_PD.dtype, truth.shape, x_PD.device)
     if expert_P is not None:
         assert bool((y_PR[expert_P < 0] == 0).all())
+    assert_near(y_PR, multiply_plainly(x_PD, weight, expert_P), x_PD, weight)
+
+
+def assert_near(y_PR: Tensor, truth: Tensor, x_PD: Tensor, weight: Weight) -> None:
+    assert (y_PR.dtype, y_PR.shape, y_PR.device) == (x_PD.dtype, truth.shape, x_PD.device)
     largest = 16 * weight[1].double().abs().amax() if len(weight) == 3 else _largest(weight)
     terms = largest * x_PD.double().abs().sum(1, keepdim=True)
     rounding = torch.finfo(y_PR.dtype).eps / 2 * (1 + 2**-10)  # to the nearest
     if y_PR.dtype == torch.bfloat16 and x_PD.is_cpu:
         rounding *= 2  # the interpreter cuts to bfloat16
-    allowed = rounding * truth.abs() + (x_PD.shape[1] / 512 + 16) * 2**-24 * terms + 2**-25
+    allowed = rounding * truth.abs() + (x_PD.shape[1] / 64 + 16) * 2**-24 * terms + 2**-25
+    if len(weight) == 2 and weight[0].dtype == torch.uint8:
+        allowed += rounding * terms  # the levels of nf4 are rounded to x's dtype as well
     off = ((y_PR.double() - truth).abs() / allowed).max().item()
     assert off <= 1, f"{tuple(x_PD.shape)} by {[tuple(part.shape) for part in weight]}: {off:.2f} of what is allowed"
 
@@ -146,8 +154,44 @@ def experts(form: str, dtype: torch.dtype, device: str) -> None:
     assert multiply(x[:0], weight, expert[:0]).shape == (0, 11)
 
 
+def many(form: str, dtype: torch.dtype, device: str) -> None:
+    """More tokens than one tile takes, in any order, or sorted by expert with some that belong to nobody."""
+    depth, rows = depths(form)[-2], 37
+    for pairs, number in ((17, 5), (70, 3), (200, 8), (131, 1))[: 4 if device == "cuda" else 2]:
+        x = draw(pairs, depth, dtype=dtype, device=device)
+        weight = draw_weight(form, number, rows, depth, dtype=dtype, device=device)
+        expert = torch.randint(-1, number, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(device)
+        assert_true(x, weight, expert)
+        if form == "plain":
+            continue
+        assert_true(x, tuple(part[-1] for part in weight), None)
+        expert, order = torch.where(expert < 0, number, expert).sort()
+        ends = torch.nn.functional.one_hot(expert, number + 1).sum(0)[:number].cumsum(0).to(torch.int32)
+        x = x[order]
+        zero = weight[2] if len(weight) == 3 else None
+        if x.is_cuda:
+            y = torch.ops.accessory.grouped_quantized_linear(x, *weight[:2], zero, ends)
+        else:
+            y = ON_GPU["grouped_quantized_linear"](x, *weight[:2], zero, ends)
+        assert_near(y, multiply_plainly(x, weight, torch.where(expert == number, -1, expert)), x, weight)
+
+
+def plain(form: str, dtype: torch.dtype, device: str) -> None:
+    """The plain weight, of one matrix and of a stack, as its twin makes it."""
+    if form == "plain":
+        return
+    for shape in ((3, 5, depths(form)[-1]), (1, depths(form)[0]), (7, depths(form)[4]), (2, 1, 9, depths(form)[6])):
+        codes, scale, *zero = draw_weight(form, *shape, dtype=dtype, device=device)
+        make = torch.ops.accessory.dequantize if codes.is_cuda else ON_GPU["dequantize"]
+        made = make(codes, scale, zero[0] if zero else None, dtype)
+        truth = plain_values(codes, scale, zero[0] if zero else None, torch.float64)
+        assert (made.dtype, made.shape) == (dtype, truth.shape)
+        rounding = torch.finfo(dtype).eps * (1 if codes.is_cuda else 2)
+        assert bool(((made.double() - truth).abs() <= rounding * truth.abs() + 2**-25).all())
+
+
 def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    for check in (sweep, views, experts):
+    for check in (sweep, views, experts, many, plain):
         for form in FORMS:
             for name, dtype in DTYPES.items():
                 yield f"{check.__name__} {form} {name}", partial(check, form, dtype, device)

@@ -42,14 +42,15 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     Without the native kernel on CPU it is not: its twin copies the weights of every pair. What torch.compile
     traces takes it even so, since no shape there may depend on the choice of experts.
     """
+    if x_TD.is_cuda and triton_products.triton_available():
+        return pairs <= triton_products.MOST_GATHERED
     if pairs > FEW_TOKENS:
         return False
     if torch.compiler.is_compiling():
         return True
     if x_TD.is_cuda:
-        # Not measured: the Triton kernel reads only the chosen experts. Without it, grouped_mm in bfloat16 reads the
-        # weights in place; in other dtypes its fallbacks synchronise.
-        return x_TD.dtype != torch.bfloat16 or triton_products.triton_available()
+        # grouped_mm in bfloat16 reads the weights in place; in other dtypes its fallbacks synchronise.
+        return x_TD.dtype != torch.bfloat16
     return x_TD.dtype in DTYPES and native_available()
 
 

@@ -102,6 +102,14 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.
     return native_values(native, torch.empty(*codes.shape[:-1], depth_of(codes), dtype=dtype))
 
 
+@_dequantize.register_kernel("cuda")
+def _dequantize_on_cuda(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _check_weight(codes, scale, zero)
+    if dtype in triton_products.DTYPES and triton_products.triton_available():
+        return triton_products.plain_values(codes, scale, zero, dtype)
+    return plain_values(codes, scale, zero, dtype)
+
+
 @_dequantize.register_fake
 def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     _check_weight(codes, scale, zero)
@@ -123,7 +131,7 @@ _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _mult
 
 @_quantized_linear.register_kernel("cuda")
 def _multiply_on_cuda(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    if not (_few(x_PD) and triton_products.triton_serves(x_PD, codes, scale, zero)):
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
         return _multiply(x_PD, codes, scale, zero)
     _check(x_PD, codes, scale, zero, axes=2)
     return triton_products.quantized_linear(x_PD, codes, scale, zero)
@@ -169,10 +177,7 @@ def _gathered_quantized_linear_fake(
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
 
 
-@torch.library.custom_op("accessory::grouped_quantized_linear", mutates_args=())
-def _grouped_quantized_linear(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor
-) -> Tensor:
+def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(ends_E, torch.int32, codes.shape[0], "expert")
     y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
@@ -184,6 +189,22 @@ def _grouped_quantized_linear(
         begin = end
     y_PR[begin:] = 0
     return y_PR
+
+
+_grouped_quantized_linear = torch.library.custom_op(
+    "accessory::grouped_quantized_linear", _multiply_grouped, mutates_args=()
+)
+
+
+@_grouped_quantized_linear.register_kernel("cuda")
+def _multiply_grouped_on_cuda(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor
+) -> Tensor:
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
+        return _multiply_grouped(x_PD, codes, scale, zero, ends_E)
+    _check(x_PD, codes, scale, zero, axes=3)
+    _check_index(ends_E, torch.int32, codes.shape[0], "expert")
+    return triton_products.grouped_quantized_linear(x_PD, codes, scale, zero, ends_E)
 
 
 @_grouped_quantized_linear.register_fake

@@ -1,28 +1,38 @@
-"""Triton kernels for few tokens on GPU: the counterparts of native.cpp and quantized.cpp, launched by triton_products.
+"""Triton kernels for GPUs: the counterparts of native.cpp and quantized.cpp, launched by triton_products.
 
 The only module that imports Triton, which the project does not ask for: PyTorch's builds for GPUs bring it.
 
-A program makes ROWS rows of the result for one pair, or for PAIRS of them where all share the weight. The products of
-a pass over the depth are kept apart in float32 and summed once, behind the last. What a program reads of a weight is
-decided on the GPU, by the expert of its pair, so no number travels to the host; a negative expert reads nothing.
+`multiply` reads a tile of a weight once and multiplies it, on the tensor cores, with all tokens of its program. What a
+program reads of a weight is decided on the GPU, by the experts of the pairs, so no number travels to the host. Codes
+become numbers of x's dtype in registers, and scales are applied to sums: a code is exact in every dtype, a level of nf4
+is rounded to it.
 
 Arguments are pointers with the shape letters of what they point to, then sizes, then strides in elements. The last
 axis of every tensor has unit stride, and x and y are contiguous.
 
-Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C bytes of two
-codes, G groups of a row; in a program P, R, D and C are what it takes at a time.
+Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth as it is stored:
+elements, or bytes of two codes, G groups of a row; in a program P, R, D and G are what it takes at a time.
 """
+
+import struct
+from collections.abc import Callable
+from itertools import product
 
 import triton
 import triton.language as tl
 
+from .quantized import NF4
+
 
 @triton.jit
-def multiply_whole(
+def multiply(
     x_PD: tl.tensor,
     w_ERD: tl.tensor,
-    scale_ER: tl.tensor,
-    expert_P: tl.tensor,
+    scale_ERG: tl.tensor,
+    zero_ERG: tl.tensor,
+    sum_PG: tl.tensor,
+    table: tl.tensor,
+    index: tl.tensor,
     y_PR: tl.tensor,
     pairs: tl.tensor,
     experts: tl.tensor,
@@ -32,125 +42,284 @@ def multiply_whole(
     w_row: tl.tensor,
     scale_expert: tl.tensor,
     scale_row: tl.tensor,
-    GATHERED: tl.constexpr,
-    SCALED: tl.constexpr,
+    zero_expert: tl.tensor,
+    zero_row: tl.tensor,
+    WAY: tl.constexpr,
+    FORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
+    FLOAT32: tl.constexpr,
+    PTX: tl.constexpr,
+    ALL_EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Weights of which every element is a number (floats, or int8 with a scale for each row: SCALED)."""
-    pair_P, row_R = _place(pairs, PAIRS, ROWS)
-    expert, end = _chosen(expert_P, pair_P, experts, depth, GATHERED)
-    some_P, some_R = pair_P < pairs, row_R < rows
-    x_P = x_PD + pair_P.to(tl.int64) * depth
-    w_R = w_ERD + expert * w_expert + row_R.to(tl.int64) * w_row
-    sums_PRD = tl.zeros((PAIRS, ROWS, DEPTH), tl.float32)
+    """y[p] = w[expert of p] @ x[p], summed in float32.
+
+    Args:
+        x_PD: where two codes share a byte, the even inputs of all pairs and behind them the odd ones, (2, P, D).
+        sum_PG: sums of a group's inputs, float32.
+        table: the levels of nf4, rounded to x's dtype.
+        index: the expert of each pair, int64 (WAY "gathered": few pairs in any order, which are all in one tile; a
+            negative expert gives zeros, one that does not exist NaN), or where each expert's pairs end, int32
+            ("sorted"; pairs behind the last end are left alone); "dense": there is one weight, for all.
+        FORM: "plain", "int8", "int4" or "nf4".
+        GROUP: bytes that share a scale, for the last two.
+        WHOLE_TILES: DEPTH divides the depth.
+        FLOAT32: multiply in float32, whatever x's dtype: the interpreter multiplies the bits of bfloat16.
+        PTX: of `codes_to_floats`, or "" for float32 and in the interpreter, which cannot run it.
+        ALL_EXPERTS: a power of two that is not below the number of experts.
+    """
+    tile = tl.program_id(0)
+    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    end = depth
+    if WAY == "dense":
+        expert = tl.full((), 0, tl.int64)
+        pair_P = tile * PAIRS + tl.arange(0, PAIRS)
+        own_P = pair_P < pairs
+    elif WAY == "gathered":
+        expert = tile.to(tl.int64)
+        pair_P = tl.arange(0, PAIRS)
+        chosen_P = tl.load(index + pair_P, pair_P < pairs, -1)
+        own_P = chosen_P == expert
+        end = tl.where(tl.max(own_P.to(tl.int32), axis=0) > 0, depth, 0)
+    else:
+        expert, first, last = _sorted_tile(index, tile, experts, ALL_EXPERTS, PAIRS)
+        pair_P = first + tl.arange(0, PAIRS)
+        own_P = pair_P < last
+        end = tl.where(first < last, depth, 0)
+    # Rows and pairs behind the last one repeat it: that needs no mask, and is not stored.
+    read_R = tl.minimum(row_R, rows - 1).to(tl.int64)
+    read_P = tl.minimum(pair_P, pairs - 1).to(tl.int64)
+    x_P = x_PD + read_P * depth
+    sums_P = sum_PG + read_P * (depth // GROUP)
+    w_R = w_ERD + expert * w_expert + read_R * w_row
+    scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
+    zero_R = zero_ERG + expert * zero_expert + read_R * zero_row
+    sums_RP = tl.zeros((ROWS, PAIRS), tl.float32)
     for begin in range(0, end, DEPTH):
-        at_D = begin + tl.arange(0, DEPTH)
-        some_D = at_D < depth
-        w_RD = tl.load(w_R[:, None] + at_D[None, :], some_R[:, None] & some_D[None, :], 0).to(tl.float32)
-        own_PD = tl.load(x_P[:, None] + at_D[None, :], some_P[:, None] & some_D[None, :], 0).to(tl.float32)
-        sums_PRD += own_PD[:, None, :] * w_RD[None, :, :]
-    sums_PR = tl.sum(sums_PRD, axis=2)
-    if SCALED:
-        scale_R = tl.load(scale_ER + expert * scale_expert + row_R * scale_row, some_R & (end > 0), 0)
-        sums_PR *= scale_R[None, :]
-    _store(sums_PR, y_PR, pair_P, row_R, pairs, rows, expert < experts)
+        if FORM == "plain" or FORM == "int8":
+            at_D = begin + tl.arange(0, DEPTH)
+            w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            own_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            if FLOAT32:
+                own_PD = own_PD.to(tl.float32)
+            sums_RP = tl.dot(w_RD.to(own_PD.dtype), tl.trans(own_PD), sums_RP, input_precision="ieee")
+        else:
+            for part in tl.static_range(DEPTH // GROUP):
+                at_D = begin + part * GROUP + tl.arange(0, GROUP)
+                group = begin // GROUP + part
+                if not WHOLE_TILES:  # behind the last one inputs are zeros
+                    group = tl.minimum(group, depth // GROUP - 1)
+                w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+                even_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+                odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                if FLOAT32:
+                    even_PD, odd_PD = even_PD.to(tl.float32), odd_PD.to(tl.float32)
+                even_RD, odd_RD = _levels(w_RD, table, even_PD.dtype, FORM, PTX)
+                part_RP = tl.dot(even_RD.to(even_PD.dtype), tl.trans(even_PD), input_precision="ieee")
+                part_RP = tl.dot(odd_RD.to(even_PD.dtype), tl.trans(odd_PD), part_RP, input_precision="ieee")
+                if FORM == "int4":
+                    own_zero_R = tl.load(zero_R + group).to(tl.float32) * 0.0625
+                    all_P = tl.load(sums_P + group)
+                    if not WHOLE_TILES:
+                        all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
+                    part_RP -= own_zero_R[:, None] * all_P[None, :]
+                sums_RP += part_RP * tl.load(scale_R + group).to(tl.float32)[:, None]
+    if FORM == "int8":
+        sums_RP *= tl.load(scale_R)[:, None]
+    if WAY == "gathered":
+        sums_RP = tl.where(own_P[None, :], sums_RP, tl.where(chosen_P < 0, 0, float("nan"))[None, :])
+        nobody_P = (chosen_P < 0) | (chosen_P >= experts)
+        own_P = (own_P | (nobody_P & (tile == 0))) & (pair_P < pairs)
+    at_RP = pair_P.to(tl.int64)[None, :] * rows + row_R[:, None]
+    tl.store(y_PR + at_RP, sums_RP.to(y_PR.dtype.element_ty), own_P[None, :] & (row_R < rows)[:, None])
 
 
 @triton.jit
-def multiply_halves(
-    x_PD: tl.tensor,
-    codes_ERC: tl.tensor,
-    scale_ERG: tl.tensor,
-    zero_ERG: tl.tensor,
+def make_plain(
+    w_RD: tl.tensor,
+    scale_RG: tl.tensor,
+    zero_RG: tl.tensor,
     table: tl.tensor,
-    expert_P: tl.tensor,
-    y_PR: tl.tensor,
-    pairs: tl.tensor,
-    experts: tl.tensor,
+    y_RD: tl.tensor,
     rows: tl.tensor,
     depth: tl.tensor,
-    codes_expert: tl.tensor,
-    codes_row: tl.tensor,
-    scale_expert: tl.tensor,
-    scale_row: tl.tensor,
-    zero_expert: tl.tensor,
-    zero_row: tl.tensor,
+    FORM: tl.constexpr,
     GROUP: tl.constexpr,
-    GATHERED: tl.constexpr,
-    ZERO: tl.constexpr,
-    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
+    DEPTH: tl.constexpr,
 ) -> None:
-    """Weights of two codes in a byte: int4 with a zero point for each group (ZERO), or nf4 by its table of values."""
-    pair_P, row_R = _place(pairs, PAIRS, ROWS)
-    expert, end = _chosen(expert_P, pair_P, experts, depth // 2, GATHERED)
-    some_P, some_R = pair_P < pairs, row_R < rows
-    x_P = x_PD + pair_P.to(tl.int64) * depth
-    codes_R = codes_ERC + expert * codes_expert + row_R.to(tl.int64) * codes_row
-    scale_R = scale_ERG + expert * scale_expert + row_R.to(tl.int64) * scale_row
-    sums_PRC = tl.zeros((PAIRS, ROWS, BYTES), tl.float32)
-    for begin in range(0, end, BYTES):
-        at_C = begin + tl.arange(0, BYTES)
-        some_C = at_C < depth // 2
-        group_C = at_C // (GROUP // 2)
-        some_RC, some_PC = some_R[:, None] & some_C[None, :], some_P[:, None] & some_C[None, :]
-        codes_RC = tl.load(codes_R[:, None] + at_C[None, :], some_RC, 0)
-        scale_RC = tl.load(scale_R[:, None] + group_C[None, :], some_RC, 0).to(tl.float32)
-        even_RC, odd_RC = codes_RC >> 4, codes_RC & 15
-        if ZERO:
-            zero_R = zero_ERG + expert * zero_expert + row_R.to(tl.int64) * zero_row
-            zero_RC = tl.load(zero_R[:, None] + group_C[None, :], some_RC, 0).to(tl.float32) / 16
-            even_RC = even_RC.to(tl.float32) - zero_RC
-            odd_RC = odd_RC.to(tl.float32) - zero_RC
-        else:
-            even_RC = tl.load(table + even_RC)
-            odd_RC = tl.load(table + odd_RC)
-        x_even_PC = tl.load(x_P[:, None] + 2 * at_C[None, :], some_PC, 0).to(tl.float32)
-        x_odd_PC = tl.load(x_P[:, None] + 2 * at_C[None, :] + 1, some_PC, 0).to(tl.float32)
-        even_RC *= scale_RC
-        odd_RC *= scale_RC
-        sums_PRC += x_even_PC[:, None, :] * even_RC[None, :, :] + x_odd_PC[:, None, :] * odd_RC[None, :, :]
-    _store(tl.sum(sums_PRC, axis=2), y_PR, pair_P, row_R, pairs, rows, expert < experts)
-
-
-@triton.jit
-def _place(pairs: tl.tensor, PAIRS: tl.constexpr, ROWS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Pairs and rows of this program. Those of one block of rows are neighbours: the cache holds what they share."""
-    blocks = tl.cdiv(pairs, PAIRS)
-    program = tl.program_id(0)
-    pair_P = program % blocks * PAIRS + tl.arange(0, PAIRS)
-    return pair_P, program // blocks * ROWS + tl.arange(0, ROWS)
-
-
-@triton.jit
-def _chosen(
-    expert_P: tl.tensor, pair_P: tl.tensor, experts: tl.tensor, depth: tl.tensor, GATHERED: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The expert, and how far its rows are to be read: not at all where it is none."""
-    if GATHERED:
-        expert = tl.max(tl.load(expert_P + pair_P), axis=0)  # PAIRS is 1 here
-        end = tl.where((expert >= 0) & (expert < experts), depth, 0)
+    """The plain weight of codes, scales and zero points that are all contiguous; arguments as `multiply`'s."""
+    row_R = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at_D = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
+    some_R, some_D = row_R < rows, at_D < depth
+    some_RD = some_R[:, None] & some_D[None, :]
+    codes_RD = tl.load(w_RD + row_R[:, None] * depth + at_D[None, :], some_RD, 0)
+    if FORM == "int8":
+        values_RD = codes_RD.to(tl.float32) * tl.load(scale_RG + row_R, some_R, 0)[:, None]
+        tl.store(y_RD + row_R[:, None] * depth + at_D[None, :], values_RD.to(y_RD.dtype.element_ty), some_RD)
     else:
-        expert = tl.full((), 0, tl.int64)
-        end = tl.where(expert == 0, depth, 0)
-    return expert, end
+        groups = depth // GROUP
+        at_G = tl.program_id(0) * (DEPTH // GROUP) + tl.arange(0, DEPTH // GROUP)
+        at_RG, some_RG = row_R[:, None] * groups + at_G[None, :], some_R[:, None] & (at_G < groups)[None, :]
+        scale_RG = tl.load(scale_RG + at_RG, some_RG, 0).to(tl.float32)
+        scale_RD = _for_its_group(scale_RG, ROWS, DEPTH, GROUP)
+        if FORM == "int4":
+            zero_RD = _for_its_group(tl.load(zero_RG + at_RG, some_RG, 0).to(tl.float32) * 0.0625, ROWS, DEPTH, GROUP)
+            even_RD = ((codes_RD >> 4).to(tl.float32) - zero_RD) * scale_RD
+            odd_RD = ((codes_RD & 15).to(tl.float32) - zero_RD) * scale_RD
+        else:
+            even_RD = tl.load(table + (codes_RD >> 4)) * scale_RD
+            odd_RD = tl.load(table + (codes_RD & 15)) * scale_RD
+        at_D = tl.program_id(0) * 2 * DEPTH + tl.arange(0, 2 * DEPTH)
+        values_RD = tl.reshape(tl.join(even_RD, odd_RD), (ROWS, 2 * DEPTH)).to(y_RD.dtype.element_ty)
+        some_RD = some_R[:, None] & (at_D < 2 * depth)[None, :]
+        tl.store(y_RD + row_R[:, None] * (2 * depth) + at_D[None, :], values_RD, some_RD)
 
 
 @triton.jit
-def _store(
-    sums_PR: tl.tensor,
-    y_PR: tl.tensor,
-    pair_P: tl.tensor,
-    row_R: tl.tensor,
+def _load(at: tl.tensor, some_D: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tensor:
+    """A tile of a matrix; zeros behind the end of its rows."""
+    if WHOLE_TILES:
+        return tl.load(at)
+    else:
+        return tl.load(at, some_D[None, :], 0)
+
+
+@triton.jit
+def _for_its_group(values_RG: tl.tensor, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+    """The value of its group for every byte of a tile; (R, G) to (R, D)."""
+    return tl.reshape(tl.broadcast_to(values_RG[:, :, None], (ROWS, DEPTH // GROUP, GROUP)), (ROWS, DEPTH))
+
+
+@triton.jit
+def _sorted_tile(
+    ends_E: tl.tensor, tile: tl.tensor, experts: tl.tensor, ALL_EXPERTS: tl.constexpr, PAIRS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Expert of the tile of that number, its first pair, and the end of that expert's pairs; no pairs: no such tile.
+
+    Tiles are counted over the experts, each of which has as many as its pairs fill.
+    """
+    number_E = tl.arange(0, ALL_EXPERTS)
+    end_E = tl.load(ends_E + number_E, number_E < experts, 0)
+    begin_E = tl.load(ends_E + number_E - 1, (number_E > 0) & (number_E < experts), 0)
+    tiles_E = (end_E - begin_E + PAIRS - 1) // PAIRS
+    behind_E = tl.cumsum(tiles_E, axis=0)
+    mine_E = (behind_E > tile) & (behind_E - tiles_E <= tile)
+    expert = tl.sum(tl.where(mine_E, number_E, 0), axis=0)
+    first = tl.sum(tl.where(mine_E, begin_E + (tile - behind_E + tiles_E) * PAIRS, 0), axis=0)
+    last = tl.sum(tl.where(mine_E, end_E, 0), axis=0)
+    return expert.to(tl.int64), first, last
+
+
+@triton.jit
+def _levels(
+    codes_RD: tl.tensor, table: tl.tensor, dtype: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """What the upper and the lower codes stand for."""
+    if PTX != "" and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            PTX, "=r,=r,=r,=r,r", [codes_RD], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif PTX != "":
+        return tl.inline_asm_elementwise(
+            PTX, "=r,=r,=r,=r,r", [codes_RD], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif FORM == "int4":
+        return codes_RD >> 4, codes_RD & 15
+    else:
+        return tl.load(table + (codes_RD >> 4)), tl.load(table + (codes_RD & 15))
+
+
+@triton.jit
+def split_inputs(
+    x_PD: tl.tensor,
+    y_PD: tl.tensor,
+    sum_PG: tl.tensor,
     pairs: tl.tensor,
-    rows: tl.tensor,
-    exists: tl.tensor,
+    depth: tl.tensor,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
 ) -> None:
-    """The result; NaN for an expert that does not exist, which the host cannot refuse without waiting for the GPU."""
-    sums_PR = tl.where(exists, sums_PR, float("nan"))
-    at_PR = pair_P.to(tl.int64)[:, None] * rows + row_R[None, :]
-    inside_PR = (pair_P < pairs)[:, None] & (row_R < rows)[None, :]
-    tl.store(y_PR + at_PR, sums_PR.to(y_PR.dtype.element_ty), inside_PR)
+    """The even inputs of all pairs and behind them the odd ones, and the sums of every group, as `multiply` wants them.
+
+    Args:
+        x_PD: (P, 2 D).
+        y_PD: (2, P, D).
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    group_G = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    some_G = group_G < depth // GROUP
+    at_GD = group_G[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    even_GD = tl.load(x_PD + pair * 2 * depth + 2 * at_GD, some_G[:, None], 0)
+    odd_GD = tl.load(x_PD + pair * 2 * depth + 2 * at_GD + 1, some_G[:, None], 0)
+    tl.store(y_PD + pair * depth + at_GD, even_GD, some_G[:, None])
+    tl.store(y_PD + (pairs + pair) * depth + at_GD, odd_GD, some_G[:, None])
+    sum_G = tl.sum(even_GD.to(tl.float32) + odd_GD.to(tl.float32), axis=1)
+    tl.store(sum_PG + pair * (depth // GROUP) + group_G, sum_G, some_G)
+
+
+# ---- codes to numbers, in PTX: 8 codes of a word at once -------------------------------------------------
+#
+# Operands 0 and 1 are what the upper codes of the word's bytes stand for, 2 and 3 the lower ones, 4 is the word.
+
+
+def _unpacked(bits: Callable[[float], int], power: int) -> str:
+    """Codes of int4 as numbers: in the last bits of a power of two they count from it, and it is taken away.
+
+    Args:
+        power: that one whose last bits count ones, so that a code has room below its upper byte.
+    """
+    pair = "bf16x2" if bits is _bfloat16 else "f16x2"
+    upper_byte = bits(power) >> 8
+    lines = ["and.b32 lower, $4, 0x0f0f0f0f;", "shr.b32 upper, $4, 4;", "and.b32 upper, upper, 0x0f0f0f0f;"]
+    lines += [f"mov.b32 {name}, 0x{2 * f'{bits(value):04x}'};" for name, value in (("minus", -power), ("one", 1))]
+    for operand, (codes, picked) in enumerate(product(("upper", "lower"), ("4140", "4342"))):
+        lines.append(f"prmt.b32 ${operand}, {codes}, 0x{4 * f'{upper_byte:02x}'}, 0x{picked};")
+        lines.append(f"fma.rn.{pair} ${operand}, ${operand}, one, minus;")
+    return f"{{ .reg .b32 lower, upper, minus, one; {' '.join(lines)} }}"
+
+
+def _looked_up(levels: list[int]) -> str:
+    """Codes of nf4 as 16-bit levels.
+
+    `prmt` picks 4 bytes of 8 by 4 indices of 3 bits. So a half of the table and a byte of the levels are looked up at
+    a time, the code's fourth bit decides between the halves, and the bytes are put together.
+    """
+
+    def looked_up(half: list[int], byte: int, into: str) -> list[str]:
+        plane = bytes((level >> 8 * byte) & 255 for level in half)
+        low, high = (int.from_bytes(plane[at : at + 4], "little") for at in (0, 4))
+        return [f"mov.b32 c, 0x{low:08x};", f"mov.b32 d, 0x{high:08x};", f"prmt.b32 {into}, c, d, low3;"]
+
+    lines = ["and.b32 low3, $4, 0x77777777;", "shr.b32 bit4, $4, 3;", "and.b32 bit4, bit4, 0x11111111;"]
+    for half in (0, 1):
+        if half:
+            lines += ["shr.b32 low3, low3, 16;", "shr.b32 bit4, bit4, 16;"]
+        lines.append("prmt.b32 upper, 0xff00, 0, bit4;")
+        for byte, name in ((1, "h"), (0, "l")):
+            lines += looked_up(levels[:8], byte, "a") + looked_up(levels[8:], byte, "b")
+            lines.append(f"lop3.b32 {name}, a, b, upper, 0xd8;")  # upper ? b : a
+        lines += [f"prmt.b32 ${half}, l, h, 0x7351;", f"prmt.b32 ${2 + half}, l, h, 0x6240;"]
+    return f"{{ .reg .b32 low3, bit4, upper, a, b, c, d, h, l; {' '.join(lines)} }}"
+
+
+def _bfloat16(value: float) -> int:
+    """The bits of the nearest one."""
+    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _float16(value: float) -> int:
+    bits: int = struct.unpack("<H", struct.pack("<e", value))[0]
+    return bits
+
+
+def codes_to_floats(form: str, dtype: tl.dtype) -> str:
+    """The PTX for "int4" or "nf4" and a 16-bit dtype."""
+    bits = {tl.bfloat16: _bfloat16, tl.float16: _float16}[dtype]
+    if form == "nf4":
+        return _looked_up([bits(level) for level in NF4])
+    return _unpacked(bits, 128 if dtype == tl.bfloat16 else 1024)
