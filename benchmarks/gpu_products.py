@@ -21,15 +21,11 @@ Weight = tuple[Tensor, Tensor | None, Tensor | None]  # eight experts' codes, sc
 FEW_TILES = [
     Tile(*sizes)
     for sizes in (
-        *((32, 128, 2, 4), (32, 64, 2, 4), (32, 64, 2, 6), (32, 128, 2, 3), (32, 128, 4, 4)),
-        *((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (16, 128, 1, 4), (16, 64, 1, 6)),
+        *((32, 128, 2, 4), (64, 128, 2, 4), (64, 64, 2, 4), (64, 128, 4, 4)),
+        *((64, 256, 2, 3), (128, 64, 4, 4), (64, 64, 4, 4), (32, 64, 1, 6)),
     )
 ]
-MANY_TILES = [
-    (pairs, Tile(*sizes))
-    for pairs in (64, 128)
-    for sizes in ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 4), (64, 128, 4, 3))
-]
+PROGRAMS = (1024, 2048, 4096)
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 1024))
 FORMS = ("plain", *QUANT_FORMS)
 
@@ -39,59 +35,38 @@ def product_rows() -> None:
 
     The fastest tiles over the shapes become those of what is run behind this.
     """
-    work = [(form, number) for form in FORMS for number in range(max(len(FEW_TILES), len(MANY_TILES)))]
+    work = [(form, tile) for form in FORMS for tile in FEW_TILES]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.starmap(compile_tile, work, chunksize=1)
     print("compiled", flush=True)
     torch.manual_seed(0)
     for form in FORMS:
-        few: dict[Tile, list[float]] = {tile: [] for tile in FEW_TILES}
-        many: dict[tuple[int, Tile], list[float]] = {tile: [] for tile in MANY_TILES}
+        few: dict[tuple[Tile, int], list[float]] = {(t, n): [] for t in FEW_TILES for n in PROGRAMS}
         for rows, depth in SHAPES:
             weight = random_weight(form, rows, depth)
-            for pairs in (2, 16, 64):
+            for pairs in (2, 16):
                 if pairs > 2 or rows != 7168:  # two experts' weights of that shape would stay in the cache
                     few_row(form, weight, pairs, few)
-            if rows != 7168:
-                many_row(form, weight, many)
-        triton_products.FEW[form] = min(few, key=lambda tile: math.prod(few[tile]))
-        print(form, "few:", triton_products.FEW[form])
-        if form != "plain":
-            pairs, triton_products.MANY[form] = min(many, key=lambda tile: math.prod(many[tile]))
-            print(form, "many:", pairs, triton_products.MANY[form])
-    triton_products.MANY_PAIRS = 64
+        tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
+        tiles[form], programs = min(few, key=lambda key: math.prod(few[key]))
+        print(form, "few:", tiles[form], programs)
+    triton_products.PROGRAMS = 2048
     for rows, depth in ((4096, 4096), (1024, 4096), (32000, 4096)):
         dense_row(rows, depth)
 
 
-def few_row(form: str, weight: Weight, pairs: int, found: dict[Tile, list[float]]) -> None:
+def few_row(form: str, weight: Weight, pairs: int, found: dict[tuple[Tile, int], list[float]]) -> None:
     codes = weight[0]
     size = codes.numel() * codes.element_size() / 8 * min(pairs, 8)
     x = inputs(pairs, weight)
     expert = torch.arange(pairs, device="cuda") % 8
     cells = []
-    for tile, times in found.items():
-        triton_products.FEW[form] = tile
+    tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
+    for (tile, programs), times in found.items():
+        tiles[form], triton_products.PROGRAMS = tile, programs
         times.append(attempt(partial(gathered, x, weight, expert)))
-        cells.append(f"{short(tile)} {size / times[-1] / 1e9:.0f}")
+        cells.append(f"{short(tile)}/{programs} {size / times[-1] / 1e9:.0f}")
     print(f"{form} {codes.shape[1]}x{x.shape[1]}, {pairs} pairs, GB/s: {', '.join(cells)}", flush=True)
-
-
-def many_row(form: str, weight: Weight, found: dict[tuple[int, Tile], list[float]]) -> None:
-    x = inputs(1024, weight)
-    ends = (torch.arange(1, 9, device="cuda") * 128).to(torch.int32)
-    label = f"{form} {weight[0].shape[1]}x{x.shape[1]}, 1,024 sorted pairs, ms:"
-    if form == "plain":
-        theirs = attempt(partial(F.grouped_mm, x, weight[0].transpose(1, 2), offs=ends))
-        print(label, f"grouped_mm {theirs * 1e3:.3f}", flush=True)
-        return
-    cells = []
-    for (pairs, tile), times in found.items():
-        triton_products.MANY[form], triton_products.MANY_PAIRS = tile, pairs
-        times.append(attempt(partial(triton_products.grouped_quantized_linear, x, *weight, ends)))
-        cells.append(f"{pairs}/{short(tile)} {times[-1] * 1e3:.3f}")
-    plain = attempt(partial(triton_products.plain_values, *weight, torch.bfloat16))
-    print(label, ", ".join(cells), f"plain values alone {plain * 1e3:.3f}", flush=True)
 
 
 def dense_row(rows: int, depth: int) -> None:
@@ -139,21 +114,15 @@ def gathered(x: Tensor, weight: Weight, expert: Tensor) -> Tensor:
     return triton_products.gathered_quantized_linear(x, codes, scale, zero, expert)
 
 
-def compile_tile(form: str, number: int) -> None:
-    """Compile what `kernel_rows` times of one tile."""
-    weight = random_weight(form, 256, 1024)
-    if number < len(FEW_TILES):
-        triton_products.FEW[form] = FEW_TILES[number]
-        for pairs in (2, 16, 64):
-            x = torch.randn(pairs, 1024, dtype=torch.bfloat16, device="cuda")
+def compile_tile(form: str, tile: Tile) -> None:
+    """Compile what `few_row` times of one tile, with and without shares of the depth."""
+    (triton_products.FEW if form == "plain" else triton_products.INTEGERS)[form] = tile
+    for depth, programs in ((1024, 1), (4096, 1 << 20)):
+        weight = random_weight(form, 256, depth)
+        triton_products.PROGRAMS = programs
+        for pairs in (2, 16):
             with suppress(Exception):  # too large for the registers or the shared memory
-                gathered(x, weight, torch.arange(pairs, device="cuda") % 8)
-    if number < len(MANY_TILES) and form != "plain":
-        triton_products.MANY_PAIRS, triton_products.MANY[form] = MANY_TILES[number]
-        x = torch.randn(1024, 1024, dtype=torch.bfloat16, device="cuda")
-        with suppress(Exception):
-            ends = (torch.arange(1, 9, device="cuda") * 128).to(torch.int32)
-            triton_products.grouped_quantized_linear(x, *weight, ends)
+                gathered(inputs(pairs, weight), weight, torch.arange(pairs, device="cuda") % 8)
 
 
 def attempt(run: Callable[[], Any], times: int = 10) -> float:

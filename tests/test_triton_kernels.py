@@ -15,12 +15,21 @@ import triton_cases
 from torch._subclasses import FakeTensorMode
 
 from accessory import kernels
-from accessory.kernels import gathering_pays, triton_products
+from accessory.kernels import gathering_pays, triton_products, triton_ptx
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: PyTorch's builds for GPUs bring it")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+# Types of codes and scales, and what a program takes.
+COMPILED: dict[str, tuple[str, str, dict[str, int]]] = {
+    "plain": ("*bf16", "*fp32", {"ROWS": 64, "DEPTH": 128}),
+    "int8": ("*i8", "*fp32", {"ROWS": 32, "DEPTH": 128}),
+    "int4": ("*u8", "*bf16", {"ROWS": 64, "DEPTH": 64}),
+    "nf4": ("*u8", "*fp32", {"ROWS": 64, "DEPTH": 64}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +56,30 @@ def test_on_a_gpu(check: Callable[[], None]) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["multiply_whole", "multiply_halves"])
-@pytest.mark.parametrize("gathered", [True, False])
-def test_compiles_without_a_gpu_for_one(kernel: str, gathered: bool, tmp_path: Path) -> None:
-    """Down to machine code: the interpreter accepts more than the compiler."""
-    whole, experts = kernel == "multiply_whole", "*i64" if gathered else "*bf16"
-    types = {"x_PD": "*bf16", "y_PR": "*bf16", "expert_P": experts, "w_ERD": "*i8", "scale_ER": "*fp32"}
-    types |= {"codes_ERC": "*u8", "scale_ERG": "*bf16", "zero_ERG": "*u8", "table": "*bf16"}
-    constants = {"GATHERED": gathered, "PAIRS": 1 if gathered else 4, "ROWS": 4}
-    constants |= {"SCALED": True, "DEPTH": 512} if whole else {"ZERO": True, "GROUP": 64, "BYTES": 256}
+@pytest.mark.parametrize("form", list(COMPILED))
+@pytest.mark.parametrize("module", ["kernels", "integers"])
+def test_compiles_without_a_gpu_for_one(module: str, form: str, tmp_path: Path) -> None:
+    """Down to machine code: the interpreter accepts more than the compiler, and runs no PTX."""
+    if module == "integers" and form == "plain":
+        return
+    codes, scale, tile = COMPILED[form]
+    group = 32 if form in ("int4", "nf4") else 128
+    types = {"w_ERD": codes, "scale_ERG": scale, "zero_ERG": "*u8", "index": "*i64", "y_PR": "*bf16"}
+    types |= {"x_scale_PB": "*fp32", "x_sum_PG": "*fp32", "sum_PG": "*fp32"}
+    constants = {"WAY": "gathered", "FORM": form, "GROUP": group, "WHOLE_TILES": True, "PTX": "", "PAIRS": 16, **tile}
+    if module == "integers":
+        types |= {"x_PD": "*i8", "table": "*i8"}
+        constants |= {"BLOCK": 64 if group == 32 else 128}
+        constants |= {"PTX": triton_ptx.to_integers(form)} if group == 32 else {}
+    else:
+        types |= {"x_PD": "*bf16", "table": "*fp32"}
+        constants |= {"ALL_EXPERTS": 1, "FLOAT32": False}
+        constants |= {"PTX": triton_ptx.to_floats(form, "bfloat16")} if group == 32 else {}
     script = f"""
-import triton
 from triton.backends.compiler import GPUTarget
+import triton
 from triton.compiler import ASTSource
-from accessory.kernels.triton_kernels import {kernel} as kernel
+from accessory.kernels.triton_{module} import multiply as kernel
 types, constants = {types}, {constants}
 signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
 for capability in (80, 90):
@@ -105,7 +124,8 @@ def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch
         half, full = (torch.empty(2, 8, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert gathering_pays(half, 4) is has_it
     assert gathering_pays(full, 4)
-    assert not gathering_pays(half, 64)
+    assert gathering_pays(half, 64) is has_it
+    assert not gathering_pays(half, 65)
 
 
 @pytest.mark.parametrize("name", list(triton_cases.ON_GPU))

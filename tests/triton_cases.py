@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from accessory.kernels import gathered_linear_reference, linear, quantized_linear_reference, quantized_ops
+from accessory.kernels import gathered_linear_reference, linear, quantized_ops
 from accessory.kernels import triton_products as on_gpu
-from accessory.kernels.quantized import plain_values
+from accessory.kernels.quantized import plain_values, round_activations
 
 Weight = tuple[Tensor, ...]  # a plain weight, or codes, scale and (int4) zero
 FORMS = {"plain": 0, "int8": 0, "int4-32": 32, "int4-64": 64, "nf4": 64}
@@ -71,14 +71,22 @@ def multiply(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
     return operation(x_PD, *weight, *zero, *experts)
 
 
-def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
-    """The plain twins in float64, with activations as they are."""
-    x = x_PD.double()
+def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None, way: str) -> Tensor:
+    """The plain twins in float64; with activations and levels in 8 bits where the kernels take them so."""
     if len(weight) == 1:
-        w = weight[0].double()
+        x, w = x_PD.double(), weight[0].double()
         return x @ w.T if expert_P is None else gathered_linear_reference(x, w, expert_P)
     codes, scale, zero = weight[0], weight[1], weight[2] if len(weight) == 3 else None
-    return quantized_linear_reference(x, codes, scale, zero, expert_P)
+    rounds = in_integers(x_PD, weight, way)
+    x = round_activations(x_PD).double() if rounds else x_PD.double()
+    w = plain_values(codes, scale, zero, torch.float64, in_steps=rounds)
+    return x @ w.T if expert_P is None else gathered_linear_reference(x, w, expert_P)
+
+
+def in_integers(x_PD: Tensor, weight: Weight, way: str) -> bool:
+    inputs = x_PD.shape[1] if weight[0].dtype == torch.int8 else x_PD.shape[1] // weight[1].shape[-1]
+    few = way == "gathered" or (way == "dense" and x_PD.shape[0] <= 16)
+    return few and x_PD.dtype == torch.bfloat16 and (weight[0].dtype == torch.int8 or inputs >= 64)
 
 
 def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
@@ -86,7 +94,8 @@ def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
     y_PR = multiply(x_PD, weight, expert_P)
     if expert_P is not None:
         assert bool((y_PR[expert_P < 0] == 0).all())
-    assert_near(y_PR, multiply_plainly(x_PD, weight, expert_P), x_PD, weight)
+    way = "dense" if expert_P is None else "gathered"
+    assert_near(y_PR, multiply_plainly(x_PD, weight, expert_P, way), x_PD, weight)
 
 
 def assert_near(y_PR: Tensor, truth: Tensor, x_PD: Tensor, weight: Weight) -> None:
@@ -173,7 +182,16 @@ def many(form: str, dtype: torch.dtype, device: str) -> None:
             y = torch.ops.accessory.grouped_quantized_linear(x, *weight[:2], zero, ends)
         else:
             y = ON_GPU["grouped_quantized_linear"](x, *weight[:2], zero, ends)
-        assert_near(y, multiply_plainly(x, weight, torch.where(expert == number, -1, expert)), x, weight)
+        assert_near(y, multiply_plainly(x, weight, torch.where(expert == number, -1, expert), "sorted"), x, weight)
+
+
+def deep(form: str, dtype: torch.dtype, device: str) -> None:
+    """So deep that programs share the depth; not in whole tiles."""
+    for depth in (2048, 128 * 17 + (0 if form != "plain" else 3)):
+        x = draw(3, depth, dtype=dtype, device=device)
+        weight = draw_weight(form, 2, 5, depth, dtype=dtype, device=device)
+        assert_true(x, weight, torch.tensor([1, -1, 0], device=device))
+        assert_true(x, tuple(part[0] for part in weight), None)
 
 
 def plain(form: str, dtype: torch.dtype, device: str) -> None:
@@ -191,7 +209,7 @@ def plain(form: str, dtype: torch.dtype, device: str) -> None:
 
 
 def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    for check in (sweep, views, experts, many, plain):
+    for check in (sweep, views, experts, many, deep, plain):
         for form in FORMS:
             for name, dtype in DTYPES.items():
                 yield f"{check.__name__} {form} {name}", partial(check, form, dtype, device)

@@ -14,14 +14,8 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 elements, or bytes of two codes, G groups of a row; in a program P, R, D and G are what it takes at a time.
 """
 
-import struct
-from collections.abc import Callable
-from itertools import product
-
 import triton
 import triton.language as tl
-
-from .quantized import NF4
 
 
 @triton.jit
@@ -58,6 +52,7 @@ def multiply(
     """y[p] = w[expert of p] @ x[p], summed in float32.
 
     Args:
+        y_PR: or (S, P, R) in float32, where S programs share the depth: the sums of each.
         x_PD: where two codes share a byte, the even inputs of all pairs and behind them the odd ones, (2, P, D).
         sum_PG: sums of a group's inputs, float32.
         table: the levels of nf4, rounded to x's dtype.
@@ -68,27 +63,12 @@ def multiply(
         GROUP: bytes that share a scale, for the last two.
         WHOLE_TILES: DEPTH divides the depth.
         FLOAT32: multiply in float32, whatever x's dtype: the interpreter multiplies the bits of bfloat16.
-        PTX: of `codes_to_floats`, or "" for float32 and in the interpreter, which cannot run it.
+        PTX: of `triton_ptx.to_floats`, or "" for float32 and in the interpreter, which cannot run it.
         ALL_EXPERTS: a power of two that is not below the number of experts.
     """
-    tile = tl.program_id(0)
     row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    end = depth
-    if WAY == "dense":
-        expert = tl.full((), 0, tl.int64)
-        pair_P = tile * PAIRS + tl.arange(0, PAIRS)
-        own_P = pair_P < pairs
-    elif WAY == "gathered":
-        expert = tile.to(tl.int64)
-        pair_P = tl.arange(0, PAIRS)
-        chosen_P = tl.load(index + pair_P, pair_P < pairs, -1)
-        own_P = chosen_P == expert
-        end = tl.where(tl.max(own_P.to(tl.int32), axis=0) > 0, depth, 0)
-    else:
-        expert, first, last = _sorted_tile(index, tile, experts, ALL_EXPERTS, PAIRS)
-        pair_P = first + tl.arange(0, PAIRS)
-        own_P = pair_P < last
-        end = tl.where(first < last, depth, 0)
+    expert, pair_P, chosen_P, own_P = _program(index, pairs, experts, WAY, ALL_EXPERTS, PAIRS)
+    first, end = _share(tl.max(own_P.to(tl.int32), axis=0) > 0, depth, DEPTH)
     # Rows and pairs behind the last one repeat it: that needs no mask, and is not stored.
     read_R = tl.minimum(row_R, rows - 1).to(tl.int64)
     read_P = tl.minimum(pair_P, pairs - 1).to(tl.int64)
@@ -98,7 +78,7 @@ def multiply(
     scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
     zero_R = zero_ERG + expert * zero_expert + read_R * zero_row
     sums_RP = tl.zeros((ROWS, PAIRS), tl.float32)
-    for begin in range(0, end, DEPTH):
+    for begin in range(first, end, DEPTH):
         if FORM == "plain" or FORM == "int8":
             at_D = begin + tl.arange(0, DEPTH)
             w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
@@ -129,12 +109,7 @@ def multiply(
                 sums_RP += part_RP * tl.load(scale_R + group).to(tl.float32)[:, None]
     if FORM == "int8":
         sums_RP *= tl.load(scale_R)[:, None]
-    if WAY == "gathered":
-        sums_RP = tl.where(own_P[None, :], sums_RP, tl.where(chosen_P < 0, 0, float("nan"))[None, :])
-        nobody_P = (chosen_P < 0) | (chosen_P >= experts)
-        own_P = (own_P | (nobody_P & (tile == 0))) & (pair_P < pairs)
-    at_RP = pair_P.to(tl.int64)[None, :] * rows + row_R[:, None]
-    tl.store(y_PR + at_RP, sums_RP.to(y_PR.dtype.element_ty), own_P[None, :] & (row_R < rows)[:, None])
+    _store(sums_RP, y_PR, pair_P, row_R, chosen_P, own_P, pairs, experts, rows, WAY)
 
 
 @triton.jit
@@ -177,6 +152,72 @@ def make_plain(
         values_RD = tl.reshape(tl.join(even_RD, odd_RD), (ROWS, 2 * DEPTH)).to(y_RD.dtype.element_ty)
         some_RD = some_R[:, None] & (at_D < 2 * depth)[None, :]
         tl.store(y_RD + row_R[:, None] * (2 * depth) + at_D[None, :], values_RD, some_RD)
+
+
+@triton.jit
+def _program(
+    index: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    WAY: tl.constexpr,
+    ALL_EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Expert and pairs of this program, the experts of these (for WAY "gathered"), and which of them are its to do."""
+    tile = tl.program_id(0)
+    place_P = tl.arange(0, PAIRS)
+    if WAY == "dense":
+        pair_P = tile * PAIRS + place_P
+        return tl.full((), 0, tl.int64), pair_P, pair_P.to(tl.int64), pair_P < pairs
+    elif WAY == "gathered":
+        expert = tile.to(tl.int64)
+        chosen_P = tl.load(index + place_P, place_P < pairs, -1)
+        return expert, place_P, chosen_P, chosen_P == expert
+    else:
+        expert, first, last = _sorted_tile(index, tile, experts, ALL_EXPERTS, PAIRS)
+        pair_P = first + place_P
+        return expert, pair_P, pair_P.to(tl.int64), pair_P < last
+
+
+@triton.jit
+def _share(some: tl.tensor, depth: tl.tensor, DEPTH: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Where this program's part of the depth begins and ends: programs of axis 2 share it by whole tiles."""
+    share = tl.cdiv(tl.cdiv(depth, DEPTH), tl.num_programs(2)) * DEPTH
+    first = tl.program_id(2) * share
+    return first, tl.where(some, tl.minimum(first + share, depth), first)
+
+
+@triton.jit
+def _store(
+    sums_RP: tl.tensor,
+    y_PR: tl.tensor,
+    pair_P: tl.tensor,
+    row_R: tl.tensor,
+    chosen_P: tl.tensor,
+    own_P: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    rows: tl.tensor,
+    WAY: tl.constexpr,
+) -> None:
+    """The sums of this program; the first expert's programs also store what pairs of no expert get."""
+    if WAY == "gathered":
+        sums_RP = tl.where(own_P[None, :], sums_RP, tl.where(chosen_P < 0, 0, float("nan"))[None, :])
+        nobody_P = (chosen_P < 0) | (chosen_P >= experts)
+        own_P = (own_P | (nobody_P & (tl.program_id(0) == 0))) & (pair_P < pairs)
+    at_P = tl.program_id(2).to(tl.int64) * pairs + pair_P
+    at_RP = at_P[None, :] * rows + row_R[:, None]
+    tl.store(y_PR + at_RP, sums_RP.to(y_PR.dtype.element_ty), own_P[None, :] & (row_R < rows)[:, None])
+
+
+@triton.jit
+def add_shares(part_SN: tl.tensor, y_N: tl.tensor, shares: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
+    """The sum of the float32 sums that programs of `multiply` made of their parts of the depth."""
+    at_N = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    sums_N = tl.zeros((SIZE,), tl.float32)
+    for share in range(shares):
+        sums_N += tl.load(part_SN + share * size + at_N, at_N < size, 0)
+    tl.store(y_N + at_N, sums_N.to(y_N.dtype.element_ty), at_N < size)
 
 
 @triton.jit
@@ -259,67 +300,3 @@ def split_inputs(
     tl.store(y_PD + (pairs + pair) * depth + at_GD, odd_GD, some_G[:, None])
     sum_G = tl.sum(even_GD.to(tl.float32) + odd_GD.to(tl.float32), axis=1)
     tl.store(sum_PG + pair * (depth // GROUP) + group_G, sum_G, some_G)
-
-
-# ---- codes to numbers, in PTX: 8 codes of a word at once -------------------------------------------------
-#
-# Operands 0 and 1 are what the upper codes of the word's bytes stand for, 2 and 3 the lower ones, 4 is the word.
-
-
-def _unpacked(bits: Callable[[float], int], power: int) -> str:
-    """Codes of int4 as numbers: in the last bits of a power of two they count from it, and it is taken away.
-
-    Args:
-        power: that one whose last bits count ones, so that a code has room below its upper byte.
-    """
-    pair = "bf16x2" if bits is _bfloat16 else "f16x2"
-    upper_byte = bits(power) >> 8
-    lines = ["and.b32 lower, $4, 0x0f0f0f0f;", "shr.b32 upper, $4, 4;", "and.b32 upper, upper, 0x0f0f0f0f;"]
-    lines += [f"mov.b32 {name}, 0x{2 * f'{bits(value):04x}'};" for name, value in (("minus", -power), ("one", 1))]
-    for operand, (codes, picked) in enumerate(product(("upper", "lower"), ("4140", "4342"))):
-        lines.append(f"prmt.b32 ${operand}, {codes}, 0x{4 * f'{upper_byte:02x}'}, 0x{picked};")
-        lines.append(f"fma.rn.{pair} ${operand}, ${operand}, one, minus;")
-    return f"{{ .reg .b32 lower, upper, minus, one; {' '.join(lines)} }}"
-
-
-def _looked_up(levels: list[int]) -> str:
-    """Codes of nf4 as 16-bit levels.
-
-    `prmt` picks 4 bytes of 8 by 4 indices of 3 bits. So a half of the table and a byte of the levels are looked up at
-    a time, the code's fourth bit decides between the halves, and the bytes are put together.
-    """
-
-    def looked_up(half: list[int], byte: int, into: str) -> list[str]:
-        plane = bytes((level >> 8 * byte) & 255 for level in half)
-        low, high = (int.from_bytes(plane[at : at + 4], "little") for at in (0, 4))
-        return [f"mov.b32 c, 0x{low:08x};", f"mov.b32 d, 0x{high:08x};", f"prmt.b32 {into}, c, d, low3;"]
-
-    lines = ["and.b32 low3, $4, 0x77777777;", "shr.b32 bit4, $4, 3;", "and.b32 bit4, bit4, 0x11111111;"]
-    for half in (0, 1):
-        if half:
-            lines += ["shr.b32 low3, low3, 16;", "shr.b32 bit4, bit4, 16;"]
-        lines.append("prmt.b32 upper, 0xff00, 0, bit4;")
-        for byte, name in ((1, "h"), (0, "l")):
-            lines += looked_up(levels[:8], byte, "a") + looked_up(levels[8:], byte, "b")
-            lines.append(f"lop3.b32 {name}, a, b, upper, 0xd8;")  # upper ? b : a
-        lines += [f"prmt.b32 ${half}, l, h, 0x7351;", f"prmt.b32 ${2 + half}, l, h, 0x6240;"]
-    return f"{{ .reg .b32 low3, bit4, upper, a, b, c, d, h, l; {' '.join(lines)} }}"
-
-
-def _bfloat16(value: float) -> int:
-    """The bits of the nearest one."""
-    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-
-
-def _float16(value: float) -> int:
-    bits: int = struct.unpack("<H", struct.pack("<e", value))[0]
-    return bits
-
-
-def codes_to_floats(form: str, dtype: tl.dtype) -> str:
-    """The PTX for "int4" or "nf4" and a 16-bit dtype."""
-    bits = {tl.bfloat16: _bfloat16, tl.float16: _float16}[dtype]
-    if form == "nf4":
-        return _looked_up([bits(level) for level in NF4])
-    return _unpacked(bits, 128 if dtype == tl.bfloat16 else 1024)

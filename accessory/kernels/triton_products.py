@@ -1,9 +1,11 @@
 """Products on GPU by Triton kernels: `linear.py`'s and `quantized_ops.py`'s, under their names.
 
-Activations stay float, whatever the weight, and sums are float32.
+As on a CPU, few tokens in bfloat16 are taken in 8 bits where the weight is quantized (`quantized.round_activations`);
+but for groups of 32 inputs, too short for the tensor cores' products of integers. All else stays float, with float32
+sums.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C bytes of two
-codes.
+codes, B blocks of activations that share a scale, G groups of a row.
 """
 
 import functools
@@ -15,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .quantized import NF4, depth_of, form_of
+from . import triton_ptx
+from .quantized import ACTIVATION_BLOCK, NF4, NF4_STEP, depth_of, form_of, rounds_activations
 
 logger = logging.getLogger("accessory.kernels")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_GATHERED = 64  # pairs that a program multiplies with each tile of a weight
+_SHORTEST_INTEGERS = 32  # of the depth: the least that tensor cores take of 8 bits
 
 
 class Tile(NamedTuple):
@@ -40,19 +44,27 @@ class Tile(NamedTuple):
 
 
 FEW = {
-    "plain": Tile(32, 128, 2, 4),
+    "plain": Tile(64, 128, 4, 4),
     "int8": Tile(32, 128, 2, 4),
-    "int4": Tile(32, 64, 2, 4),
+    "int4": Tile(64, 64, 4, 3),
     "nf4": Tile(32, 64, 2, 4),
+}
+INTEGERS = {
+    "int8": Tile(32, 128, 2, 4),
+    "int4": Tile(64, 64, 2, 4),
+    "nf4": Tile(64, 64, 2, 4),
 }
 MANY = {
     "plain": Tile(128, 64, 8, 3),
-    "int8": Tile(128, 64, 8, 3),
-    "int4": Tile(128, 64, 8, 3),
-    "nf4": Tile(128, 64, 8, 3),
+    "int8": Tile(64, 128, 4, 3),
+    "int4": Tile(64, 64, 4, 3),
+    "nf4": Tile(64, 64, 4, 3),
 }
 FLOAT32 = Tile(32, 32, 4, 2)  # no tensor cores, and so 16 pairs cost what 16 pairs cost
-MANY_PAIRS = 64
+MANY_PAIRS = 128
+PROGRAMS = 2048  # that are wanted at least: where rows are few, programs share their depth
+_LEAST_TILES = 8  # of the depth for each of them: before the first one is there, a program waits
+_FEW_TOKENS = 16  # up to which activations are taken in 8 bits, but for pairs with experts
 _PLAIN_ROWS, _PLAIN_DEPTH = 8, 256
 
 
@@ -127,59 +139,96 @@ def _gathered(x_PD: Tensor, w_ERD: Tensor, scale: Tensor | None, zero: Tensor | 
 def _multiply(
     x_PD: Tensor, w_ERD: Tensor, scale: Tensor | None, zero: Tensor | None, index: Tensor | None, way: str
 ) -> Tensor:
-    """One launch of the kernel `multiply`; ``index`` and ``way`` as it says."""
+    """One product by the kernels `multiply`; ``index`` and ``way`` as they say."""
     pairs, (experts, rows, depth) = x_PD.shape[0], w_ERD.shape
     if 0 in (pairs, experts, rows, depth):  # such as a rank without experts
         return x_PD.new_zeros(pairs, rows)
     form = "plain" if scale is None else form_of(w_ERD, zero)
     in_halves = form in ("int4", "nf4")
     group = depth // scale.shape[-1] if scale is not None and in_halves else 1
-    own_pairs, tile = _tile(form, x_PD.dtype, pairs, way)
+    rounds = scale is not None and _rounds(x_PD, group if in_halves else ACTIVATION_BLOCK, way)
+    own_pairs, tile = _tile(form, x_PD.dtype, pairs, way, rounds=rounds)
+    if rounds and not in_halves:
+        group = ACTIVATION_BLOCK
     own_depth = max(tile.depth, group)
     tiles = {"gathered": experts, "dense": -(-pairs // own_pairs), "sorted": pairs // own_pairs + experts}[way]
+    blocks = -(-rows // tile.rows)
+    shares = 1 if way == "sorted" else _shares(blocks * min(pairs, tiles), -(-depth // own_depth))
     y_PR = x_PD.new_zeros(pairs, rows) if way == "sorted" else x_PD.new_empty(pairs, rows)
-    x_PD, sum_PG = _split_inputs(x_PD, group) if in_halves else (x_PD.contiguous(), y_PR)
-    _launch(
-        _loaded().multiply[(tiles, -(-rows // tile.rows))],
-        x_PD,
-        w_ERD,
-        w_ERD if scale is None else scale,
-        w_ERD if zero is None else zero,
-        sum_PG,
-        _nf4_table(x_PD.device, x_PD.dtype) if form == "nf4" else sum_PG,
-        y_PR if index is None else index.contiguous(),
-        y_PR,
-        pairs,
-        experts,
-        rows,
-        depth,
-        *w_ERD.stride()[:2],
-        *((0, 0) if scale is None else scale.stride()[:2]),
-        *((0, 0) if zero is None else zero.stride()[:2]),
-        WAY=way,
-        FORM=form,
-        GROUP=group,
-        WHOLE_TILES=depth % own_depth == 0,
-        FLOAT32=not x_PD.is_cuda,
-        PTX=_codes_to_floats(form, x_PD.dtype) if in_halves and x_PD.is_cuda else "",
-        ALL_EXPERTS=_power_of_two(experts) if way == "sorted" else 1,
-        PAIRS=own_pairs,
-        ROWS=tile.rows,
-        DEPTH=own_depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    into = y_PR if shares == 1 else y_PR.new_empty(shares, pairs, rows, dtype=torch.float32)
+    constants: dict[str, Any] = {"WAY": way, "FORM": form, "GROUP": group, "WHOLE_TILES": depth % own_depth == 0}
+    constants |= {"PAIRS": own_pairs, "ROWS": tile.rows, "DEPTH": own_depth}
+    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    unused = into
+    strides = (stride for part in (w_ERD, scale, zero) for stride in ((0, 0) if part is None else part.stride()[:2]))
+    weight = (w_ERD, *(unused if part is None else part for part in (scale, zero)))
+    index = unused if index is None else index.contiguous()
+    grid = (tiles, blocks, shares)
+    if rounds:
+        ints_PD, x_scale_PB, x_sum_PG = _round_inputs(x_PD, form, group)
+        table = _nf4_steps(x_PD.device) if form == "nf4" else unused
+        own = (ints_PD, x_scale_PB, x_sum_PG, *weight, table, index, into)
+        constants["PTX"] = _ptx(form, None) if in_halves and x_PD.is_cuda else ""
+        constants["BLOCK"] = ACTIVATION_BLOCK // (2 if in_halves else 1)
+        sizes = (pairs, experts, rows, depth, x_scale_PB.shape[1])
+        _launch(_integers().multiply[grid], *own, *sizes, *strides, **constants)
+    else:
+        x_PD, x_sum_PG = _split_inputs(x_PD, group) if in_halves else (x_PD.contiguous(), unused)
+        table = _nf4_table(x_PD.device, x_PD.dtype) if form == "nf4" else unused
+        own = (x_PD, *weight, x_sum_PG, table, index, into)
+        constants["FLOAT32"] = not x_PD.is_cuda
+        constants["PTX"] = _ptx(form, x_PD.dtype) if in_halves and x_PD.is_cuda else ""
+        constants["ALL_EXPERTS"] = _power_of_two(experts) if way == "sorted" else 1
+        _launch(_loaded().multiply[grid], *own, pairs, experts, rows, depth, *strides, **constants)
+    if shares > 1:
+        _launch(_loaded().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
     return y_PR
 
 
-def _tile(form: str, dtype: torch.dtype, pairs: int, way: str) -> tuple[int, Tile]:
+def _rounds(x_PD: Tensor, group: int, way: str) -> bool:
+    """Whether activations are taken in 8 bits."""
+    few = way == "gathered" or (way == "dense" and x_PD.shape[0] <= _FEW_TOKENS)
+    return few and rounds_activations(x_PD.dtype) and group >= _SHORTEST_INTEGERS
+
+
+def _tile(form: str, dtype: torch.dtype, pairs: int, way: str, *, rounds: bool) -> tuple[int, Tile]:
     """Pairs of a program, and what else it takes. Tensor cores take 16 pairs at least."""
     some = max(16, _power_of_two(pairs))
     if dtype == torch.float32:
-        return min(16 if way != "gathered" else some, some), FLOAT32
-    if way == "gathered" or pairs <= MANY_PAIRS // 2:
+        return some if way == "gathered" else 16, FLOAT32
+    if rounds:
+        return some, INTEGERS[form]
+    if way == "gathered" or (way == "dense" and pairs <= _FEW_TOKENS):
         return some, FEW[form]
     return min(some, MANY_PAIRS), MANY[form]
+
+
+def _shares(programs: int, tiles: int) -> int:
+    """Among how many the depth of so many tiles is shared."""
+    wanted = min(-(-PROGRAMS // programs), tiles // _LEAST_TILES)
+    return 1 if wanted < 2 else 1 << (wanted.bit_length() - 1)
+
+
+def _round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations in 8 bits (P, D), or (2, P, D / 2), their scales (P, B), and sums of groups (P, G)."""
+    pairs, depth = x_PD.shape
+    halves = form != "int8"
+    if x_PD.stride(1) != 1:
+        x_PD = x_PD.contiguous()
+    blocks = -(-depth // ACTIVATION_BLOCK)
+    ints_PD = x_PD.new_empty(pairs, depth, dtype=torch.int8)
+    scale_PB = x_PD.new_empty(pairs, blocks, dtype=torch.float32)
+    sum_PG = x_PD.new_empty(pairs, depth // (2 * group) if halves else 1, dtype=torch.float32)
+    _launch(
+        _integers().round_inputs[(pairs, blocks)],
+        *(x_PD, ints_PD, scale_PB, sum_PG, pairs, depth, blocks, x_PD.stride(0)),
+        STEP=NF4_STEP if form == "nf4" else 1.0,
+        HALVES=halves,
+        GROUPS=ACTIVATION_BLOCK // (2 * group) if halves else 1,
+        BLOCK=ACTIVATION_BLOCK,
+        enable_fp_fusion=False,  # a product and a sum as one operation would round once where the twin rounds twice
+    )
+    return ints_PD, scale_PB, sum_PG
 
 
 def _split_inputs(x_PD: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -205,14 +254,18 @@ def _power_of_two(number: int) -> int:
 
 
 @functools.cache
-def _codes_to_floats(form: str, dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return ""
-    module = _loaded()
-    text: str = module.codes_to_floats(
-        form, {torch.bfloat16: module.tl.bfloat16, torch.float16: module.tl.float16}[dtype]
-    )
-    return text
+def _ptx(form: str, dtype: torch.dtype | None) -> str:
+    """The PTX for codes to become floats of 16 bits, or integers (None)."""
+    if dtype is None:
+        return triton_ptx.to_integers(form)
+    return "" if dtype == torch.float32 else triton_ptx.to_floats(form, str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _nf4_steps(device: torch.device) -> Tensor:
+    """The levels counted in steps, int8."""
+    with torch.inference_mode(False):
+        return (torch.tensor(NF4, dtype=torch.float32) / NF4_STEP).round().to(torch.int8).to(device)
 
 
 @functools.cache
@@ -231,6 +284,12 @@ def _kernels() -> ModuleType | None:
         logger.warning("Triton does not load (%s). Decoding on GPU uses PyTorch's slower products.", error)
         return None
     return triton_kernels
+
+
+def _integers() -> ModuleType:
+    from . import triton_integers
+
+    return triton_integers
 
 
 def _loaded() -> ModuleType:

@@ -1,0 +1,154 @@
+"""Triton kernels for quantized weights and activations in 8 bits, as quantized.cpp has them: few tokens in bfloat16.
+
+A code of 4 bits is an integer after one instruction or two, where a float takes four; sums of codes and activations are
+exact. Arguments and shape letters as in triton_kernels, and B blocks of activations that share a scale.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import _load, _program, _share, _store
+
+
+@triton.jit
+def multiply(
+    x_PD: tl.tensor,
+    x_scale_PB: tl.tensor,
+    x_sum_PG: tl.tensor,
+    w_ERD: tl.tensor,
+    scale_ERG: tl.tensor,
+    zero_ERG: tl.tensor,
+    table: tl.tensor,
+    index: tl.tensor,
+    y_PR: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    rows: tl.tensor,
+    depth: tl.tensor,
+    blocks: tl.tensor,
+    w_expert: tl.tensor,
+    w_row: tl.tensor,
+    scale_expert: tl.tensor,
+    scale_row: tl.tensor,
+    zero_expert: tl.tensor,
+    zero_row: tl.tensor,
+    WAY: tl.constexpr,
+    FORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
+    PTX: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """y[p] = w[expert of p] @ x[p].
+
+    Args:
+        x_PD: int8, and for two codes in a byte the even inputs of all pairs and behind them the odd ones, (2, P, D).
+        x_scale_PB: float32; a block is BLOCK of the depth, a multiple of GROUP.
+        x_sum_PG: float32, sums of a group's integers; for "int4".
+        table: int8, the levels of nf4 in steps.
+        WAY: "dense" or "gathered".
+        FORM: "int8", "int4" or "nf4".
+        GROUP: of the depth that shares a scale; for "int8", whose rows have one, as BLOCK.
+        PTX: of `triton_ptx.to_integers`, or "" in the interpreter.
+    """
+    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    expert, pair_P, chosen_P, own_P = _program(index, pairs, experts, WAY, 1, PAIRS)
+    first, end = _share(tl.max(own_P.to(tl.int32), axis=0) > 0, depth, DEPTH)
+    read_R = tl.minimum(row_R, rows - 1).to(tl.int64)
+    read_P = tl.minimum(pair_P, pairs - 1).to(tl.int64)
+    x_P = x_PD + read_P * depth
+    x_scale_P = x_scale_PB + read_P * blocks
+    x_sum_P = x_sum_PG + read_P * (depth // GROUP)
+    w_R = w_ERD + expert * w_expert + read_R * w_row
+    scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
+    zero_R = zero_ERG + expert * zero_expert + read_R * zero_row
+    sums_RP = tl.zeros((ROWS, PAIRS), tl.float32)
+    for begin in range(first, end, DEPTH):
+        for part in tl.static_range(DEPTH // GROUP):
+            at = begin + part * GROUP
+            at_D = at + tl.arange(0, GROUP)
+            if not WHOLE_TILES:  # behind the end activations are zeros, and so may be read from anywhere near
+                at = tl.minimum(at, (depth - 1) // GROUP * GROUP)
+            w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            own_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            if FORM == "int8":
+                part_RP = tl.dot(w_RD, tl.trans(own_PD)).to(tl.float32)
+            else:
+                odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                even_RD, odd_RD = _integers(w_RD, table, FORM, PTX)
+                whole_RP = tl.dot(even_RD, tl.trans(own_PD))
+                part_RP = tl.dot(odd_RD, tl.trans(odd_PD), whole_RP, out_dtype=tl.int32).to(tl.float32)
+                if FORM == "int4":
+                    all_P = tl.load(x_sum_P + at // GROUP)
+                    if not WHOLE_TILES:
+                        all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
+                    part_RP -= (tl.load(zero_R + at // GROUP).to(tl.float32) * 0.0625)[:, None] * all_P[None, :]
+                part_RP *= tl.load(scale_R + at // GROUP).to(tl.float32)[:, None]
+            sums_RP += part_RP * tl.load(x_scale_P + at // BLOCK)[None, :]
+    if FORM == "int8":
+        sums_RP *= tl.load(scale_R)[:, None]
+    _store(sums_RP, y_PR, pair_P, row_R, chosen_P, own_P, pairs, experts, rows, WAY)
+
+
+@triton.jit
+def _integers(
+    codes_RD: tl.tensor, table: tl.tensor, FORM: tl.constexpr, PTX: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """What the upper and the lower codes stand for, int8."""
+    if PTX != "":
+        return tl.inline_asm_elementwise(PTX, "=r,=r,r", [codes_RD], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    elif FORM == "int4":
+        return (codes_RD >> 4).to(tl.int8), (codes_RD & 15).to(tl.int8)
+    else:
+        return tl.load(table + (codes_RD >> 4)), tl.load(table + (codes_RD & 15))
+
+
+@triton.jit
+def round_inputs(
+    x_PD: tl.tensor,
+    y_PD: tl.tensor,
+    scale_PB: tl.tensor,
+    sum_PG: tl.tensor,
+    pairs: tl.tensor,
+    depth: tl.tensor,
+    blocks: tl.tensor,
+    x_row: tl.tensor,
+    STEP: tl.constexpr,
+    HALVES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Activations in 8 bits, as `quantized.round_activations` has them, laid out as `multiply` wants them.
+
+    Args:
+        x_PD: a row's elements are neighbours, rows lie x_row apart.
+        scale_PB: of a block, times STEP.
+        HALVES: even inputs of all pairs first, then the odd ones.
+        GROUPS: of a block, whose integers are summed for each.
+        BLOCK: elements that share a scale.
+    """
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at_N = block * BLOCK + tl.arange(0, BLOCK)
+    own_N = tl.load(x_PD + pair * x_row + at_N, at_N < depth, 0).to(tl.float32)
+    finite_N = tl.abs(own_N) < float("inf")  # and not NaN, for which no integer stands: then the scale is NaN
+    own_N = tl.where(finite_N, own_N, 0)
+    largest = tl.max(tl.abs(own_N), axis=0)
+    full = tl.full((), 127.0, tl.float32)
+    inverse = tl.where(largest > 1e-36, tl.math.div_rn(full, tl.maximum(largest, 1e-36)), 0.0)
+    # Added to 1.5 * 2**23, a number is rounded to an integer, to the even one from the middle.
+    rounded_N = (own_N * inverse + 12582912.0) - 12582912.0
+    scale = tl.where(tl.min(finite_N.to(tl.int32), axis=0) == 1, tl.math.div_rn(largest, full) * STEP, float("nan"))
+    tl.store(scale_PB + pair * blocks + block, scale)
+    if HALVES:
+        half = depth // 2
+        to_N = (at_N % 2) * (pairs * half) + pair * half + at_N // 2
+        groups = depth // (BLOCK // GROUPS)
+        group_G = block * GROUPS + tl.arange(0, GROUPS)
+        sum_G = tl.sum(tl.reshape(rounded_N, (GROUPS, BLOCK // GROUPS)), axis=1)
+        tl.store(sum_PG + pair * groups + group_G, sum_G, group_G < groups)
+    else:
+        to_N = pair * depth + at_N
+    tl.store(y_PD + to_N, rounded_N.to(tl.int8), at_N < depth)
