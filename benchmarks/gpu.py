@@ -21,6 +21,7 @@ from gpu_products import product_rows, seconds
 from accessory.config import QUANT_FORMS, ModelArgs, MoEArgs, QuantArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.parallel.state import ParallelState
+from accessory.quant import lay_out_for_gpu
 from accessory.tools.quality import quantized_copy
 
 MOE = MoEArgs(num_experts=8, num_experts_per_tok=2)
@@ -93,6 +94,8 @@ def random_model(args: ModelArgs) -> Transformer:
 def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
     models = {"bfloat16": plain}
     models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in QUANT_FORMS}
+    for model in models.values():
+        lay_out_for_gpu(model)
     theirs = None if arguments.without_transformers else transformers_on(plain)
     sides: dict[str, Callable[[], None]] = {}
     for name, model in models.items():
@@ -224,6 +227,7 @@ def profile(name: str, model: Transformer, arguments: argparse.Namespace) -> Non
     """The kernels of 4 replayed steps by their time, of each form and batch, to FOLDER/NAME-FORM-BATCH.txt."""
     for form in ("bfloat16", "int4"):
         own = model if form == "bfloat16" else quantized_copy(model, QuantArgs(type=form))
+        lay_out_for_gpu(own)
         for batch in arguments.batches:
             decoding = Decoding(own, batch, arguments.context, arguments.context + 64)
             decoding.run(8)

@@ -20,12 +20,9 @@ from accessory.kernels.triton_products import Tile
 Weight = tuple[Tensor, Tensor | None, Tensor | None]  # eight experts' codes, scales and zero points
 FEW_TILES = [
     Tile(*sizes)
-    for sizes in (
-        *((32, 128, 2, 4), (64, 128, 2, 4), (64, 64, 2, 4), (64, 128, 4, 4)),
-        *((64, 256, 2, 3), (128, 64, 4, 4), (64, 64, 4, 4), (32, 64, 1, 6)),
-    )
+    for sizes in ((64, 128, 2, 4), (64, 64, 2, 4), (64, 64, 2, 6), (128, 64, 4, 4), (128, 128, 4, 3), (64, 64, 4, 4))
 ]
-PROGRAMS = (1024, 2048, 4096)
+PROGRAMS = (1024, 4096)
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 1024))
 FORMS = ("plain", *QUANT_FORMS)
 
@@ -101,10 +98,10 @@ def random_weight(form: str, rows: int, depth: int) -> Weight:
             None,
         )
     codes = torch.randint(256, (8, rows, depth // 2), dtype=torch.uint8, device="cuda")
-    scale = torch.rand(8, rows, depth // 64, device="cuda")
+    scale = torch.rand(8, depth // 64, rows, device="cuda").transpose(1, 2)  # as `lay_out_for_gpu` leaves it
     if form == "nf4":
         return codes, scale, None
-    return codes, scale.bfloat16(), torch.randint(256, scale.shape, dtype=torch.uint8, device="cuda")
+    return codes, scale.bfloat16(), (scale * 256).to(torch.uint8)  # with the same strides
 
 
 def gathered(x: Tensor, weight: Weight, expert: Tensor) -> Tensor:

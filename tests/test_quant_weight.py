@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.config import QUANT_FORMS
+from accessory.config import QUANT_FORMS, QuantArgs, QuantForm
 from accessory.config.quant import GROUP_SIZES
 from accessory.kernels.quantized import GROUPS
-from accessory.quant import QuantizedWeight, quantize
+from accessory.quant import QuantizedParameter, QuantizedWeight, lay_out_for_gpu, quantize
 from accessory.quant.int8 import row_maximum
 
 BF16 = torch.bfloat16
@@ -180,3 +180,19 @@ def test_bad_input_is_refused_in_a_line() -> None:
         quantize(draw(4, 128), "int8", row_max=torch.ones(1))
     assert QUANT_FORMS == ("int8", "int4", "nf4")
     assert GROUP_SIZES == GROUPS
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("shape", [(6, 128), (3, 7, 128), (3, 2, 5, 128)])
+def test_the_layout_for_gpus_changes_no_value(shape: tuple[int, ...], form: QuantForm) -> None:
+    matrix = QuantizedParameter(shape, QuantArgs(type=form), torch.device("cpu"))
+    matrix.to_local().write(torch.randn(shape))
+    before = {name: tensor.clone() for name, tensor in matrix.to_local().tensors().items()}
+    lay_out_for_gpu(matrix)
+    after = matrix.to_local()
+    for name, tensor in after.tensors().items():
+        assert torch.equal(tensor, before[name])
+        if name != "codes":
+            rows = tensor.flatten(1, -2) if tensor.dim() > 2 else tensor
+            assert rows.stride(-2) == 1
+            assert rows.data_ptr() == tensor.data_ptr(), "a product would copy it"

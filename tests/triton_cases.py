@@ -138,6 +138,11 @@ def views(form: str, dtype: torch.dtype, device: str) -> None:
         parts = tuple(part[..., part.shape[-1] // 2 :] if part.shape[-1] > 1 else part for part in parts)
         assert_true(x, parts, expert)
         assert_true(x, tuple(part[2] for part in parts), None)
+    if form in ("int4", "nf4"):  # scales and zero points of a group as neighbours
+        apart = (whole[0], *(part.transpose(1, 2).contiguous().transpose(1, 2) for part in whole[1:]))
+        wide = draw(3, 256, dtype=dtype, device=device)
+        assert_true(wide, apart, expert[:3])
+        assert_true(wide, tuple(part[4] for part in apart), None)
     if form == "plain":  # no unit stride: the twin serves
         assert not on_gpu.triton_serves(x, whole[0].transpose(1, 2))
         across = draw(4, 128, 5, dtype=dtype, device=device).transpose(1, 2)

@@ -30,8 +30,10 @@ def multiply(
     w_row: tl.tensor,
     scale_expert: tl.tensor,
     scale_row: tl.tensor,
+    scale_group: tl.tensor,
     zero_expert: tl.tensor,
     zero_row: tl.tensor,
+    zero_group: tl.tensor,
     WAY: tl.constexpr,
     FORM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -85,8 +87,10 @@ def multiply(
                     all_P = tl.load(x_sum_P + at // GROUP)
                     if not WHOLE_TILES:
                         all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
-                    part_RP -= (tl.load(zero_R + at // GROUP).to(tl.float32) * 0.0625)[:, None] * all_P[None, :]
-                part_RP *= tl.load(scale_R + at // GROUP).to(tl.float32)[:, None]
+                    part_RP -= (tl.load(zero_R + at // GROUP * zero_group).to(tl.float32) * 0.0625)[:, None] * all_P[
+                        None, :
+                    ]
+                part_RP *= tl.load(scale_R + at // GROUP * scale_group).to(tl.float32)[:, None]
             sums_RP += part_RP * tl.load(x_scale_P + at // BLOCK)[None, :]
     if FORM == "int8":
         sums_RP *= tl.load(scale_R)[:, None]

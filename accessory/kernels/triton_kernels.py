@@ -8,7 +8,8 @@ become numbers of x's dtype in registers, and scales are applied to sums: a code
 is rounded to it.
 
 Arguments are pointers with the shape letters of what they point to, then sizes, then strides in elements. The last
-axis of every tensor has unit stride, and x and y are contiguous.
+axis of a weight's codes has unit stride, and x and y are contiguous. A warp reads the scales of 8 rows at once: these
+had better be neighbours.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth as it is stored:
 elements, or bytes of two codes, G groups of a row; in a program P, R, D and G are what it takes at a time.
@@ -36,8 +37,10 @@ def multiply(
     w_row: tl.tensor,
     scale_expert: tl.tensor,
     scale_row: tl.tensor,
+    scale_group: tl.tensor,
     zero_expert: tl.tensor,
     zero_row: tl.tensor,
+    zero_group: tl.tensor,
     WAY: tl.constexpr,
     FORM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -101,12 +104,12 @@ def multiply(
                 part_RP = tl.dot(even_RD.to(even_PD.dtype), tl.trans(even_PD), input_precision="ieee")
                 part_RP = tl.dot(odd_RD.to(even_PD.dtype), tl.trans(odd_PD), part_RP, input_precision="ieee")
                 if FORM == "int4":
-                    own_zero_R = tl.load(zero_R + group).to(tl.float32) * 0.0625
+                    own_zero_R = tl.load(zero_R + group * zero_group).to(tl.float32) * 0.0625
                     all_P = tl.load(sums_P + group)
                     if not WHOLE_TILES:
                         all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
                     part_RP -= own_zero_R[:, None] * all_P[None, :]
-                sums_RP += part_RP * tl.load(scale_R + group).to(tl.float32)[:, None]
+                sums_RP += part_RP * tl.load(scale_R + group * scale_group).to(tl.float32)[:, None]
     if FORM == "int8":
         sums_RP *= tl.load(scale_R)[:, None]
     _store(sums_RP, y_PR, pair_P, row_R, chosen_P, own_P, pairs, experts, rows, WAY)

@@ -44,14 +44,14 @@ class Tile(NamedTuple):
 
 
 FEW = {
-    "plain": Tile(64, 128, 4, 4),
-    "int8": Tile(32, 128, 2, 4),
+    "plain": Tile(64, 128, 2, 4),
+    "int8": Tile(64, 128, 4, 4),
     "int4": Tile(64, 64, 4, 3),
-    "nf4": Tile(32, 64, 2, 4),
+    "nf4": Tile(64, 64, 4, 3),
 }
 INTEGERS = {
-    "int8": Tile(32, 128, 2, 4),
-    "int4": Tile(64, 64, 2, 4),
+    "int8": Tile(128, 128, 4, 4),
+    "int4": Tile(128, 64, 4, 4),
     "nf4": Tile(64, 64, 2, 4),
 }
 MANY = {
@@ -62,7 +62,7 @@ MANY = {
 }
 FLOAT32 = Tile(32, 32, 4, 2)  # no tensor cores, and so 16 pairs cost what 16 pairs cost
 MANY_PAIRS = 128
-PROGRAMS = 2048  # that are wanted at least: where rows are few, programs share their depth
+PROGRAMS = 1024  # that are wanted at least: where rows are few, programs share their depth
 _LEAST_TILES = 8  # of the depth for each of them: before the first one is there, a program waits
 _FEW_TOKENS = 16  # up to which activations are taken in 8 bits, but for pairs with experts
 _PLAIN_ROWS, _PLAIN_DEPTH = 8, 256
@@ -74,9 +74,8 @@ def triton_available() -> bool:
 
 
 def triton_serves(x_PD: Tensor, *weight: Tensor | None) -> bool:
-    """Whether they serve such activations and the tensors of such a weight."""
-    aligned = all(tensor is None or tensor.stride(-1) == 1 for tensor in weight)
-    return x_PD.dtype in DTYPES and aligned and triton_available()
+    """Whether they serve such activations and the tensors of such a weight, codes first."""
+    return x_PD.dtype in DTYPES and weight[0] is not None and weight[0].stride(-1) == 1 and triton_available()
 
 
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
@@ -160,7 +159,8 @@ def _multiply(
     constants |= {"PAIRS": own_pairs, "ROWS": tile.rows, "DEPTH": own_depth}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     unused = into
-    strides = (stride for part in (w_ERD, scale, zero) for stride in ((0, 0) if part is None else part.stride()[:2]))
+    of_scales = (stride for part in (scale, zero) for stride in ((0, 0, 0) if part is None else part.stride()))
+    strides = (*w_ERD.stride()[:2], *of_scales)
     weight = (w_ERD, *(unused if part is None else part for part in (scale, zero)))
     index = unused if index is None else index.contiguous()
     grid = (tiles, blocks, shares)

@@ -23,6 +23,7 @@ from accessory.model.scoring import evaluate, score_tokens
 from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, pick_device
+from accessory.quant import lay_out_for_gpu
 
 
 class MetaModel(nn.Module):
@@ -96,6 +97,8 @@ class MetaModel(nn.Module):
 
         state, pretrained, chosen_dtype = agreed(members, settle)
         llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
+        if state.device.type == "cuda":
+            lay_out_for_gpu(llma)
         return cls(llma, pretrained.tokenizer, pretrained.llama_type).eval()
 
     def get_trainable_params(self) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from .gptq import InputMoments
 from .int8 import row_maximum
-from .parameter import TENSOR_DTYPES, QuantizedParameter, as_bits, as_stored, weight_of
+from .parameter import TENSOR_DTYPES, QuantizedParameter, as_bits, as_stored, lay_out_for_gpu, weight_of
 from .products import gathered_linear, grouped_linear, linear
 from .weight import QuantizedWeight, quantize, quantize_calibrated
 
@@ -15,6 +15,7 @@ __all__ = [
     "as_stored",
     "gathered_linear",
     "grouped_linear",
+    "lay_out_for_gpu",
     "linear",
     "quantize",
     "quantize_calibrated",

@@ -61,6 +61,19 @@ class QuantizedParameter(nn.Module):
         return {**super().__getstate__(), "_kept": None}
 
 
+def lay_out_for_gpu(model: nn.Module) -> None:
+    """Make the scales and zero points of a group neighbours over the rows, as the GPU's kernels read them.
+
+    For inference: what FSDP shards has to be contiguous.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedParameter):
+            for name, parameter in module.named_parameters():
+                if not name.endswith("_codes"):
+                    first = 0 if parameter.dim() == 2 else 1  # behind the experts' axis, all but the last one are rows
+                    parameter.data = parameter.data.movedim(-1, first).contiguous().movedim(first, -1)
+
+
 def as_bits(tensor: Tensor) -> Tensor:
     """A tensor of a quantized weight as integers, in the same memory."""
     return tensor.view(_BITS[tensor.dtype]) if tensor.dtype in _BITS else tensor
