@@ -104,6 +104,8 @@ def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
         tokens = torch.randint(3, plain.args.vocab_size, (1, PROMPT), device="cuda")
         sides["transformers"] = lambda: theirs(tokens, use_cache=True, logits_to_keep=1)
     show(f"prefill {PROMPT}", medians(sides, arguments.rounds), 1)
+    sides = {name: Continued(model, 8 * PROMPT).run for name, model in models.items()}
+    show(f"prefill {PROMPT} behind {8 * PROMPT}", medians(sides, arguments.rounds), 1)
     for batch in arguments.batches:
         steps, length = arguments.steps, arguments.context + (arguments.rounds + 2) * arguments.steps * 2
         sides = {}
@@ -121,6 +123,21 @@ def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
 def prefill(model: Transformer) -> None:
     prompt = torch.randint(3, model.args.vocab_size, (PROMPT,), device="cuda")
     model.prefill(prompt, [PROMPT], [0], model.new_cache(1, PROMPT))
+
+
+class Continued:
+    """A prompt whose next piece is read, again and again."""
+
+    def __init__(self, model: Transformer, before: int) -> None:
+        self.model, self.cache = model, model.new_cache(1, before + PROMPT)
+        self.tokens = torch.randint(3, model.args.vocab_size, (before,), device="cuda")
+        model.prefill(self.tokens, [before], [0], self.cache)
+
+    def run(self) -> None:
+        before = self.tokens.shape[0]
+        self.model.prefill(self.tokens[:PROMPT], [PROMPT], [0], self.cache)
+        self.cache.free(0)
+        self.cache.extend([0], [before])
 
 
 class Decoding:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from accessory.config import ModelArgs
 from accessory.model.cache import KVCache
@@ -190,9 +191,8 @@ def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tens
     if start == 0:
         out = _attention(q, k, v, causal=True)
     else:
-        length, total = q_LHh.shape[0], k_MKh.shape[0]
-        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(start)
-        out = _attention(q, k, v, mask=mask)
+        # No tensor where it can be helped: a long prompt's last piece would have a mask of gigabytes.
+        out = _attention(q, k, v, mask=causal_lower_right(q_LHh.shape[0], k_MKh.shape[0]))
     return out.squeeze(0).transpose(0, 1)
 
 

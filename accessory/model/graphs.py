@@ -16,6 +16,8 @@ Step = Callable[[Tensor, Tensor], Tensor]  # tokens and which of them count, to 
 # Steps of a shape that are run kernel by kernel before it is captured. They warm up what the first call of a kernel
 # sets up, and a short answer is over before a capture would have paid.
 _STEPS_BEFORE_CAPTURE = 3
+# Graphs that are kept, the last ones used: each holds a few MB, and a long answer leaves many shapes behind.
+_MOST_KEPT = 16
 
 
 class DecodeGraphs:
@@ -37,14 +39,17 @@ class DecodeGraphs:
         Args:
             key: equal keys are steps with equal shapes on the same weights and cache.
         """
-        captured = self._captured.get(key)
+        captured = self._captured.pop(key, None)
         if captured is None:
             self._steps[key] += 1
             if self._steps[key] <= _STEPS_BEFORE_CAPTURE:
                 return step(tokens_S, active_S)
             if self._pool is None:  # shared: the graphs run one after another
                 self._pool = torch.cuda.graph_pool_handle()
-            captured = self._captured[key] = _Captured(step, tokens_S, active_S, self._pool)
+            captured = _Captured(step, tokens_S, active_S, self._pool)
+            if len(self._captured) >= _MOST_KEPT:
+                del self._captured[next(iter(self._captured))]
+        self._captured[key] = captured  # at the end: in the order of use
         return captured.replay(tokens_S, active_S)
 
 
