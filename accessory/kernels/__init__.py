@@ -1,5 +1,6 @@
 """Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
 
+from .attention import SlotAttention, SlotAttentionReference
 from .linear import (
     FEW_TOKENS,
     called_directly,
@@ -16,6 +17,8 @@ from .quantized_ops import dequantize, described, gathered_quantized_linear, gro
 __all__ = [
     "FEW_TOKENS",
     "NativeWeight",
+    "SlotAttention",
+    "SlotAttentionReference",
     "called_directly",
     "dequantize",
     "described",
