@@ -21,7 +21,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 5  # of native.cpp
+_ABI = 6  # of native.cpp
 _ADVICE = "Decoding on CPU uses PyTorch's slower products; a C++ compiler and a reinstall gives speed."
 
 
