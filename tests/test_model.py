@@ -317,6 +317,8 @@ def compiled_against_eager(model: Transformer, slots: int, script: list[dict[int
     caches = [model.new_cache(slots, model.args.max_seq_len) for _ in range(2)]
     generator, active = torch.Generator().manual_seed(1), [False] * slots
     differences = []
+    # Compiled code attends through PyTorch: in bfloat16 a key may be rounded to the next number.
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2**-5
     with torch.inference_mode():
         for changes in script:
             for slot, length in changes.items():
@@ -333,7 +335,7 @@ def compiled_against_eager(model: Transformer, slots: int, script: list[dict[int
             differences.append((eager - ours)[mask])
             for cache in caches:
                 cache.extend([slot for slot in range(slots) if active[slot]], [1] * sum(active))
-            assert (caches[0].k - caches[1].k).abs().max() < 1e-2
+            assert (caches[0].k - caches[1].k).abs().max() < tolerance
     return differences, counter.frame_count
 
 

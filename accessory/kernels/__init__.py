@@ -1,5 +1,6 @@
 """Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
 
+from .attention import SlotAttention, SlotAttentionReference
 from .linear import (
     FEW_TOKENS,
     called_directly,
@@ -9,6 +10,7 @@ from .linear import (
     gathering_pays,
 )
 from .native import native_available, native_variant
+from .pointwise import choose_experts, gate, rms_norm, rotate_heads, steps_natively, weighted_sum
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
 from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
@@ -16,10 +18,14 @@ from .quantized_ops import dequantize, described, gathered_quantized_linear, gro
 __all__ = [
     "FEW_TOKENS",
     "NativeWeight",
+    "SlotAttention",
+    "SlotAttentionReference",
     "called_directly",
+    "choose_experts",
     "dequantize",
     "described",
     "few_token_linear",
+    "gate",
     "gathered_linear",
     "gathered_linear_reference",
     "gathered_quantized_linear",
@@ -30,5 +36,9 @@ __all__ = [
     "plain_values",
     "quantized_linear",
     "quantized_linear_reference",
+    "rms_norm",
+    "rotate_heads",
     "round_activations",
+    "steps_natively",
+    "weighted_sum",
 ]

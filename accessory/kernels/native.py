@@ -1,7 +1,7 @@
 """Loading of the native library, and its product with plain weights.
 
-setup.py builds the library (native.cpp, quantized.cpp) where there is a C++ compiler. It holds several variants of
-its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
+setup.py builds the library (the .cpp files here) where there is a C++ compiler. It holds several variants of its inner
+loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
 that, for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
 PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import.
 """
@@ -21,7 +21,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 4  # of native.cpp
+_ABI = 6  # of native.cpp
 _ADVICE = "Decoding on CPU uses PyTorch's slower products; a C++ compiler and a reinstall gives speed."
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from accessory.config import ModelArgs
+from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
-from accessory.model.rope import rotate
+from accessory.model.rope import rotate_both
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.parallel.ops import copy_to_region
 from accessory.parallel.plan import local_sizes
@@ -103,52 +104,33 @@ class Decode:
 
     Args:
         positions_S: where each slot's token goes; also the last position that it sees.
-        bound: how far the cache is read.
+        bound: how far the cache is read where it is not read slot by slot.
     """
 
     def __init__(self, cache: KVCache, positions_S: Tensor, bound: int) -> None:
-        self.cache, self.positions_T, self.bound = cache, positions_S, bound
-        device = positions_S.device
-        self.places = (torch.arange(positions_S.shape[0], device=device), positions_S)
-        seen_SL = torch.arange(bound, device=device) <= positions_S[:, None]
-        self.seen_S11L = seen_SL[:, None, None]
+        self.positions_T = positions_S
+        self._attention = SlotAttention(cache.k, cache.v, positions_S, bound=bound)
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys.index_put_(self.places, k_TKh)
-        values.index_put_(self.places, v_TKh)
-        return _attend_slots(q_THh, keys[:, : self.bound], values[:, : self.bound], self.seen_S11L)
+        return self._attention(layer, q_THh, k_TKh, v_TKh)
 
 
 class _SingleTokens:
     """Rows of a single token among those of a `Prefill`.
-
-    All slots up to the last one take part, since a choice of them would be a copy of their keys and values.
 
     Args:
         rows: the slot of each row, its position there, and its place among the tokens.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[tuple[int, int, int]]) -> None:
-        device = cache.k.device
         slots, positions, places = zip(*rows, strict=True)
-        self.cache, self.count, self.bound = cache, max(slots) + 1, max(positions) + 1
-        self.slots_R, self.positions_R, self.places_R = (
-            torch.tensor(numbers, device=device) for numbers in (slots, positions, places)
-        )
-        # A slot that is not asked sees its first position: a row that sees nothing would be NaN.
-        positions_S = torch.zeros(self.count, dtype=torch.int64, device=device)
-        positions_S[self.slots_R] = self.positions_R
-        self.seen_S11L = (torch.arange(self.bound, device=device) <= positions_S[:, None])[:, None, None]
+        positions_R, self.places_R = (torch.tensor(numbers, device=cache.k.device) for numbers in (positions, places))
+        self._attention = SlotAttention(cache.k, cache.v, positions_R, slots, bound=max(positions) + 1)
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, out_THh: Tensor) -> None:
         """Attention of these rows' tokens, written to their places in ``out_THh``."""
-        keys, values = (x[layer, : self.count, : self.bound] for x in (self.cache.k, self.cache.v))
-        keys.index_put_((self.slots_R, self.positions_R), k_TKh[self.places_R])
-        values.index_put_((self.slots_R, self.positions_R), v_TKh[self.places_R])
-        q_SHh = q_THh.new_zeros(self.count, *q_THh.shape[1:]).index_copy_(0, self.slots_R, q_THh[self.places_R])
-        out_SHh = _attend_slots(q_SHh, keys, values, self.seen_S11L)
-        out_THh.index_copy_(0, self.places_R, out_SHh[self.slots_R])
+        new_R = (x[self.places_R] for x in (q_THh, k_TKh, v_TKh))
+        out_THh.index_copy_(0, self.places_R, self._attention(layer, *new_R))
 
 
 class Attention(nn.Module):
@@ -168,19 +150,9 @@ class Attention(nn.Module):
         """(T, D) -> (T, D), the same on every rank."""
         x_TD = copy_to_region(x_TD, self.group)
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        # Turned together: for few tokens the number of operations is what counts.
-        q, k = rotate(torch.cat((q, k), dim=1), rotation).split((q.shape[1], k.shape[1]), dim=1)
+        q, k = rotate_both(q, k, rotation)
         out = pattern.attend(self.layer, q, k, v)
         return self.wo(out.flatten(1))
-
-
-def _attend_slots(q_SHh: Tensor, k_SLKh: Tensor, v_SLKh: Tensor, seen_S11L: Tensor) -> Tensor:
-    """One token of every slot; (S, H, h)."""
-    # The heads of a group see the same keys through the same mask: they can stand where a query's length stands, and
-    # no key is repeated.
-    q_SKGh = q_SHh.unflatten(1, (k_SLKh.shape[2], -1))
-    out = F.scaled_dot_product_attention(q_SKGh, k_SLKh.transpose(1, 2), v_SLKh.transpose(1, 2), attn_mask=seen_S11L)
-    return out.flatten(1, 2)
 
 
 def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:

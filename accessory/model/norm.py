@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.parallel.ops import local
 from accessory.parallel.state import Place
 
@@ -19,6 +20,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
         weight = local(self.weight).type_as(x)
+        if kernels.steps_natively(x):
+            return kernels.rms_norm(x, weight, self.eps)
         if not torch.is_grad_enabled():
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
         # With gradients this is faster than F.rms_norm by a fifth (2,048 x 1,024 in bfloat16 on CPU, torch 2.13.0); it

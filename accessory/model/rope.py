@@ -1,10 +1,12 @@
 """Rotary position embedding on interleaved pairs (Su et al., 2021, https://arxiv.org/abs/2104.09864).
 
-Shape letters: T tokens, H heads, h width of a head.
+Shape letters: T tokens, H heads (K: of keys), h width of a head.
 """
 
 import torch
 from torch import Tensor
+
+from accessory import kernels
 
 
 class RotaryTable:
@@ -27,6 +29,15 @@ class RotaryTable:
     def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """For `rotate`, each (T, 1, h): the cosines, and the sines, negative for the first of a pair."""
         return self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1)
+
+
+def rotate_both(q_THh: Tensor, k_TKh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`rotate` for queries and keys, which are new and nobody else's: they may be overwritten."""
+    if kernels.steps_natively(q_THh):
+        return kernels.rotate_heads(q_THh, k_TKh, rotation)
+    # Turned together: for few tokens the number of operations is what counts.
+    q, k = rotate(torch.cat((q_THh, k_TKh), dim=1), rotation).split((q_THh.shape[1], k_TKh.shape[1]), dim=1)
+    return q, k
 
 
 def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -167,7 +167,12 @@ class Transformer(nn.Module):
         pattern = Decode(cache, positions_S, cache.bound)
         x_SD, routings = self._run(tokens_S, pattern, active_T=active_S)
         if cache.routes is not None:
-            cache.record([routing.experts_TK for routing in routings], *pattern.places, active_S)
+            cache.record(
+                [routing.experts_TK for routing in routings],
+                torch.arange(len(positions_S), device=positions_S.device),
+                positions_S,
+                active_S,
+            )
         return self.output(self.norm(x_SD))
 
     def _captures(self, tokens_S: Tensor) -> bool:

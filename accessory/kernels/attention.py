@@ -1,0 +1,196 @@
+"""Attention of decoding: one new token in each of some slots of a cache, over what its slot holds.
+
+Shape letters: R rows (new tokens), S slots, L length, H query heads, K key/value heads, G query heads that share one
+(H = K * G), h width of a head.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import called_directly
+from .native import DTYPES, native_available, native_library, native_variant
+
+# Of a layer with 16 heads and 4 key/value heads of 64 in bfloat16, median us with the writes, the kernel / the twin up
+# to the next multiple of 64; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, Nov. 2026.
+#              50 tokens   100         200         1000
+#   1 slot     16 / 41     17 / 48     21 / 60     48 / 121
+#   4 slots    28 / 91     37 / 120    42 / 126    255 / 558
+#   16 slots   56 / 177    85 / 266    171 / 523   1274 / 2900
+
+
+class SlotAttention:
+    """Attention of the same rows in every layer of a step.
+
+    For inference: there is no derivative. With the native kernel every row reads its slot no further than it is filled,
+    and its result depends on nothing else, to the bit.
+
+    Args:
+        keys, values: (layers, S, L, K, h), of one dtype.
+        positions_R: int64, where each row's token goes in its slot; also the last position that it sees.
+        slots: distinct, one for each row; None: the first ones in order.
+        bound: how far the twin reads the cache: beyond every position.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, positions_R: Tensor, slots: Sequence[int] | None = None, *, bound: int
+    ) -> None:
+        _check_cache(keys, values)
+        rows = positions_R.numel() if slots is None else len(slots)
+        if positions_R.shape != (rows,) or positions_R.dtype != torch.int64:
+            raise ValueError(f"positions_R {_form(positions_R)} must hold one int64 for each row")
+        self.keys, self.values, self.bound = keys, values, bound
+        self.positions_R = positions_R.contiguous()
+        self.slots = slots
+        self.slots_R = None if slots is None else torch.tensor(slots, device=keys.device)
+        self._cache = _described(keys, values) if _native_serves(keys, values) else None
+        # Made once for all layers, but not where it is not wanted: a small operation costs as much as the kernel.
+        self._twin = self._reference() if self._cache is None else None
+
+    def __call__(
+        self, layer: int, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor, *, variant: str | None = None
+    ) -> Tensor:
+        """Write the new keys and values to their places in a layer, and attend to all up to them; (R, H, h)."""
+        self._check(q_RHh, k_RKh, v_RKh)
+        if self._cache is not None and called_directly(q_RHh) and not torch.is_grad_enabled():
+            return self._native(self._cache, layer, q_RHh, k_RKh, v_RKh, variant or native_variant())
+        twin = self._twin or self._reference()
+        return twin(self.keys[layer], self.values[layer], q_RHh, k_RKh, v_RKh)
+
+    def _reference(self) -> "SlotAttentionReference":
+        count = len(self.positions_R) if self.slots is None else max(self.slots) + 1
+        return SlotAttentionReference(self.positions_R, self.slots_R, count=count, bound=self.bound)
+
+    def _native(self, cache: "_Cache", layer: int, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor, variant: str) -> Tensor:
+        if not 0 <= layer < cache.layers:
+            raise IndexError(f"the cache has no layer {layer}")
+        q_RHh, k_RKh, v_RKh = (_whole_tokens(x) for x in (q_RHh, k_RKh, v_RKh))
+        rows, heads, width = q_RHh.shape
+        out_RHh = q_RHh.new_empty(rows, heads, width)
+        size = q_RHh.element_size()
+        outcome = _library().accessory_attend_slots(
+            variant.encode(),
+            ctypes.byref(cache),
+            layer,
+            q_RHh.data_ptr(),
+            k_RKh.data_ptr(),
+            v_RKh.data_ptr(),
+            None if self.slots_R is None else self.slots_R.data_ptr(),
+            self.positions_R.data_ptr(),
+            out_RHh.data_ptr(),
+            rows,
+            heads // cache.heads,
+            q_RHh.stride(0) * size,
+            k_RKh.stride(0) * size,
+            v_RKh.stride(0) * size,
+            torch.get_num_threads(),
+        )
+        if outcome > 0:
+            row = outcome - 1
+            slot, position = row if self.slots is None else self.slots[row], int(self.positions_R[row])
+            raise IndexError(f"the cache of {cache.slots} slots of {cache.length} has no position {position} in {slot}")
+        if outcome != 0:
+            raise RuntimeError("this CPU does not run that variant of the kernels")
+        return out_RHh
+
+    def _check(self, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor) -> None:
+        rows, heads, width = len(self.positions_R), *self.keys.shape[3:]
+        new = (rows, heads, width)
+        fits = q_RHh.dim() == 3 and q_RHh.shape[0] == rows and q_RHh.shape[2] == width
+        if not fits or q_RHh.shape[1] % heads or q_RHh.dtype != self.keys.dtype:
+            raise ValueError(f"q_RHh {_form(q_RHh)} does not fit {rows} rows and a cache {_form(self.keys)}")
+        for x in (k_RKh, v_RKh):
+            if x.shape != new or x.dtype != self.keys.dtype:
+                raise ValueError(f"keys or values {_form(x)} do not fit {rows} rows and a cache {_form(self.keys)}")
+
+
+class SlotAttentionReference:
+    """The plain twin, of one layer: its cost is the bound's, whatever the slots hold.
+
+    All slots up to the last one take part, since a choice of them would be a copy of their keys and values.
+
+    Args:
+        count: of these slots.
+    """
+
+    def __init__(self, positions_R: Tensor, slots_R: Tensor | None, *, count: int, bound: int) -> None:
+        device = positions_R.device
+        self.slots_R, self.count, self.bound = slots_R, count, bound
+        positions_S = positions_R
+        if slots_R is not None:
+            # A slot that is not asked sees its first position: a row that sees nothing would be NaN.
+            positions_S = torch.zeros(count, dtype=torch.int64, device=device).index_copy_(0, slots_R, positions_R)
+        self.places = (torch.arange(count, device=device) if slots_R is None else slots_R, positions_R)
+        self.seen_S11L = (torch.arange(bound, device=device) <= positions_S[:, None])[:, None, None]
+
+    def __call__(self, keys_SLKh: Tensor, values_SLKh: Tensor, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor) -> Tensor:
+        """(R, H, h)."""
+        keys_SLKh.index_put_(self.places, k_RKh)
+        values_SLKh.index_put_(self.places, v_RKh)
+        q_SHh = q_RHh
+        if self.slots_R is not None:
+            q_SHh = q_RHh.new_zeros(self.count, *q_RHh.shape[1:]).index_copy_(0, self.slots_R, q_RHh)
+        # The heads of a group see the same keys through the same mask: they can stand where a query's length stands,
+        # and no key is repeated.
+        q_SKGh = q_SHh.unflatten(1, (keys_SLKh.shape[2], -1))
+        k_SKLh, v_SKLh = (x[: self.count, : self.bound].transpose(1, 2) for x in (keys_SLKh, values_SLKh))
+        out_SHh = F.scaled_dot_product_attention(q_SKGh, k_SKLh, v_SKLh, attn_mask=self.seen_S11L).flatten(1, 2)
+        return out_SHh if self.slots_R is None else out_SHh[self.slots_R]
+
+
+class _Part(ctypes.Structure):
+    """struct accessory_cached_part of attention.cpp."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("layer", "slot", "position", "head"))]
+
+
+class _Cache(ctypes.Structure):
+    """struct accessory_cache of attention.cpp. It is made of addresses: the tensors' memory must stay."""
+
+    _fields_ = [
+        ("keys", _Part),
+        ("values", _Part),
+        *((name, ctypes.c_int64) for name in ("layers", "slots", "length", "heads", "width")),
+        ("bf16", ctypes.c_int32),
+    ]
+
+
+def _described(keys: Tensor, values: Tensor) -> _Cache:
+    size = keys.element_size()
+    parts = (_Part(x.data_ptr(), *(size * stride for stride in x.stride()[:-1])) for x in (keys, values))
+    return _Cache(*parts, *keys.shape, keys.dtype == torch.bfloat16)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native_library()
+    library.accessory_attend_slots.restype = ctypes.c_int64
+    library.accessory_attend_slots.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Cache), ctypes.c_int64]
+    library.accessory_attend_slots.argtypes += [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    return library
+
+
+def _native_serves(keys: Tensor, values: Tensor) -> bool:
+    laid_out = called_directly(keys) and keys.dtype in DTYPES and keys.stride(-1) == 1 and values.stride(-1) == 1
+    return laid_out and native_available()
+
+
+def _whole_tokens(x_RHh: Tensor) -> Tensor:
+    """With each row's heads one after another, as they are where they were split off a larger row."""
+    return x_RHh if x_RHh.stride()[1:] == (x_RHh.shape[2], 1) else x_RHh.contiguous()
+
+
+def _check_cache(keys: Tensor, values: Tensor) -> None:
+    if keys.dim() != 5 or keys.shape != values.shape or keys.dtype != values.dtype:
+        raise ValueError(f"keys {_form(keys)} and values {_form(values)} are not those of a cache")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,103 @@
+// Rows of float32 or bf16 elements as vectors of floats, and powers of 2 of them. Once per variant (variants.h), as
+// vectors.h is, which this includes.
+//
+// STEP elements are read as two vectors, bf16 ones without a shuffle: a bf16 is the upper half of a float, so of a
+// vector that holds pairs of them the shift gives the even ones and the mask the odd ones. `store_step` undoes that.
+
+#include "vectors.h"
+
+constexpr int STEP = 2 * LANES;
+
+struct Pair {
+    vf a, b;
+};
+
+template <bool BF16> INLINE Pair load_step(const char* from) {
+    if (!BF16) return {load<vf>(from), load<vf>(from + VL)};
+    const vu pairs = load<vu>(from);
+    return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
+}
+
+// The same of `n` elements, fewer than STEP; the others are 0.
+template <bool BF16> INLINE Pair load_rest(const char* from, int64_t n) {
+    alignas(64) char rest[2 * VL] = {};
+    __builtin_memcpy(rest, from, (BF16 ? 2 : 4) * n);
+    return load_step<BF16>(rest);
+}
+
+#if VL == 64
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+constexpr vi FIRST = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif VL == 32
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
+constexpr vi FIRST = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+constexpr vi EVEN = {0, 2, 4, 6};
+constexpr vi FIRST = {0, 4, 1, 5};
+#endif
+
+// Of elements in order the even ones and the odd ones, and back.
+INLINE Pair split(Pair x) { return {__builtin_shuffle(x.a, x.b, EVEN), __builtin_shuffle(x.a, x.b, EVEN + 1)}; }
+INLINE Pair join(Pair x) {
+    return {__builtin_shuffle(x.a, x.b, FIRST), __builtin_shuffle(x.a, x.b, FIRST + LANES / 2)};
+}
+
+// The lane sums of LANES vectors, in order. With 16 lanes neighbours are added within each pair of vectors until one is
+// left; with fewer that is not faster than one vector after another (GCC 12).
+INLINE vf lane_sums(const float* rows) {
+#if VL == 64
+    vf v[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) v[i] = load<vf>(rows + i * LANES);
+#pragma GCC unroll 4
+    for (int left = LANES / 2; left; left /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < left; i++) {
+            const Pair both = split({v[2 * i], v[2 * i + 1]});
+            v[i] = both.a + both.b;
+        }
+    }
+    return v[0];
+#else
+    float sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = lane_sum(load<vf>(rows + i * LANES));
+    return load<vf>(sums);
+#endif
+}
+
+// Rounded to the nearest bf16, ties to even, which stays in the upper half; a NaN must not round to infinity.
+INLINE vu upper_half(vf values) {
+    const vu bits = (vu)values;
+    return values == values ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+template <bool BF16> INLINE void store_step(char* to, Pair values) {
+    if (BF16) {
+        const vu pairs = upper_half(values.a) >> 16 | (upper_half(values.b) & 0xffff0000u);
+        __builtin_memcpy(to, &pairs, VL);
+    } else {
+        __builtin_memcpy(to, &values, 2 * VL);
+    }
+}
+
+template <bool BF16> INLINE void store_rest(char* to, Pair values, int64_t n) {
+    alignas(64) char rest[2 * VL];
+    store_step<BF16>(rest, values);
+    __builtin_memcpy(to, rest, (BF16 ? 2 : 4) * n);
+}
+
+// 2^x to within 2 units of the last place, 0 below -126; x up to 127.
+INLINE vf exp2_vector(vf x) {
+    const vf magic = vf{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+    const vf shifted = x + magic, f = x - (shifted - magic);
+    // Fitted for the least relative error on [-0.5, 0.5], which is 2e-9 before rounding.
+    vf p = vf{} + 1.53533721e-4f;
+    p = p * f + 1.33988739e-3f;
+    p = p * f + 9.61843692e-3f;
+    p = p * f + 5.55033237e-2f;
+    p = p * f + 2.40226477e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    const vi exponent = (vi)shifted - (vi)magic + 127;
+    return x < -126.0f ? vf{} : p * (vf)(exponent << 23);
+}

@@ -1,0 +1,167 @@
+"""The small steps between a layer's products, each in one call of the native library (pointwise.cpp).
+
+For one token, what PyTorch spends on its operations is many times what their arithmetic takes; for many, they pass over
+memory again and again. All steps compute in float32 and round once, and a row's result does not depend on the others.
+Their plain twins stand where they are called: each caller asks `steps_natively` first.
+
+Shape letters: T tokens, P pairs of a token and its expert, K pairs of each token, D width, F hidden width of an expert,
+O = 2 F, H query heads, N key heads, h width of a head.
+"""
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear import called_directly
+from .native import DTYPES, native_available, native_library, native_variant
+
+# Median us one after another, the kernel / its twin, in bfloat16 with D = 1024, 20 heads of 64, F = 3584 and 2 of 8
+# experts for each token; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, November 2026:
+#                    1 token      16 tokens    512 tokens
+#   rms_norm         5.9 / 13.3   8.9 / 21.2   54 / 184
+#   rotate_heads     8.2 / 18.2   11.4 / 47.5  63 / 547
+#   gate             7.0 / 9.5    29 / 57      797 / 1671
+#   weighted_sum     5.2 / 7.2    7.8 / 63     45 / 157
+#   choose_experts   9.8 / 11.7   10.6 / 16.8  45 / 77
+# Between products, which drive code and data out of the cache, the twins take up to three times as long for a token;
+# a whole step of the shape 'mid' takes 8% less time with the kernels in bfloat16, and 10% less with int8.
+
+
+def steps_natively(x: Tensor) -> bool:
+    """Whether the functions below serve for such a tensor: on CPU, in bfloat16 and float32, without gradients."""
+    return not torch.is_grad_enabled() and called_directly(x) and x.dtype in DTYPES and native_available()
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, variant: str | None = None) -> Tensor:
+    """x / rms(x) * weight over the last axis, in x's shape and dtype, which must be the weight's."""
+    if x.shape[-1:] != weight_D.shape or x.dtype != weight_D.dtype:
+        raise ValueError(f"weight_D {_form(weight_D)} does not fit x {_form(x)}")
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    y = torch.empty_like(x)
+    width = weight_D.shape[0]
+    addresses = (x.data_ptr(), weight_D.data_ptr(), y.data_ptr())
+    rows = x.numel() // max(1, width)
+    _call("accessory_rms_norm", variant, x, *addresses, rows, width, eps)
+    return y
+
+
+class Choice(NamedTuple):
+    """What `choose_experts` makes of logits (T, E): the fields of the model's Routing, in its order."""
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    probs_TE: Tensor
+    logits_TE: Tensor
+    asked_TK: Tensor
+
+
+def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Choice:
+    """The softmax over all experts, the most probable ones and their renormalised weights, all in float32.
+
+    Of equally probable experts the first is taken.
+
+    Args:
+        active_T: bool; tokens for which it is False ask no expert, which is -1 in ``asked``.
+    """
+    if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"of logits_TE {_form(logits_TE)} no {top_k} experts can be chosen")
+    tokens, experts = logits_TE.shape
+    if active_T is not None and (active_T.shape != (tokens,) or active_T.dtype != torch.bool):
+        raise ValueError(f"active_T {_form(active_T)} must hold one bool for each row of logits_TE {_form(logits_TE)}")
+    logits_TE, active_T = logits_TE.contiguous(), None if active_T is None else active_T.contiguous()
+    wide_TE = torch.empty(tokens, experts, dtype=torch.float32)
+    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
+    experts_TK = torch.empty(tokens, top_k, dtype=torch.int64)
+    probs_TE, asked_TK = torch.empty_like(wide_TE), torch.empty_like(experts_TK)
+    _library().accessory_choose_experts(
+        logits_TE.dtype == torch.bfloat16,
+        logits_TE.data_ptr(),
+        None if active_T is None else active_T.data_ptr(),
+        wide_TE.data_ptr(),
+        probs_TE.data_ptr(),
+        weights_TK.data_ptr(),
+        experts_TK.data_ptr(),
+        asked_TK.data_ptr(),
+        tokens,
+        experts,
+        top_k,
+        torch.get_num_threads(),
+    )
+    return Choice(weights_TK, experts_TK, probs_TE, wide_TE, asked_TK)
+
+
+def rotate_heads(
+    q_THh: Tensor, k_TNh: Tensor, rotation: tuple[Tensor, Tensor], *, variant: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Turn the pairs (2i, 2i+1) of every head by the token's angles; q and k may be overwritten.
+
+    Args:
+        rotation: float32, each (T, 1, h): every pair's cosine twice, and its sine, negative for the first of them.
+    """
+    q_THh, k_TNh = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THh, k_TNh))
+    cos, sin = (x.contiguous() for x in rotation)
+    tokens, heads, width = q_THh.shape
+    fits = k_TNh.shape[::2] == (tokens, width) and k_TNh.dtype == q_THh.dtype and width % 2 == 0
+    if not fits or any(x.shape != (tokens, 1, width) or x.dtype != torch.float32 for x in (cos, sin)):
+        raise ValueError(f"q {_form(q_THh)}, k {_form(k_TNh)}, cosines {_form(cos)} and sines {_form(sin)} do not fit")
+    size = q_THh.element_size()
+    addresses = (q_THh.data_ptr(), k_TNh.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    sizes = (tokens, heads, k_TNh.shape[1], width, q_THh.stride(0) * size, k_TNh.stride(0) * size)
+    _call("accessory_rotate", variant, q_THh, *addresses, *sizes)
+    return q_THh, k_TNh
+
+
+def gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
+    """silu(first half) * second half of every row; (P, F)."""
+    if both_PO.dim() != 2 or both_PO.shape[1] % 2:
+        raise ValueError(f"both_PO {_form(both_PO)} are not rows of two halves")
+    both_PO = both_PO.contiguous()
+    pairs, hidden = both_PO.shape[0], both_PO.shape[1] // 2
+    hidden_PF = both_PO.new_empty(pairs, hidden)
+    _call("accessory_gate", variant, both_PO, both_PO.data_ptr(), hidden_PF.data_ptr(), pairs, hidden)
+    return hidden_PF
+
+
+def weighted_sum(y_PD: Tensor, weights_TK: Tensor, *, variant: str | None = None) -> Tensor:
+    """Each token's rows by their float32 weights, (T, D) in y's dtype; the rows of a token stand one after another."""
+    if weights_TK.dim() != 2 or y_PD.dim() != 2 or y_PD.shape[0] != weights_TK.numel():
+        raise ValueError(f"weights_TK {_form(weights_TK)} do not fit y_PD {_form(y_PD)}")
+    if weights_TK.dtype != torch.float32:
+        raise ValueError(f"weights_TK {_form(weights_TK)} must be in float32")
+    y_PD, weights_TK = y_PD.contiguous(), weights_TK.contiguous()
+    (tokens, count), width = weights_TK.shape, y_PD.shape[1]
+    out_TD = y_PD.new_empty(tokens, width)
+    addresses = (y_PD.data_ptr(), weights_TK.data_ptr(), out_TD.data_ptr())
+    _call("accessory_weighted_sum", variant, y_PD, *addresses, tokens, count, width)
+    return out_TD
+
+
+def _call(name: str, variant: str | None, x: Tensor, *arguments: float) -> None:
+    chosen, bf16 = (variant or native_variant()).encode(), x.dtype == torch.bfloat16
+    if getattr(_library(), name)(chosen, bf16, *arguments, torch.get_num_threads()) != 0:
+        raise RuntimeError("this CPU does not run that variant of the kernels")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native_library()
+    size = ctypes.c_int64
+    for name, pointers, rest in (
+        ("accessory_rms_norm", 3, [size, size, ctypes.c_float]),
+        ("accessory_rotate", 4, [size] * 6),
+        ("accessory_gate", 2, [size] * 2),
+        ("accessory_weighted_sum", 3, [size] * 3),
+    ):
+        function = getattr(library, name)
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * pointers, *rest, ctypes.c_int]
+    library.accessory_choose_experts.restype = ctypes.c_int64
+    library.accessory_choose_experts.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 7, *[size] * 3, ctypes.c_int]
+    return library
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
