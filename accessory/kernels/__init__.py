@@ -1,4 +1,4 @@
-"""Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
+"""What PyTorch does far from the hardware's speed, each beside its plain PyTorch twin: products, and steps between."""
 
 from .linear import (
     FEW_TOKENS,
@@ -12,10 +12,12 @@ from .native import native_available, native_variant
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
 from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
+from .step_ops import add_rms_norm, rms_norm, rotate_heads, route, silu_gate, steps_serve, sum_pairs
 
 __all__ = [
     "FEW_TOKENS",
     "NativeWeight",
+    "add_rms_norm",
     "called_directly",
     "dequantize",
     "described",
@@ -30,5 +32,11 @@ __all__ = [
     "plain_values",
     "quantized_linear",
     "quantized_linear_reference",
+    "rms_norm",
+    "rotate_heads",
     "round_activations",
+    "route",
+    "silu_gate",
+    "steps_serve",
+    "sum_pairs",
 ]

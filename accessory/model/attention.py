@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accessory.config import ModelArgs
 from accessory.model.cache import KVCache
-from accessory.model.rope import rotate
+from accessory.model.rope import rotate_both
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.parallel.ops import copy_to_region
 from accessory.parallel.plan import local_sizes
@@ -167,8 +167,7 @@ class Attention(nn.Module):
         """(T, D) -> (T, D), the same on every rank."""
         x_TD = copy_to_region(x_TD, self.group)
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        # Turned together: for few tokens the number of operations is what counts.
-        q, k = rotate(torch.cat((q, k), dim=1), rotation).split((q.shape[1], k.shape[1]), dim=1)
+        q, k = rotate_both(q, k, rotation)
         out = pattern.attend(self.layer, q, k, v)
         return self.wo(out.flatten(1))
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.config import ModelArgs
-from accessory.kernels import gathering_pays
 from accessory.model.balance import RouterStats
 from accessory.model.expert_products import experts_product, gated, pair_rows, weighted_sum
 from accessory.model.pair_products import GatheredPairs, GroupedPairs, TrainedPairs, Way
@@ -30,12 +30,14 @@ class Routing(NamedTuple):
         experts_TK: int64 expert numbers, the most probable first.
         probs_TE: float32 softmax over all experts.
         logits_TE: float32, what the softmax was taken of.
+        taken_TK: the expert numbers, -1 for tokens that are to be given to no expert.
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
     probs_TE: Tensor
     logits_TE: Tensor
+    taken_TK: Tensor
 
     def stats(self, counted_T: Tensor | None) -> RouterStats:
         """Sums over the tokens that count (None: all do)."""
@@ -57,11 +59,10 @@ class Router(nn.Module):
         self.top_k = args.moe.num_experts_per_tok
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = linear(x_TD, local(self.weight).type_as(x_TD)).float()
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
-        return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE)
+    def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> Routing:
+        """``active_T``: bool; tokens for which it is False are to be given to no expert."""
+        logits_TE = linear(x_TD, local(self.weight).type_as(x_TD))
+        return Routing(*kernels.route(logits_TE, self.top_k, active_T))
 
 
 class Experts(nn.Module):
@@ -81,7 +82,7 @@ class Experts(nn.Module):
         self.w2 = place.matrix(experts, args.dim, hidden)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, skips: bool) -> Tensor:
-        """Weighted sum of this rank's share of the chosen experts' outputs; (T, D) in float32.
+        """Weighted sum of this rank's share of the chosen experts' outputs, in float32; (T, D) of x's dtype.
 
         Args:
             skips: there may be negative expert numbers, for pairs that are not to be computed.
@@ -90,16 +91,15 @@ class Experts(nn.Module):
         if torch.is_grad_enabled():
             order_P, ends_E = self._sorted(experts_TK)
             own_P = order_P if complete else order_P[: int(ends_E[-1])]
-            return self.trained(x_TD, weights_TK, own_P, ends_E)
-        if gathering_pays(x_TD, experts_TK.numel()):
+            return self.trained(x_TD, weights_TK, own_P, ends_E).type_as(x_TD)
+        if kernels.gathering_pays(x_TD, experts_TK.numel()):
             y_PD = self._gathered(x_TD, experts_TK.flatten())
         else:
             y_PD = self._grouped(x_TD, experts_TK, complete=complete)
-        y_TKD = y_PD.unflatten(0, experts_TK.shape)
-        return torch.bmm(weights_TK.unsqueeze(1), y_TKD.float()).squeeze(1)
+        return kernels.sum_pairs(y_PD, weights_TK)
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
-        """`forward` with gradients, for pairs that are sorted by expert."""
+        """`forward` with gradients, for pairs that are sorted by expert; (T, D) in float32."""
         w13, w2 = local(self.w13), local(self.w2)
         if isinstance(w13, Tensor) and isinstance(w2, Tensor):
             return experts_product(x_TD, weights_TK, w13, w2, order_P, ends_E)
@@ -126,8 +126,7 @@ class Experts(nn.Module):
             experts_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, -1)
         way = GatheredPairs(experts_P)
         x_PD = x_TD.repeat_interleave(experts_P.shape[0] // x_TD.shape[0], dim=0)
-        gate_PF, up_PF = self.first(x_PD, way).chunk(2, dim=-1)
-        return self.second(F.silu(gate_PF) * up_PF, way)
+        return self.second(kernels.silu_gate(self.first(x_PD, way)), way)
 
     def _sorted(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Places of all pairs in (T, K) sorted by expert, and where each of this rank's experts' pairs end (int32).
@@ -153,8 +152,7 @@ class Experts(nn.Module):
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
         way = GroupedPairs(ends_E)
-        gate_PF, up_PF = self.first(x_PD, way).chunk(2, dim=-1)
-        y_PD = self.second(F.silu(gate_PF, inplace=True) * up_PF, way)
+        y_PD = self.second(kernels.silu_gate(self.first(x_PD, way)), way)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)
@@ -177,16 +175,13 @@ class MoE(nn.Module):
         Args:
             active_T: bool; tokens for which it is False are given to no expert and come back as zeros.
         """
-        routing = self.gate(x_TD)
-        experts_TK = routing.experts_TK
-        if active_T is not None:
-            experts_TK = torch.where(active_T[:, None], experts_TK, -1)
+        routing = self.gate(x_TD, active_T)
         # The router and what lies before it see the whole gradient, the experts' region only a rank's part:
         # both entries into the region, tokens and weights, sum their gradients over the ranks.
         y_TD = self.experts(
             copy_to_region(x_TD, self.group),
             copy_to_region(routing.weights_TK, self.group),
-            experts_TK,
+            routing.taken_TK,
             skips=active_T is not None,
         )
-        return reduce_from_region(y_TD.type_as(x_TD), self.group), routing
+        return reduce_from_region(y_TD, self.group), routing

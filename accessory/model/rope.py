@@ -6,6 +6,8 @@ Shape letters: T tokens, H heads, h width of a head.
 import torch
 from torch import Tensor
 
+from accessory import kernels
+
 
 class RotaryTable:
     """Cosines and sines of every position up to a length, float32, as `rotate` wants them.
@@ -36,3 +38,13 @@ def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
     return wide.mul_(cos).add_(swapped.mul_(sin)).type_as(x_THh)
+
+
+def rotate_both(q_THh: Tensor, k_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`rotate` for queries and keys."""
+    if kernels.steps_serve(q_THh, k_THh):
+        return kernels.rotate_heads(q_THh, k_THh, *rotation)
+    # Turned together: for few tokens the number of operations is what counts.
+    heads = (q_THh.shape[1], k_THh.shape[1])
+    q_THh, k_THh = rotate(torch.cat((q_THh, k_THh), dim=1), rotation).split(heads, dim=1)
+    return q_THh, k_THh
