@@ -104,7 +104,7 @@ def turned(dtype: torch.dtype, device: str) -> None:
 
 
 def check_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> None:
-    weights, experts, probs, logits, taken = step_ops.route(logits_TE, top_k, active_T)
+    weights, experts, probs, logits, asked = step_ops.route(logits_TE, top_k, active_T)
     assert (weights.dtype, experts.dtype, probs.dtype) == (torch.float32, torch.int64, torch.float32)
     torch.testing.assert_close(logits, logits_TE.float(), rtol=0, atol=0, equal_nan=True)
     truth = logits_TE.double().softmax(-1)
@@ -114,8 +114,10 @@ def check_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> None:
     best = order.values[:, :top_k]
     expected = best / best.sum(-1, keepdim=True)
     torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=0, equal_nan=True)
-    inactive = torch.zeros_like(experts, dtype=torch.bool) if active_T is None else ~active_T[:, None]
-    assert torch.equal(taken, experts.masked_fill(inactive, -1))
+    if active_T is None:
+        assert asked is None
+    else:
+        assert torch.equal(asked, experts.masked_fill(~active_T[:, None], -1))
 
 
 def routed(dtype: torch.dtype, device: str) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def routing_of(logits_TE: Tensor, top_k: int) -> Routing:
     probs = logits_TE.softmax(-1)
     weights, experts = probs.topk(top_k)
-    return Routing(weights / weights.sum(-1, keepdim=True), experts, probs, logits_TE, experts)
+    return Routing(weights / weights.sum(-1, keepdim=True), experts, probs, logits_TE)
 
 
 def stats_of(layers: Sequence[Tensor], top_k: int, counted: Tensor | None = None) -> RouterStats:

@@ -47,7 +47,7 @@ def test_on_a_gpu(check: Callable[[], None]) -> None:
 
 
 FLOATS = {"weights_TK": "*fp32", "probs_TE": "*fp32", "wide_TE": "*fp32", "cos_Th": "*fp32", "sin_Th": "*fp32"}
-TYPES = {**FLOATS, "experts_TK": "*i64", "taken_TK": "*i64", "active_T": "*u8", "eps": "fp32"}
+TYPES = {**FLOATS, "experts_TK": "*i64", "asked_TK": "*i64", "active_T": "*u8", "eps": "fp32"}
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # a size of 1 becomes part of a variant
     "normalise": [{"ADDS": True, "WIDTH": 4096}, {"ADDS": False, "WIDTH": 1, "width": 1, "x_token": 1}],
     "turn": [{"HEADS": 8, "PAIRS": 64}, {"HEADS": 1, "PAIRS": 1, "q_heads": 1, "k_heads": 1}],
@@ -120,11 +120,11 @@ def test_the_twins_are_what_pytorch_says() -> None:
     assert torch.equal(normed, F.rms_norm(x + delta, (24,), delta[0], 1e-5))
     assert torch.equal(kernels.silu_gate(x), F.silu(x[:, :12]) * x[:, 12:])
     active = torch.tensor([True, False, True, True, False])
-    weights, experts, probs, logits, taken = kernels.route(x, 3, active)
+    weights, experts, probs, logits, asked = kernels.route(x, 3, active)
     assert torch.equal(probs, x.float().softmax(-1))
     assert torch.equal(logits, x.float())
     assert torch.equal(experts, probs.topk(3).indices)
-    assert torch.equal(taken, torch.where(active[:, None], experts, -1))
+    assert torch.equal(asked, torch.where(active[:, None], experts, -1))
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
     y = step_cases.draw(15, 24, dtype=torch.bfloat16, device="cpu")
     expected = (weights[..., None] * y.float().unflatten(0, (5, 3))).sum(1)

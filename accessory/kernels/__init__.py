@@ -12,7 +12,7 @@ from .native import native_available, native_variant
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
 from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
-from .step_ops import add_rms_norm, rms_norm, rotate_heads, route, silu_gate, steps_serve, sum_pairs
+from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
 
 __all__ = [
     "FEW_TOKENS",
@@ -33,10 +33,10 @@ __all__ = [
     "quantized_linear",
     "quantized_linear_reference",
     "rms_norm",
-    "rotate_heads",
     "round_activations",
     "route",
     "silu_gate",
     "steps_serve",
     "sum_pairs",
+    "turn_heads",
 ]

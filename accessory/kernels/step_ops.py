@@ -10,7 +10,7 @@ for each token, P = T * K pairs of a token and its expert, F hidden width of an 
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,23 @@ from . import triton_products
 _MOST_WIDTH = 16384  # of what one program normalises: it holds all of it in registers
 _MOST_EXPERTS = 256
 _TURNED, _GATED, _SUMMED = 1024, 512, 512  # elements that a program of four warps takes
+
+
+class Routed(NamedTuple):
+    """What `route` makes of logits (T, E): the fields of the model's Routing, in its order.
+
+    Attributes:
+        weights_TK: float32, renormalised over the chosen experts.
+        experts_TK: int64, the most probable first.
+        probs_TE, logits_TE: float32.
+        asked_TK: the experts, but -1 for tokens that are not active (None: all are).
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    probs_TE: Tensor
+    logits_TE: Tensor
+    asked_TK: Tensor | None
 
 
 def steps_serve(*tensors: Tensor) -> bool:
@@ -48,15 +65,11 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight_D: Tensor, eps: float) -> tupl
     return x, F.rms_norm(x, x.shape[-1:], weight_D, eps)
 
 
-def route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
     """Top-k of the softmax over all experts, in float32.
 
     Args:
-        active_T: bool; tokens for which it is False are given to no expert (None: all are).
-
-    Returns:
-        Weights (T, K), renormalised over the chosen experts; their numbers, int64, the most probable first;
-        probabilities (T, E); logits in float32; the numbers again with -1 for tokens that are not active.
+        active_T: bool; tokens for which it is False are given to no expert (None: all are given to theirs).
     """
     experts = logits_TE.shape[1]
     if steps_serve(logits_TE) and 0 < top_k <= experts <= _MOST_EXPERTS:
@@ -64,8 +77,8 @@ def route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> tuple[Tenso
     logits_TE = logits_TE.float()
     probs_TE = logits_TE.softmax(-1)
     weights_TK, experts_TK = probs_TE.topk(top_k, dim=-1)
-    taken_TK = experts_TK if active_T is None else torch.where(active_T[:, None], experts_TK, -1)
-    return weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE, taken_TK
+    asked_TK = None if active_T is None else torch.where(active_T[:, None], experts_TK, -1)
+    return Routed(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE, asked_TK)
 
 
 def silu_gate(both_PO: Tensor) -> Tensor:
@@ -112,11 +125,11 @@ def launch_norm(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float) -
     return (x if delta is None else sums), y
 
 
-def rotate_heads(q_THh: Tensor, k_THh: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> tuple[Tensor, Tensor]:
+def turn_heads(q_THh: Tensor, k_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """x * cos + x with the two of each pair swapped * sin, of queries and keys; for what `steps_serve`.
 
     Args:
-        cos_T1h, sin_T1h: float32.
+        rotation: cosines and sines, float32, each (T, 1, h).
     """
     tokens, q_heads, width = q_THh.shape
     k_heads, pairs = k_THh.shape[1], _power_of_two(width // 2)
@@ -127,8 +140,7 @@ def rotate_heads(q_THh: Tensor, k_THh: Tensor, cos_T1h: Tensor, sin_T1h: Tensor)
         _kernels().turn[(tokens, -(-q_heads // heads) + -(-k_heads // heads))],
         q_THh,
         k_THh,
-        cos_T1h.contiguous(),
-        sin_T1h.contiguous(),
+        *(part.contiguous() for part in rotation),
         *turned,
         q_heads,
         k_heads,
@@ -142,22 +154,20 @@ def rotate_heads(q_THh: Tensor, k_THh: Tensor, cos_T1h: Tensor, sin_T1h: Tensor)
     return turned[0], turned[1]
 
 
-def launch_route(
-    logits_TE: Tensor, top_k: int, active_T: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
     logits_TE = _rows(logits_TE)
     tokens, experts = logits_TE.shape
     probs_TE, wide_TE = (logits_TE.new_empty(tokens, experts, dtype=torch.float32) for _ in range(2))
     weights_TK = probs_TE.new_empty(tokens, top_k)
     experts_TK = logits_TE.new_empty(tokens, top_k, dtype=torch.int64)
-    taken_TK = experts_TK if active_T is None else torch.empty_like(experts_TK)
+    asked_TK = None if active_T is None else torch.empty_like(experts_TK)
     _launch(
         _kernels().route[(tokens,)],
         logits_TE,
         experts_TK if active_T is None else active_T.contiguous().view(torch.uint8),
         weights_TK,
         experts_TK,
-        taken_TK,
+        experts_TK if asked_TK is None else asked_TK,
         probs_TE,
         wide_TE,
         experts,
@@ -168,7 +178,7 @@ def launch_route(
         LIBDEVICE=logits_TE.is_cuda,
         num_warps=1,
     )
-    return weights_TK, experts_TK, probs_TE, wide_TE, taken_TK
+    return Routed(weights_TK, experts_TK, probs_TE, wide_TE, asked_TK)
 
 
 def launch_gate(both_PO: Tensor) -> Tensor:

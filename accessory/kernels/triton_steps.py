@@ -110,7 +110,7 @@ def route(
     active_T: tl.tensor,
     weights_TK: tl.tensor,
     experts_TK: tl.tensor,
-    taken_TK: tl.tensor,
+    asked_TK: tl.tensor,
     probs_TE: tl.tensor,
     wide_TE: tl.tensor,
     experts: tl.tensor,
@@ -123,7 +123,7 @@ def route(
     """The most probable experts of one token, which are renormalised; among equals the lower number comes first.
 
     Args:
-        active_T: bytes; 0 gives the token no expert, -1 in `taken_TK` (with ACTIVE, and else that is `experts_TK`).
+        active_T: bytes; with ACTIVE, 0 stands for a token that is given to no expert, -1 in `asked_TK`.
         wide_TE: the logits in float32.
         ALL_EXPERTS: a power of two that is not below the number of experts.
     """
@@ -148,8 +148,8 @@ def route(
     tl.store(weights_TK + at_K, weight_E, chosen_E)
     tl.store(experts_TK + at_K, at_E.to(tl.int64), chosen_E)
     if ACTIVE:
-        taken_E = tl.where(tl.load(active_T + token) != 0, at_E, -1)
-        tl.store(taken_TK + at_K, taken_E.to(tl.int64), chosen_E)
+        asked_E = tl.where(tl.load(active_T + token) != 0, at_E, -1)
+        tl.store(asked_TK + at_K, asked_E.to(tl.int64), chosen_E)
 
 
 @triton.jit

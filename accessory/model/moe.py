@@ -30,14 +30,14 @@ class Routing(NamedTuple):
         experts_TK: int64 expert numbers, the most probable first.
         probs_TE: float32 softmax over all experts.
         logits_TE: float32, what the softmax was taken of.
-        taken_TK: the expert numbers, -1 for tokens that are to be given to no expert.
+        asked_TK: the experts, but -1 for tokens that are given to none; None: each is given to its experts.
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
     probs_TE: Tensor
     logits_TE: Tensor
-    taken_TK: Tensor
+    asked_TK: Tensor | None = None
 
     def stats(self, counted_T: Tensor | None) -> RouterStats:
         """Sums over the tokens that count (None: all do)."""
@@ -60,7 +60,10 @@ class Router(nn.Module):
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> Routing:
-        """``active_T``: bool; tokens for which it is False are to be given to no expert."""
+        """
+        Args:
+            active_T: bool; tokens for which it is False are given to no expert.
+        """
         logits_TE = linear(x_TD, local(self.weight).type_as(x_TD))
         return Routing(*kernels.route(logits_TE, self.top_k, active_T))
 
@@ -181,7 +184,7 @@ class MoE(nn.Module):
         y_TD = self.experts(
             copy_to_region(x_TD, self.group),
             copy_to_region(routing.weights_TK, self.group),
-            routing.taken_TK,
+            routing.experts_TK if routing.asked_TK is None else routing.asked_TK,
             skips=active_T is not None,
         )
         return reduce_from_region(y_TD, self.group), routing

@@ -1,6 +1,6 @@
 """Rotary position embedding on interleaved pairs (Su et al., 2021, https://arxiv.org/abs/2104.09864).
 
-Shape letters: T tokens, H heads, h width of a head.
+Shape letters: T tokens, H heads (K: of keys), h width of a head.
 """
 
 import torch
@@ -31,6 +31,15 @@ class RotaryTable:
         return self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1)
 
 
+def rotate_both(q_THh: Tensor, k_TKh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`rotate` for queries and keys."""
+    if kernels.steps_serve(q_THh, k_TKh):
+        return kernels.turn_heads(q_THh, k_TKh, rotation)
+    # Turned together: for few tokens the number of operations is what counts.
+    q, k = rotate(torch.cat((q_THh, k_TKh), dim=1), rotation).split((q_THh.shape[1], k_TKh.shape[1]), dim=1)
+    return q, k
+
+
 def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (2i, 2i+1) of every head by the token's angles; computed in float32."""
     cos, sin = rotation
@@ -38,13 +47,3 @@ def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
     return wide.mul_(cos).add_(swapped.mul_(sin)).type_as(x_THh)
-
-
-def rotate_both(q_THh: Tensor, k_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`rotate` for queries and keys."""
-    if kernels.steps_serve(q_THh, k_THh):
-        return kernels.rotate_heads(q_THh, k_THh, *rotation)
-    # Turned together: for few tokens the number of operations is what counts.
-    heads = (q_THh.shape[1], k_THh.shape[1])
-    q_THh, k_THh = rotate(torch.cat((q_THh, k_THh), dim=1), rotation).split(heads, dim=1)
-    return q_THh, k_THh
