@@ -1,6 +1,7 @@
 """What the kernels between the products have to fulfil, on tensors of any device: cases of tests/test_triton_steps.py.
 
-As a script it runs them all on CPU under Triton's interpreter, as tests/triton_cases.py does.
+As a script it runs them all on CPU under Triton's interpreter, as tests/triton_cases.py does. The model may import
+Triton before anything here is run, so TRITON_INTERPRET=1 has to be in the environment.
 """
 
 import json
@@ -230,7 +231,7 @@ def serving(does: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
+    assert os.environ["TRITON_INTERPRET"] == "1"
     failures = {}
     for name, check in cases("cpu"):
         try:

@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 def failures() -> dict[str, str]:
     """What failed in the interpreter, by the name of the case."""
     command = [sys.executable, "-W", "error", HERE / "step_cases.py"]
-    clean = {**os.environ, "OMP_NUM_THREADS": "1"}
+    clean = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=clean, timeout=250, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, str] = json.loads(done.stdout)
     return found
