@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels import choose_experts, gate, native, rms_norm, rotate_heads, steps_natively, weighted_sum
+from accessory.kernels import native, rotate_heads, steps_natively
+from accessory.kernels.pointwise import choose_experts, gate, rms_norm, weighted_sum
 from accessory.model.rope import RotaryTable, rotate, rotate_both
 
 DTYPES = (torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""Products for which PyTorch stays far from the hardware, each beside its plain PyTorch twin."""
+"""What PyTorch does far from the hardware's speed, each beside its plain PyTorch twin: products, and steps between."""
 
 from .attention import SlotAttention, SlotAttentionReference
 from .linear import (
@@ -10,22 +10,22 @@ from .linear import (
     gathering_pays,
 )
 from .native import native_available, native_variant
-from .pointwise import choose_experts, gate, rms_norm, rotate_heads, steps_natively, weighted_sum
+from .pointwise import rotate_heads, steps_natively
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
 from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
+from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
 
 __all__ = [
     "FEW_TOKENS",
     "NativeWeight",
     "SlotAttention",
     "SlotAttentionReference",
+    "add_rms_norm",
     "called_directly",
-    "choose_experts",
     "dequantize",
     "described",
     "few_token_linear",
-    "gate",
     "gathered_linear",
     "gathered_linear_reference",
     "gathered_quantized_linear",
@@ -39,6 +39,10 @@ __all__ = [
     "rms_norm",
     "rotate_heads",
     "round_activations",
+    "route",
+    "silu_gate",
     "steps_natively",
-    "weighted_sum",
+    "steps_serve",
+    "sum_pairs",
+    "turn_heads",
 ]

@@ -65,13 +65,7 @@ class Router(nn.Module):
             active_T: bool; tokens for which it is False are given to no expert.
         """
         logits_TE = linear(x_TD, local(self.weight).type_as(x_TD))
-        if kernels.steps_natively(logits_TE):
-            return Routing(*kernels.choose_experts(logits_TE, self.top_k, active_T))
-        logits_TE = logits_TE.float()
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
-        asked_TK = None if active_T is None else torch.where(active_T[:, None], experts_TK, -1)
-        return Routing(weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, probs_TE, logits_TE, asked_TK)
+        return Routing(*kernels.route(logits_TE, self.top_k, active_T))
 
 
 class Experts(nn.Module):
@@ -91,7 +85,7 @@ class Experts(nn.Module):
         self.w2 = place.matrix(experts, args.dim, hidden)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, *, skips: bool) -> Tensor:
-        """Weighted sum of this rank's share of the chosen experts' outputs; (T, D) in float32 or x's dtype.
+        """Weighted sum of this rank's share of the chosen experts' outputs, in float32; (T, D) of x's dtype.
 
         Args:
             skips: there may be negative expert numbers, for pairs that are not to be computed.
@@ -100,18 +94,15 @@ class Experts(nn.Module):
         if torch.is_grad_enabled():
             order_P, ends_E = self._sorted(experts_TK)
             own_P = order_P if complete else order_P[: int(ends_E[-1])]
-            return self.trained(x_TD, weights_TK, own_P, ends_E)
+            return self.trained(x_TD, weights_TK, own_P, ends_E).type_as(x_TD)
         if kernels.gathering_pays(x_TD, experts_TK.numel()):
             y_PD = self._gathered(x_TD, experts_TK.flatten())
         else:
             y_PD = self._grouped(x_TD, experts_TK, complete=complete)
-        if kernels.steps_natively(y_PD):
-            return kernels.weighted_sum(y_PD, weights_TK)
-        y_TKD = y_PD.unflatten(0, experts_TK.shape)
-        return torch.bmm(weights_TK.unsqueeze(1), y_TKD.float()).squeeze(1)
+        return kernels.sum_pairs(y_PD, weights_TK)
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
-        """`forward` with gradients, for pairs that are sorted by expert."""
+        """`forward` with gradients, for pairs that are sorted by expert; (T, D) in float32."""
         w13, w2 = local(self.w13), local(self.w2)
         if isinstance(w13, Tensor) and isinstance(w2, Tensor):
             return experts_product(x_TD, weights_TK, w13, w2, order_P, ends_E)
@@ -138,7 +129,7 @@ class Experts(nn.Module):
             experts_P = torch.where((local_P >= 0) & (local_P < self.count), local_P, -1)
         way = GatheredPairs(experts_P)
         x_PD = x_TD.repeat_interleave(experts_P.shape[0] // x_TD.shape[0], dim=0)
-        return self.second(_gated(self.first(x_PD, way)), way)
+        return self.second(kernels.silu_gate(self.first(x_PD, way)), way)
 
     def _sorted(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Places of all pairs in (T, K) sorted by expert, and where each of this rank's experts' pairs end (int32).
@@ -164,7 +155,7 @@ class Experts(nn.Module):
             order_P = order_P[: int(ends_E[-1])]
         x_PD = x_TD[order_P // experts_TK.shape[1]]
         way = GroupedPairs(ends_E)
-        y_PD = self.second(_gated(self.first(x_PD, way)), way)
+        y_PD = self.second(kernels.silu_gate(self.first(x_PD, way)), way)
         if not complete and static:
             own_P = torch.arange(y_PD.shape[0], device=y_PD.device) < ends_E[-1]
             y_PD = y_PD.masked_fill(~own_P[:, None], 0)
@@ -196,12 +187,4 @@ class MoE(nn.Module):
             routing.experts_TK if routing.asked_TK is None else routing.asked_TK,
             skips=active_T is not None,
         )
-        return reduce_from_region(y_TD.type_as(x_TD), self.group), routing
-
-
-def _gated(both_PO: Tensor) -> Tensor:
-    """silu(first half) * second half, without gradients; both may be overwritten."""
-    if kernels.steps_natively(both_PO):
-        return kernels.gate(both_PO)
-    gate_PF, up_PF = both_PO.chunk(2, dim=-1)
-    return F.silu(gate_PF, inplace=True) * up_PF
+        return reduce_from_region(y_TD, self.group), routing

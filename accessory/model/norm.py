@@ -1,7 +1,6 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
@@ -20,12 +19,17 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
         weight = local(self.weight).type_as(x)
-        if kernels.steps_natively(x):
-            return kernels.rms_norm(x, weight, self.eps)
         if not torch.is_grad_enabled():
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+            return kernels.rms_norm(x, weight, self.eps)
         # With gradients this is faster than F.rms_norm by a fifth (2,048 x 1,024 in bfloat16 on CPU, torch 2.13.0); it
         # rounds before the weight as well, as transformers does, and F.rms_norm only behind it.
         wide = x.to(torch.float32, copy=True)
         mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]
         return (wide * torch.rsqrt(mean_square + self.eps)).type_as(x) * weight
+
+    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm."""
+        if torch.is_grad_enabled():
+            x = x + delta
+            return x, self(x)
+        return kernels.add_rms_norm(x, delta, local(self.weight).type_as(x), self.eps)

@@ -33,6 +33,8 @@ class RotaryTable:
 
 def rotate_both(q_THh: Tensor, k_TKh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`rotate` for queries and keys, which are new and nobody else's: they may be overwritten."""
+    if kernels.steps_serve(q_THh, k_TKh):
+        return kernels.turn_heads(q_THh, k_TKh, rotation)
     if kernels.steps_natively(q_THh):
         return kernels.rotate_heads(q_THh, k_TKh, rotation)
     # Turned together: for few tokens the number of operations is what counts.

@@ -41,8 +41,9 @@ class TransformerBlock(nn.Module):
         active_T: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """The residual stream after the block, and its routing."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, pattern)
-        y_TD, routing = self.feed_forward(self.ffn_norm(x_TD), active_T)
+        attended_TD = self.attention(self.attention_norm(x_TD), rotation, pattern)
+        x_TD, normed_TD = self.ffn_norm.after_adding(x_TD, attended_TD)
+        y_TD, routing = self.feed_forward(normed_TD, active_T)
         return x_TD + y_TD, routing
 
 
