@@ -1,8 +1,7 @@
-"""What stands between the products of a layer, in inference: one Triton kernel for each step on a GPU, one call of the
-native library (pointwise.py) on a CPU.
+"""What stands between the products of a layer: one kernel for each step, in inference; Triton's on a GPU.
 
-Each function is its plain PyTorch twin wherever these do not serve: with gradients, where torch.compile traces, on
-another device, for other dtypes or sizes, and where Triton is not installed or the library not built.
+On a CPU it is one of pointwise. Each function is its plain PyTorch twin wherever no kernel serves: with gradients,
+where torch.compile traces, on another device, for other dtypes or sizes, and where Triton or the library is missing.
 
 Shape letters: T tokens, D model width, H heads (of queries or of keys), h width of a head, E experts, K experts chosen
 for each token, P = T * K pairs of a token and its expert, F hidden width of an expert, O = 2 F.

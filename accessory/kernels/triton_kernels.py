@@ -1,6 +1,7 @@
 """Triton kernels for GPUs: the counterparts of native.cpp and quantized.cpp, launched by triton_products.
 
-The only module that imports Triton, which the project does not ask for: PyTorch's builds for GPUs bring it.
+Triton is imported by the modules triton_* alone, at the first product on a GPU: the project does not ask for it, and
+PyTorch's builds for GPUs bring it.
 
 `multiply` reads a tile of a weight once and multiplies it, on the tensor cores, with all tokens of its program. What a
 program reads of a weight is decided on the GPU, by the experts of the pairs, so no number travels to the host. Codes

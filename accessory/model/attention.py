@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
@@ -163,7 +162,10 @@ def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tens
     if start == 0:
         out = _attention(q, k, v, causal=True)
     else:
-        # No tensor where it can be helped: a long prompt's last piece would have a mask of gigabytes.
+        # Its import takes a second, and only GPUs come here: they need no tensor, which for the last piece of a long
+        # prompt would have gigabytes.
+        from torch.nn.attention.bias import causal_lower_right
+
         out = _attention(q, k, v, mask=causal_lower_right(q_LHh.shape[0], k_MKh.shape[0]))
     return out.squeeze(0).transpose(0, 1)
 
