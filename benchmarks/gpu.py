@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--layers", type=int, default=LARGE.n_layers, help="of the shape of Mixtral-8x7B")
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt before decoding")
+    parser.add_argument("--forms", nargs="*", default=QUANT_FORMS, choices=QUANT_FORMS, help="beside bfloat16")
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="first the products alone, by tiles; then with the best")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="where a decoding step's time goes, to a folder")
@@ -68,7 +69,8 @@ def main() -> None:
         if arguments.kernels:
             product_rows()
             torch.cuda.empty_cache()
-        shapes = {"mid": MID, f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
+        shapes = {} if arguments.layers > LARGE.n_layers else {"mid": MID}
+        shapes |= {f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
         for name, args in shapes.items():
             plain = random_model(args)
             if arguments.profile:
@@ -93,7 +95,7 @@ def random_model(args: ModelArgs) -> Transformer:
 
 def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
     models = {"bfloat16": plain}
-    models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in QUANT_FORMS}
+    models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in arguments.forms}
     for model in models.values():
         lay_out_for_gpu(model)
     theirs = None if arguments.without_transformers else transformers_on(plain)
