@@ -69,8 +69,7 @@ def main() -> None:
         if arguments.kernels:
             product_rows()
             torch.cuda.empty_cache()
-        shapes = {} if arguments.layers > LARGE.n_layers else {"mid": MID}
-        shapes |= {f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
+        shapes = {"mid": MID, f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
         for name, args in shapes.items():
             plain = random_model(args)
             if arguments.profile:
@@ -84,6 +83,7 @@ def main() -> None:
 
 def random_model(args: ModelArgs) -> Transformer:
     torch.manual_seed(0)
+    args = args.replace(max_seq_len=16 * PROMPT)
     model = Transformer(args, ParallelState.single("cuda"), dtype=torch.bfloat16).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:

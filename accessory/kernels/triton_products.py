@@ -44,13 +44,13 @@ class Tile(NamedTuple):
 
 
 FEW = {
-    "plain": Tile(64, 128, 2, 4),
+    "plain": Tile(128, 128, 4, 3),
     "int8": Tile(64, 128, 4, 4),
     "int4": Tile(64, 64, 4, 3),
     "nf4": Tile(64, 64, 4, 3),
 }
 INTEGERS = {
-    "int8": Tile(128, 128, 4, 4),
+    "int8": Tile(128, 128, 4, 3),
     "int4": Tile(128, 64, 4, 4),
     "nf4": Tile(64, 64, 2, 4),
 }

@@ -188,7 +188,12 @@ class Transformer(nn.Module):
 
         Args:
             routes: it is to remember which experts took each token.
+
+        Raises:
+            ValueError: a sequence could be longer than the model's positions reach.
         """
+        if max_seq_len > self.args.max_seq_len:
+            raise ValueError(f"a cache for {max_seq_len} tokens: the model's max_seq_len is {self.args.max_seq_len}")
         moe = self.args.moe
         return KVCache(
             layers=self.args.n_layers,
