@@ -113,7 +113,7 @@ def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch
         return y
     rows = codes.numel() // depth
     _launch(
-        _loaded().make_plain[(-(-depth // _PLAIN_DEPTH), -(-rows // _PLAIN_ROWS))],
+        _forms().make_plain[(-(-rows // _PLAIN_ROWS), -(-depth // _PLAIN_DEPTH))],  # axis 1 ends at 65,535
         codes.contiguous(),
         scale.contiguous(),
         scale if zero is None else zero.contiguous(),
@@ -181,7 +181,7 @@ def _multiply(
         constants["ALL_EXPERTS"] = _power_of_two(experts) if way == "sorted" else 1
         _launch(_loaded().multiply[grid], *own, pairs, experts, rows, depth, *strides, **constants)
     if shares > 1:
-        _launch(_loaded().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
+        _launch(_forms().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
     return y_PR
 
 
@@ -220,7 +220,7 @@ def _round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, 
     scale_PB = x_PD.new_empty(pairs, blocks, dtype=torch.float32)
     sum_PG = x_PD.new_empty(pairs, depth // (2 * group) if halves else 1, dtype=torch.float32)
     _launch(
-        _integers().round_inputs[(pairs, blocks)],
+        _forms().round_inputs[(pairs, blocks)],
         *(x_PD, ints_PD, scale_PB, sum_PG, pairs, depth, blocks, x_PD.stride(0)),
         STEP=NF4_STEP if form == "nf4" else 1.0,
         HALVES=halves,
@@ -238,7 +238,7 @@ def _split_inputs(x_PD: Tensor, group: int) -> tuple[Tensor, Tensor]:
     split_2PC = x_PD.new_empty(2, pairs, depth)
     sum_PG = x_PD.new_empty(pairs, groups, dtype=torch.float32)
     at_once = min(32, _power_of_two(groups))
-    kernel = _loaded().split_inputs[(pairs, -(-groups // at_once))]
+    kernel = _forms().split_inputs[(pairs, -(-groups // at_once))]
     _launch(kernel, x_PD.contiguous(), split_2PC, sum_PG, pairs, depth, GROUP=group, GROUPS=at_once)
     return split_2PC, sum_PG
 
@@ -284,6 +284,12 @@ def _kernels() -> ModuleType | None:
         logger.warning("Triton does not load (%s). Decoding on GPU uses PyTorch's slower products.", error)
         return None
     return triton_kernels
+
+
+def _forms() -> ModuleType:
+    from . import triton_forms
+
+    return triton_forms
 
 
 def _integers() -> ModuleType:
