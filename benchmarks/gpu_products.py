@@ -37,6 +37,7 @@ def product_rows() -> None:
         pool.starmap(compile_tile, work, chunksize=1)
     print("compiled", flush=True)
     torch.manual_seed(0)
+    default = triton_products.PROGRAMS
     for form in FORMS:
         few: dict[tuple[Tile, int], list[float]] = {(t, n): [] for t in FEW_TILES for n in PROGRAMS}
         for rows, depth in SHAPES:
@@ -47,7 +48,7 @@ def product_rows() -> None:
         tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
         tiles[form], programs = min(few, key=lambda key: math.prod(few[key]))
         print(form, "few:", tiles[form], programs)
-    triton_products.PROGRAMS = 2048
+    triton_products.PROGRAMS = default
     for rows, depth in ((4096, 4096), (1024, 4096), (32000, 4096)):
         dense_row(rows, depth)
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import called_directly
-from .native import DTYPES, native_available, native_library, native_variant
+from .native import DTYPES, check_outcome, native_available, native_library, native_variant
+from .tensors import shown, whole_tokens
 
 # Of a layer with 16 heads and 4 key/value heads of 64 in bfloat16, median us with the writes, the kernel / the twin up
 # to the next multiple of 64; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, Nov. 2026.
@@ -45,7 +46,7 @@ class SlotAttention:
         _check_cache(keys, values)
         rows = positions_R.numel() if slots is None else len(slots)
         if positions_R.shape != (rows,) or positions_R.dtype != torch.int64:
-            raise ValueError(f"positions_R {_form(positions_R)} must hold one int64 for each row")
+            raise ValueError(f"positions_R {shown(positions_R)} must hold one int64 for each row")
         self.keys, self.values, self.bound = keys, values, bound
         self.positions_R = positions_R.contiguous()
         self.slots = slots
@@ -71,7 +72,7 @@ class SlotAttention:
     def _native(self, cache: "_Cache", layer: int, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor, variant: str) -> Tensor:
         if not 0 <= layer < cache.layers:
             raise IndexError(f"the cache has no layer {layer}")
-        q_RHh, k_RKh, v_RKh = (_whole_tokens(x) for x in (q_RHh, k_RKh, v_RKh))
+        q_RHh, k_RKh, v_RKh = (whole_tokens(x) for x in (q_RHh, k_RKh, v_RKh))
         rows, heads, width = q_RHh.shape
         out_RHh = q_RHh.new_empty(rows, heads, width)
         size = q_RHh.element_size()
@@ -96,8 +97,7 @@ class SlotAttention:
             row = outcome - 1
             slot, position = row if self.slots is None else self.slots[row], int(self.positions_R[row])
             raise IndexError(f"the cache of {cache.slots} slots of {cache.length} has no position {position} in {slot}")
-        if outcome != 0:
-            raise RuntimeError("this CPU does not run that variant of the kernels")
+        check_outcome(outcome, None, 0)
         return out_RHh
 
     def _check(self, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor) -> None:
@@ -105,10 +105,10 @@ class SlotAttention:
         new = (rows, heads, width)
         fits = q_RHh.dim() == 3 and q_RHh.shape[0] == rows and q_RHh.shape[2] == width
         if not fits or q_RHh.shape[1] % heads or q_RHh.dtype != self.keys.dtype:
-            raise ValueError(f"q_RHh {_form(q_RHh)} does not fit {rows} rows and a cache {_form(self.keys)}")
+            raise ValueError(f"q_RHh {shown(q_RHh)} does not fit {rows} rows and a cache {shown(self.keys)}")
         for x in (k_RKh, v_RKh):
             if x.shape != new or x.dtype != self.keys.dtype:
-                raise ValueError(f"keys or values {_form(x)} do not fit {rows} rows and a cache {_form(self.keys)}")
+                raise ValueError(f"keys or values {shown(x)} do not fit {rows} rows and a cache {shown(self.keys)}")
 
 
 class SlotAttentionReference:
@@ -182,15 +182,6 @@ def _native_serves(keys: Tensor, values: Tensor) -> bool:
     return laid_out and native_available()
 
 
-def _whole_tokens(x_RHh: Tensor) -> Tensor:
-    """With each row's heads one after another, as they are where they were split off a larger row."""
-    return x_RHh if x_RHh.stride()[1:] == (x_RHh.shape[2], 1) else x_RHh.contiguous()
-
-
 def _check_cache(keys: Tensor, values: Tensor) -> None:
     if keys.dim() != 5 or keys.shape != values.shape or keys.dtype != values.dtype:
-        raise ValueError(f"keys {_form(keys)} and values {_form(values)} are not those of a cache")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        raise ValueError(f"keys {shown(keys)} and values {shown(values)} are not those of a cache")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import triton_products
 from .native import DTYPES, gathered_product, native_available, native_variant
+from .tensors import shown
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
 # November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.
@@ -172,15 +173,11 @@ def _kernel_beats_onednn(x_PD: Tensor) -> bool:
 
 def _check_gathered(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> None:
     if x_PD.dim() != 2 or w_ERD.dim() != 3 or x_PD.shape[1] != w_ERD.shape[2] or x_PD.dtype != w_ERD.dtype:
-        raise ValueError(f"x_PD {_form(x_PD)} does not fit w_ERD {_form(w_ERD)}")
+        raise ValueError(f"x_PD {shown(x_PD)} does not fit w_ERD {shown(w_ERD)}")
     if expert_P.shape != x_PD.shape[:1] or expert_P.dtype != torch.int64:
-        raise ValueError(f"expert_P {_form(expert_P)} must hold one int64 for each row of x_PD {_form(x_PD)}")
+        raise ValueError(f"expert_P {shown(expert_P)} must hold one int64 for each row of x_PD {shown(x_PD)}")
 
 
 def _check_dense(x_PD: Tensor, w_RD: Tensor) -> None:
     if x_PD.dim() != 2 or w_RD.dim() != 2 or x_PD.shape[1] != w_RD.shape[1] or x_PD.dtype != w_RD.dtype:
-        raise ValueError(f"x_PD {_form(x_PD)} does not fit w_RD {_form(w_RD)}")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        raise ValueError(f"x_PD {shown(x_PD)} does not fit w_RD {shown(w_RD)}")

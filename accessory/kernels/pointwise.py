@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .linear import called_directly
-from .native import DTYPES, native_available, native_library, native_variant
+from .native import DTYPES, check_outcome, native_available, native_library, native_variant
+from .tensors import shown, whole_tokens
 
 # Median us one after another, the kernel / its twin, in bfloat16 with D = 1024, 20 heads of 64, F = 3584 and 2 of 8
 # experts for each token; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, November 2026:
@@ -38,7 +39,7 @@ def steps_natively(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, variant: str | None = None) -> Tensor:
     """x / rms(x) * weight over the last axis, in x's shape and dtype, which must be the weight's."""
     if x.shape[-1:] != weight_D.shape or x.dtype != weight_D.dtype:
-        raise ValueError(f"weight_D {_form(weight_D)} does not fit x {_form(x)}")
+        raise ValueError(f"weight_D {shown(weight_D)} does not fit x {shown(x)}")
     x, weight_D = x.contiguous(), weight_D.contiguous()
     y = torch.empty_like(x)
     width = weight_D.shape[0]
@@ -48,17 +49,24 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, variant: str | None = N
     return y
 
 
-class Choice(NamedTuple):
-    """What `choose_experts` makes of logits (T, E): the fields of the model's Routing, in its order."""
+class Routed(NamedTuple):
+    """What a router makes of logits (T, E): the fields of the model's Routing, in its order.
+
+    Attributes:
+        weights_TK: float32, renormalised over the chosen experts.
+        experts_TK: int64, the most probable first.
+        probs_TE, logits_TE: float32.
+        asked_TK: the experts, but -1 for tokens that are not active (None: all are).
+    """
 
     weights_TK: Tensor
     experts_TK: Tensor
     probs_TE: Tensor
     logits_TE: Tensor
-    asked_TK: Tensor
+    asked_TK: Tensor | None
 
 
-def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Choice:
+def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
     """The softmax over all experts, the most probable ones and their renormalised weights, all in float32.
 
     Of equally probable experts the first is taken.
@@ -67,10 +75,10 @@ def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Ch
         active_T: bool; tokens for which it is False ask no expert, which is -1 in ``asked``.
     """
     if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
-        raise ValueError(f"of logits_TE {_form(logits_TE)} no {top_k} experts can be chosen")
+        raise ValueError(f"of logits_TE {shown(logits_TE)} no {top_k} experts can be chosen")
     tokens, experts = logits_TE.shape
     if active_T is not None and (active_T.shape != (tokens,) or active_T.dtype != torch.bool):
-        raise ValueError(f"active_T {_form(active_T)} must hold one bool for each row of logits_TE {_form(logits_TE)}")
+        raise ValueError(f"active_T {shown(active_T)} must hold one bool for each row of logits_TE {shown(logits_TE)}")
     logits_TE, active_T = logits_TE.contiguous(), None if active_T is None else active_T.contiguous()
     wide_TE = torch.empty(tokens, experts, dtype=torch.float32)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
@@ -90,7 +98,7 @@ def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Ch
         top_k,
         torch.get_num_threads(),
     )
-    return Choice(weights_TK, experts_TK, probs_TE, wide_TE, asked_TK)
+    return Routed(weights_TK, experts_TK, probs_TE, wide_TE, asked_TK)
 
 
 def rotate_heads(
@@ -101,12 +109,12 @@ def rotate_heads(
     Args:
         rotation: float32, each (T, 1, h): every pair's cosine twice, and its sine, negative for the first of them.
     """
-    q_THh, k_TNh = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THh, k_TNh))
+    q_THh, k_TNh = whole_tokens(q_THh), whole_tokens(k_TNh)
     cos, sin = (x.contiguous() for x in rotation)
     tokens, heads, width = q_THh.shape
     fits = k_TNh.shape[::2] == (tokens, width) and k_TNh.dtype == q_THh.dtype and width % 2 == 0
     if not fits or any(x.shape != (tokens, 1, width) or x.dtype != torch.float32 for x in (cos, sin)):
-        raise ValueError(f"q {_form(q_THh)}, k {_form(k_TNh)}, cosines {_form(cos)} and sines {_form(sin)} do not fit")
+        raise ValueError(f"q {shown(q_THh)}, k {shown(k_TNh)}, cosines {shown(cos)} and sines {shown(sin)} do not fit")
     size = q_THh.element_size()
     addresses = (q_THh.data_ptr(), k_TNh.data_ptr(), cos.data_ptr(), sin.data_ptr())
     sizes = (tokens, heads, k_TNh.shape[1], width, q_THh.stride(0) * size, k_TNh.stride(0) * size)
@@ -117,7 +125,7 @@ def rotate_heads(
 def gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
     """silu(first half) * second half of every row; (P, F)."""
     if both_PO.dim() != 2 or both_PO.shape[1] % 2:
-        raise ValueError(f"both_PO {_form(both_PO)} are not rows of two halves")
+        raise ValueError(f"both_PO {shown(both_PO)} are not rows of two halves")
     both_PO = both_PO.contiguous()
     pairs, hidden = both_PO.shape[0], both_PO.shape[1] // 2
     hidden_PF = both_PO.new_empty(pairs, hidden)
@@ -128,9 +136,9 @@ def gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
 def weighted_sum(y_PD: Tensor, weights_TK: Tensor, *, variant: str | None = None) -> Tensor:
     """Each token's rows by their float32 weights, (T, D) in y's dtype; the rows of a token stand one after another."""
     if weights_TK.dim() != 2 or y_PD.dim() != 2 or y_PD.shape[0] != weights_TK.numel():
-        raise ValueError(f"weights_TK {_form(weights_TK)} do not fit y_PD {_form(y_PD)}")
+        raise ValueError(f"weights_TK {shown(weights_TK)} do not fit y_PD {shown(y_PD)}")
     if weights_TK.dtype != torch.float32:
-        raise ValueError(f"weights_TK {_form(weights_TK)} must be in float32")
+        raise ValueError(f"weights_TK {shown(weights_TK)} must be in float32")
     y_PD, weights_TK = y_PD.contiguous(), weights_TK.contiguous()
     (tokens, count), width = weights_TK.shape, y_PD.shape[1]
     out_TD = y_PD.new_empty(tokens, width)
@@ -141,8 +149,7 @@ def weighted_sum(y_PD: Tensor, weights_TK: Tensor, *, variant: str | None = None
 
 def _call(name: str, variant: str | None, x: Tensor, *arguments: float) -> None:
     chosen, bf16 = (variant or native_variant()).encode(), x.dtype == torch.bfloat16
-    if getattr(_library(), name)(chosen, bf16, *arguments, torch.get_num_threads()) != 0:
-        raise RuntimeError("this CPU does not run that variant of the kernels")
+    check_outcome(getattr(_library(), name)(chosen, bf16, *arguments, torch.get_num_threads()), None, 0)
 
 
 @functools.cache
@@ -161,7 +168,3 @@ def _library() -> ctypes.CDLL:
     library.accessory_choose_experts.restype = ctypes.c_int64
     library.accessory_choose_experts.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 7, *[size] * 3, ctypes.c_int]
     return library
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -13,6 +13,7 @@ from .linear import called_directly
 from .native import DTYPES
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
+from .tensors import shown
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
 #               int8, 8 tokens   16           32            nf4, 8       16           32
@@ -247,7 +248,7 @@ def _native(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | Non
 def _check(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, axes: int) -> None:
     _check_weight(codes, scale, zero)
     if codes.dim() != axes:
-        raise ValueError(f"codes {_form(codes)} are not those of a weight with {axes} axes")
+        raise ValueError(f"codes {shown(codes)} are not those of a weight with {axes} axes")
     _check_inputs(x_PD, depth_of(codes))
 
 
@@ -259,7 +260,7 @@ def _check_product(x_PD: Tensor, native: NativeWeight, *, stacked: bool) -> None
 
 def _check_inputs(x_PD: Tensor, depth: int) -> None:
     if x_PD.dim() != 2 or x_PD.shape[1] != depth or not x_PD.is_floating_point():
-        raise ValueError(f"x_PD {_form(x_PD)} does not fit a weight with {depth} inputs")
+        raise ValueError(f"x_PD {shown(x_PD)} does not fit a weight with {depth} inputs")
 
 
 def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
@@ -270,15 +271,11 @@ def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         sizes, dtype = (GROUPS, torch.bfloat16) if form == "int4" else ((NF4_GROUP,), torch.float32)
         fits = depth in [groups * size for size in sizes] and (codes.dtype, scale.dtype) == (torch.uint8, dtype)
     if not fits or scale.shape[:-1] != codes.shape[:-1]:
-        raise ValueError(f"scale {_form(scale)} does not fit codes {_form(codes)} of a weight in {form}")
+        raise ValueError(f"scale {shown(scale)} does not fit codes {shown(codes)} of a weight in {form}")
     if zero is not None and (zero.shape != scale.shape or zero.dtype != torch.uint8):
-        raise ValueError(f"zero {_form(zero)} does not fit scale {_form(scale)} of a weight in {form}")
+        raise ValueError(f"zero {shown(zero)} does not fit scale {shown(scale)} of a weight in {form}")
 
 
 def _check_index(index: Tensor, dtype: torch.dtype, count: int, what: str) -> None:
     if index.shape != (count,) or index.dtype != dtype:
-        raise ValueError(f"{_form(index)} must hold one {str(dtype).removeprefix('torch.')} for each {what}")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{shown(index)} must hold one {str(dtype).removeprefix('torch.')} for each {what}")

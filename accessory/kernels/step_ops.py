@@ -8,37 +8,19 @@ for each token, P = T * K pairs of a token and its expert, F hidden width of an 
 """
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import pointwise, triton_products
-from .pointwise import steps_natively
+from .pointwise import Routed, steps_natively
+from .triton_products import launch, power_of_two
 
 _MOST_WIDTH = 16384  # of what one program normalises: it holds all of it in registers
 _MOST_EXPERTS = 256
 _TURNED, _GATED, _SUMMED = 1024, 512, 512  # elements that a program of four warps takes
-
-
-class Routed(NamedTuple):
-    """What `route` makes of logits (T, E): the fields of the model's Routing, in its order.
-
-    Attributes:
-        weights_TK: float32, renormalised over the chosen experts.
-        experts_TK: int64, the most probable first.
-        probs_TE, logits_TE: float32.
-        asked_TK: the experts, but -1 for tokens that are not active (None: all are).
-    """
-
-    weights_TK: Tensor
-    experts_TK: Tensor
-    probs_TE: Tensor
-    logits_TE: Tensor
-    asked_TK: Tensor | None
 
 
 def steps_serve(*tensors: Tensor) -> bool:
@@ -78,7 +60,7 @@ def route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
     if steps_serve(logits_TE) and 0 < top_k <= experts <= _MOST_EXPERTS:
         return launch_route(logits_TE, top_k, active_T)
     if steps_natively(logits_TE):
-        return Routed(*pointwise.choose_experts(logits_TE, top_k, active_T))
+        return pointwise.choose_experts(logits_TE, top_k, active_T)
     logits_TE = logits_TE.float()
     probs_TE = logits_TE.softmax(-1)
     weights_TK, experts_TK = probs_TE.topk(top_k, dim=-1)
@@ -116,7 +98,7 @@ def launch_norm(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float) -
     delta_TD = x_TD if delta is None else _rows(delta.reshape(-1, width))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = y if delta is None else torch.empty_like(y)
-    _launch(
+    launch(
         _kernels().normalise[(x_TD.shape[0],)],
         x_TD,
         delta_TD,
@@ -128,7 +110,7 @@ def launch_norm(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float) -
         x_TD.stride(0),
         delta_TD.stride(0),
         ADDS=delta is not None,
-        WIDTH=_power_of_two(width),
+        WIDTH=power_of_two(width),
         num_warps=4 if width <= 1024 else 8 if width <= 4096 else 16,
     )
     return (x if delta is None else sums), y
@@ -141,11 +123,11 @@ def turn_heads(q_THh: Tensor, k_THh: Tensor, rotation: tuple[Tensor, Tensor]) ->
         rotation: cosines and sines, float32, each (T, 1, h).
     """
     tokens, q_heads, width = q_THh.shape
-    k_heads, pairs = k_THh.shape[1], _power_of_two(width // 2)
+    k_heads, pairs = k_THh.shape[1], power_of_two(width // 2)
     q_THh, k_THh = _rows(q_THh), _rows(k_THh)
     turned = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THh, k_THh))
-    heads = min(max(1, _TURNED // (2 * pairs)), _power_of_two(max(q_heads, k_heads)))
-    _launch(
+    heads = min(max(1, _TURNED // (2 * pairs)), power_of_two(max(q_heads, k_heads)))
+    launch(
         _kernels().turn[(tokens, -(-q_heads // heads) + -(-k_heads // heads))],
         q_THh,
         k_THh,
@@ -170,7 +152,7 @@ def launch_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Rout
     weights_TK = probs_TE.new_empty(tokens, top_k)
     experts_TK = logits_TE.new_empty(tokens, top_k, dtype=torch.int64)
     asked_TK = None if active_T is None else torch.empty_like(experts_TK)
-    _launch(
+    launch(
         _kernels().route[(tokens,)],
         logits_TE,
         experts_TK if active_T is None else active_T.contiguous().view(torch.uint8),
@@ -183,7 +165,7 @@ def launch_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Rout
         logits_TE.stride(0),
         ACTIVE=active_T is not None,
         TOP_K=top_k,
-        ALL_EXPERTS=_power_of_two(experts),
+        ALL_EXPERTS=power_of_two(experts),
         LIBDEVICE=logits_TE.is_cuda,
         num_warps=1,
     )
@@ -194,34 +176,24 @@ def launch_gate(both_PO: Tensor) -> Tensor:
     both_PO = _rows(both_PO)
     pairs, width = both_PO.shape[0], both_PO.shape[1] // 2
     y_PF = both_PO.new_empty(pairs, width)
-    at_once = min(_GATED, _power_of_two(width))
+    at_once = min(_GATED, power_of_two(width))
     kernel = _kernels().silu_gate[(pairs, -(-width // at_once))]
-    _launch(kernel, both_PO, y_PF, width, both_PO.stride(0), WIDTH=at_once, LIBDEVICE=both_PO.is_cuda)
+    launch(kernel, both_PO, y_PF, width, both_PO.stride(0), WIDTH=at_once, LIBDEVICE=both_PO.is_cuda)
     return y_PF
 
 
 def launch_sum(y_PD: Tensor, weights_TK: Tensor) -> Tensor:
     y_PD, (tokens, top_k), width = _rows(y_PD), weights_TK.shape, y_PD.shape[1]
     sum_TD = y_PD.new_empty(tokens, width)
-    at_once = min(_SUMMED, _power_of_two(width))
+    at_once = min(_SUMMED, power_of_two(width))
     kernel = _kernels().sum_pairs[(tokens, -(-width // at_once))]
-    _launch(kernel, y_PD, weights_TK.contiguous(), sum_TD, width, y_PD.stride(0), TOP_K=top_k, WIDTH=at_once)
+    launch(kernel, y_PD, weights_TK.contiguous(), sum_TD, width, y_PD.stride(0), TOP_K=top_k, WIDTH=at_once)
     return sum_TD
 
 
 def _rows(x: Tensor) -> Tensor:
     """With unit stride in the last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _launch(kernel: Callable[..., Any], first: Tensor, *arguments: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(first):  # Triton launches on the current GPU, whichever holds the tensors
-        kernel(first, *arguments, **constants)
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below it."""
-    return 1 << (number - 1).bit_length()
 
 
 @functools.cache

@@ -112,7 +112,7 @@ def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch
     if y.numel() == 0:
         return y
     rows = codes.numel() // depth
-    _launch(
+    launch(
         _forms().make_plain[(-(-rows // _PLAIN_ROWS), -(-depth // _PLAIN_DEPTH))],  # axis 1 ends at 65,535
         codes.contiguous(),
         scale.contiguous(),
@@ -145,8 +145,12 @@ def _multiply(
     form = "plain" if scale is None else form_of(w_ERD, zero)
     in_halves = form in ("int4", "nf4")
     group = depth // scale.shape[-1] if scale is not None and in_halves else 1
-    rounds = scale is not None and _rounds(x_PD, group if in_halves else ACTIVATION_BLOCK, way)
-    own_pairs, tile = _tile(form, x_PD.dtype, pairs, way, rounds=rounds)
+    few = way == "gathered" or (way == "dense" and pairs <= _FEW_TOKENS)
+    in_integers = (
+        scale is not None and rounds_activations(x_PD.dtype) and (not in_halves or group >= _SHORTEST_INTEGERS)
+    )
+    rounds = few and in_integers
+    own_pairs, tile = _tile(form, x_PD.dtype, pairs, way, INTEGERS if rounds else FEW if few else MANY)
     if rounds and not in_halves:
         group = ACTIVATION_BLOCK
     own_depth = max(tile.depth, group)
@@ -171,36 +175,26 @@ def _multiply(
         constants["PTX"] = _ptx(form, None) if in_halves and x_PD.is_cuda else ""
         constants["BLOCK"] = ACTIVATION_BLOCK // (2 if in_halves else 1)
         sizes = (pairs, experts, rows, depth, x_scale_PB.shape[1])
-        _launch(_integers().multiply[grid], *own, *sizes, *strides, **constants)
+        launch(_integers().multiply[grid], *own, *sizes, *strides, **constants)
     else:
         x_PD, x_sum_PG = _split_inputs(x_PD, group) if in_halves else (x_PD.contiguous(), unused)
         table = _nf4_table(x_PD.device, x_PD.dtype) if form == "nf4" else unused
         own = (x_PD, *weight, x_sum_PG, table, index, into)
         constants["FLOAT32"] = not x_PD.is_cuda
         constants["PTX"] = _ptx(form, x_PD.dtype) if in_halves and x_PD.is_cuda else ""
-        constants["ALL_EXPERTS"] = _power_of_two(experts) if way == "sorted" else 1
-        _launch(_loaded().multiply[grid], *own, pairs, experts, rows, depth, *strides, **constants)
+        constants["ALL_EXPERTS"] = power_of_two(experts) if way == "sorted" else 1
+        launch(_loaded().multiply[grid], *own, pairs, experts, rows, depth, *strides, **constants)
     if shares > 1:
-        _launch(_forms().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
+        launch(_forms().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
     return y_PR
 
 
-def _rounds(x_PD: Tensor, group: int, way: str) -> bool:
-    """Whether activations are taken in 8 bits."""
-    few = way == "gathered" or (way == "dense" and x_PD.shape[0] <= _FEW_TOKENS)
-    return few and rounds_activations(x_PD.dtype) and group >= _SHORTEST_INTEGERS
-
-
-def _tile(form: str, dtype: torch.dtype, pairs: int, way: str, *, rounds: bool) -> tuple[int, Tile]:
+def _tile(form: str, dtype: torch.dtype, pairs: int, way: str, tiles: dict[str, Tile]) -> tuple[int, Tile]:
     """Pairs of a program, and what else it takes. Tensor cores take 16 pairs at least."""
-    some = max(16, _power_of_two(pairs))
+    some = max(16, power_of_two(pairs))
     if dtype == torch.float32:
         return some if way == "gathered" else 16, FLOAT32
-    if rounds:
-        return some, INTEGERS[form]
-    if way == "gathered" or (way == "dense" and pairs <= _FEW_TOKENS):
-        return some, FEW[form]
-    return min(some, MANY_PAIRS), MANY[form]
+    return min(some, MANY_PAIRS), tiles[form]
 
 
 def _shares(programs: int, tiles: int) -> int:
@@ -219,7 +213,7 @@ def _round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, 
     ints_PD = x_PD.new_empty(pairs, depth, dtype=torch.int8)
     scale_PB = x_PD.new_empty(pairs, blocks, dtype=torch.float32)
     sum_PG = x_PD.new_empty(pairs, depth // (2 * group) if halves else 1, dtype=torch.float32)
-    _launch(
+    launch(
         _forms().round_inputs[(pairs, blocks)],
         *(x_PD, ints_PD, scale_PB, sum_PG, pairs, depth, blocks, x_PD.stride(0)),
         STEP=NF4_STEP if form == "nf4" else 1.0,
@@ -237,18 +231,19 @@ def _split_inputs(x_PD: Tensor, group: int) -> tuple[Tensor, Tensor]:
     groups = depth // group
     split_2PC = x_PD.new_empty(2, pairs, depth)
     sum_PG = x_PD.new_empty(pairs, groups, dtype=torch.float32)
-    at_once = min(32, _power_of_two(groups))
+    at_once = min(32, power_of_two(groups))
     kernel = _forms().split_inputs[(pairs, -(-groups // at_once))]
-    _launch(kernel, x_PD.contiguous(), split_2PC, sum_PG, pairs, depth, GROUP=group, GROUPS=at_once)
+    launch(kernel, x_PD.contiguous(), split_2PC, sum_PG, pairs, depth, GROUP=group, GROUPS=at_once)
     return split_2PC, sum_PG
 
 
-def _launch(kernel: Callable[..., Any], first: Tensor, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Callable[..., Any], first: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel with its grid."""
     with torch.cuda.device_of(first):  # Triton launches on the current GPU, whichever holds the tensors
         kernel(first, *arguments, **constants)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The least that is not below it."""
     return 1 << (number - 1).bit_length()
 

@@ -31,9 +31,7 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def run(
-        self, key: Hashable, step: Callable[[Tensor, Tensor], Tensor], tokens_S: Tensor, active_S: Tensor
-    ) -> Tensor:
+    def run(self, key: Hashable, step: Step, tokens_S: Tensor, active_S: Tensor) -> Tensor:
         """``step(tokens, active)``, replayed where a step of this key was captured before.
 
         Args:
