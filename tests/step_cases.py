@@ -4,9 +4,7 @@ As a script it runs them all on CPU under Triton's interpreter, as tests/triton_
 Triton before anything here is run, so TRITON_INTERPRET=1 has to be in the environment.
 """
 
-import json
 import os
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton_runs import report_failures
 
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs
@@ -232,13 +231,7 @@ def serving(does: bool) -> Iterator[None]:
 
 def main() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
-    failures = {}
-    for name, check in cases("cpu"):
-        try:
-            check()
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
+    report_failures(cases("cpu"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from finetuning import Setting, make_setting
 from models import completions
 from quantized import mixtral_to_quantize, quantized_by_hand
 from torch import Tensor
+from triton_runs import needs_gpu
 
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.config import QuantArgs
@@ -26,7 +27,7 @@ from accessory.model.scoring import score_tokens
 from accessory.serve.driver import Driver
 from accessory.serve.request import Event
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = needs_gpu
 
 PROMPTS = random_prompts(4, [5, 17, 40, 1])
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,9 +1,6 @@
 """The Triton kernels: their results in Triton's interpreter and on a GPU, that they compile, and where they serve."""
 
-import importlib.util
-import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,15 +10,10 @@ import pytest
 import torch
 import triton_cases
 from torch._subclasses import FakeTensorMode
+from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
 from accessory import kernels
 from accessory.kernels import gathering_pays, triton_products, triton_ptx
-
-HERE = Path(__file__).parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: PyTorch's builds for GPUs bring it")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
 
 # Types of codes and scales, and what a program takes.
 COMPILED: dict[str, tuple[str, str, dict[str, int]]] = {
@@ -35,11 +27,7 @@ COMPILED: dict[str, tuple[str, str, dict[str, int]]] = {
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """What failed in the interpreter, by the name of the case."""
-    command = [sys.executable, "-W", "error", HERE / "triton_cases.py"]
-    clean = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=clean, timeout=250, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    return failures_in_the_interpreter("triton_cases.py")
 
 
 @needs_triton
@@ -86,9 +74,7 @@ for capability in (80, 90):
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
     assert len(triton.compile(source, target=target).asm["cubin"]) > 1000
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=True)
+    compile_alone(script, tmp_path)
 
 
 # ---- where Triton is not installed -----------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """The Triton kernels between products: in Triton's interpreter and on a GPU, that they compile, where they serve."""
 
-import importlib.util
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,24 +11,16 @@ import step_cases
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
 from accessory import kernels
 from accessory.kernels import step_ops
-
-HERE = Path(__file__).parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: PyTorch's builds for GPUs bring it")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """What failed in the interpreter, by the name of the case."""
-    command = [sys.executable, "-W", "error", HERE / "step_cases.py"]
-    clean = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=clean, timeout=250, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    return failures_in_the_interpreter("step_cases.py")
 
 
 @needs_triton
@@ -82,9 +71,7 @@ for constants in {VARIANTS[kernel]}:
         source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
         assert len(triton.compile(source, target=target).asm["cubin"]) > 1000
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    subprocess.run([sys.executable, "-c", script], env=environment, timeout=200, check=True)
+    compile_alone(script, tmp_path)
 
 
 # ---- where the twins serve ---------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ As a script it runs them all on CPU under Triton's interpreter, which must be ch
 by a process of its own; it prints what failed, by case, as JSON.
 """
 
-import json
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
+from triton_runs import report_failures
 
 from accessory.kernels import gathered_linear_reference, linear, quantized_ops
 from accessory.kernels import triton_products as on_gpu
@@ -221,15 +220,9 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    failures = {}
-    for name, check in cases("cpu"):
-        try:
-            check()
-        except Exception:
-            failures[name] = traceback.format_exc()
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    report_failures(cases("cpu"))
     assert on_gpu.triton_available()
-    print(json.dumps(failures))
 
 
 if __name__ == "__main__":
