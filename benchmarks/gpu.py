@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                  # some layers of 8x7B's 32, as fit beside their quantized copies
     python benchmarks/gpu.py --kernels        # the products alone before, by tiles
-    python benchmarks/gpu.py --profile        # where a decoding step's time goes
+    python benchmarks/gpu.py --profile .      # where a decoding step's time goes
 
 transformers runs on the same weights in the same memory. Both sides take turns within every round; numbers are medians.
 """
@@ -17,36 +17,16 @@ from typing import Any
 
 import torch
 from gpu_products import product_rows, seconds
+from mid import ARGS, mixtral_config, random_model
+from transformers import DynamicCache, MixtralForCausalLM
 
-from accessory.config import QUANT_FORMS, ModelArgs, MoEArgs, QuantArgs
+from accessory.config import QUANT_FORMS, QuantArgs
 from accessory.model.LLM.mistral import Transformer
-from accessory.parallel.state import ParallelState
 from accessory.quant import lay_out_for_gpu
 from accessory.tools.quality import quantized_copy
 
-MOE = MoEArgs(num_experts=8, num_experts_per_tok=2)
-MID = ModelArgs(
-    dim=1024,
-    hidden_dim=3584,
-    n_layers=8,
-    n_heads=16,
-    n_kv_heads=4,
-    head_dim=64,
-    vocab_size=32000,
-    rope_theta=1e6,
-    moe=MOE,
-)
-LARGE = ModelArgs(
-    dim=4096,
-    hidden_dim=14336,
-    n_layers=8,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    vocab_size=32000,
-    rope_theta=1e6,
-    moe=MOE,
-)
+# Mixtral-8x7B's sizes, and some of its 32 layers.
+LARGE = ARGS.replace(dim=4096, hidden_dim=14336, n_heads=32, n_kv_heads=8, head_dim=128)
 PROMPT = 512
 DECODE_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -69,9 +49,9 @@ def main() -> None:
         if arguments.kernels:
             product_rows()
             torch.cuda.empty_cache()
-        shapes = {"mid": MID, f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
+        shapes = {"mid": ARGS, f"8x7B, {arguments.layers} layers": LARGE.replace(n_layers=arguments.layers)}
         for name, args in shapes.items():
-            plain = random_model(args)
+            plain = random_model(args.replace(max_seq_len=16 * PROMPT), "cuda")
             if arguments.profile:
                 profile(name.split(",")[0], plain, arguments)
             else:
@@ -79,18 +59,6 @@ def main() -> None:
                 rows(plain, arguments)
             del plain
             torch.cuda.empty_cache()
-
-
-def random_model(args: ModelArgs) -> Transformer:
-    torch.manual_seed(0)
-    args = args.replace(max_seq_len=16 * PROMPT)
-    model = Transformer(args, ParallelState.single("cuda"), dtype=torch.bfloat16).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(std=0.02)
-    return model
 
 
 def rows(plain: Transformer, arguments: argparse.Namespace) -> None:
@@ -164,8 +132,6 @@ class TheirDecoding:
     """The same with transformers."""
 
     def __init__(self, model: Any, implementation: str, batch: int, context: int) -> None:
-        from transformers import DynamicCache
-
         self.model, self.implementation = model, implementation
         self.past = DynamicCache(config=model.config)
         model.set_experts_implementation(DECODE_IMPLEMENTATIONS[0])  # the other copies a matrix for every token
@@ -183,21 +149,7 @@ class TheirDecoding:
 def transformers_on(ours: Transformer) -> Any:
     """transformers' model of the same sizes whose weights are ours, without a copy. Its q and k expect another order
     of rows, which random weights do not notice."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    args = ours.args
-    config = MixtralConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        num_local_experts=args.moe.num_experts,
-        num_experts_per_tok=args.moe.num_experts_per_tok,
-        max_position_embeddings=4096,
-    )
+    config = mixtral_config(ours.args)
     with torch.device("meta"):
         theirs = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     names = {"embed_tokens": ours.tok_embeddings.weight, "norm": ours.norm.weight}
@@ -212,7 +164,7 @@ def transformers_on(ours: Transformer) -> Any:
         state[f"{layer}mlp.experts.gate_up_proj"] = block.feed_forward.experts.w13.flatten(1, 2)
         state[f"{layer}mlp.experts.down_proj"] = block.feed_forward.experts.w2
     theirs.load_state_dict(state, assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config, device="cuda")
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to("cuda")
     return theirs
 
 

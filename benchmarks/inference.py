@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from machine import cpu_name
-from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
+from mid import ARGS, copy_weights, random_model, transformers_mid, write_checkpoint
 from transformers import DynamicCache, MixtralForCausalLM
 
 from accessory.config import QUANT_FORMS, QuantArgs
@@ -67,14 +67,6 @@ def main() -> None:
         fresh_rows(ours, theirs)
     del ours, theirs
     subprocess.run([sys.executable, *sys.argv, "--quantized"], check=True)
-
-
-def random_model() -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
-    for parameter in model.parameters():
-        parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    return model
 
 
 def quantized_rows(plain: Transformer, rounds: int, steps: int) -> None:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -15,6 +14,7 @@ from accessory.checkpoint.writer import export_shard, save_shard
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import new_folder
 from accessory.model.LLM.mistral import Transformer
+from accessory.parallel.state import ParallelState
 
 ARGS = ModelArgs(
     dim=1024,
@@ -29,21 +29,35 @@ ARGS = ModelArgs(
 )
 
 
-def mixtral_config(**changes: Any) -> MixtralConfig:
-    """The shape as transformers takes it."""
+def mixtral_config(args: ModelArgs = ARGS, **changes: Any) -> MixtralConfig:
+    """The shape, or another one, as transformers takes it."""
     sizes = {
-        "vocab_size": ARGS.vocab_size,
-        "hidden_size": ARGS.dim,
-        "intermediate_size": ARGS.hidden_dim,
-        "num_hidden_layers": ARGS.n_layers,
-        "num_attention_heads": ARGS.n_heads,
-        "num_key_value_heads": ARGS.n_kv_heads,
-        "num_local_experts": ARGS.moe.num_experts,
-        "num_experts_per_tok": ARGS.moe.num_experts_per_tok,
-        "rope_theta": ARGS.rope_theta,
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "num_local_experts": args.moe.num_experts,
+        "num_experts_per_tok": args.moe.num_experts_per_tok,
+        "rope_theta": args.rope_theta,
         "max_position_embeddings": 4096,
     }
     return MixtralConfig(**(sizes | changes))
+
+
+def random_model(args: ModelArgs = ARGS, device: str = "cpu") -> Transformer:
+    """Ours alone, with random weights in bfloat16."""
+    torch.manual_seed(0)
+    model = Transformer(args, ParallelState.single(device), dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=0.02)
+    return model
 
 
 def transformers_mid() -> MixtralForCausalLM:
@@ -80,6 +94,8 @@ def copy_weights(theirs: MixtralForCausalLM, ours: Transformer) -> None:
 
 def write_checkpoint(folder: Path, model: Transformer, *, files: int) -> Path:
     """``folder``/converted in ``files`` shards, with the real Mixtral tokenizer."""
+    import mistral_common  # here alone: who wants the shape need not have it
+
     released = folder / "released"
     with new_folder(released) as aside:
         save_shard(aside / "consolidated.00.pth", export_shard(dict(model.named_parameters()), base_sources(ARGS, 1)))
