@@ -161,6 +161,28 @@ def test_a_question_without_room_leaves_out_the_oldest_turns(engine: Engine) -> 
         dialogue_prompt(engine.tokenizer, turns, " \n", room=250)
 
 
+def test_a_long_dialogue_is_tokenised_a_few_times(engine: Engine) -> None:
+    """Not once for each turn that is left out: a page that is open for days has hundreds."""
+    sizes: list[int] = []
+
+    class Counting(Tokenizer):
+        def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+            sizes.append(len(text))
+            return super().encode(text, bos, eos)
+
+    tokenizer = Counting(engine.tokenizer.path)
+    turns = [(f"question {number}", "a long answer " * (number % 7)) for number in range(300)]
+    for room in (200, 400, 900, 100_000):
+        sizes.clear()
+        prompt = dialogue_prompt(tokenizer, turns, "now?", room=room)
+        assert len(sizes) <= 12
+        assert max(sizes) <= 10 * room
+        assert len(prompt.tokens) <= room
+        if prompt.dropped:
+            assert len(dialogue_prompt(engine.tokenizer, turns[prompt.dropped - 1 :], "now?", room=10**6).tokens) > room
+    assert prompt.dropped == 0
+
+
 def test_only_the_account_may_enter() -> None:
     match = matcher(Account(user="ann", password="p\u00e4ss:word"))
     assert match("ann", "p\u00e4ss:word")

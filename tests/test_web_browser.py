@@ -360,6 +360,8 @@ def workers() -> set[int]:
 def test_a_page_takes_no_files_and_no_large_bodies(dialogue_address: str) -> None:
     upload = httpx.post(f"{dialogue_address}gradio_api/upload", files={"files": b"text"})
     assert upload.status_code == 403
+    recording = httpx.post(f"{dialogue_address}gradio_api/process_recording", files={"video": b"text"})
+    assert recording.status_code == 403
     large = httpx.post(f"{dialogue_address}gradio_api/queue/join", content=b" " * (2**20 + 1))
     assert large.status_code == 413
     endless = httpx.post(f"{dialogue_address}gradio_api/queue/join", content=iter([b" "]))

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from accessory.data.chat_templates import Message, chat_prompt
+from accessory.data.chat_templates import ChatPrompt, Message, chat_prompt
 from accessory.model.tokenizer import Tokenizer
 from accessory.serve.request import Finish
 
 Turn = tuple[str, str]
 """A question and its answer."""
+
+_LONG_TOKEN = 8  # characters; no text of words has such tokens on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +43,31 @@ def dialogue_prompt(
     """
     if not question.strip():
         raise ValueError("the question is empty: write one")
-    length = 0
-    for dropped in range(len(turns) + 1):
+
+    def asked(kept: int) -> ChatPrompt:
         messages = [
             message
-            for asked, answer in turns[dropped:]
-            for message in (Message("user", asked), Message("assistant", answer))
+            for turn, answer in turns[len(turns) - kept :]
+            for message in (Message("user", turn), Message("assistant", answer))
         ]
-        prompt = chat_prompt(template, [*messages, Message("user", question)], tokenizer)
-        length = len(prompt.tokens)
-        if length <= room:
-            return Prompt(tokens=tuple(prompt.tokens), stop=prompt.stop, dropped=dropped)
-    raise ValueError(
-        f"the question makes a prompt of {length} tokens, and there is room for {room}: "
-        "shorten it, or allow shorter answers"
-    )
+        return chat_prompt(template, [*messages, Message("user", question)], tokenizer)
+
+    best, kept, beyond = asked(0), 0, len(turns) + 1
+    if len(best.tokens) > room:
+        raise ValueError(
+            f"the question makes a prompt of {len(best.tokens)} tokens, and there is room for {room}: "
+            "shorten it, or allow shorter answers"
+        )
+    # Mostly all turns fit, and are tried first; not where they are so long that only that trial would take a while.
+    trial = len(turns) if sum(map(len, chain(*turns))) <= _LONG_TOKEN * room else 1
+    while kept + 1 < beyond:
+        prompt = asked(trial)
+        if len(prompt.tokens) <= room:
+            best, kept = prompt, trial
+        else:
+            beyond = trial
+        trial = min(2 * kept + 1, (kept + beyond) // 2)
+    return Prompt(tokens=tuple(best.tokens), stop=best.stop, dropped=len(turns) - kept)
 
 
 def usual_length(max_seq_len: int) -> int:

@@ -22,7 +22,9 @@ class Gate:
 def _refusal(scope: Scope) -> PlainTextResponse | None:
     headers = Headers(scope=scope)
     length = headers.get("content-length", "0")
-    if scope["path"].rstrip("/").endswith("/upload"):
+    # gradio takes files at several paths, and all of them in this form; its own pages send JSON.
+    form = headers.get("content-type", "").strip().lower().startswith("multipart/")
+    if form or scope["path"].rstrip("/").endswith("/upload"):
         return PlainTextResponse("this page takes no files", 403)
     if "transfer-encoding" in headers or not length.isdecimal():
         return PlainTextResponse("tell the length of the body", 411)

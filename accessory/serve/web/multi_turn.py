@@ -137,7 +137,7 @@ class MultiTurnPage:
                 yield answer, {self._status: status(line), **update}
 
     def _take_back(self, session: Session) -> Update:
-        if session.running is not None or not session.turns:
+        if session.busy or not session.turns:
             return {self._status: said(ValueError("there is no turn to take back"))}
         question, _ = session.turns.pop()
         session.answer = None

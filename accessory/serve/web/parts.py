@@ -1,5 +1,6 @@
 """What both pages are built of: how to sample, the line that says what happens, and the tab of experts."""
 
+import asyncio
 import html
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -133,16 +134,23 @@ async def written(
     The request ends when the iterator is closed, as gradio does when the tab is. At the end it is the session's answer.
 
     Args:
-        request: gives the prompt's tokens and how to continue them; may raise ValueError.
+        request: gives the prompt's tokens and how to continue them; may raise ValueError. Called in a thread: while a
+            long text is tokenised, other tabs' answers go on.
     """
-    if session.running is not None:
+    if session.busy:
         yield ValueError("an answer is being written: wait for it, or press Stop")
         return
+    session.preparing = True
+    refusal: Exception | None = None
     try:
-        tokens, sampling = request()
+        tokens, sampling = await asyncio.to_thread(request)
         running = session.running = Answering(engine, tokens, sampling)
     except (ValueError, Busy, RankLost) as error:
-        yield error
+        refusal = error
+    finally:
+        session.preparing = False
+    if refusal is not None:
+        yield refusal
         return
     try:
         answer = running.answer
