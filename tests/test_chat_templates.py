@@ -134,3 +134,5 @@ def test_the_template_that_lies_with_a_tokenizer(small_tokenizer: Path, tmp_path
         text = settings if isinstance(settings, str) else json.dumps(settings)
         (tmp_path / "tokenizer_config.json").write_text(text)
     assert find_template(Tokenizer(tmp_path)) == expected
+    (tmp_path / "chat_template.jinja").write_text("{{ '[INST]' + messages[0].content }}")
+    assert find_template(Tokenizer(tmp_path)) == "mixtral-instruct"

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
-from accessory.checkpoint.manifest import TOKENIZER_FILES, Manifest
+from accessory.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, Manifest
 from accessory.checkpoint.reader import Checkpoint, open_shard
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
@@ -78,7 +78,7 @@ def stored_args(manifest: Manifest, llama_config: Sequence[str | Path] | None = 
 def copy_tokenizer(manifest: Manifest, destination: Path) -> None:
     """Copy the tokenizer's files; says so where there are none."""
     source = manifest.folder
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, destination / name)
     if not manifest.has_tokenizer:

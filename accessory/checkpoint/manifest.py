@@ -12,12 +12,14 @@ from accessory.errors import CheckpointError
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
 _RELEASED = re.compile(r"consolidated\.(\d+)\.pth")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _COMPANIONS = frozenset(
     {
         "config.json",
         "meta.json",
         "params.json",
         *TOKENIZER_FILES,
+        CHAT_TEMPLATE_FILE,
         "special_tokens_map.json",
         "generation_config.json",
         "split.py",

@@ -6,14 +6,20 @@ A finetuned model answers well only to the text that it was trained on; tests/te
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from accessory.data.conversation import Conversation
 from accessory.data.system_prompt import format_prompt
 from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
+
+logger = logging.getLogger(__name__)
+_TEMPLATE_FILE = "chat_template.jinja"
 
 Role = Literal["system", "user", "assistant"]
 
@@ -50,11 +56,10 @@ class Chat:
             ValueError: there are none, a system message stands behind another, or the first or last of the rest is
                 not the user's.
         """
-        merged: list[Message] = []
-        for message in messages:
-            if merged and merged[-1].role == message.role:
-                message = Message(message.role, f"{merged.pop().content}\n\n{message.content}")
-            merged.append(message)
+        merged = [
+            Message(role, "\n\n".join(message.content for message in run))
+            for role, run in groupby(messages, key=lambda message: message.role)
+        ]
         system = merged.pop(0).content if merged and merged[0].role == "system" else None
         if any(message.role == "system" for message in merged):
             raise ValueError("a system message must stand before all others")
@@ -76,16 +81,27 @@ def chat_prompt(template: str, messages: Sequence[Message], tokenizer: Tokenizer
 
 
 def find_template(tokenizer: Tokenizer) -> str:
-    """The template that lies with a tokenizer: "mixtral-instruct" where its file of settings writes [INST].
+    """The template that lies with a tokenizer: "mixtral-instruct" where it writes [INST], else "default".
 
-    Hugging Face's tokenizer_config.json may hold a chat template. Without one: "default".
+    Hugging Face's chat template is the file chat_template.jinja, or in older folders a field of
+    tokenizer_config.json.
     """
-    try:
-        settings = json.loads(Path(tokenizer.path).with_name(CONFIG_NAME).read_bytes())
-    except (OSError, ValueError):
-        return "default"
-    theirs = settings.get("chat_template") if isinstance(settings, dict) else None
-    return "mixtral-instruct" if "[INST]" in str(theirs) else "default"
+    for name, theirs in _written_templates(Path(tokenizer.path).parent):
+        if "[INST]" in theirs:
+            logger.info('dialogues are put into the template "mixtral-instruct", as %s writes [INST]', name)
+            return "mixtral-instruct"
+    logger.info('dialogues are put into the template "default": no other lies with the tokenizer')
+    return "default"
+
+
+def _written_templates(folder: Path) -> Iterator[tuple[str, str]]:
+    """The names of files that hold a chat template, and the templates."""
+    with suppress(OSError):
+        yield _TEMPLATE_FILE, (folder / _TEMPLATE_FILE).read_text(errors="replace")
+    with suppress(OSError, ValueError):
+        settings = json.loads((folder / CONFIG_NAME).read_bytes())
+        if isinstance(settings, dict):
+            yield CONFIG_NAME, str(settings.get("chat_template"))
 
 
 def _default(chat: Chat, tokenizer: Tokenizer) -> ChatPrompt:

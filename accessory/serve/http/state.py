@@ -25,12 +25,16 @@ class ServerState:
 
     def __init__(self, engine: Engine | None, settings: ServerSettings) -> None:
         self.settings = settings
-        self._engine = engine
+        self._engine: Engine | None = None
+        self._chat_template = settings.chat_template
         self.metrics = Metrics(lambda: self._engine)
         self.generations = Generations(self.metrics)
+        if engine is not None:
+            self.load(engine)
 
     def load(self, engine: Engine) -> None:
         """Take the engine, now that its model is loaded."""
+        self._chat_template = self._chat_template or find_template(engine.tokenizer)
         self._engine = engine
 
     @property
@@ -65,10 +69,12 @@ class ServerState:
         """The texts of the model's tokens."""
         return TokenTexts(self.engine.tokenizer)
 
-    @cached_property
+    @property
     def chat_template(self) -> str:
-        """The name of the template that chats are put into."""
-        return self.settings.chat_template or find_template(self.engine.tokenizer)
+        """The name of the template that chats are put into; ApiError 503 before the model is loaded."""
+        if self._chat_template is None:
+            raise unavailable(_LOADING)
+        return self._chat_template
 
     def check_model(self, asked: str | None) -> None:
         """Refuse a request for another model.
