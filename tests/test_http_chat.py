@@ -93,6 +93,7 @@ def test_scores_are_those_of_completions(api: ServedApi, tiny_engine: Driver) ->
     told = answer.choices[0].logprobs.content
     assert [entry.logprob for entry in told] == pytest.approx(expected["token_logprobs"][: len(told)], abs=1e-4)
     assert [len(entry.top_logprobs) for entry in told] == [2] * len(told)
+    assert "".join(entry.token for entry in told).startswith(answer.choices[0].message.content)
     for entry in told:
         assert entry.token == entry.top_logprobs[0].token  # the best one was chosen
         assert entry.bytes == list(entry.token.encode())
@@ -113,8 +114,8 @@ def test_the_end_of_a_turn_is_never_shown(api: ServedApi) -> None:
         [entry.token for entry in answer.logprobs.content],
         [entry.token for part in parts if part.logprobs for entry in part.logprobs.content],
     ):
-        assert "".join(tokens).lstrip().startswith(cut.lstrip())
-        assert len("".join(tokens[:-1]).lstrip()) < len(cut.lstrip())
+        assert "".join(tokens).startswith(cut)
+        assert len("".join(tokens[:-1])) < len(cut)
 
 
 def test_a_stream_says_what_the_whole_answer_does(api: ServedApi) -> None:
@@ -143,6 +144,15 @@ def test_a_name_for_the_model(tiny_engine: Driver) -> None:
     with ServedApi(tiny_engine, model_name="gpt-small") as api:
         assert [model.id for model in api.openai.models.list()] == ["gpt-small"]
         assert create(api, max_tokens=1).model == "gpt-small"
+
+
+def test_a_name_with_slashes(tiny_engine: Driver) -> None:
+    name = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    with ServedApi(tiny_engine, model_name=name) as api:
+        assert api.openai.models.retrieve(name).id == name
+        assert api.client.get(f"/v1/models/{name}").json()["id"] == name
+        assert api.client.get(f"/v1/models/{name}/x").status_code == 404
+        assert api.metric('accessory_requests_total{endpoint="/v1/models/{model}",status="200"}') == 2
 
 
 def test_tokens_and_back(api: ServedApi, tiny_engine: Driver) -> None:

@@ -66,7 +66,7 @@ def serving(
     port = free_port()
     command = [*SERVE, folder, "--nproc", str(ranks), "--port", str(port), *SETTINGS, *arguments]
     with Program(command, environment) as program:
-        served = Served(program, port, (environment or {}).get("ACCESSORY_API_KEY"))
+        served = Served(program, port, (environment or {}).get("ACCESSORY_API_KEY", "").strip() or None)
         if ready:
             program.wait_for(rf"serving small at http://127.0.0.1:{port}/v1")
             assert served.is_ready()
@@ -74,7 +74,7 @@ def serving(
 
 
 def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
-    with serving(folder, environment={"ACCESSORY_API_KEY": "secret"}, ready=False) as served:
+    with serving(folder, environment={"ACCESSORY_API_KEY": "secret\n"}, ready=False) as served:
         program = served.program
         seen: list[int] = []
         while 200 not in seen:
@@ -185,6 +185,7 @@ def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytes
     [
         (("--chat-template", "llama"), "--chat-template 'llama' is unknown: take one of default, alpaca"),
         (("--api-key", " "), "the API key is empty"),
+        (("--api-key", "my secret"), "the API key holds spaces"),
         (("--body-limit", "0"), "--body-limit"),
         (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1"),
     ],

@@ -10,6 +10,7 @@ from http_api import ServedApi
 from models import completions, load
 
 from accessory.model.meta import MetaModel
+from accessory.serve.token_texts import TokenTexts
 from accessory.tools.tiny import TinyReport
 
 PROMPT = "The list method"
@@ -105,6 +106,14 @@ def test_stop_strings_are_cut_off(api: ServedApi) -> None:
         assert choice.text == whole[: whole.index(mark)]
 
 
+def test_a_stop_string_may_be_the_space_that_begins_an_answer(api: ServedApi, model: MetaModel) -> None:
+    tokens, answer = greedy(model, PROMPT, 24)
+    texts = TokenTexts(model.tokenizer)
+    word = next(place for place, token in enumerate(answer) if texts[token].text.startswith(" "))
+    choice = create(api, prompt=[*tokens, *answer[:word]], max_tokens=8, temperature=0, stop=" ").choices[0]
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+
+
 def test_tokens_of_a_stop_string_are_not_among_the_scores(api: ServedApi) -> None:
     settings = {"max_tokens": 24, "temperature": 1, "seed": 5, "logprobs": 0}
     mark = mark_in(create(api, **settings).choices[0].text)
@@ -164,6 +173,7 @@ def test_echo_scores_the_prompt_too(api: ServedApi, model: MetaModel, as_tokens:
     assert "".join(scores.tokens[1:]) == choice.text
     assert scores.token_logprobs[0] is None
     assert scores.top_logprobs[0] is None
+    assert all(token in top for token, top in zip(scores.tokens[1:], scores.top_logprobs[1:], strict=True))
     expected = logprobs_of(model, everything)
     for place, token in enumerate(everything[1:]):
         assert scores.token_logprobs[place + 1] == pytest.approx(expected[place, token].item(), abs=1e-4)

@@ -40,6 +40,7 @@ def locked(tiny_engine: Driver) -> Iterator[ServedApi]:
         ({"prompt": "\ud800"}, "prompt", "surrogate"),
         ({"prompt": ["a"] * 3000}, "prompt", "2048"),
         ({"prompt": ["a"] * 100, "n": 100}, "n", "2048"),
+        ({"prompt": [[5] * 100] * 16, "n": 128, "echo": True, "logprobs": 20}, "logprobs", "4300800 scores"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
         ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
@@ -90,6 +91,7 @@ def test_completions_that_make_no_sense(api: ServedApi, body: Any, param: str | 
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'assistant'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "must be from the user"),
         ({"messages": [*MESSAGES, {"role": "system", "content": "a"}, *MESSAGES]}, "messages", "before all others"),
+        ({"messages": MESSAGES * 200}, "messages", "messages, more than this model's context of 128 tokens"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages", "surrogate"),
         ({"messages": [{"role": "user", "content": "a" * 20_000}]}, "messages", "20000 characters"),
         ({"messages": [{"role": "user", "content": "a " * 200}]}, "messages", "context is 128 tokens"),
@@ -165,7 +167,7 @@ def test_an_unknown_model(api: ServedApi) -> None:
 
 
 def test_paths_and_methods_that_are_not_there(api: ServedApi) -> None:
-    for path in ("/", "/v1", "/v1/embeddings", "/v1/models/", "/docs", "/redoc", "/%ff"):
+    for path in ("/", "/v1", "/v1/embeddings", "/docs", "/redoc", "/%ff"):
         assert_error(api.client.get(path), 404, "nothing at GET")
     answer = api.client.get("/v1/completions")
     assert_error(answer, 405, "takes no GET")

@@ -2,11 +2,14 @@
 
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -188,6 +191,29 @@ def test_without_restart_a_loss_is_for_good(folder: Path, others: set[int]) -> N
             driver.submit(PROMPTS[0], Sampling(max_gen_len=1))
         with pytest.raises(RankLost, match="SIGKILL"):
             driver.call("compute_logits", ["a"])
+    assert set(children_ids()) == others
+
+
+def test_ranks_come_back_when_their_model_does_and_whatever_is_open(
+    folder: Path, others: set[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Starting again fails once, in a program that has more files open than select() can watch."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        with Driver(model, ranks=1, slots=1, restart=True, **SETTINGS) as driver:
+            (pid,) = set(children_ids()) - others
+            model.rename(tmp_path / "away")
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: "the ranks do not come back" in caplog.text)
+            assert not driver.ready
+            (tmp_path / "away").rename(model)
+            until(lambda: driver.ready)
+            assert tokens_of(list(driver.submit(PROMPTS[0], Sampling(max_gen_len=3))))
     assert set(children_ids()) == others
 
 

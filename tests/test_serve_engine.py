@@ -15,6 +15,8 @@ from torch import Tensor
 
 from accessory.generation.sampling import Sampling, sample_each
 from accessory.model.meta import MetaModel
+from accessory.serve.client import Client
+from accessory.serve.messages import Report, Step
 from accessory.serve.ranks import serve_on_ranks
 from accessory.serve.request import Busy, Engine, Event, RankLost, TokenScore
 from accessory.serve.runner import Runner
@@ -104,6 +106,20 @@ def test_a_seed_gives_the_same_answer_in_any_company(folder: Path) -> None:
 
     alone, beside, other = serving(folder, program)
     assert alone == beside != other
+
+
+def test_how_busy_it_is_is_told_while_a_prompt_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, int]] = []
+    take = Client.take
+
+    def note(client: Client, report: Report) -> None:
+        if isinstance(report, Step):
+            told.append((len(report.events), report.load.running, report.load.prompt_tokens))
+        take(client, report)
+
+    monkeypatch.setattr(Client, "take", note)
+    serving(folder, lambda engine: list(engine.submit(PROMPTS[1], Sampling(max_gen_len=1))))
+    assert told == [(0, 1, 16), (0, 1, 32), (0, 1, 48), (1, 0, 61)]
 
 
 def test_scores_of_answer_and_prompt_are_those_of_a_pass_over_the_whole(folder: Path, model: MetaModel) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import HUGGING_FACE, SENTENCEPIECE, load_all
 
-from accessory.generation.stopping import TextStream
+from accessory.generation.stopping import TextStream, settled_text
 from accessory.model.tokenizer import Tokenizer
 
 KINDS = (*SENTENCEPIECE, *HUGGING_FACE)
@@ -94,6 +94,35 @@ def test_runs_of_one_kind_of_token_are_exact_and_bounded(kind: str, loaded: dict
             ids = lead + run * 150
             texts, _ = stream(tokenizer, ids)
             assert texts.text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_goes_on_from_another(kind: str, loaded: dict[str, Tokenizer]) -> None:
+    """Wherever a text's tokens are cut, in a character or before a word's space, both parts make it up."""
+    tokenizer = loaded[kind]
+    pieces = st.sampled_from(["  ", "\u00e9", "\u2603\u2603", "\U0001f600a", "\n\n", "\u65e5\u672c", " the fox", "b"])
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(parts=st.lists(pieces, min_size=1, max_size=12), data=st.data())
+    def check(parts: list[str], data: st.DataObject) -> None:
+        ids = [tokenizer.bos_id, *plain(tokenizer)("".join(parts))]
+        cut = data.draw(st.integers(1, len(ids)))
+        texts = TextStream(tokenizer, after=ids[:cut])
+        for token in ids[cut:]:
+            texts.push(token)
+        assert settled_text(tokenizer, ids[:cut]) + texts.finish() == tokenizer.decode(ids)
+
+    check()
+
+
+def test_a_stop_string_may_be_the_space_before_the_first_word(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["v1"]
+    prompt = tokenizer.encode("Human: a\nAI:", bos=True, eos=False)
+    for stop in (" Human:", " "):
+        texts = TextStream(tokenizer, (stop,), after=prompt)
+        for token in plain(tokenizer)("Human: b"):
+            texts.push(token)
+        assert (texts.finish(), texts.stopped) == ("", True)
 
 
 def test_a_token_costs_the_same_in_a_long_text(loaded: dict[str, Tokenizer]) -> None:

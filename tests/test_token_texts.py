@@ -39,10 +39,10 @@ def test_tokens_make_up_their_text(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text, bos=False, eos=False)
     whole = tokenizer.decode(tokens).encode()  # not the text, where a vocabulary lacks characters of it
     parts = [texts[token] for token in tokens]
-    lost = len(texts.lost_space(tokens[0]))
-    assert sum(part.size for part in parts) - lost == len(whole)
+    parts[0] = texts.leading(tokens[0])
+    assert sum(part.size for part in parts) == len(whole)
     if all(part.data is not None for part in parts):
-        assert b"".join(part.data or b"" for part in parts)[lost:] == whole
+        assert b"".join(part.data or b"" for part in parts) == whole
 
 
 def test_names_stand_for_what_has_no_text(tokenizer: Tokenizer) -> None:
@@ -66,7 +66,8 @@ TEXTS_OF = TokenTexts(SENTENCEPIECE)
 
 def told(tokens: list[int], stop: str, *, ended: bool, continues: bool) -> tuple[str, list[int], str]:
     """What an answer of these tokens shows: its text, the tokens, and the text of all tokens."""
-    stream = TextStream(SENTENCEPIECE, [stop] if stop else [])
+    before = SENTENCEPIECE.encode("of", bos=True, eos=False) if continues else []
+    stream = TextStream(SENTENCEPIECE, [stop] if stop else [], after=before)
     answer = AnswerText(TEXTS_OF, SENTENCEPIECE.eos_id, continues=continues, show_end=False)
     text, shown, given = "", list[int](), 0
     for place, token in enumerate(tokens):
@@ -81,7 +82,7 @@ def told(tokens: list[int], stop: str, *, ended: bool, continues: bool) -> tuple
         shown += [item.token for item in scored]
         if over:
             break
-    return text, shown, SENTENCEPIECE.decode(tokens)
+    return text, shown, SENTENCEPIECE.decode([*before, *tokens])[len("of") if continues else 0 :]
 
 
 words = st.text(st.sampled_from("ab \n\u00e9\U0001f600#"), min_size=1, max_size=20)
@@ -95,10 +96,10 @@ def test_an_answer_shows_the_tokens_of_its_text(written: str, stop: str, continu
     assert shown == tokens[: len(shown)]  # in order, none twice
     size = sum(TEXTS_OF[token].size for token in shown)
     first = next((token for token in tokens if TEXTS_OF[token].size), None)
-    space = 0 if first is None else len(TEXTS_OF.lost_space(first))
+    space = 0 if first is None else TEXTS_OF[first].size - TEXTS_OF.leading(first).size
     assert size >= len(text.encode())  # the whole text is covered
     visible = whole[: whole.index(stop)] if stop and stop in whole else whole
-    assert text == (" " if continues and space and visible else "") + visible
+    assert text == visible
     if visible == whole:
         assert shown == tokens
     elif shown:  # the last one has a part in it

@@ -54,8 +54,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise ValueError("accessory serve starts its ranks itself: give --nproc N in place of torchrun")
     template = template_of(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not key.strip():
-        raise ValueError(f"the API key is empty: give --api-key a key, or unset {KEY_VARIABLE}")
+    if key is not None:
+        key = _usable_key(key)
     if not 0.001 <= arguments.body_limit <= 1024:
         raise ValueError(f"--body-limit {arguments.body_limit} is no size from 0.001 to 1024 MB")
     settings = ServerSettings(
@@ -73,6 +73,16 @@ def _serve(arguments: argparse.Namespace) -> None:
         return Driver(arguments.pretrained_path, restart=arguments.restart, **driver)
 
     ApiServer(listener, load, settings, restarts=arguments.restart).run()
+
+
+def _usable_key(text: str) -> str:
+    """The key as clients can send it: a file with a secret often ends its line, a header cannot."""
+    key = text.strip()
+    if not key:
+        raise ValueError(f"the API key is empty: give --api-key a key, or unset {KEY_VARIABLE}")
+    if not key.isprintable() or " " in key:
+        raise ValueError(f"the API key holds spaces or control characters: choose another (--api-key, {KEY_VARIABLE})")
+    return key
 
 
 def _port(text: str) -> int:

@@ -25,6 +25,17 @@ class StreamableTokenizer(Protocol):
     def joins_next(self, token_id: int) -> bool: ...
 
 
+def settled_text(tokenizer: StreamableTokenizer, ids: Sequence[int]) -> str:
+    """The text of tokens as far as no further token changes it: without the bytes of an unfinished character."""
+    text = tokenizer.decode(ids)
+    if not (opened := _open(text)):
+        return text
+    last = len(ids)
+    while last and tokenizer.joins_next(ids[last - 1]):
+        last -= 1
+    return text[:-opened] if last == len(ids) else tokenizer.decode(ids[:last])
+
+
 class TextStream:
     """The text of one growing completion.
 
@@ -32,16 +43,19 @@ class TextStream:
     strings that end the text; it is cut before the one that begins first, whatever tokens it came in. A token
     costs the time of its own characters times the number of stop strings, however long the text has grown.
 
+    With ``after``, tokens of a text that this one goes on from, a space before the first word is kept, and bytes of
+    a character that was begun there join. Without it the first word has no space, as a text's first has none.
+
     Example: with stop ("\\n###",), the tokens "Hi", "\\n", "##" show "Hi", "Hi", "Hi"; then "#" sets
     `stopped`, while "!" would have shown "Hi\\n##!".
 
     Raises ValueError for an empty stop string, or one string in place of a sequence of them.
     """
 
-    def __init__(self, tokenizer: StreamableTokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: StreamableTokenizer, stop: Sequence[str] = (), *, after: Sequence[int] = ()) -> None:
         if isinstance(stop, str) or not all(isinstance(item, str) and item for item in stop):
             raise ValueError(f"stop takes a sequence of strings, none of them empty, not {stop!r}")
-        self._decoder = _Decoder(tokenizer)
+        self._decoder = _Decoder(tokenizer, after)
         self._search = _StopSearch(stop)
         self._text = ""
         self._fresh: list[str] = []  # shown since `text` was last read: joined only then
@@ -80,6 +94,11 @@ class TextStream:
             self._fresh.append(text)
 
 
+def _open(text: str) -> int:
+    """How many characters at a text's end may stand for bytes of one that is not complete."""
+    return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_OPEN)
+
+
 class _Decoder:
     """Gives each token's text as soon as no later token can change it.
 
@@ -89,11 +108,13 @@ class _Decoder:
     and the rest reads as it would in the whole text.
     """
 
-    def __init__(self, tokenizer: StreamableTokenizer) -> None:
+    def __init__(self, tokenizer: StreamableTokenizer, after: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that were returned
         self._after_control = True
+        if after:
+            self._go_on_from(after)
 
     def push(self, token_id: int) -> str:
         control = self._tokenizer.is_control(token_id)
@@ -105,7 +126,7 @@ class _Decoder:
         if self._tokenizer.joins_next(token_id):
             return ""
         text = self._tokenizer.decode(self._window)
-        opened = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_OPEN)
+        opened = _open(text)
         fresh = text[self._given : len(text) - opened]
         self._given = max(self._given, len(text) - opened)
         if not opened:
@@ -117,6 +138,14 @@ class _Decoder:
     def finish(self) -> str:
         text = self._tokenizer.decode(self._window) if self._window else ""
         return text[self._given :]
+
+    def _go_on_from(self, tokens: Sequence[int]) -> None:
+        """Begin behind these, with as many of them in the window as have some text."""
+        count = _MAX_WINDOW // 2
+        while not (settled := settled_text(self._tokenizer, tokens[-count:])) and count < len(tokens):
+            count *= 2
+        self._window, self._given = list(tokens[-count:]), len(settled)
+        self._after_control = self._tokenizer.is_control(tokens[-1])
 
     def _keep(self, count: int, *, opened: int = 0) -> None:
         """Let go all but the last `count` tokens, or more where these have no text of their own."""

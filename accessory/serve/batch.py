@@ -32,7 +32,7 @@ class Sequence:
         self.finish: Finish | None = None
         self.prompt_scores: list[TokenScore | None] = [None]
         self._eos_id = tokenizer.eos_id
-        self._stream = TextStream(tokenizer, request.sampling.stop)
+        self._stream = TextStream(tokenizer, request.sampling.stop, after=request.tokens if request.continues else ())
         self._shown = 0
         self._random = random.Random(request.seed)
 

@@ -75,7 +75,8 @@ class Desk:
                 self._read(step)
             elif isinstance(step, Writing):
                 self._write(step)
-            if self._events:
+            # While prompts are read there may be nothing to tell for a while, but how busy the ranks are.
+            if self._events or isinstance(step, Reading):
                 self._report(Step(self._events, self._tally.load(self._batch)))
                 self._events = []
         self._command(Stop())

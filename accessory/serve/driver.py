@@ -23,8 +23,8 @@ from accessory.serve.stream import AnswerStream
 
 logger = logging.getLogger(__name__)
 
-# Pauses in seconds before each attempt to bring the ranks back, after which it is given up.
-_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
+# Seconds before the second attempt to bring the ranks back; each further pause is twice as long, up to the longest.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
 class Driver:
@@ -112,12 +112,13 @@ class Driver:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
+        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> AnswerStream:
         """Ask for an answer to a prompt; returns at once.
 
         Args:
-            seed, logprobs, prompt_logprobs, routes: as `Request` has them.
+            seed, logprobs, prompt_logprobs, routes, continues: as `Request` has them.
             on_event: is given each event, or the exception that ends them, from the engine's thread: it must not
                 block. None: the stream is to be iterated.
 
@@ -133,6 +134,7 @@ class Driver:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             routes=routes,
+            continues=continues,
             on_event=on_event,
         )
 
@@ -217,16 +219,18 @@ class Driver:
             self._bring_back()
 
     def _bring_back(self) -> None:
-        """Start the ranks again, now or a little later."""
-        for pause in _PAUSES:
-            if self._closed.wait(pause):
-                return
+        """Start the ranks again, now or a little later, until they serve or the engine is closed."""
+        pause = _FIRST_PAUSE
+        while True:
             try:
                 self._load_ranks()
             except Exception as error:
                 if self._closed.is_set():
                     return
-                logger.error("the ranks do not come back: %s", error)
+                logger.error("the ranks do not come back: %s; they are started again in %.0f s", error, pause)
             else:
                 self._serve()
                 return
+            if self._closed.wait(pause):
+                return
+            pause = min(2 * pause, _LONGEST_PAUSE)

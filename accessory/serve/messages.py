@@ -80,7 +80,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Step:
-    """From the first rank, after each step: what it added to which requests, and how busy the ranks are now."""
+    """From the first rank, after a step: what it added to which requests, and how busy the ranks are now."""
 
     events: list[tuple[int, Event | Exception]]
     load: Load
@@ -142,7 +142,9 @@ class Link:
 
     def wait(self, seconds: float | None) -> bool:
         """Whether something is there to `receive`, be it the end."""
-        return bool(select.select([self._socket], [], [], seconds)[0])
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
     def close(self) -> None:
         """End the connection; wakes whoever waits on either side."""

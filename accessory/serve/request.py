@@ -50,10 +50,11 @@ class Request:
 
     Attributes:
         tokens: the prompt; at least one, and with ``sampling.max_gen_len`` at most the model's max_seq_len.
-        seed: equal seeds give equal answers, whatever runs beside them; None: from the system.
+        seed: equal seeds give equal answers, in float32 whatever runs beside them; None: from the system.
         logprobs: score every new token, with so many alternatives; None: do not.
         prompt_logprobs: the same for the tokens of the prompt.
         routes: tell which experts took each token of the answer.
+        continues: the answer's text goes on from the prompt's, so a space before its first word is part of it.
     """
 
     tokens: tuple[int, ...]
@@ -62,6 +63,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     routes: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ class Engine(Protocol):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
+        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> Stream: ...
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any: ...

@@ -41,9 +41,12 @@ class TokenTexts:
             found = self._known[token] = self._make(token)
         return found
 
-    def lost_space(self, token: int) -> str:
-        """What the token loses where it begins a text that is decoded by itself: a space, or nothing."""
-        return " " if self[token].data and self[token].text == " " + self._tokenizer.decode([token]) else ""
+    def leading(self, token: int) -> TokenText:
+        """The token where it begins a text, which has no space before its first word."""
+        made = self[token]
+        if not made.data or made.text != " " + self._tokenizer.decode([token]):
+            return made
+        return TokenText(made.text[1:], made.data[1:], made.size - 1)
 
     def _make(self, token: int) -> TokenText:
         try:

@@ -81,6 +81,9 @@ def _listen(link: Any, inbox: "queue.SimpleQueue[Any]", parent: int) -> None:
                 os._exit(1)
     except EOFError:
         os._exit(1)
+    except BaseException:
+        logger.exception("rank %d cannot hear its driver", global_rank())
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_model(state_of(request))]})
 
 
-@router.get("/v1/models/{model}", response_model=Model, responses=failures(401, 404, 503), tags=["OpenAI"])
+@router.get("/v1/models/{model:path}", response_model=Model, responses=failures(401, 404, 503), tags=["OpenAI"])
 async def model(model: str, request: Request) -> Response:
     """The model of that name."""
     state = state_of(request)

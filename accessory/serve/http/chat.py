@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from accessory.data.chat_templates import ChatPrompt, Message, chat_prompt
@@ -14,13 +13,14 @@ from accessory.serve.http.answers import ChatCompletion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.errors import bad_request
 from accessory.serve.http.generation import Generation, unless_gone
-from accessory.serve.http.jobs import LONG_TEXT, check_characters, jobs_of, room
+from accessory.serve.http.jobs import Prompt, check_characters, jobs_of, prepared, room
 from accessory.serve.http.schema import ChatMessage, ChatRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
-from accessory.serve.http.texts import AnswerText, ScoredToken, chat_scores
+from accessory.serve.http.texts import AnswerText, ChatScores, ScoredToken
 
 router = APIRouter(tags=["OpenAI"])
+_SIZE_OF_A_MESSAGE = 40  # in characters of text: what a message costs that is put into a template
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=with_stream(FAILURES))
@@ -28,12 +28,13 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a chat."""
     state = state_of(request)
     state.check_model(body.model)
-    prompt = await _prompt(state, body.messages)
+    size = sum(len(message.text) + _SIZE_OF_A_MESSAGE for message in body.messages)
+    prompt = await prepared(size, _prompt, state, body.messages)
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     length = room(state.engine, prompt.tokens, wanted, usual=None, param="messages")
     jobs = jobs_of(
         body,
-        [(prompt.tokens, length)],
+        [Prompt(tokens=prompt.tokens, room=length)],
         stop=(*body.stops, *prompt.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
@@ -48,18 +49,20 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         generation.close()
 
 
-async def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> ChatPrompt:
+def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> ChatPrompt:
     tokenizer, template = state.engine.tokenizer, state.chat_template
-    check_characters([message.text for message in messages], state.engine.args.max_seq_len, "messages")
+    limit = state.engine.args.max_seq_len
+    check_characters([message.text for message in messages], limit, "messages")
+    if len(messages) > limit:
+        why = f"there are {len(messages)} messages, more than this model's context of {limit} tokens can hold"
+        raise bad_request(why, "messages", "context_length_exceeded")
     # OpenAI's newer models call the system the developer.
     chat = [
         Message("system" if message.role in ("system", "developer") else message.role, message.text)  # type: ignore[arg-type]
         for message in messages
     ]
     try:
-        if sum(len(message.content) for message in chat) < LONG_TEXT:
-            return chat_prompt(template, chat, tokenizer)
-        return await run_in_threadpool(chat_prompt, template, chat, tokenizer)
+        return chat_prompt(template, chat, tokenizer)
     except ValueError as error:
         raise bad_request(f"messages: {error}", "messages") from error
 
@@ -68,11 +71,12 @@ class _Answer:
     """Turns what an engine writes into objects of the API."""
 
     def __init__(self, state: ServerState, body: ChatRequest, prompt_tokens: int) -> None:
-        self._body, self._prompt_tokens, self._texts = body, prompt_tokens, state.texts
+        self._body, self._prompt_tokens = body, prompt_tokens
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name}
         eos_id = state.engine.tokenizer.eos_id
         # The mark of a turn's end is the template's, not the answer's: neither its text nor its tokens are shown.
         self._follow = [AnswerText(state.texts, eos_id, continues=False, show_end=False) for _ in range(body.n or 1)]
+        self._scored = [ChatScores(state.texts) for _ in self._follow]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
@@ -88,7 +92,7 @@ class _Answer:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
-                "logprobs": self._scores(shown[index]),
+                "logprobs": self._scores(index, shown[index]),
                 "finish_reason": finish[index],
             }
             for index, texts in enumerate(parts)
@@ -111,13 +115,13 @@ class _Answer:
     def _chunk(
         self, index: int, delta: dict[str, Any], tokens: Sequence[ScoredToken], finish: str | None
     ) -> dict[str, Any]:
-        scores = self._scores(tokens) if tokens else None
+        scores = self._scores(index, tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
         usage = {"usage": None} if self._body.wants_usage else {}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage}
 
-    def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        return chat_scores(self._texts, tokens) if self._body.logprobs else None
+    def _scores(self, index: int, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        return self._scored[index].of(tokens) if self._body.logprobs else None
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(self._prompt_tokens, sum(follow.tokens for follow in self._follow))

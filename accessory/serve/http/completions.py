@@ -9,10 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from accessory.generation.stopping import settled_text
 from accessory.serve.http.answers import Completion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.generation import Generation, unless_gone
-from accessory.serve.http.jobs import check_characters, check_ids, encode_text, jobs_of, room
+from accessory.serve.http.jobs import Prompt, check_characters, check_ids, encode_text, jobs_of, prepared, room
 from accessory.serve.http.schema import CompletionRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
@@ -27,10 +28,12 @@ USUAL_TOKENS = 16  # of an answer whose length the client does not say, as in Op
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Complete one prompt or several: texts, or token ids that are taken as they are."""
     state = state_of(request)
-    prompts = await _prompts(state, body)
+    state.check_model(body.model)
+    given = body.prompts()
+    prompts = await prepared(sum(map(len, given)), _prompts, state, body, given)
     jobs = jobs_of(
         body,
-        [(prompt.tokens, prompt.room) for prompt in prompts],
+        prompts,
         stop=body.stops,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -46,30 +49,22 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         generation.close()
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    text: str
-    tokens: Sequence[int]
-    room: int
-
-
-async def _prompts(state: ServerState, body: CompletionRequest) -> list[_Prompt]:
+def _prompts(state: ServerState, body: CompletionRequest, given: Sequence[str | list[int]]) -> list[Prompt]:
     """Texts begin with the beginning-of-sequence token."""
     engine, tokenizer, limit = state.engine, state.engine.tokenizer, state.engine.args.max_seq_len
-    state.check_model(body.model)
-    given = body.prompts()
     check_characters([prompt for prompt in given if isinstance(prompt, str)], limit * len(given), "prompt")
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            text, tokens = prompt, await encode_text(tokenizer, prompt, bos=True, limit=limit, param="prompt")
+            text, tokens = prompt, encode_text(tokenizer, prompt, bos=True, limit=limit, param="prompt")
         else:
             check_ids(tokenizer, prompt[: limit + 1], "prompt")
             text, tokens = "", prompt
         length = room(engine, tokens, body.max_tokens, usual=USUAL_TOKENS, param="prompt")
         if not isinstance(prompt, str) and body.echo:
-            text = tokenizer.decode(prompt)
-        prompts.append(_Prompt(text, tokens, length))
+            text = settled_text(tokenizer, prompt)  # the answer's text goes on from there
+        continues = any(not tokenizer.is_control(token) for token in tokens)
+        prompts.append(Prompt(tokens=tokens, room=length, text=text, continues=continues))
     return prompts
 
 
@@ -77,7 +72,7 @@ async def _prompts(state: ServerState, body: CompletionRequest) -> list[_Prompt]
 class _Choice:
     """One answer, as far as it is written."""
 
-    prompt: _Prompt
+    prompt: Prompt
     follow: AnswerText
     scores: CompletionScores
     parts: list[str] = field(default_factory=list)
@@ -89,7 +84,7 @@ class _Choice:
 class _Answer:
     """Turns what an engine writes into objects of the API."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, prompts: Sequence[_Prompt]) -> None:
+    def __init__(self, state: ServerState, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
         self._body, self._prompts = body, prompts
         self._scored = body.logprobs is not None
         self._head = {
@@ -101,10 +96,9 @@ class _Answer:
         tokenizer = state.engine.tokenizer
         self._choices = []
         for prompt in prompts:
-            continues = any(not tokenizer.is_control(token) for token in prompt.tokens)
-            lead = bool(body.echo) or not continues
+            lead = bool(body.echo) or not prompt.continues
             for _ in range(body.n or 1):
-                follow = AnswerText(state.texts, tokenizer.eos_id, continues=continues, show_end=True)
+                follow = AnswerText(state.texts, tokenizer.eos_id, continues=prompt.continues, show_end=True)
                 self._choices.append(_Choice(prompt, follow, CompletionScores(state.texts, lead=lead)))
 
     async def whole(self, generation: Generation) -> dict[str, Any]:

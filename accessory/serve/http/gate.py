@@ -36,7 +36,7 @@ class Counted:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> None:
         self._app, self._metrics = app, metrics
-        self._paths = [(re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path) for path in paths]
+        self._paths = [(re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(path))), path) for path in paths]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,6 +1,8 @@
 """What a request's fields mean to the engine: prompts as tokens, room for the answer, a seed for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
@@ -13,11 +15,41 @@ from accessory.serve.request import Engine
 
 # No vocabulary has longer tokens: what cannot fit for its characters alone need not be tokenised to be refused.
 MOST_CHARACTERS_OF_A_TOKEN = 128
-# A longer text is tokenised in a thread, so that other clients' streams go on.
+# What has more characters or tokens is prepared in a thread, so that other clients' streams go on.
 LONG_TEXT = 4_000
+# Of prompts' tokens in one answer, alternatives counted: some 200 bytes each. One prompt may always have its own.
+MOST_SCORES = 2_000_000
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-async def encode_text(tokenizer: Tokenizer, text: str, *, bos: bool, limit: int, param: str) -> list[int]:
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt of a request.
+
+    Attributes:
+        room: tokens that its answer may have.
+        text: what stands before the answer's where the client asks for both.
+        continues: the answer's text goes on from the prompt's.
+    """
+
+    tokens: Sequence[int]
+    room: int
+    text: str = ""
+    continues: bool = False
+
+
+async def prepared(
+    size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """The work's result; work of a large size is done in a thread."""
+    if size < LONG_TEXT:
+        return work(*args, **kwargs)
+    return await run_in_threadpool(work, *args, **kwargs)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, bos: bool, limit: int, param: str) -> list[int]:
     """Token ids of a text.
 
     Raises:
@@ -25,9 +57,7 @@ async def encode_text(tokenizer: Tokenizer, text: str, *, bos: bool, limit: int,
     """
     check_characters([text], limit, param)
     try:
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text, bos=bos, eos=False)
-        return await run_in_threadpool(tokenizer.encode, text, bos=bos, eos=False)
+        return tokenizer.encode(text, bos=bos, eos=False)
     except ValueError as error:
         raise bad_request(f"{param}: {error}", param) from error
 
@@ -78,7 +108,7 @@ def room(engine: Engine, tokens: Sequence[int], wanted: int | None, *, usual: in
 
 def jobs_of(
     body: Answering,
-    prompts: Sequence[tuple[Sequence[int], int]],
+    prompts: Sequence[Prompt],
     *,
     stop: tuple[str, ...],
     logprobs: int | None,
@@ -86,27 +116,33 @@ def jobs_of(
 ) -> list[Job]:
     """The answers that a request asks for: n for each prompt, those of one prompt one after another.
 
-    Args:
-        prompts: token ids of each, and how many tokens its answer may have.
-
     Raises:
         ApiError: too many.
     """
     n = body.n or 1
     if n * len(prompts) > MOST_PROMPTS:
         raise bad_request(f"{len(prompts)} prompts with n = {n} are more than {MOST_PROMPTS} answers", "n")
+    if prompt_logprobs is not None and n * len(prompts) > 1:
+        scores = n * sum(len(prompt.tokens) for prompt in prompts) * (1 + prompt_logprobs)
+        if scores > MOST_SCORES:
+            raise bad_request(
+                f"echo with logprobs asks for {scores} scores of the prompts' tokens, and {MOST_SCORES} are given in "
+                "one answer: send fewer prompts at once, or a smaller n or logprobs",
+                "logprobs",
+            )
     temperature = 1.0 if body.temperature is None else float(body.temperature)
     top_p = 1.0 if body.top_p is None else float(body.top_p)
     return [
         Job(
-            tokens=tokens,
-            sampling=Sampling.of(length, temperature, top_p, stop),
+            tokens=prompt.tokens,
+            sampling=Sampling.of(prompt.room, temperature, top_p, stop),
             # Answers to one prompt differ, and each is the same when it is asked for again.
             seed=None if body.seed is None else (body.seed + choice) % 2**63,
             logprobs=logprobs,
             # The scores of one prompt are the same for all its answers, but each shows them.
             prompt_logprobs=prompt_logprobs,
+            continues=prompt.continues,
         )
-        for tokens, length in prompts
+        for prompt in prompts
         for choice in range(n)
     ]

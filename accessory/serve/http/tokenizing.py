@@ -1,12 +1,11 @@
 """Text to tokens and back, in vLLM's form, which lm-evaluation-harness and other clients ask for."""
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from accessory.serve.http.answers import Text, TokenizerInfo, Tokens
 from accessory.serve.http.documented import failures
-from accessory.serve.http.jobs import LONG_TEXT, check_ids, encode_text
+from accessory.serve.http.jobs import check_ids, encode_text, prepared
 from accessory.serve.http.schema import DetokenizeRequest, TokenizeRequest
 from accessory.serve.http.state import state_of
 
@@ -27,11 +26,14 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     state.check_model(body.model)
     tokenizer = state.engine.tokenizer
     names = {tokenizer.name(token): token for token in (tokenizer.bos_id, tokenizer.eos_id)}
-    if body.prompt in names:
-        tokens = [names[body.prompt]]
-    else:
+
+    def encode() -> list[int]:
+        if body.prompt in names:
+            return [names[body.prompt]]
         bos = body.add_special_tokens
-        tokens = await encode_text(tokenizer, body.prompt, bos=bos, limit=_MOST_TOKENS, param="prompt")
+        return encode_text(tokenizer, body.prompt, bos=bos, limit=_MOST_TOKENS, param="prompt")
+
+    tokens = await prepared(len(body.prompt), encode)
     limit = state.engine.args.max_seq_len
     return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
 
@@ -47,7 +49,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         check_ids(tokenizer, body.tokens, "tokens")
         return tokenizer.decode(body.tokens)
 
-    text = decode() if len(body.tokens) < LONG_TEXT else await run_in_threadpool(decode)
+    text = await prepared(len(body.tokens), decode)
     return JSONResponse({"prompt": text})
 
 
