@@ -1,5 +1,6 @@
 """What must hold on the ranks of a run: replicas that stay replicas, and experts without tokens that do no harm."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from finetuning import Setting, finetune_on_rank, layout, log_lines, losses, make_setting, model_tensors
 from ranks import RankPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from accessory.train import state as state_module
 from accessory.train.loop import FinetuneLoop
 
 Pools = Callable[[int], RankPool]
@@ -147,3 +150,26 @@ def test_experts_that_get_no_token_on_one_rank_change_no_result(
         ranks(1 if output == "one" else dp_size * mp_size).run(finetune_on_rank, setting, arguments)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert any(share == 0 for line in log_lines(tmp_path / "one") for _, share in line["lightest"])
+
+
+def slow_saves_on_rank(setting: Setting, arguments: list[str]) -> None:
+    save = state_module.dcp.save
+
+    def slowly(*given: Any, **settings: Any) -> Any:
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+        return save(*given, **settings)
+
+    with mock.patch.object(state_module.dcp, "save", slowly):
+        finetune_on_rank(setting, arguments)
+
+
+def test_models_are_written_while_an_earlier_state_still_is(
+    ranks: Pools, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Two threads of each rank exchange words then; each has its own group of ranks for it."""
+    setting = make_setting(tmp_path, small_tokenizer)
+    arguments = setting.arguments(tmp_path / "run", **layout(2, 1), max_steps=4, save_iteration_interval=2, keep_last=2)
+    ranks(2).run(slow_saves_on_rank, setting, arguments)
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000003", "step-00000004"]

@@ -23,6 +23,7 @@ from accessory.train.optim import CosineSchedule
 from accessory.train.options import FinetuneOptions
 from accessory.train.precision import COMPUTE_DTYPES, loss_scaler
 from accessory.train.run_log import RunLog
+from accessory.train.snapshot import over_all_ranks
 from accessory.train.state import StateStore
 from accessory.train.trainer import MicroBatches, StepResult, train_step
 
@@ -204,7 +205,9 @@ class FinetuneLoop:
         export_checkpoint(
             self.model, self._model(name), dtype=self.dtype, only_trainable=self.options.only_save_trainable
         )
-        world, folder, keep_last = self.store.world, self._model(name).parent, self.options.keep_last
+        # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
+        world, folder = over_all_ranks(self.model.llma.state), self._model(name).parent
+        keep_last = self.options.keep_last
         agreed(world, lambda: drop_older_models(folder, keep_last=keep_last) if world.is_first else None)
 
     def _save(self, *, asynchronous: bool) -> None:

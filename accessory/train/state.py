@@ -54,7 +54,8 @@ class StateStore:
 
     Attributes:
         folder: where the checkpoints lie, on a file system that all ranks share.
-        world: all ranks as one group, whose members may wait for one another for hours.
+        world: all ranks as one group, whose members may wait for one another for hours. While a state is being
+            written it belongs to that; `wait` before it is used otherwise.
     """
 
     def __init__(
