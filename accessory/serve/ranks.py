@@ -6,7 +6,9 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from accessory.launch import Launch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths
 from accessory.parallel.peers import accepted, listening_address, published_host
-from accessory.parallel.rendezvous import process_group_of_launcher
+from accessory.parallel.rendezvous import is_lost_peer, process_group_of_launcher
 from accessory.parallel.state import ParallelState
 from accessory.serve.client import Client
 from accessory.serve.desk import Desk, lost
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 512
 _RANK = struct.Struct(">i")
 _CONNECT = 50.0  # seconds
+_SECONDS_TO_NOTICE = 2.0
 
 
 def serve_on_ranks(
@@ -116,6 +119,11 @@ def serve_first(
         runner.warm_up()
         ready()
         Desk(runner, followers, inbox=inbox, report=report, prefill_tokens=prefill_tokens).run()
+    except Exception as error:
+        # A collective may notice the loss of a rank before the watch over it does, but not say which rank.
+        if is_lost_peer(error) and (reason := _lost_rank(inbox)):
+            raise RankLost(reason) from None
+        raise
     finally:
         for follower in followers:
             follower.close()
@@ -181,6 +189,17 @@ def _watch(rank: int, follower: Link, inbox: "queue.SimpleQueue[Order]", report:
     except EOFError:
         report(Failed(RankLost(lost(rank))))
         inbox.put(Lost(lost(rank)))
+
+
+def _lost_rank(inbox: "queue.SimpleQueue[Order]") -> str | None:
+    """What the watch over a rank says of its loss, if anything."""
+    end = time.monotonic() + _SECONDS_TO_NOTICE
+    with suppress(queue.Empty):
+        while True:
+            match inbox.get(timeout=max(0.0, end - time.monotonic())):
+                case Lost(reason):
+                    return reason
+    return None
 
 
 def _meet_followers(state: ParallelState) -> list[Link]:
