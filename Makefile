@@ -83,8 +83,10 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
+# Much of what tests do is waiting for processes to start, so two files run at a time; then what is bound by time, alone.
 pytest: $(READY) chromium
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not soak and not alone"
+	$(BIN)/pytest -m alone
 
 # The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.
 test-browser: $(READY) chromium
@@ -104,7 +106,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/train.py
-	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve.py --requests 32
+	$(BIN)/python benchmarks/serve.py --models tiny --clients 64 --requests 2000
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so
