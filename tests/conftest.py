@@ -2,9 +2,11 @@
 
 import logging
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when PyTorch is imported, here and in what the tests start: a thread that waits for another soon lets go of its
@@ -13,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
+from filelock import FileLock
 from http_api import ServedApi
 from ranks import RankPool
 from talking import teach
@@ -26,6 +29,9 @@ torch.set_num_threads(2)
 # Started in the background of a shell, programs ignore Ctrl-C, and so would those that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+Made = TypeVar("Made")
+MadeOnce = Callable[[str, Callable[[Path], Made]], Made]
 
 LOGGERS = ("accessory", "accessory.kernels", "accessory.data")
 
@@ -56,18 +62,47 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model of 384 tokens: 384 divides by 2, 3, 4, 6 and 8."""
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(documentation_corpus(200_000), path, vocab_size=384)
-    return path
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """``made_once(name, make)``: what ``make`` returns, given a new folder of that name, in one of pytest's processes.
+
+    Where several of them run the files of tests, the first that asks makes it, and the others wait for it.
+    """
+    together = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        together = together.parent
+
+    def get(name: str, make: Callable[[Path], Made]) -> Made:
+        result = together / f"{name}.pickle"
+        with FileLock(together / f"{name}.lock"):
+            if not result.exists():
+                folder = together / name
+                folder.mkdir(exist_ok=True)  # there already where making it has failed before
+                result.write_bytes(pickle.dumps(make(folder)))
+            return pickle.loads(result.read_bytes())
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyReport]:
+def small_tokenizer(made_once: MadeOnce) -> Path:
+    """A sentencepiece model of 384 tokens: 384 divides by 2, 3, 4, 6 and 8."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "tokenizer.model"
+        train_tokenizer(documentation_corpus(200_000), path, vocab_size=384)
+        return path
+
+    return made_once("tokenizer", make)
+
+
+@pytest.fixture(scope="session")
+def tiny(made_once: MadeOnce) -> tuple[Path, TinyReport]:
     """The tiny model's recipe cut short, as a release, and what it says of itself."""
-    folder = tmp_path_factory.mktemp("tiny") / "released"
-    return folder, make_tiny(folder, steps=150)
+
+    def make(folder: Path) -> tuple[Path, TinyReport]:
+        return folder / "released", make_tiny(folder / "released", steps=150)
+
+    return made_once("tiny", make)
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +121,9 @@ def api(tiny_engine: Driver) -> Iterator[ServedApi]:
 
 
 @pytest.fixture(scope="session")
-def talking(tiny: tuple[Path, TinyReport], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def talking(tiny: tuple[Path, TinyReport], made_once: MadeOnce) -> Path:
     """The tiny model taught the dialogues of talking.py."""
-    return teach(tiny[0], tmp_path_factory.mktemp("talking") / "talking")
+    return made_once("talking", lambda folder: teach(tiny[0], folder / "talking"))
 
 
 @pytest.fixture

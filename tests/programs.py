@@ -7,8 +7,8 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -165,3 +165,28 @@ def by_hand(size: int) -> list[dict[str, str]]:
         }
         for rank in range(size)
     ]
+
+
+@contextmanager
+def slowed(processes: Collection[int], share: float = 0.1) -> Iterator[None]:
+    """Let processes run a tenth of the time: what they do is caught midway, however busy the machine is."""
+    over = threading.Event()
+
+    def send(number: signal.Signals) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def run() -> None:
+        while not over.wait(0.005):
+            send(signal.SIGSTOP)
+            over.wait(0.005 * (1 / share - 1))
+            send(signal.SIGCONT)
+
+    thread = threading.Thread(target=run, name="slowed")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

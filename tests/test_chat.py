@@ -25,6 +25,7 @@ from accessory.serve.request import Engine
 from accessory.serve.terminal import HELP, Terminal, printable
 
 (QUESTION, ANSWER), (NEXT_QUESTION, NEXT_ANSWER) = DIALOGUES[0]
+pytestmark = pytest.mark.alone
 SETTINGS = ("--device", "cpu", "--dtype", "fp32", "--max_seq_len", "512", "--max-gen-len", "200")
 
 

@@ -24,7 +24,7 @@ from accessory.serve.http import server
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Load, RankLost
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(120)]
 SERVE = (sys.executable, "-m", "accessory", "serve")
 SETTINGS = ("--device", "cpu", "--dtype", "fp32", "--max_seq_len", "2000")
 

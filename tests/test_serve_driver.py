@@ -24,7 +24,7 @@ from accessory.serve.driver import Driver
 from accessory.serve.processes import Placement, environment_of
 from accessory.serve.request import Event, RankLost
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 PROMPTS = [[1, *range(10 + length, 10 + 2 * length)] for length in (1, 60, 7, 3, 30, 2, 17, 45, 1, 5)]
 SETTINGS = {"max_seq_len": 128, "dtype": "fp32", "device": "cpu"}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from browser import chromium, keep
+from programs import slowed
 from ranks import free_port
 from talking import COUNT, DIALOGUES
 
@@ -30,6 +31,7 @@ from accessory.serve.web.single_turn import SingleTurnPage
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.alone
 CONTEXT = 512
 HOSTILE = (
     "Say <img src=x onerror=\"document.title='taken'\"> <script>alert(1)</script> **bold** $$x$$ ${1} {{value}} &lt;"
@@ -190,10 +192,11 @@ def test_a_dialogue_streams_goes_back_and_tries_again(page: "Page") -> None:
 
 
 def test_stop_ends_the_answer_and_keeps_it(page: "Page", engine: Engine) -> None:
-    ask(page, COUNT, 300)
-    page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
-    page.get_by_role("button", name="Stop").click()
-    assert finished(page).endswith("; stopped")
+    with slowed(workers()):
+        ask(page, COUNT, 300)
+        page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        assert finished(page).endswith("; stopped")
     wait_until(lambda: engine.load.running == 0)
     stopped, whole = bubbles(page)[1], DIALOGUES[1][0][1]
     assert whole.startswith(stopped)
@@ -231,11 +234,12 @@ def test_errors_are_said_on_the_page(page: "Page") -> None:
 def test_a_full_context_is_said_and_a_dialogue_may_be_cleared_meanwhile(page: "Page", engine: Engine) -> None:
     ask(page, DIALOGUES[0][0][0], 50)
     finished(page)
-    ask(page, COUNT, 400)
-    page.locator(".status", has_text="the oldest turn is left out").wait_for()
-    page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
-    page.locator("#chat").get_by_role("button", name="Clear").click()
-    wait_until(lambda: engine.load.running == 0)
+    with slowed(workers()):
+        ask(page, COUNT, 400)
+        page.locator(".status", has_text="the oldest turn is left out").wait_for()
+        page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
+        page.locator("#chat").get_by_role("button", name="Clear").click()
+        wait_until(lambda: engine.load.running == 0)
     expect_bubbles(page, 0)
     page.get_by_role("button", name="Stop", disabled=True).wait_for()
     assert bubbles(page) == []
@@ -247,13 +251,15 @@ def test_two_tabs_run_together_and_a_closed_one_ends(
     other = open_tab(dialogue_address)
     for one in (page, other):
         write(one, COUNT, 300)
-    for one in (page, other):
-        submit(one)
-    wait_until(lambda: engine.load.running == 2)
-    expect_bubbles(page, 2)
-    expect_bubbles(other, 2)
-    cancelled = engine.load.cancelled
-    other.close()
+    with slowed(workers()):
+        for one in (page, other):
+            submit(one)
+        wait_until(lambda: engine.load.running == 2)
+        expect_bubbles(page, 2)
+        expect_bubbles(other, 2)
+        cancelled = engine.load.cancelled
+        other.close()
+        wait_until(lambda: engine.load.running == 1)
     finished(page)
     wait_until(lambda: engine.load.running == 0)
     assert engine.load.cancelled == cancelled + 1, "the closed tab's answer went on to its end"
@@ -311,10 +317,11 @@ def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> N
         conversation.load_qas([[COUNT, None]])
         instruction.fill(conversation.get_prompt())
         set_length(page, 155)
-        page.get_by_role("button", name="Submit").click()
-        wait_until(lambda: "3, 4" in output.input_value())
-        page.get_by_role("button", name="Stop").click()
-        assert finished(page).endswith("; stopped")
+        with slowed(workers()):
+            page.get_by_role("button", name="Submit").click()
+            wait_until(lambda: "3, 4" in output.input_value())
+            page.get_by_role("button", name="Stop").click()
+            assert finished(page).endswith("; stopped")
         assert expected(engine, conversation.get_prompt(), 155).startswith(output.input_value())
         instruction.fill("word " * 600)
         page.get_by_role("button", name="Submit").click()
@@ -334,9 +341,10 @@ def test_a_dead_rank_is_said(open_tab: Callable[[str], "Page"], talking: Path) -
         (rank,) = workers() - before
         with served(MultiTurnPage(engine).blocks, engine, server_port=free_port()) as address:
             page = open_tab(address)
-            ask(page, COUNT, 300)
-            page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
-            os.kill(rank, signal.SIGKILL)
+            with slowed([rank]):
+                ask(page, COUNT, 300)
+                page.locator("#chat [data-testid=bot]", has_text="3, 4").wait_for()
+                os.kill(rank, signal.SIGKILL)
             page.locator(".status.error", has_text="The model is gone").wait_for()
             page.locator("#model-lost", has_text="The model is gone").wait_for()
             ask(page, "Are you there?", 5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from gradio_client import Client
 from programs import Program
 from ranks import free_port
@@ -17,6 +18,7 @@ from talking import COUNT, DIALOGUES
 
 import accessory
 
+pytestmark = pytest.mark.alone
 ROOT = Path(accessory.__file__).parent.parent
 PACKAGE = Path(accessory.__file__).parent
 SETTINGS = ("--device", "cpu", "--dtype", "fp32", "--max_seq_len", "512")
