@@ -150,23 +150,83 @@ def test_merge_into_the_dtype_and_form_of_any_base(small_tokenizer: Path, tmp_pa
         torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=1e-6)
 
 
+def assert_same_weights(ours: Path, theirs: Path, files: int) -> None:
+    for file in range(files):
+        name = f"consolidated.{file:02d}-of-{files:02d}.model.pth"
+        own, others = (torch.load(folder / name, weights_only=True)["model"] for folder in (ours, theirs))
+        assert own.keys() == others.keys()
+        assert all(torch.equal(own[key], others[key]) for key in others)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "with frozen weights"])
 def test_an_untrained_adapter_is_said(
-    folders: Folders, small_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    whole: bool, folders: Folders, small_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = {
         name: tensor if "lora_a" in name else torch.zeros_like(tensor)
         for name, tensor in folders.tensors.items()
         if "norm" not in name
     }
+    tensors |= frozen_in_bfloat16(3) if whole else {}
     write_adapter(tmp_path / "new", tensors, folders.config, files=1, tokenizer=small_tokenizer)
     report = merge(folders.base, tmp_path / "new", tmp_path / "merged")
     assert report.untrained
     assert "the adapter is untrained" in caplog.text
-    for file in (0, 1):
-        name = f"consolidated.{file:02d}-of-02.model.pth"
-        ours, theirs = (torch.load(folder / name)["model"] for folder in (tmp_path / "merged", folders.base))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_weights(tmp_path / "merged", folders.base, 2)
+
+
+def frozen_in_bfloat16(seed: int) -> dict[str, Tensor]:
+    """As a run with --precision bf16 and without --only_save_trainable exports them; here one expert's are left out."""
+    frozen = whole_tensors(random_mixtral(seed)).items()
+    return {name: tensor.bfloat16() for name, tensor in frozen if "norm" not in name and ".experts.5." not in name}
+
+
+def test_frozen_weights_stay_the_bases(folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
+    settings = {"files": 4, "tokenizer": small_tokenizer, "peft": plain_peft()}
+    alone = random_adapter(folders.config, 8, biases=False)
+    write_adapter(tmp_path / "whole", {**frozen_in_bfloat16(3), **alone}, folders.config, **settings)
+    report = merge(folders.base, tmp_path / "whole", tmp_path / "merged")
+    merge(folders.base, folders.plain, tmp_path / "expected")
+    assert_same_weights(tmp_path / "merged", tmp_path / "expected", 2)
+    assert not any(report.changes[group].moved for group in ("tok_embeddings", "gate", "norm", "output"))
+
+    other = frozen_in_bfloat16(3)
+    other["layers.1.feed_forward.experts.2.w1.weight"] *= 1.02
+    write_adapter(tmp_path / "other", {**other, **alone}, folders.config, **settings)
+    kind, message = error_of(merge, folders.base, tmp_path / "other", tmp_path / "no")
+    assert kind == "CheckpointError"
+    key = "layers.1.feed_forward.experts.2.w1.weight"
+    assert f"{tmp_path / 'other'}: {key}, which it has frozen, differs from that of {folders.base}" in message
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_rounding_takes_from_an_update_is_said(small_tokenizer: Path, tmp_path: Path) -> None:
+    config = small_config(dim=32, hidden_dim=48)
+    base = random_tensors(config, 1, torch.bfloat16)
+    write_folder(tmp_path / "base", base, config, files=1, tokenizer=small_tokenizer)
+    small = random_adapter(config, 2, biases=False)
+    for name, tensor in small.items():
+        if name.endswith("lora_b.weight"):
+            tensor *= 1e-9 if ".attention." in name else 1e-2
+    write_adapter(tmp_path / "small", small, config, files=1, tokenizer=small_tokenizer, peft=plain_peft())
+    report = merge(tmp_path / "base", tmp_path / "small", tmp_path / "merged")
+    assert not report.untrained
+    (file,) = (tmp_path / "merged").glob("*.pth")
+    merged = torch.load(file, weights_only=True)["model"]
+    lost = moved = 0.0
+    for name, tensor in base.items():
+        if not name.endswith("w2.weight"):
+            continue
+        matrix = name.removesuffix(".weight")
+        update = SCALE * small[f"{matrix}.lora_b.weight"] @ small[f"{matrix}.lora_a.weight"]
+        moved += update.square().sum().item()
+        lost += (merged[f"llma.{name}"].float() - tensor.float() - update).square().sum().item()
+    assert 0 < lost < moved
+    assert report.changes["w2"].lost_share == pytest.approx((lost / moved) ** 0.5, rel=1e-4)
+    assert report.changes["wq"].moved > 0
+    assert torch.equal(merged["llma.layers.0.attention.wq.weight"], base["layers.0.attention.wq.weight"])
+    lines = list(report.lines())
+    assert "wq              moved by 0.000%, of which rounding to bfloat16 lost 100.0%" in lines
 
 
 @pytest.mark.parametrize("lost", ["lora_b", "lora_a"])
@@ -191,6 +251,11 @@ def test_merge_refuses_what_does_not_belong_together(folders: Folders, small_tok
     assert "holds no adapter: its meta.json says 'mistral', not 'mistral_peft'" in message
     kind, message = error_of(merge, folders.adapter, folders.adapter, tmp_path / "merged")
     assert "has LoRA of its own" in message
+    merge(folders.base, folders.adapter, tmp_path / "biased")
+    kind, message = error_of(merge, tmp_path / "biased", folders.plain, tmp_path / "merged")
+    assert kind == "CheckpointError"
+    assert f"{tmp_path / 'biased'} has biases (layers.0.attention.wk.bias and 11 more), and {folders.plain}" in message
+    assert not (tmp_path / "merged").exists()
 
 
 # --- export-adapter

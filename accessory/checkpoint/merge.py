@@ -2,9 +2,6 @@
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,71 +11,32 @@ from tqdm import tqdm
 from accessory.checkpoint.convert import copy_tokenizer, stored_args
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.merge_report import MergeReport
 from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
 from accessory.parallel.box import Box
-from accessory.parallel.plan import parameter_shapes
+from accessory.parallel.plan import parameter_shapes, trains
 
 logger = logging.getLogger(__name__)
 
 # Settings that say nothing of the weights.
 _FREE = ("peft", "max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight")
-# What stands in the keys of a group of weights; the first that does names it.
-_GROUPS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "norm", "gate", "tok_embeddings", "output")
-
-
-@dataclass
-class Change:
-    """How far the weights of a group have moved: sums of squares of the change and of the weights before."""
-
-    moved: float = 0.0
-    before: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Norm of the change over the norm of the weights."""
-        return math.sqrt(self.moved / self.before) if self.before else math.sqrt(self.moved)
-
-
-@dataclass
-class MergeReport:
-    """What a merge has done.
-
-    Attributes:
-        changes: of each group of weights (wq, ..., w3, norm).
-        biases: trained biases are kept; the result is then of llama_type "mistral_peft".
-        untrained: nothing has moved, and no bias is other than zero.
-    """
-
-    changes: dict[str, Change] = field(default_factory=dict)
-    biases: bool = False
-
-    @property
-    def untrained(self) -> bool:
-        return not self.biases and not any(change.moved for change in self.changes.values())
-
-    def lines(self) -> Iterator[str]:
-        """For a reader; each group's change relative to its weights."""
-        if self.untrained:
-            yield "the adapter is untrained, every update and bias in it is zero: the result is the base"
-        for group, change in self.changes.items():
-            if change.moved:
-                yield f"{group:15} moved by {change.share:.3%}"
-        if self.biases:
-            yield f"biases          kept beside the weights: llama_type {PEFT_TYPES[0]}, lora_rank -1"
+# No more comes of two roundings to bfloat16; and, near zero, to float16.
+_ROUNDING = {"rtol": 2**-7, "atol": 2**-24}
 
 
 def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> MergeReport:
     """Write ``base`` with ``adapter`` merged into it as an accessory checkpoint, in as many shards as the base has.
 
     On CPU, one tensor after another: beside the mapped files it takes memory for a few matrices. Sums are float32;
-    the result has the base's dtype. Norms, and whatever else the adapter's folder holds, replace the base's.
+    the result has the base's dtype. Norms that trained replace the base's. Frozen weights are the base's, whatever
+    the adapter's folder holds of them: there they may be rounded to the dtype of the run.
 
     Raises:
-        CheckpointError: the adapter is of another model, or a tensor of it has no place in the base.
+        CheckpointError: the adapter is of another model or base, or a tensor of it has no place in the base.
         ValueError: the folder has no adapter, or the base has LoRA of its own.
         FileExistsError: the destination is not empty.
         FileNotFoundError, OSError: a folder is not there; the disk is full.
@@ -88,9 +46,10 @@ def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> Mer
     args, base_args = stored_args(theirs), stored_args(own)
     _check_pair(own, base_args, theirs, args)
     assert args.peft is not None
-    merger = _Merger(StoredWeights(own, base_args), StoredWeights(theirs, args, partial=True), args.peft)
+    merger = _Merger(StoredWeights(own, base_args), StoredWeights(theirs, args, partial=True), args)
     merger.check_places(theirs.folder)
-    peft = PeftArgs(bias_tuning=True) if merger.has_biases(args) else None
+    merger.check_biases()
+    peft = PeftArgs(bias_tuning=True) if merger.has_biases() else None
     out_args = base_args.replace(peft=peft)
     files = len(own.shards) if not obstacles_to_files(out_args, len(own.shards), sparse=False) else 1
     with new_folder(Path(destination)) as aside:
@@ -107,7 +66,8 @@ def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> Mer
         write_json(aside / "config.json", out_args.to_dict())
         write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if peft else "mistral"})
         copy_tokenizer(theirs if theirs.has_tokenizer else own, aside)
-    report = MergeReport(merger.changes, peft is not None)
+    report = merger.report
+    report.biases = peft is not None
     if report.untrained:
         logger.warning("%s: %s", theirs.folder, next(report.lines()))
     return report
@@ -138,9 +98,10 @@ def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: M
 class _Merger:
     """Two opened folders, and what is counted on the way through them."""
 
-    def __init__(self, base: StoredWeights, adapter: StoredWeights, peft: PeftArgs) -> None:
-        self.base, self.adapter, self.peft = base, adapter, peft
-        self.changes: dict[str, Change] = {}
+    def __init__(self, base: StoredWeights, adapter: StoredWeights, args: ModelArgs) -> None:
+        assert args.peft is not None
+        self.base, self.adapter, self.args, self.peft = base, adapter, args, args.peft
+        self.report = MergeReport()
 
     def check_places(self, folder: Path) -> None:
         """See that every tensor of the adapter will be used."""
@@ -156,9 +117,19 @@ class _Merger:
                 "an update needs both lora_a and lora_b; copy the folder again"
             )
 
-    def has_biases(self, args: ModelArgs) -> bool:
+    def check_biases(self) -> None:
+        """See that the base has biases only where the adapter knows of them."""
+        biases = sorted(name for name in self.base.held if name.endswith("bias"))
+        if biases and not self.peft.bias_tuning:
+            more = f" and {len(biases) - 1} more" if biases[1:] else ""
+            raise CheckpointError(
+                f"{self.base.folder} has biases ({biases[0]}{more}), and {self.adapter.folder}, whose bias_tuning is "
+                "false, cannot have been trained on it: give the base that it was trained on"
+            )
+
+    def has_biases(self) -> bool:
         """Whether any bias is other than zero."""
-        shapes = dict(parameter_shapes(args.replace(peft=PeftArgs(bias_tuning=True))))
+        shapes = dict(parameter_shapes(self.args.replace(peft=PeftArgs(bias_tuning=True))))
         biases = [name for name in shapes if name.endswith("bias") and self.has(name)]
         return any(bool(self._stored(name, Box.whole(shapes[name])).any()) for name in biases)
 
@@ -172,23 +143,43 @@ class _Merger:
         """One tensor of the result, in the shape of its box."""
         name, box = target.parameter, target.box
         value = self._stored(name, box)
-        if name not in self.base.held:
-            return value
-        before = self.base.read(name, box)
-        lora_a, lora_b = update_of(name)
-        if lora_a in self.adapter.held:
-            inner_a = _replaced(box, -2, self.peft.lora_rank)
-            inner_b = _replaced(box, -1, self.peft.lora_rank)
-            update = self.adapter.read(lora_b, inner_b).float() @ self.adapter.read(lora_a, inner_a).float()
-            value = value.float() + update.mul_(self.peft.scale)
+        before = self.base.read(name, box) if name in self.base.held else torch.zeros_like(value)
+        if self._replaces(name):
+            change: Tensor | None = value.float() - before.float()
+        else:
+            self._check_frozen(target, before)
+            change = self._update(name, box)
+            value = before if change is None else before.float() + change
         value = value.to(before.dtype)
-        change = self.changes.setdefault(_group_of(target.key), Change())
-        change.moved += torch.linalg.vector_norm(value.float() - before.float()).item() ** 2
-        change.before += torch.linalg.vector_norm(before.float()).item() ** 2
+        self.report.change_of(target.key).add(change, before, value)
         return value
 
+    def _update(self, name: str, box: Box) -> Tensor | None:
+        """What the adapter adds to a part of a matrix, float32; None: nothing."""
+        lora_a, lora_b = update_of(name)
+        if lora_a not in self.adapter.held:
+            return None
+        first = self.adapter.read(lora_a, _replaced(box, -2, self.peft.lora_rank)).float()
+        second = self.adapter.read(lora_b, _replaced(box, -1, self.peft.lora_rank)).float()
+        return (second @ first).mul_(self.peft.scale)
+
+    def _replaces(self, name: str) -> bool:
+        """Whether the adapter has trained this parameter itself: a norm or a bias."""
+        return name in self.adapter.held and trains(name, self.args)
+
     def _stored(self, name: str, box: Box) -> Tensor:
-        return (self.adapter if name in self.adapter.held else self.base).read(name, box)
+        return (self.adapter if self._replaces(name) else self.base).read(name, box)
+
+    def _check_frozen(self, target: Source, before: Tensor) -> None:
+        """See that a frozen weight, where the adapter's folder holds it as well, is the base's but for rounding."""
+        if not self.adapter.holds(target.parameter, target.box):
+            return
+        frozen = self.adapter.read(target.parameter, target.box)
+        if not torch.allclose(frozen.float(), before.float(), **_ROUNDING, equal_nan=True):
+            raise CheckpointError(
+                f"{self.adapter.folder}: {target.key}, which it has frozen, differs from that of {self.base.folder}: "
+                "give the base that the adapter was trained on"
+            )
 
 
 def update_of(name: str) -> tuple[str, str]:
@@ -204,8 +195,3 @@ def _replaced(box: Box, axis: int, size: int) -> Box:
     start, sizes = list(box.start), list(box.size)
     start[axis], sizes[axis] = 0, size
     return Box(tuple(start), tuple(sizes))
-
-
-def _group_of(key: str) -> str:
-    parts: Sequence[str] = key.split(".")
-    return next(group for group in _GROUPS if any(group in part for part in parts))
