@@ -82,6 +82,16 @@ def locked(path: Path, *, on_wait: Callable[[], None], patience: float = math.in
         yield held
 
 
+def check_free(path: Path) -> None:
+    """See that `new_folder` may write a folder, before long work for it.
+
+    Raises:
+        FileExistsError: ``path`` is there already and not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
@@ -92,8 +102,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+    check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.mkdir()

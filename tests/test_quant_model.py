@@ -16,9 +16,13 @@ from ranks import RankPool, alike, error_of, on_ranks
 from torch import Tensor
 
 from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.cli import main
 from accessory.config import QuantArgs
 from accessory.model.meta import MetaModel
 from accessory.model.scoring import score_tokens
+from accessory.quant import InputMoments
+from accessory.tools import calibration
+from accessory.tools.calibration import calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,5 +246,83 @@ def test_a_matrix_with_nan_is_named(case: Case, tmp_path: Path, small_tokenizer:
     with torch.no_grad():
         hf.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
     folder = write_checkpoint(tmp_path / "nan", hf, small_tokenizer, files=1)
-    with pytest.raises(ValueError, match=r"nan: layers.1.feed_forward.experts.w2, \(2,\): .*NaN cannot be quantized"):
-        load(folder, "nf4")
+    moments = InputMoments(256, 64)
+    moments.add(torch.ones(1, 256))
+    moments_of = {("layers.1.feed_forward.experts.w2", (2,)): moments}
+    for refuses in (
+        lambda: load(folder, "nf4"),
+        lambda: quantize_checkpoint(folder, tmp_path / "to", QUANTS["int8"]),
+        lambda: quantize_checkpoint(folder, tmp_path / "to", QUANTS["int4"], moments_of),
+    ):
+        with pytest.raises(ValueError, match=r"nan: layers.1.feed_forward.experts.w2, \(2,\): .*NaN cannot be quant"):
+            refuses()
+    moments.add(torch.full((1, 256), torch.nan))
+    moments_of = {("layers.1.attention.wo.weight", ()): moments}
+    with pytest.raises(ValueError, match=r"nan: layers.1.attention.wo.weight: its inputs in the calibration have inf"):
+        quantize_checkpoint(folder, tmp_path / "to", QUANTS["int4"], moments_of)
+    (text := tmp_path / "text").write_text("As easy as it gets. " * 50)
+    with pytest.raises(ValueError, match=r"nan: layers.1.feed_forward.experts.w2 has infinities or NaN"):
+        calibrate(folder, text, group_size=64)
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.fixture
+def files_to_refuse(case: Case, tmp_path: Path, small_tokenizer: Path) -> dict[str, Path]:
+    hf = mixtral_to_quantize(1, hidden_size=96, intermediate_size=96)
+    found = {name: tmp_path / name for name in ("full", "absent", "latin", "blank", "text", "new", "int8")}
+    (found["full"]).mkdir()
+    (found["full"] / "file").touch()
+    found["latin"].write_bytes("Blätter\n".encode("latin-1"))
+    found["blank"].write_text("\n\n")
+    found["text"].write_text("As easy as it gets.\n")
+    quantize_checkpoint(case.folders["base"], found["int8"], QUANTS["int8"])
+    odd = write_checkpoint(tmp_path / "odd", hf, small_tokenizer, files=1)
+    return {**found, "odd": odd, "base": case.folders["base"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "text", "quant", "says"),
+    [
+        ("odd", "new", "text", "int4", "odd: 96 inputs of attention.wq.weight on a rank are not whole groups of 64"),
+        ("int8", "new", "text", "int4", "int8 is quantized already (int8): give the weights it was made of"),
+        ("base", "full", "text", "int4", "full exists already: remove it first or choose another destination"),
+        ("base", "new", "absent", "int4", "absent"),
+        ("base", "new", "latin", "int4", "latin is not UTF-8 (invalid continuation byte): convert it first"),
+        ("base", "new", "blank", "int4", "blank has no text: give some like that which the model will meet"),
+        (
+            "base",
+            "new",
+            "text",
+            "int8",
+            "--calibrate guides the rounding of int4; int8 has none to guide: leave it out",
+        ),
+    ],
+)
+def test_calibration_is_refused_before_the_model_is_loaded(
+    source: str,
+    destination: str,
+    text: str,
+    quant: str,
+    says: str,
+    files_to_refuse: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(MetaModel, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    paths = [str(files_to_refuse[name]) for name in (source, destination, text)]
+    assert main(["quantize", *paths[:2], "--quant", quant, "--calibrate", paths[2]]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not files_to_refuse["new"].exists()
+
+
+def test_calibration_reads_the_beginning_of_a_text_alone(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "MOST_CHARACTERS", 1000)
+    (text := tmp_path / "text").write_bytes(b"As easy as it gets. " * 5000 + b"\xff")
+    found = calibrate(case.folders["base"], text, group_size=64)
+    (beginning := tmp_path / "beginning").write_bytes(text.read_bytes()[:1000])
+    expected = calibrate(case.folders["base"], beginning, group_size=64)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key].sums, expected[key].sums) for key in expected)

@@ -39,6 +39,25 @@ class QuantizeReport:
 Calibration = Mapping[tuple[str, tuple[int, ...]], InputMoments]
 
 
+def source_to_quantize(source: str | Path, quant: QuantArgs) -> tuple[Manifest, ModelArgs]:
+    """A folder that can be quantized in this way, and its sizes as they are; no weight of it is read.
+
+    Raises:
+        ValueError: the folder is quantized already, or groups do not divide its sizes.
+        CheckpointError, FileNotFoundError, OSError: it cannot be read.
+    """
+    manifest = Manifest.read(source)
+    plain = stored_args(manifest)
+    if plain.quant is not None:
+        raise ValueError(
+            f"{manifest.folder} is quantized already ({plain.quant.type}): give the weights it was made of"
+        )
+    obstacles = obstacles_to_files(plain.replace(quant=quant), 1, sparse=False)
+    if obstacles:
+        raise ValueError(f"{manifest.folder}: {'; '.join(obstacles)}")
+    return manifest, plain
+
+
 def quantize_checkpoint(
     source: str | Path, destination: str | Path, quant: QuantArgs, calibration: Calibration | None = None
 ) -> QuantizeReport:
@@ -52,18 +71,11 @@ def quantize_checkpoint(
     Raises:
         ValueError: the folder is quantized already, or groups do not divide its sizes.
         FileExistsError: the destination is not empty.
-        CheckpointError, FileNotFoundError, OSError: the source cannot be read; the disk is full.
+        CheckpointError, FileNotFoundError, OSError: the source cannot be read, or a matrix of it has infinities or
+            NaN; the disk is full.
     """
-    manifest = Manifest.read(source)
-    plain = stored_args(manifest)
-    if plain.quant is not None:
-        raise ValueError(
-            f"{manifest.folder} is quantized already ({plain.quant.type}): give the weights it was made of"
-        )
+    manifest, plain = source_to_quantize(source, quant)
     args = plain.replace(quant=quant)
-    obstacles = obstacles_to_files(args, 1, sparse=False)
-    if obstacles:
-        raise ValueError(f"{manifest.folder}: {'; '.join(obstacles)}")
     files = len(manifest.shards)
     files = 1 if obstacles_to_files(args, files, sparse=False) else files
     weights = StoredWeights(manifest, plain)
@@ -108,10 +120,11 @@ def _fill(
         for piece in pieces(name, Box.whole(shapes[name])):
             values, group = piece.read(weights), args.quant.group_size
             moments = calibration.get((name, piece.leading))
-            if moments is None:
-                weight = quantize(values, args.quant.type, group_size=group)
-            else:
-                weight = quantize_calibrated(values, moments, group_size=group)
+            with piece.named(weights):
+                if moments is None:
+                    weight = quantize(values, args.quant.type, group_size=group)
+                else:
+                    weight = quantize_calibrated(values, moments, group_size=group)
             _write(weight, piece, wanted, shards)
             matrices, now = matrices + 1, now + weight.nbytes
             before += math.prod(weight.shape) * weights.dtype(name).itemsize

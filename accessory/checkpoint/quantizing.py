@@ -9,6 +9,7 @@ Shape letters: R outputs, D inputs of this rank's slice of a matrix.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,6 +47,16 @@ class Piece(NamedTuple):
         """Its plain values (R, D)."""
         values: Tensor = weights.read(self.matrix, self.box).view(self.box.size[-2:])
         return values
+
+    @contextmanager
+    def named(self, weights: StoredWeights) -> Iterator[None]:
+        """What is wrong with the values is said with folder, matrix and the piece's place in it."""
+        try:
+            yield
+        except ValueError as error:
+            place = self.box.start[: len(self.leading)]
+            where = f"{self.matrix}, {place}" if place else self.matrix
+            raise CheckpointError(f"{weights.folder}: {where}: {error}") from None
 
 
 # A folder, by its number, and a matrix that it holds.
@@ -124,11 +135,9 @@ def quantize_folder(
         for piece in pieces(matrix, box):
             if not weights.holds(matrix, piece.box):
                 continue
-            try:
+            with piece.named(weights):
                 values = piece.read(weights).to(whole.device)
                 piece.of(whole).write(values, row_max=(row_maxima or {}).get((number, piece)))
-            except ValueError as error:
-                raise CheckpointError(f"{weights.folder}: {matrix}, {piece.leading}: {error}") from None
             share = math.prod(box.size[:-2])
             for tensor, parameter in tensors.items():
                 name = f"{matrix}.{tensor}"

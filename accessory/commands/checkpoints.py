@@ -95,10 +95,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
     quant = QuantArgs(type=type_, group_size=arguments.group_size, head=arguments.quant_head)
     calibration = None
     if arguments.calibrate is not None:
+        from accessory.files import check_free
         from accessory.tools.calibration import calibrate
 
         if quant.type != "int4":
             raise ValueError(f"--calibrate guides the rounding of int4; {quant.type} has none to guide: leave it out")
+        check_free(arguments.destination)
         calibration = calibrate(arguments.source, arguments.calibrate, group_size=quant.group_size)
     report = quantize_checkpoint(arguments.source, arguments.destination, quant, calibration)
     sys.stdout.write(f"{report}\nwrote {arguments.destination}\n")

@@ -157,8 +157,7 @@ class QuantizedWeight:
             raise ValueError(f"row_max {tuple(row_max.shape)} is for int8, one for each of {tuple(values.shape[:-1])}")
         for index in _row_slices(self.shape):
             part = values[index].float()
-            if part.numel() and not bool(part.abs().amax().isfinite()):  # isfinite of them all took 6 times as long
-                raise ValueError("a weight with infinities or NaN cannot be quantized")
+            _check_finite(part)
             encoded = self._encode(part, None if row_max is None else row_max[index])
             for kept, new in zip(self.tensors().values(), encoded, strict=True):
                 kept[index] = new.to(kept.device)
@@ -175,8 +174,16 @@ class QuantizedWeight:
 
 
 def quantize_calibrated(values_RD: Tensor, moments: InputMoments, *, group_size: int = 64) -> QuantizedWeight:
-    """A matrix in int4, with an eye on its inputs; see `gptq`."""
-    return QuantizedWeight(*gptq.encode(values_RD.float(), moments, group_size))
+    """A matrix in int4, with an eye on its inputs; see `gptq`.
+
+    Raises:
+        ValueError: infinities or NaN among the values, or among what its inputs were.
+    """
+    values_RD = values_RD.float()
+    _check_finite(values_RD)
+    if not bool(moments.sums.isfinite().all()):
+        raise ValueError("its inputs in the calibration have infinities or NaN")
+    return QuantizedWeight(*gptq.encode(values_RD, moments, group_size))
 
 
 def quantize(
@@ -185,6 +192,11 @@ def quantize(
     """A weight (..., R, D) in 8 or 4 bits, on its own device; see `QuantizedWeight.empty` and `write`."""
     empty = QuantizedWeight.empty(tuple(values.shape), form, group_size=group_size, device=values.device)
     return empty.write(values, row_max=row_max)
+
+
+def _check_finite(values: Tensor) -> None:
+    if values.numel() and not bool(values.abs().amax().isfinite()):  # isfinite of them all took 6 times as long
+        raise ValueError("a weight with infinities or NaN cannot be quantized")
 
 
 def _group(form: str, depth: int, group_size: int) -> int:

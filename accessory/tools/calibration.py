@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from accessory.checkpoint.quantize import Calibration
+from accessory.checkpoint.quantize import Calibration, source_to_quantize
+from accessory.config import QuantArgs
+from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Experts
 from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
@@ -19,6 +21,7 @@ from accessory.quant import InputMoments
 logger = logging.getLogger(__name__)
 
 WINDOW, MOST_TOKENS = 512, 2**17
+MOST_CHARACTERS = 8 * MOST_TOKENS  # a token is about 4
 _ENOUGH = 16 * WINDOW  # fewer tokens say little of experts that they seldom choose
 
 
@@ -26,25 +29,48 @@ def calibrate(folder: str | Path, text: str | Path, *, group_size: int) -> Calib
     """Run a model over the beginning of a text and note the inputs of every matrix that quantization changes.
 
     Args:
-        text: a file in UTF-8; of its tokens the first 131,072 are read, in windows of 512.
+        text: a file in UTF-8; of its first million characters the first 131,072 tokens are read, in windows of 512.
         group_size: of the quantization.
 
     Raises:
-        ValueError: the file has no text.
-        CheckpointError, FileNotFoundError, OSError: the folder or file cannot be read.
+        ValueError: the file has no text, or is not UTF-8; the folder is quantized already, or groups do not divide
+            its sizes.
+        CheckpointError, FileNotFoundError, OSError: the folder or file cannot be read; a weight has infinities or NaN.
     """
+    source_to_quantize(folder, QuantArgs(type="int4", group_size=group_size))
+    beginning_of_text = _beginning_of(Path(text))
     model = MetaModel.from_pretrained(folder, device="cpu", max_seq_len=WINDOW)
-    tokens = model.tokenizer.encode(Path(text).read_text(encoding="utf-8"), bos=False, eos=False)[:MOST_TOKENS]
-    if not tokens:
-        raise ValueError(f"{text} is empty: give text like that which the model will meet")
+    tokens = model.tokenizer.encode(beginning_of_text, bos=False, eos=False)[:MOST_TOKENS]
     if len(tokens) < _ENOUGH:
         logger.warning("%s has only %d tokens: %d or more calibrate better", text, len(tokens), _ENOUGH)
     beginning = model.tokenizer.encode("", bos=True, eos=False)
     step = WINDOW - len(beginning)
     with torch.inference_mode(), _noted_inputs(model, group_size) as moments:
         for start in tqdm(range(0, len(tokens), step), "calibrating", unit="window", disable=None):
-            score_tokens(model.llma, [[*beginning, *tokens[start : start + step]]])
+            (logits_TV,) = score_tokens(model.llma, [[*beginning, *tokens[start : start + step]]])
+            _check_finite(logits_TV, model, folder)
     return moments
+
+
+def _beginning_of(text: Path) -> str:
+    try:
+        with text.open(encoding="utf-8") as file:
+            beginning = file.read(MOST_CHARACTERS)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not UTF-8 ({error.reason}): convert it first") from None
+    if not beginning.strip():
+        raise ValueError(f"{text} has no text: give some like that which the model will meet")
+    return beginning
+
+
+def _check_finite(logits_TV: Tensor, model: MetaModel, folder: str | Path) -> None:
+    """See, from the first window on, that the moments are no NaN: all of them may take hours."""
+    if bool(logits_TV.isfinite().all()):
+        return
+    for name, parameter in model.llma.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{folder}: {name} has infinities or NaN: copy it again, or check how it was made")
+    raise CheckpointError(f"{folder}: the model's predictions have infinities or NaN, though no weight of it has")
 
 
 @contextmanager
