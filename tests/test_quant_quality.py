@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.config import ModelArgs, QuantArgs
+from accessory.config.quant import GROUP_SIZES
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import ParallelState
@@ -26,10 +27,15 @@ ALLOWED = {"int8": 0.005, "int4": 0.04, "nf4": 0.05}
 
 
 @pytest.fixture(scope="module")
-def unseen(tiny: tuple[Path, object]) -> Tensor:
-    """Windows (48, 128) of documents that were held back, after the part that calibration reads."""
+def documents() -> list[str]:
+    return documentation_corpus()
+
+
+@pytest.fixture(scope="module")
+def unseen(tiny: tuple[Path, object], documents: list[str]) -> Tensor:
+    """Windows (48, 128) of documents that were held back."""
     tokenizer = MetaModel.from_pretrained(tiny[0], max_seq_len=LENGTH).tokenizer
-    stream = token_stream(documentation_corpus()[::HELD_BACK], tokenizer)
+    stream = token_stream(documents[::HELD_BACK], tokenizer)
     return stream[-3 * ROWS * LENGTH :].view(-1, LENGTH)
 
 
@@ -60,14 +66,17 @@ def test_a_random_model_of_larger_matrices_stays_within_the_same_limits(unseen: 
         assert 0 != abs(rise) <= allowed, quant
 
 
-def test_calibration_lowers_what_int4_loses(tiny: tuple[Path, object], unseen: Tensor, tmp_path: Path) -> None:
-    """Divergence from the plain model's predictions, in float32 compute, where nothing but the weights differs."""
-    texts = documentation_corpus()
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_calibration_lowers_what_int4_loses(
+    group_size: int, tiny: tuple[Path, object], unseen: Tensor, documents: list[str], tmp_path: Path
+) -> None:
+    """Divergence from the plain model's predictions: by so much the loss rises where these come true. In float32
+    compute, where nothing but the weights differs."""
     text = tmp_path / "text"
-    text.write_text("\n".join(document for number, document in enumerate(texts[:60]) if number % HELD_BACK))
-    quant = QuantArgs(type="int4")
+    text.write_text("\n".join(document for number, document in enumerate(documents[:12]) if number % HELD_BACK))
+    quant = QuantArgs(type="int4", group_size=group_size)
     quantize_checkpoint(tiny[0], tmp_path / "nearest", quant)
-    quantize_checkpoint(tiny[0], tmp_path / "calibrated", quant, calibrate(tiny[0], text, group_size=64))
+    quantize_checkpoint(tiny[0], tmp_path / "calibrated", quant, calibrate(tiny[0], text, group_size=group_size))
 
     @torch.inference_mode()
     def predictions(folder: Path) -> Tensor:
