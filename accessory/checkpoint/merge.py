@@ -144,12 +144,15 @@ class _Merger:
         name, box = target.parameter, target.box
         value = self._stored(name, box)
         before = self.base.read(name, box) if name in self.base.held else torch.zeros_like(value)
-        if self._replaces(name):
-            change: Tensor | None = value.float() - before.float()
-        else:
+        change: Tensor | None = None
+        if not self._replaces(name):
             self._check_frozen(target, before)
             change = self._update(name, box)
             value = before if change is None else before.float() + change
+        elif torch.equal(value, before.to(value.dtype)):
+            value = before  # it has not moved: the run's export has rounded it
+        else:
+            change = value.float() - before.float()
         value = value.to(before.dtype)
         self.report.change_of(target.key).add(change, before, value)
         return value
