@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 
 from accessory import kernels
 from accessory.config import QuantArgs
+from accessory.kernels import quantized_ops
 from accessory.quant import QuantizedParameter, QuantizedWeight, gathered_linear, grouped_linear, linear, quantize
 
 DIM, HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 8, 8, 4, 64
@@ -337,6 +338,17 @@ def test_it_follows_the_parameters_of_a_module(form: str) -> None:
     assert torch.equal(linear(x, module.to_local()), truth)
     weight = pickle.loads(pickle.dumps(module.to_local()))
     assert torch.equal(linear(x, weight), truth)
+
+
+@forms
+def test_few_pairs_without_a_kernel_for_them(form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU without Triton does: one matrix at a time, in blocks of rows."""
+    monkeypatch.setattr(quantized_ops, "_SCRATCH", 5 * 128)
+    weight = quantize(torch.randn(4, 17, 128), form, group_size=group)
+    parts = (weight.codes, weight.scale, weight.zero)
+    x_PD, expert_P = torch.randn(6, 128), torch.tensor([3, 0, -1, 2, 2, 3])
+    expected = kernels.quantized_linear_reference(x_PD, *parts, expert_P)
+    torch.testing.assert_close(quantized_ops._gathered_by_blocks(x_PD, *parts, expert_P), expected)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -54,8 +54,8 @@ def gathered_quantized_linear(
     """y[p] = w[expert[p]] @ x[p] for a weight (E, ..., D) and few pairs; a negative expert gives zeros.
 
     The axes between are rows. With the native kernel every needed row of w is read once, and a pair's result does not
-    depend on the other pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise this is
-    `quantized_linear_reference`.
+    depend on the other pairs, to the bit. On GPU a Triton kernel serves where it can, or plain values do, a block of
+    rows after another. Without the native library this is `quantized_linear_reference`.
 
     Args:
         native: as in `quantized_linear`.
@@ -132,9 +132,9 @@ _quantized_linear = torch.library.custom_op("accessory::quantized_linear", _mult
 
 @_quantized_linear.register_kernel("cuda")
 def _multiply_on_cuda(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    if not triton_products.triton_serves(x_PD, codes, scale, zero):
-        return _multiply(x_PD, codes, scale, zero)
     _check(x_PD, codes, scale, zero, axes=2)
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
+        return _by_blocks(x_PD, codes, scale, zero)
     return triton_products.quantized_linear(x_PD, codes, scale, zero)
 
 
@@ -162,10 +162,10 @@ _gathered_quantized_linear = torch.library.custom_op(
 def _multiply_gathered_on_cuda(
     x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
 ) -> Tensor:
-    if not triton_products.triton_serves(x_PD, codes, scale, zero):
-        return _multiply_gathered(x_PD, codes, scale, zero, expert_P)
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(expert_P, torch.int64, x_PD.shape[0], "pair")
+    if not triton_products.triton_serves(x_PD, codes, scale, zero):
+        return _gathered_by_blocks(x_PD, codes, scale, zero, expert_P)
     return triton_products.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
 
 
@@ -238,6 +238,18 @@ def _by_blocks(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, 
             w_BD = native_values(native, scratch[: own[0].shape[0]])
         torch.mm(x_PD, w_BD.T, out=y_PR[:, part])
     return y_PR
+
+
+def _gathered_by_blocks(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor) -> Tensor:
+    """The gathered product without a kernel for it: in the memory of one matrix, and without waiting for the device."""
+    y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
+    chosen_P = expert_P.clamp(min=0)
+    for pair in range(x_PD.shape[0]):
+        place = slice(pair, pair + 1)
+        own_codes, own_scale = (tensor.index_select(0, chosen_P[place])[0] for tensor in (codes, scale))
+        own_zero = None if zero is None else zero.index_select(0, chosen_P[place])[0]
+        _by_blocks(x_PD[place], own_codes, own_scale, own_zero, out=y_PR[place])
+    return y_PR.masked_fill_(expert_P[:, None] < 0, 0)
 
 
 def _native(dtype: torch.dtype, codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
