@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from adapters import PEFT, adapter_shard, by_base_names, random_adapter, write_adapter
+from adapters import PEFT, RANK, adapter_shard, by_base_names, random_adapter, write_adapter
 from checkpoints import random_tensors, small_config, write_folder
 from ranks import RankPool, error_of, on_ranks
 from torch import Tensor
@@ -123,6 +123,37 @@ def test_adapters_begin_alike_at_every_layout(folders: Folders, ranks: Pools) ->
             for name, tensor in own.items():
                 box = local_box(name, shapes[name], args, placement=placement, rank=rank, size=size)  # type: ignore[arg-type]
                 assert torch.equal(tensor, whole[name][box.within(Box.whole(shapes[name]))]), name
+
+
+NORMS = ("attention_norm.weight", "ffn_norm.weight", "norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("experts", "files", "hidden"),
+    [(3, 2, 16), (8, 8, 16), (4, 2, 15)],
+    ids=["the experts do not divide", "both divide", "the hidden dimension does not divide"],
+)
+@pytest.mark.parametrize("kind", ["attention", "norms"])
+def test_an_adapter_that_leaves_the_experts_alone(
+    kind: str, experts: int, files: int, hidden: int, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Its files are the same in both forms: there is nothing to tell from which of them it has."""
+    moe = {"num_experts": experts, "num_experts_per_tok": 2}
+    config = small_config(dim=32, hidden_dim=hidden, moe=moe)
+    tensors, peft = random_tensors(config, 3), {"bias_tuning": False, "norm_tuning": kind == "norms"}
+    if kind == "attention":
+        own = {name: tensor for name, tensor in random_adapter(config, 4, biases=False).items() if "attention" in name}
+        peft |= {"lora_rank": RANK, "lora_targets": ["attention"]}
+    else:
+        own = {name: tensor + 1 for name, tensor in tensors.items() if name.endswith(NORMS)}
+    base = write_folder(tmp_path / "base", tensors, config, files=1, tokenizer=small_tokenizer)
+    adapter = write_adapter(tmp_path / "own", own, config, files=files, tokenizer=small_tokenizer, peft=peft)
+    assert_tensors(loaded([base, adapter]), {**tensors, **own})
+    _, message = error_of(load, adapter)
+    assert "holds an adapter alone: give the folder of its base before it" in message
+    lines = "\n".join(describe(adapter))
+    assert "converted, no experts, llama_type mistral_peft" in lines
+    assert "an adapter alone: it loads behind the folder of its base" in lines
 
 
 # --- what is refused

@@ -311,13 +311,16 @@ def test_a_run_goes_on_with_other_ranks(
     assert losses(tmp_path) == pytest.approx(losses(whole_run), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "peft", [PEFT, {"bias_tuning": False, "lora_targets": ["attention"]}], ids=["everywhere", "attention"]
+)
 def test_a_model_whose_experts_fit_no_file_exports_adapters(
-    ranks: Pools, small_tokenizer: Path, tmp_path: Path
+    peft: dict[str, Any], ranks: Pools, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     """Three experts on two ranks: each file holds a slice of every one, and so do the adapters' files."""
     moe = {"num_experts": 3, "num_experts_per_tok": 2}
     setting = make_setting(tmp_path / "three", small_tokenizer, moe=moe)
-    (setting.folder / "peft.json").write_text(json.dumps({**PEFT, "lora_rank": 8}))
+    (setting.folder / "peft.json").write_text(json.dumps({**peft, "lora_rank": 8}))
     for only in (False, True):
         run(ranks, setting, tmp_path / f"{only}", 1, 2, max_steps=1, only_save_trainable=only or None)
     model = "epoch0-iter2"

@@ -99,15 +99,17 @@ def is_sparse(keys: Iterable[str], *, file: int, files: int, args: ModelArgs) ->
     """Whether the keys of shard ``file`` are those of the sparse form.
 
     A folder with adapters alone tells itself by whose they are: in the base form a file has its own experts only.
+    Without any of experts its files are the same in both forms, so that it has the one that divides.
     """
-    share = args.moe.num_experts // files
-    for key in keys:
-        if re.search(r"\.feed_forward\.w[123]$", key):
-            return True
-        expert = re.search(r"\.experts\.(\d+)\.w[123]\.(lora_[ab]\.weight|bias)$", key)
-        if expert and not file * share <= int(expert[1]) < (file + 1) * share:
-            return True
-    return False
+    keys = list(keys)
+    if any(re.search(r"\.feed_forward\.w[123]$", key) for key in keys):
+        return True
+    if any(".experts." in key for key in keys):
+        share = args.moe.num_experts // files
+        adapters = (re.search(r"\.experts\.(\d+)\.w[123]\.(lora_[ab]\.weight|bias)$", key) for key in keys)
+        return any(key and not file * share <= int(key[1]) < (file + 1) * share for key in adapters)
+    base, sparse = (obstacles_to_files(args, files, sparse=form) for form in (False, True))
+    return bool(base) and not sparse
 
 
 # What stands behind a matrix's name in a file, by what stands behind it in the stacked parameter's.

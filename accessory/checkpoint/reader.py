@@ -139,9 +139,8 @@ class Checkpoint:
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds nothing but what finetuning with adapters trains."""
-        keys = open_shard(self.manifest.shards[0])
-        held = [source.parameter for source in self.by_file[0] if source.key in keys]
-        return any(map(is_adapter, held)) and all(trains(name, self.args) for name in held)
+        trained = {source.key for source in self.by_file[0] if trains(source.parameter, self.args)}
+        return self.args.peft is not None and open_shard(self.manifest.shards[0]).keys() <= trained
 
     def check_pieces(self) -> None:
         """Refuse a folder of which some files hold their part of a tensor and others lack it.

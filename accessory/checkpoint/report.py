@@ -45,7 +45,7 @@ def describe(
                     "of an earlier step of its training"
                 )
     checkpoint.check_pieces()
-    layout = "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
+    layout = _layout(checkpoint)
     size = sum(path.stat().st_size for path in manifest.shards)
     yield f"folder      {manifest.folder}"
     yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
@@ -63,6 +63,12 @@ def describe(
     if check_values:
         yield "values      all finite"
     yield from _remarks(manifest)
+
+
+def _layout(checkpoint: Checkpoint) -> str:
+    if not any(".experts." in name for name in checkpoint.held()):
+        return "no experts"
+    return "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
 
 
 def _sizes(args: ModelArgs) -> Iterator[str]:
