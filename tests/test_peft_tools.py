@@ -1,6 +1,7 @@
 """accessory merge and export-adapter: what they write says what base and adapter say together."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from accessory.checkpoint.adapter_export import export_adapter
 from accessory.checkpoint.merge import merge
+from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.model.meta import MetaModel
 from accessory.model.scoring import score_tokens
@@ -229,17 +231,6 @@ def test_what_rounding_takes_from_an_update_is_said(small_tokenizer: Path, tmp_p
     assert "wq              moved by 0.000%, of which rounding to bfloat16 lost 100.0%" in lines
 
 
-@pytest.mark.parametrize("lost", ["lora_b", "lora_a"])
-def test_half_of_an_update_finds_no_place(lost: str, folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
-    tensors = {name: tensor for name, tensor in folders.tensors.items() if f"0.attention.wk.{lost}" not in name}
-    write_adapter(tmp_path / "half", tensors, folders.config, files=2, tokenizer=small_tokenizer)
-    kind, message = error_of(merge, folders.base, tmp_path / "half", tmp_path / "merged")
-    assert kind == "CheckpointError"
-    left = "lora_a" if lost == "lora_b" else "lora_b"
-    assert f"layers.0.attention.wk.{left}.weight found no place in the base" in message
-    assert not (tmp_path / "merged").exists()
-
-
 def test_merge_refuses_what_does_not_belong_together(folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:
     config = small_config()
     other = write_folder(tmp_path / "o", random_tensors(config, 1), config, files=1, tokenizer=small_tokenizer)
@@ -299,6 +290,37 @@ def test_export_refuses_what_has_no_place_there(folders: Folders, tmp_path: Path
     kind, message = error_of(export_adapter, folders.base, tmp_path / "hf")
     assert "has no LoRA (its config has no lora_rank)" in message
     assert not (tmp_path / "hf").exists()
+
+
+# --- what all refuse
+
+READERS = {
+    "loading": lambda base, adapter, output: logits([base, adapter]),
+    "merge": merge,
+    "export": lambda base, adapter, output: export_adapter(adapter, output),
+    "inspect": lambda base, adapter, output: list(describe(adapter)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("left", "lost"),
+    [
+        ("attention.wk.lora_a.weight", "attention.wk.lora_b.weight"),
+        ("attention.wk.lora_b.weight", "attention.wk.lora_a.weight"),
+        ("feed_forward.experts.w13_lora_a", "feed_forward.experts.w13_lora_b"),
+    ],
+)
+def test_half_of_an_update(
+    left: str, lost: str, reader: str, folders: Folders, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    gone = re.compile(r"experts\.\d\.w[13]\.lora_b" if "experts" in lost else re.escape(f"layers.0.{lost}"))
+    tensors = {name: tensor for name, tensor in folders.tensors.items() if not gone.search(name)}
+    half = write_adapter(tmp_path / "half", tensors, folders.config, files=2, tokenizer=small_tokenizer)
+    kind, message = error_of(READERS[reader], folders.base, half, tmp_path / "out")
+    assert kind == "CheckpointError"
+    assert f"{half} holds layers.0.{left} but not layers.0.{lost}: an update needs both" in message
+    assert not (tmp_path / "out").exists()
 
 
 # --- the commands

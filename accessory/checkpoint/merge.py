@@ -47,7 +47,6 @@ def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> Mer
     _check_pair(own, base_args, theirs, args)
     assert args.peft is not None
     merger = _Merger(StoredWeights(own, base_args), StoredWeights(theirs, args, partial=True), args)
-    merger.check_places(theirs.folder)
     merger.check_biases()
     peft = PeftArgs(bias_tuning=True) if merger.has_biases() else None
     out_args = base_args.replace(peft=peft)
@@ -102,20 +101,6 @@ class _Merger:
         assert args.peft is not None
         self.base, self.adapter, self.args, self.peft = base, adapter, args, args.peft
         self.report = MergeReport()
-
-    def check_places(self, folder: Path) -> None:
-        """See that every tensor of the adapter will be used."""
-        used = {name for name in self.adapter.held if name in self.base.held or name.endswith("bias")}
-        for name in self.base.held:
-            pair = set(update_of(name)) & self.adapter.held
-            if len(pair) == 2:
-                used |= pair
-        lost = sorted(self.adapter.held - used)
-        if lost:
-            raise CheckpointError(
-                f"{folder}: {lost[0]}{f' and {len(lost) - 1} more' if lost[1:] else ''} found no place in the base: "
-                "an update needs both lora_a and lora_b; copy the folder again"
-            )
 
     def check_biases(self) -> None:
         """See that the base has biases only where the adapter knows of them."""

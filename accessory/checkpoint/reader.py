@@ -14,7 +14,7 @@ from accessory.checkpoint.formats import PREFIX, Source, is_sparse, obstacles_to
 from accessory.checkpoint.manifest import Manifest
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, first_line
-from accessory.parallel.plan import is_adapter, trains
+from accessory.parallel.plan import is_adapter, other_factor, trains
 from accessory.quant import TENSOR_DTYPES
 
 # How torch.save began a file before it wrote zip archives: its magic number, pickled.
@@ -143,13 +143,13 @@ class Checkpoint:
         return self.args.peft is not None and open_shard(self.manifest.shards[0]).keys() <= trained
 
     def check_pieces(self) -> None:
-        """Refuse a folder of which some files hold their part of a tensor and others lack it.
+        """Refuse a folder of which some files hold their part of a tensor and others lack it, or half of an update.
 
         As an overlay it would mix two models within one matrix. Of the experts' adapters, which are one parameter,
         all must be there or none.
 
         Raises:
-            CheckpointError: naming the tensor and a file that lacks it.
+            CheckpointError: naming the tensor and a file that lacks it, or the missing half.
         """
         holders: dict[str, list[Path]] = {}
         wanted: dict[str, list[Path]] = {}
@@ -166,6 +166,13 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{lacking[0]} lacks a part of tensor {key}, of which {paths[0].name} has one: copy the folder "
                     "again, or leave the tensor out of all files"
+                )
+        for key in holders:
+            other = other_factor(key)
+            if other is not None and other not in holders:
+                raise CheckpointError(
+                    f"{self.manifest.folder} holds {key} but not {other}: an update needs both lora_a and lora_b; "
+                    "copy the folder again, or leave both out"
                 )
 
 

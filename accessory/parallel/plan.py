@@ -163,6 +163,13 @@ def is_adapter(name: str) -> bool:
     return bool(split_of(name).adapter)
 
 
+def other_factor(name: str) -> str | None:
+    """Of a factor of a low-rank update (lora_a or lora_b) the other one's name; None for any other parameter."""
+    if "lora_" not in name:
+        return None
+    return name.replace("lora_a", "lora_b") if "lora_a" in name else name.replace("lora_b", "lora_a")
+
+
 def trains(name: str, args: ModelArgs) -> bool:
     """Whether finetuning changes the parameter: all of a plain model, adapters (and norms) of one with adapters."""
     if args.peft is None:
