@@ -1,6 +1,7 @@
 """Folders with adapters: what loads over what, what is refused, and the tools that rewrite them."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_a_whole_checkpoint_with_adapters_loads(folders: Folders, small_tokenize
     write_adapter(tmp_path / "whole", whole, CONFIG, files=2, tokenizer=small_tokenizer, peft=peft)
     assert_tensors(loaded(tmp_path / "whole"), whole)
     assert load(tmp_path / "whole").llma.args.peft.scale == 1  # type: ignore[union-attr]
+
+
+def test_a_second_adapter_replaces_the_first_and_says_so(
+    folders: Folders, small_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    second = random_adapter(CONFIG, 5)
+    later = write_adapter(tmp_path / "later", second, CONFIG, files=1, tokenizer=small_tokenizer)
+    biases = {name: tensor for name, tensor in second.items() if name.endswith("bias")}
+    only = {"bias_tuning": True}
+    only = {"bias_tuning": True}
+    tuned = write_adapter(tmp_path / "tuned", biases, CONFIG, files=1, tokenizer=small_tokenizer, peft=only)
+    assert_tensors(loaded([folders.base, tuned, folders.adapter]), {**folders.tensors, **folders.adapter_tensors})
+    assert_tensors(loaded([folders.base, folders.adapter, later]), {**folders.tensors, **second})
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "replace" in record.getMessage()]
+    assert [level for level, _ in said] == ["INFO", "WARNING"], "biases of a merged base are replaced as a rule"
+    assert said[0][1].startswith(f"{folders.adapter}: 12 adapter parameters there (layers.0.attention.wq.bias, ...)")
+    assert said[1][1].startswith(f"{later}: 36 adapter parameters there (layers.0.attention.wq.lora_a.weight, ...)")
 
 
 def test_an_overlay_in_the_sparse_form(folders: Folders, small_tokenizer: Path, tmp_path: Path) -> None:

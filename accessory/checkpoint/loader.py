@@ -1,5 +1,6 @@
 """Filling a rank's parameters from checkpoint folders: only the slices that it owns are read."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -11,9 +12,11 @@ from accessory.checkpoint.weights import StoredWeights
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
-from accessory.parallel.plan import is_adapter, matrix_of
+from accessory.parallel.plan import is_adapter, matrix_of, other_factor
 from accessory.parallel.state import ParallelState
 from accessory.quant import as_bits
+
+logger = logging.getLogger(__name__)
 
 
 def load_parameters(
@@ -52,6 +55,8 @@ def load_parameters(
         here = dict(boxes)
         if adapters:
             held = checkpoint.held()
+            if state.is_first and state.dp_rank == 0:
+                _say_replaced(manifest, [name for name in boxes if name in adapters & held - absent])
             absent -= held
             here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
         copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
@@ -72,6 +77,19 @@ def load_parameters(
         folders = ", ".join(str(manifest.folder) for manifest in manifests)
         raise CheckpointError(f"{folders}: nothing there fills {some(short)}")
     return [name for name in boxes if name in absent]
+
+
+def _say_replaced(manifest: Manifest, names: Sequence[str]) -> None:
+    """Say that adapters of earlier folders are lost behind a later one: one might expect them to add up."""
+    if names:
+        # Biases alone are no surprise: those of a merged base go on training and come back.
+        level = logging.WARNING if any(other_factor(name) for name in names) else logging.INFO
+        logger.log(
+            level,
+            "%s: %d adapter parameters there (%s, ...) replace those of earlier folders, adapters do not add up: merge "
+            "one into the base to keep both",
+            *(manifest.folder, len(names), names[0]),
+        )
 
 
 def _load_folder(
