@@ -31,6 +31,7 @@ _ROUNDING = {"rtol": 2**-7, "atol": 2**-24}
 def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> MergeReport:
     """Write ``base`` with ``adapter`` merged into it as an accessory checkpoint, in as many shards as the base has.
 
+    It is one shard where that many do not divide the experts of a sparse base.
     On CPU, one tensor after another: beside the mapped files it takes memory for a few matrices. Sums are float32;
     the result has the base's dtype. Norms that trained replace the base's. Frozen weights are the base's, whatever
     the adapter's folder holds of them: there they may be rounded to the dtype of the run.

@@ -15,9 +15,9 @@ half. nf4 is the 4-bit NormalFloat of Dettmers et al., 2023 (https://arxiv.org/a
 layout of bitsandbytes (its absmax is our scale).
 
 Few tokens: in bfloat16 the activations are taken in 8 bits too (`round_activations`), so that the CPU's integer dot
-products serve, and so are the levels of nf4 (`NF4_STEP`); in float32, and in the Triton kernels on GPU, both stay
-float. Many tokens: blocks of rows are made plain in a scratch that stays in the cache, and multiplied as plain weights
-are.
+products serve, and so are the levels of nf4 (`NF4_STEP`); in float32 both stay float. The Triton kernels on GPU do the
+same, but for int4 in groups of 32, whose activations stay float there. Many tokens: blocks of rows are made plain in a
+scratch that stays in the cache, and multiplied as plain weights are.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C codes of a
 row, G groups of a row.
