@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,6 +325,77 @@ def test_half_of_an_update(
 
 
 # --- the commands
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def bare(source: Path, folder: Path) -> Path:
+    """A copy of the weights and the tokenizer, as the original tool's folders are."""
+    return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("config.json", "meta.json")))
+
+
+def with_open_vocabulary(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": -1}))
+    return folder
+
+
+@pytest.mark.parametrize("without", ["base", "adapter", "both"])
+def test_the_commands_take_folders_of_weights_alone(without: str, folders: Folders, tmp_path: Path) -> None:
+    merge(folders.base, folders.plain, tmp_path / "merged")
+    export_adapter(folders.plain, tmp_path / "hf")
+    base, adapter = folders.base, folders.plain
+    if without != "adapter":
+        base = bare(base, tmp_path / "base")
+    (tmp_path / "peft.json").write_text(json.dumps(plain_peft()))
+    config = []
+    if without != "base":
+        adapter = bare(adapter, tmp_path / "adapter")
+        config = ["--llama_config", str(folders.base / "config.json"), str(tmp_path / "peft.json")]
+    assert main(["merge", str(base), str(adapter), str(tmp_path / "ours"), *config]) == 0
+    assert main(["export-adapter", str(adapter), str(tmp_path / "our hf"), *config]) == 0
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "merged")
+    assert files_of(tmp_path / "our hf") == files_of(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["of the adapter", "of both"])
+def test_the_commands_take_a_vocabulary_left_open(
+    both: bool, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(folders.base, folders.adapter, tmp_path / "merged")
+    export_adapter(folders.plain, tmp_path / "hf")
+    base = with_open_vocabulary(folders.base, tmp_path / "base") if both else folders.base
+    adapter = with_open_vocabulary(folders.adapter, tmp_path / "adapter")
+    plain = with_open_vocabulary(folders.plain, tmp_path / "plain")
+    merge(base, adapter, tmp_path / "ours")
+    export_adapter(plain, tmp_path / "our hf")
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "merged")
+    assert files_of(tmp_path / "our hf") == files_of(tmp_path / "hf")
+    capsys.readouterr()
+    assert main(["inspect", str(adapter)]) == 0
+    said = capsys.readouterr().out
+    assert "vocabulary left to the tokenizer" in said
+    assert "an adapter alone" in said
+    assert "at mp" not in said
+
+
+def test_what_is_no_adapter_by_its_config(folders: Folders, tmp_path: Path) -> None:
+    config = [folders.base / "config.json"]
+    adapter = bare(folders.plain, tmp_path / "adapter")
+    kind, message = error_of(merge, folders.base, adapter, tmp_path / "merged", llama_config=config)
+    assert kind == "ValueError"
+    assert "holds no adapter by its config, and has no meta.json" in message
+    whole = with_open_vocabulary(folders.base, tmp_path / "base")
+    for shard in whole.glob("*.pth"):
+        tensors = torch.load(shard)["model"]
+        del tensors["llma.tok_embeddings.weight"]
+        torch.save({"model": tensors}, shard)
+    kind, message = error_of(merge, whole, folders.adapter, tmp_path / "merged")
+    assert kind == "CheckpointError"
+    assert "lacks tensor tok_embeddings.weight, and the config does not give vocab_size" in message
 
 
 def test_the_commands(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

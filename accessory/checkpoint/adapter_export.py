@@ -5,6 +5,7 @@ updates of transformers 5's stacked experts, and other programs read it as it is
 order there (see docs/checkpoints.md), so those of their lora_b do too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +31,13 @@ _PREFIX = "base_model.model.model."
 _NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 
 
-def export_adapter(adapter: str | Path, destination: str | Path) -> None:
+def export_adapter(
+    adapter: str | Path, destination: str | Path, *, llama_config: Sequence[str | Path] | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors; norms that trained go along as modules_to_save.
+
+    Args:
+        llama_config: config files for a folder that has none, or to overrule it.
 
     Raises:
         ValueError: the folder has no LoRA, or biases that are not zero, for which Hugging Face's Mixtral has no place.
@@ -41,7 +47,7 @@ def export_adapter(adapter: str | Path, destination: str | Path) -> None:
     from safetensors.torch import save_file
 
     manifest = Manifest.read(adapter)
-    args = stored_args(manifest)
+    args = stored_args(manifest, llama_config)
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{manifest.folder} has no LoRA (its config has no lora_rank): there is nothing to export")
     weights = StoredWeights(manifest, args, partial=True)

@@ -65,13 +65,30 @@ def split(
 
 
 def stored_args(manifest: Manifest, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
-    """The folder's sizes; a vocabulary left to the tokenizer is read off the embedding."""
-    args = manifest.load_args(llama_config)
-    if args.vocab_size == -1:
-        embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
-        if embedding is None:
-            raise CheckpointError(f"{manifest.shards[0]} lacks tensor tok_embeddings.weight")
-        args = args.replace(vocab_size=embedding.shape[0])
+    """The folder's sizes, `with_vocabulary`.
+
+    Args:
+        llama_config: config files in place of the folder's own.
+    """
+    return with_vocabulary(manifest, manifest.load_args(llama_config))
+
+
+def with_vocabulary(manifest: Manifest, args: ModelArgs) -> ModelArgs:
+    """A vocabulary left to the tokenizer is read off the embedding; of an adapter alone it stays open.
+
+    Raises:
+        CheckpointError: the embedding is missing, and more than an adapter is there.
+    """
+    if args.vocab_size != -1:
+        return args
+    embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
+    if embedding is not None:
+        return args.replace(vocab_size=embedding.shape[0])
+    if not Checkpoint.open(manifest, args).is_adapter:
+        raise CheckpointError(
+            f"{manifest.shards[0]} lacks tensor tok_embeddings.weight, and the config does not give vocab_size: copy "
+            "the file again, or give vocab_size in the config"
+        )
     return args
 
 

@@ -86,8 +86,8 @@ def sources(args: ModelArgs, files: int, *, sparse: bool) -> Iterator[Source]:
 
 def obstacles_to_files(args: ModelArgs, files: int, *, sparse: bool) -> list[str]:
     """Why ``files`` shards cannot hold this model; empty where they can."""
-    counts = [("dim", args.dim), ("vocab_size", args.vocab_size), ("n_heads", args.n_heads)]
-    counts += [("n_kv_heads", args.n_kv_heads)]
+    counts = [("dim", args.dim), ("n_heads", args.n_heads), ("n_kv_heads", args.n_kv_heads)]
+    counts += [("vocab_size", args.vocab_size)] if args.vocab_size != -1 else []
     counts += [("hidden_dim", args.hidden_dim)] if sparse else [("moe.num_experts", args.moe.num_experts)]
     found = [f"{label} {count} is not a multiple of {files}" for label, count in counts if count % files]
     if not found and args.quant is not None:

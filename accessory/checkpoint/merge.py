@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from accessory.checkpoint.convert import copy_tokenizer, stored_args
+from accessory.checkpoint.convert import copy_tokenizer, stored_args, with_vocabulary
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.merge_report import MergeReport
@@ -28,13 +28,22 @@ _FREE = ("peft", "max_batch_size", "max_seq_len", "load_balancing_weight", "z_lo
 _ROUNDING = {"rtol": 2**-7, "atol": 2**-24}
 
 
-def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> MergeReport:
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    destination: str | Path,
+    *,
+    llama_config: Sequence[str | Path] | None = None,
+) -> MergeReport:
     """Write ``base`` with ``adapter`` merged into it as an accessory checkpoint, in as many shards as the base has.
 
     It is one shard where that many do not divide the experts of a sparse base.
     On CPU, one tensor after another: beside the mapped files it takes memory for a few matrices. Sums are float32;
     the result has the base's dtype. Norms that trained replace the base's. Frozen weights are the base's, whatever
     the adapter's folder holds of them: there they may be rounded to the dtype of the run.
+
+    Args:
+        llama_config: config files for an adapter that has none, or to overrule it; a base without one has its sizes.
 
     Raises:
         CheckpointError: the adapter is of another model or base, or a tensor of it has no place in the base.
@@ -44,7 +53,7 @@ def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> Mer
     """
     theirs = Manifest.read(adapter)
     own = Manifest.read(base)
-    args, base_args = stored_args(theirs), stored_args(own)
+    args, base_args = _args_of_both(theirs, own, llama_config)
     _check_pair(own, base_args, theirs, args)
     assert args.peft is not None
     merger = _Merger(StoredWeights(own, base_args), StoredWeights(theirs, args, partial=True), args)
@@ -73,7 +82,25 @@ def merge(base: str | Path, adapter: str | Path, destination: str | Path) -> Mer
     return report
 
 
+def _args_of_both(
+    adapter: Manifest, base: Manifest, llama_config: Sequence[str | Path] | None
+) -> tuple[ModelArgs, ModelArgs]:
+    """Sizes of adapter and base: what one of them does not say is as with the other."""
+    args = adapter.load_args(llama_config)
+    if base.config is None:
+        plain = args.replace(peft=None)
+        base_args = with_vocabulary(base, plain if base.llama_type is None else plain.for_type(base.llama_type))
+    else:
+        base_args = stored_args(base)
+    return (args.replace(vocab_size=base_args.vocab_size) if args.vocab_size == -1 else args), base_args
+
+
 def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: ModelArgs) -> None:
+    if args.peft is None and adapter.llama_type is None:
+        raise ValueError(
+            f"{adapter.folder} holds no adapter by its config, and has no meta.json: give a config that sets "
+            "lora_rank, bias_tuning or norm_tuning"
+        )
     if args.peft is None:
         raise ValueError(
             f"{adapter.folder} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r}"

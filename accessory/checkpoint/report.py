@@ -58,7 +58,7 @@ def describe(
     yield from _adapters(args, alone=adapter_alone)
     yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     itemsize = max(dtype.itemsize for dtype in dtypes)
-    for ranks in RANK_COUNTS:
+    for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
         yield f"at mp {ranks}     {_per_rank(args, ranks, itemsize)}"
     if check_values:
         yield "values      all finite"
@@ -80,13 +80,14 @@ def _sizes(args: ModelArgs) -> Iterator[str]:
         active += round(count * share)
     yield (
         f"model       {args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.n_kv_heads} key/value) of "
-        f"{args.head_dim}, vocabulary {args.vocab_size}"
+        f"{args.head_dim}, vocabulary {args.vocab_size if args.vocab_size != -1 else 'left to the tokenizer'}"
     )
     yield (
         f"experts     {args.moe.num_experts} in each layer, {args.moe.num_experts_per_tok} for each token, "
         f"hidden {args.hidden_dim}"
     )
-    yield f"parameters  {total:,}, of which {active:,} active for each token"
+    beside = " beside embedding and output head" if args.vocab_size == -1 else ""
+    yield f"parameters  {total:,}{beside}, of which {active:,} active for each token"
 
 
 def _adapters(args: ModelArgs, *, alone: bool) -> Iterator[str]:

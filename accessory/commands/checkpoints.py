@@ -27,11 +27,13 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("base", type=Path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
     merge.add_argument("destination", type=Path, help="folder to write")
+    add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
 
     export = commands.add_parser("export-adapter", help="write an adapter as a folder of Hugging Face's peft")
     export.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
     export.add_argument("destination", type=Path, help="folder to write")
+    add_config_argument(export)
     export.set_defaults(run=_export_adapter)
 
     quantize = commands.add_parser("quantize", help="write a checkpoint with its matrices in 8 or 4 bits")
@@ -48,9 +50,9 @@ def add_commands(commands: Any) -> None:
     inspect.set_defaults(run=_inspect)
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
+def add_config_argument(parser: argparse.ArgumentParser, whose: str = "the folder's") -> None:
     """Give a command the argument --llama_config."""
-    help_text = "config files in place of the folder's own, the last rules"
+    help_text = f"config files in place of {whose} own, the last rules"
     parser.add_argument("--llama_config", "--llama-config", nargs="+", help=help_text)
 
 
@@ -76,7 +78,7 @@ def _split(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.merge import merge
 
-    report = merge(arguments.base, arguments.adapter, arguments.destination)
+    report = merge(arguments.base, arguments.adapter, arguments.destination, llama_config=arguments.llama_config)
     for line in (*report.lines(), f"wrote {arguments.destination}"):
         sys.stdout.write(f"{line}\n")
 
@@ -84,7 +86,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _export_adapter(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.adapter_export import export_adapter
 
-    export_adapter(arguments.adapter, arguments.destination)
+    export_adapter(arguments.adapter, arguments.destination, llama_config=arguments.llama_config)
     sys.stdout.write(f"wrote {arguments.destination}\n")
 
 

@@ -188,7 +188,8 @@ def _asked_for(row: Split, args: ModelArgs) -> bool:
 def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and whole shape of every parameter of a model, layer by layer; adapters where ``args.peft`` has them.
 
-    A matrix that ``args.quant`` quantizes counts as the tensors that it then consists of.
+    A matrix that ``args.quant`` quantizes counts as the tensors that it then consists of. Where the vocabulary is not
+    known (vocab_size -1), parameters that have a row for each of its tokens are left out.
     """
     per_layer = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
     yield from _parameters(split_of("tok_embeddings.weight"), args)
@@ -201,6 +202,8 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if "vocab" in row.shape and args.vocab_size == -1:
+        return
     counts = sizes(args)
     *rest, inputs = (math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
     if args.quant is None or not is_quantized(row, args.quant):
