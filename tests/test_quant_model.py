@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,23 @@ def test_a_quantized_folder_loads_without_the_originals(name: str, case: Case, r
     quantize_checkpoint(case.folders["sparse"], stored, QUANTS[name])
     for size, placement in ((1, "auto"), (2, "expert"), (4, "tensor")):
         assert_says(on_ranks(ranks, size, answers_on_rank, stored, None, placement), case.truths[name])
+
+
+def test_the_command_takes_a_folder_of_weights_alone(case: Case, tmp_path: Path) -> None:
+    source, text = case.folders["base"], tmp_path / "text"
+    text.write_text("The list method returns the number of words.")
+    bare = shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("config.json", "meta.json"))
+    given = ["--quant", "int4", "--llama_config", str(source / "config.json")]
+    quantize_checkpoint(source, tmp_path / "theirs", QUANTS["int4"])
+    assert main(["quantize", str(bare), str(tmp_path / "ours"), *given]) == 0
+    assert main(["quantize", str(bare), str(tmp_path / "calibrated"), *given, "--calibrate", str(text)]) == 0
+    theirs, ours, calibrated = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("theirs", "ours", "calibrated")
+    )
+    assert ours == theirs
+    assert calibrated.keys() == theirs.keys()
+    assert calibrated != theirs
 
 
 def test_a_quantized_folder_is_as_small_as_its_bits(case: Case, tmp_path: Path) -> None:

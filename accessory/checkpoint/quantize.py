@@ -1,7 +1,7 @@
 """A folder whose matrices are quantized, and which loads without the originals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +39,20 @@ class QuantizeReport:
 Calibration = Mapping[tuple[str, tuple[int, ...]], InputMoments]
 
 
-def source_to_quantize(source: str | Path, quant: QuantArgs) -> tuple[Manifest, ModelArgs]:
+def source_to_quantize(
+    source: str | Path, quant: QuantArgs, llama_config: Sequence[str | Path] | None = None
+) -> tuple[Manifest, ModelArgs]:
     """A folder that can be quantized in this way, and its sizes as they are; no weight of it is read.
+
+    Args:
+        llama_config: config files for a folder that has none, or to overrule it.
 
     Raises:
         ValueError: the folder is quantized already, or groups do not divide its sizes.
         CheckpointError, FileNotFoundError, OSError: it cannot be read.
     """
     manifest = Manifest.read(source)
-    plain = stored_args(manifest)
+    plain = stored_args(manifest, llama_config)
     if plain.quant is not None:
         raise ValueError(
             f"{manifest.folder} is quantized already ({plain.quant.type}): give the weights it was made of"
@@ -59,7 +64,12 @@ def source_to_quantize(source: str | Path, quant: QuantArgs) -> tuple[Manifest, 
 
 
 def quantize_checkpoint(
-    source: str | Path, destination: str | Path, quant: QuantArgs, calibration: Calibration | None = None
+    source: str | Path,
+    destination: str | Path,
+    quant: QuantArgs,
+    calibration: Calibration | None = None,
+    *,
+    llama_config: Sequence[str | Path] | None = None,
 ) -> QuantizeReport:
     """Write ``source`` with its matrices quantized, in as many shards as it has (or one, where groups forbid that).
 
@@ -67,6 +77,7 @@ def quantize_checkpoint(
 
     Args:
         calibration: of what the matrices' inputs are like; for int4, whose rounding it then guides.
+        llama_config: config files for a source that has none, or to overrule it.
 
     Raises:
         ValueError: the folder is quantized already, or groups do not divide its sizes.
@@ -74,7 +85,7 @@ def quantize_checkpoint(
         CheckpointError, FileNotFoundError, OSError: the source cannot be read, or a matrix of it has infinities or
             NaN; the disk is full.
     """
-    manifest, plain = source_to_quantize(source, quant)
+    manifest, plain = source_to_quantize(source, quant, llama_config)
     args = plain.replace(quant=quant)
     files = len(manifest.shards)
     files = 1 if obstacles_to_files(args, files, sparse=False) else files

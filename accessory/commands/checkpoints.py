@@ -41,6 +41,7 @@ def add_commands(commands: Any) -> None:
     quantize.add_argument("destination", type=Path, help="folder to write")
     add_quant_flags(quantize)
     quantize.add_argument("--calibrate", type=Path, help="text file: int4 is then rounded with an eye on its inputs")
+    add_config_argument(quantize)
     quantize.set_defaults(run=_quantize)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
@@ -103,8 +104,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if quant.type != "int4":
             raise ValueError(f"--calibrate guides the rounding of int4; {quant.type} has none to guide: leave it out")
         check_free(arguments.destination)
-        calibration = calibrate(arguments.source, arguments.calibrate, group_size=quant.group_size)
-    report = quantize_checkpoint(arguments.source, arguments.destination, quant, calibration)
+        calibration = calibrate(
+            arguments.source, arguments.calibrate, group_size=quant.group_size, llama_config=arguments.llama_config
+        )
+    report = quantize_checkpoint(
+        arguments.source, arguments.destination, quant, calibration, llama_config=arguments.llama_config
+    )
     sys.stdout.write(f"{report}\nwrote {arguments.destination}\n")
 
 

@@ -1,7 +1,7 @@
 """What the inputs of a model's matrices are like, seen on text: for quantizing with an eye on them."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,21 +25,24 @@ MOST_CHARACTERS = 8 * MOST_TOKENS  # a token is about 4
 _ENOUGH = 16 * WINDOW  # fewer tokens say little of experts that they seldom choose
 
 
-def calibrate(folder: str | Path, text: str | Path, *, group_size: int) -> Calibration:
+def calibrate(
+    folder: str | Path, text: str | Path, *, group_size: int, llama_config: Sequence[str | Path] | None = None
+) -> Calibration:
     """Run a model over the beginning of a text and note the inputs of every matrix that quantization changes.
 
     Args:
         text: a file in UTF-8; of its first million characters the first 131,072 tokens are read, in windows of 512.
         group_size: of the quantization.
+        llama_config: config files for a folder that has none, or to overrule it.
 
     Raises:
         ValueError: the file has no text, or is not UTF-8; the folder is quantized already, or groups do not divide
             its sizes.
         CheckpointError, FileNotFoundError, OSError: the folder or file cannot be read; a weight has infinities or NaN.
     """
-    source_to_quantize(folder, QuantArgs(type="int4", group_size=group_size))
+    source_to_quantize(folder, QuantArgs(type="int4", group_size=group_size), llama_config)
     beginning_of_text = _beginning_of(Path(text))
-    model = MetaModel.from_pretrained(folder, device="cpu", max_seq_len=WINDOW)
+    model = MetaModel.from_pretrained(folder, llama_config=llama_config, device="cpu", max_seq_len=WINDOW)
     tokens = model.tokenizer.encode(beginning_of_text, bos=False, eos=False)[:MOST_TOKENS]
     if len(tokens) < _ENOUGH:
         logger.warning("%s has only %d tokens: %d or more calibrate better", text, len(tokens), _ENOUGH)
