@@ -16,6 +16,7 @@ from ranks import RankPool, error_of, on_ranks
 from torch import Tensor
 
 from accessory.checkpoint.convert import split
+from accessory.checkpoint.merge import merge
 from accessory.checkpoint.report import describe
 from accessory.config import ModelArgs
 from accessory.model.meta import MetaModel
@@ -168,6 +169,10 @@ def test_an_adapter_that_leaves_the_experts_alone(
     base = write_folder(tmp_path / "base", tensors, config, files=1, tokenizer=small_tokenizer)
     adapter = write_adapter(tmp_path / "own", own, config, files=files, tokenizer=small_tokenizer, peft=peft)
     assert_tensors(loaded([base, adapter]), {**tensors, **own})
+    merge(base, adapter, tmp_path / "merged")
+    merged = loaded(tmp_path / "merged")
+    changed = {name for name, tensor in tensors.items() if not torch.equal(merged[name], tensor)}
+    assert changed == {name.partition(".lora_")[0] + ".weight" if ".lora_" in name else name for name in own}
     _, message = error_of(load, adapter)
     assert "holds an adapter alone: give the folder of its base before it" in message
     lines = "\n".join(describe(adapter))
