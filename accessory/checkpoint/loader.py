@@ -55,8 +55,9 @@ def load_parameters(
         here = dict(boxes)
         if adapters:
             held = checkpoint.held()
+            again = (adapters & held) - absent
             if state.is_first and state.dp_rank == 0:
-                _say_replaced(manifest, [name for name in boxes if name in adapters & held - absent])
+                _say_replaced(manifest, [name for name in boxes if name in again])
             absent -= held
             here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
         copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
