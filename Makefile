@@ -83,9 +83,9 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-# Much of what tests do is waiting for processes to start, so two files run at a time; then what is bound by time, alone.
+# Much of what tests do is waiting for processes to start, so two run at a time; then what is bound by time, alone.
 pytest: $(READY) chromium
-	$(BIN)/pytest -n 2 --dist loadfile -m "not soak and not alone"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not soak and not alone"
 	$(BIN)/pytest -m alone
 
 # The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.

@@ -60,6 +60,7 @@ class Launch:
             local_size=_number(environment, "LOCAL_WORLD_SIZE", default=1, least=1),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", default=_DEFAULT_PORT, least=1, below=2**16),
+            run=environment.get("TORCHELASTIC_RESTART_COUNT", ""),
         )
 
     @classmethod

@@ -127,6 +127,10 @@ def test_resume() -> None:
         StepSampler(range(2, 102), 8, seed=4).resume(state)
     with pytest.raises(ValueError, match="100 examples, and the data hold 99"):
         StepSampler(range(2, 101), 8, seed=3).resume(state)
+    with pytest.raises(ValueError, match="of other lengths or in another order"):
+        StepSampler(range(101, 1, -1), 8, seed=3).resume(state)
+    older = {name: value for name, value in state.items() if name != "lengths"}
+    assert StepSampler(range(101, 1, -1), 8, seed=3).resume(older) == (2, 7)
 
 
 @few

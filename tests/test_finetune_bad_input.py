@@ -2,17 +2,21 @@
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from checkpoints import random_tensors, small_config, write_folder
 from finetuning import Setting, finetune_on_rank, losses, make_setting
 from ranks import alike
 
 from accessory.parallel.state import raised_on_all_ranks
+from accessory.train import finetune as finetune_module
 from accessory.train import output_folder
 
 # -- what the files hold
@@ -414,6 +418,25 @@ def test_two_runs_in_one_folder(good, ranks, tmp_path):
     assert kind == "OSError"
     assert text == f"another run is writing to output_dir {tmp_path}: wait for it, stop it, or choose another"
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def with_data_of_its_own(setting: Setting, folder: Path, arguments: list[str]) -> tuple[str, str, bool]:
+    """`outcome` where the second rank's host has another file under the same name."""
+    load = finetune_module.load_finetune_data
+
+    def elsewhere(config: Path, *given: Any, **settings: Any) -> Any:
+        return load(folder / "data.yaml" if dist.get_rank() == 1 else config, *given, **settings)
+
+    with mock.patch.object(finetune_module, "load_finetune_data", elsewhere):
+        return outcome(setting, arguments)
+
+
+def test_hosts_with_unlike_data(good, ranks, tmp_path):
+    data_of(tmp_path, [GOOD] * 5)
+    arguments = good.arguments(tmp_path / "out", max_steps=1, batch_size=2)
+    for kind, text, _ in ranks(2).run(with_data_of_its_own, good, tmp_path, arguments):
+        assert kind == "ValueError"
+        assert re.match(r"rank 1 on \S+ reads other data, or with another tokenizer, than rank 0", text)
 
 
 # -- bad records that are skipped, and places that cannot be written

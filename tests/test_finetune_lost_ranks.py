@@ -98,6 +98,19 @@ def test_torchrun_says_once_that_a_rank_died(setting: Setting, tmp_path: Path) -
         assert said.startswith("[rank 2] ERROR: rank 1 on ")
 
 
+def test_torchrun_may_start_the_ranks_again(setting: Setting, tmp_path: Path) -> None:
+    options = {"batch_size": 2, "max_steps": 8, "epochs": MANY, "save_iteration_interval": 2, "auto_resume": True}
+    command = under_torchrun(2, setting.arguments(tmp_path, **options), "--max-restarts=1")
+    with Program(command, setting.environment) as program:
+        program.wait_for(r"step-00000002: saved")
+        os.kill(program.rank(1), 9)
+        assert program.wait(120) == 0
+    assert "INFO: resuming" in program.text
+    steps = [line["step"] for line in log_lines(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 8
+
+
 # -- what is not finite
 
 

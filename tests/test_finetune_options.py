@@ -277,6 +277,12 @@ def test_save_iteration_interval_counts_micro_batches_of_an_epoch(interval, step
     }
 
 
+def test_an_interval_may_end_with_an_epoch_that_is_not_saved(train):
+    output = train("run", epochs=2, save_iteration_interval=PER_EPOCH, save_interval=100, max_steps=None, keep_last=9)
+    assert states(output) == {f"step-{PER_EPOCH:08d}", f"step-{2 * PER_EPOCH:08d}"}
+    assert exports(output) == {f"epoch0-iter{PER_EPOCH}", "epoch1"}
+
+
 def test_keep_last_removes_what_is_older_but_for_the_models_of_epochs(train):
     output = train("run", save_iteration_interval=2, save_interval=1, max_steps=2 * PER_EPOCH + 3, keep_last=3)
     assert states(output) == {f"step-{2 * PER_EPOCH + step:08d}" for step in (0, 2, 3)}

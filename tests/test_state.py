@@ -1,6 +1,7 @@
 """Groups and ranks of a model, and how its ranks agree on failures."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ def test_pick_device():
 
 def layout(mp_size: int) -> dict[str, Any]:
     """This rank's place, sums over its groups, and the same groups through a mesh."""
-    state = ParallelState.init(mp_size, "cpu")
+    state = ParallelState.init(mp_size, "cpu", timeout=timedelta(minutes=50))
     assert state.mp_group is not None
     assert state.dp_group is not None
+    for group in (state.mp_group, state.dp_group):
+        assert group._get_backend(state.device).options._timeout == timedelta(minutes=50)
     rank = dist.get_rank()
     ranks_of = {"mp": dist.get_process_group_ranks(state.mp_group), "dp": dist.get_process_group_ranks(state.dp_group)}
     sums = {}

@@ -343,6 +343,12 @@ def full_disk_on_rank(folder: Path, output: Path, where: str) -> list[Any]:
         found.append(names(output))
         run.save(2)
         found.append(names(output))
+        # One that fails beside the steps is said, and the next one is tried all the same.
+        with patch, contextlib.suppress(OSError):
+            run.save(4, asynchronous=True)
+            assert run.store._pending.exception(60) is not None
+        run.save(5)
+        found.append(names(output))
     return found
 
 
@@ -362,7 +368,7 @@ def asynchronously(run: Run, step: int) -> None:
 def test_a_full_disk_on_one_rank_stops_all_alike(where: str, ranks: Any, folder: Path, tmp_path: Path) -> None:
     results = ranks(2).run(full_disk_on_rank, folder, tmp_path, where)
     assert results[0] == results[1]
-    (kind, text), (later_kind, later), latest, left, end = results[0]
+    (kind, text), (later_kind, later), latest, left, after, end = results[0]
     assert kind == later_kind == "OSError"
     assert "No space left on device" in text
     assert "No space left on device" in later
@@ -371,7 +377,8 @@ def test_a_full_disk_on_one_rank_stops_all_alike(where: str, ranks: Any, folder:
         assert "free space" in text
     assert latest == tmp_path / "step-1"
     assert left == ["latest", "step-1"]
-    assert end == ["latest", "step-1", "step-2"]
+    assert after == ["latest", "step-1", "step-2"]
+    assert end == ["latest", "step-1", "step-2", "step-5"]
 
 
 def refused_on_rank(folder: Path, output: Path, other: Path) -> list[tuple[str, str]]:

@@ -92,10 +92,11 @@ def _write(
 ) -> None:
     """Write the cache aside, then move it to `folder`; `alone`: nobody else writes here."""
     reports = [check_source(source, recipe, skip_bad_records=skip_bad_records, progress=progress) for source in sources]
-    if alone:
-        for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # a process was killed while it wrote
+    host = socket.gethostname()
+    if alone:  # of the processes here: some file systems lock for one host only
+        for left in folder.parent.glob(f"{folder.name}.{host}-*.tmp"):  # a process was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f"{folder.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    aside = folder.with_name(f"{folder.name}.{host}-{os.getpid()}.tmp")
     try:
         with _explained(folder.parent):
             aside.mkdir()

@@ -7,6 +7,7 @@ ranks or another accumulation and see the same data.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,13 +83,15 @@ class StepSampler:
             "global_batch": self.global_batch,
             "seed": self.seed,
             "examples": len(self.lengths),
+            "lengths": self._digest,
         }
 
     def resume(self, state: Mapping[str, Any]) -> tuple[int, int]:
         """The epoch and the step of `state`.
 
-        Raises ValueError where it was saved with another global_batch, seed or number of examples: the steps
-        before it would then not be those that were taken, and examples would be repeated or dropped.
+        Raises ValueError where it was saved with another global_batch or seed, or with examples of another number,
+        other lengths or in another order: the steps before it would then not be those that were taken, and examples
+        would be repeated or dropped.
         """
         saved = int(state["global_batch"])
         if saved != self.global_batch:
@@ -104,9 +107,19 @@ class StepSampler:
                 f"the checkpoint was trained on {state['examples']} examples, and the data hold {len(self.lengths)} "
                 "now: give the same data and --max_words"
             )
+        if state.get("lengths", self._digest) != self._digest:  # older checkpoints do not say
+            raise ValueError(
+                f"the checkpoint was trained on as many examples ({len(self.lengths)}), but of other lengths or in "
+                "another order: give the same data and --max_words"
+            )
         epoch, step = int(state["epoch"]), int(state["step"])
         # A checkpoint after the last step of an epoch stands at the begin of the next one.
         return (epoch + 1, 0) if step >= self.steps_per_epoch else (epoch, step)
+
+    @property
+    def _digest(self) -> int:
+        """Of all that the partition into steps depends on beside its seed."""
+        return zlib.crc32(self.lengths.astype("<i8").tobytes())
 
     def _longest_first(self, step: NDArray[np.int64]) -> NDArray[np.int64]:
         return step[np.lexsort((step, -self.lengths[step]))]

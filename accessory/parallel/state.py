@@ -6,6 +6,7 @@ import functools
 import io
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -104,8 +105,11 @@ class ParallelState:
         )
 
     @classmethod
-    def init(cls, mp_size: int, device: torch.device | str | None = None) -> Self:
+    def init(cls, mp_size: int, device: torch.device | str | None = None, timeout: timedelta | None = None) -> Self:
         """Lay out data- and model-parallel groups over all ranks of an initialised torch.distributed.
+
+        Args:
+            timeout: of the groups' collectives; None: torch's own.
 
         Raises:
             ValueError: the world's size is not a multiple of ``mp_size``.
@@ -123,6 +127,9 @@ class ParallelState:
             fs_init.initialize_model_parallel(mp_size)
         _outlive_gloo()
         mp_group, dp_group = fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()
+        if timeout is not None:
+            for group in (mp_group, dp_group):  # fairscale makes them with torch's own
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
         return cls(
             mp_group=mp_group,
             mp_rank=dist.get_rank(mp_group),

@@ -3,10 +3,14 @@
 import contextlib
 import dataclasses
 import logging
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from accessory.checkpoint.reader import Checkpoint
 from accessory.data.cache import load_finetune_data
@@ -62,7 +66,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 1. Ranks with the same options, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
         agreed(everyone, lambda: None, options)
-        state = agreed(everyone, lambda: ParallelState.init(options.model_parallel_size, options.device))
+        layout = partial(ParallelState.init, options.model_parallel_size, options.device, timeout=COLLECTIVE_TIMEOUT)
+        state = agreed(everyone, layout)
         store = StateStore(
             options.checkpoints, state, keep_last=options.keep_last, without_frozen=options.only_save_trainable
         )
@@ -184,7 +189,20 @@ def _data(
     # One process of each host tokenises, and finds what is wrong; the others map its files.
     first = agreed(store.world, lambda: load() if launch.local_rank == 0 else None)
     data = agreed(store.world, lambda: first or load())
+    agreed(store.world, partial(_see_that_data_are_alike, data, store.world))
     return data, agreed(store.world, lambda: sample(data))
+
+
+def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:
+    """Each host may read files of its own; the name of the cache is a digest of data, template and tokenizer."""
+    first = [data.folder.name]
+    if world.mp_size > 1:
+        dist.broadcast_object_list(first, group_src=0, group=world.mp_group)
+    if first[0] != data.folder.name:
+        raise ValueError(
+            f"rank {world.mp_rank} on {socket.gethostname()} reads other data, or with another tokenizer, than rank 0: "
+            "give all hosts the same files"
+        )
 
 
 def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelState, *, fill: bool) -> MetaModel:

@@ -89,8 +89,9 @@ class FinetuneLoop:
             self.scaler.load_state_dict(progress["scaler"])
         logger.info("resuming %s after step %d", path, self.done)
         name = self._model_due()
-        if name is not None and path.parent == self.store.folder and self._on_any_rank(not self._model(name).exists()):
-            self._export(name)  # the run was stopped, or killed, before it came to that
+        # The run was stopped, or killed, before it came to that. Hosts may call the folder by other names.
+        if name is not None and self._on_any_rank(path.parent == self.store.folder and not self._model(name).exists()):
+            self._export(name)
 
     def run(self, log: RunLog, interruption: Interruption) -> Stop:
         """Take all steps up to the end; returns why it stopped before."""
@@ -194,7 +195,7 @@ class FinetuneLoop:
         within = interval > 0 and step % max(1, interval // options.accum_iter) == 0
         if ends_epoch and ((epoch + 1) % options.save_interval == 0 or ends_run):
             return export_name(epoch)
-        if not ends_epoch and (within or ends_run):
+        if within or ends_run:
             return export_name(epoch, step * options.accum_iter)
         return None
 

@@ -12,8 +12,8 @@ from accessory.train.shelf import Shelf
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# How long a restarted run waits for the ranks of the one before, which may be writing their last checkpoint.
-PATIENCE = 90.0
+# How many seconds a restarted run waits for the ranks of the one before, which may be writing their last checkpoint.
+PATIENCE = 900.0
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def held(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; it goes with the process, however that ends. For one rank of the run.
 
     Raises:
-        OSError: another run holds it, and still did after 90 seconds.
+        OSError: another run holds it, and still did after 15 minutes.
     """
     waits = partial(logger.warning, "another run still writes to %s: waiting for it", folder)
     with contextlib.ExitStack() as stack:

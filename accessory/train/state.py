@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
 from accessory.model.requests import agreed
-from accessory.parallel.rendezvous import is_lost_peer
 from accessory.parallel.state import ParallelState
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
@@ -40,13 +39,14 @@ from accessory.train.snapshot import (
     seed_rank,
     tensors_of,
 )
+from accessory.train.state_errors import in_one_line, must_be_shared
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# A rank that has written its part waits for the slowest one; the death of one is noticed at once.
-_PATIENCE = timedelta(hours=2)
+# A rank that has written its part, or needs no tokenising, waits for the slowest one; a death is noticed at once.
+_PATIENCE = timedelta(hours=8)
 
 
 class StateStore:
@@ -89,9 +89,9 @@ class StateStore:
         self._saved = ""
         make = partial(self._shelf.aside, "probe")
         where = f"output_dir {self.folder} cannot be written to"
-        probe, _ = self._on_first(partial(_explained, make, where, "choose a folder that you may write to"))
+        probe, _ = self._on_first(partial(in_one_line, make, where, "choose a folder that you may write to"))
         try:
-            agreed(self.world, partial(_must_be_shared, probe))
+            agreed(self.world, partial(must_be_shared, probe))
         finally:
             self._discard(probe)
 
@@ -106,18 +106,20 @@ class StateStore:
     ) -> None:
         """Save model, optimizer, the ranks' random states and ``progress`` in the folder ``name``.
 
-        Waits for the save before this one. Where an earlier run has left a folder of this name, the new one gets a
-        number behind it; what this store has saved last is not saved again.
+        Waits for the save before this one, whose failure has been said and is no reason not to try again. Where an
+        earlier run has left a folder of this name, the new one gets a number behind it; what this store has saved
+        last is not saved again.
 
         Args:
             progress: plain JSON values, the same on every rank: step, epoch, sampler and scaler state, ...
             asynchronous: return once the tensors are copied to memory; they are written while training goes on.
 
         Raises:
-            OSError: this save (or the asynchronous one before it) failed; earlier checkpoints are untouched.
+            OSError: this save failed; earlier checkpoints are untouched.
             TypeError: progress holds something else than JSON values.
         """
-        self.wait()
+        with suppress(OSError):
+            self.wait()
         if name == self._saved:
             return
         sizes = {"dp_size": self._state.dp_size, "mp_size": self._state.mp_size}
@@ -126,7 +128,7 @@ class StateStore:
         aside, final = self._on_first(partial(self._shelf.aside, name))
 
         def stage() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            _must_be_shared(aside)
+            must_be_shared(aside)
             tensors = tensors_of(model, optimizer, without_frozen=self._without_frozen)
             return copied(tensors) if asynchronous else tensors, rng_state(self._state.device)
 
@@ -139,7 +141,7 @@ class StateStore:
         write = partial(self._write, tensors, rng, record, aside, final)
         self._saved = name
         if asynchronous:
-            self._pending = self._thread.submit(write)
+            self._pending = self._thread.submit(self._saying_at_once, write)
         else:
             write()
 
@@ -209,16 +211,21 @@ class StateStore:
         self.wait()
         path = Path(path).absolute()
 
-        def read() -> None:
+        def prepare() -> dict[str, Tensor]:
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             frozen = {f"model.{name}" for name, own in model.named_parameters() if not own.requires_grad}
             prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
             # A frozen weight that the state leaves out stays as it was built.
-            tensors = tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
-            dcp.load(tensors, checkpoint_id=path, process_group=self._group)
+            return tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
+
+        def explained(step: Callable[[], Result]) -> Result:
+            return in_one_line(step, f"{path} cannot be read", "resume from another one", path)
 
         record = self.check(path, model.llma.args)
-        agreed(self.world, partial(_explained, read, f"{path} cannot be read", "resume from another one", path))
+        # A rank that fails before the collectives of DCP must not leave the others in them.
+        tensors = agreed(self.world, partial(explained, prepare))
+        read = partial(dcp.load, tensors, checkpoint_id=path, process_group=self._group)
+        agreed(self.world, partial(explained, read))
         same = (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size)
         if same:
             file = path / f"rng.{self.world.mp_rank}.pt"
@@ -253,7 +260,7 @@ class StateStore:
 
         def explained(step: Callable[[], Result]) -> Result:
             remedy = "free space, or choose another output_dir; earlier checkpoints are untouched"
-            return _explained(step, f"checkpoint {final} cannot be written", remedy)
+            return in_one_line(step, f"checkpoint {final} cannot be written", remedy)
 
         try:
             own = agreed(self.world, partial(explained, write))
@@ -265,6 +272,15 @@ class StateStore:
             self._discard(aside)
             raise
         self._say(f"checkpoint {final}: saved in {time.monotonic() - start:.1f} s")
+
+    def _saying_at_once(self, write: Callable[[], None]) -> None:
+        """Write beside the steps of training, in which nobody waits for the outcome."""
+        try:
+            write()
+        except OSError as error:
+            if self.world.is_first:
+                logger.error("%s; training goes on, and the next save is tried", error)
+            raise
 
     def _on_first(self, step: Callable[[], Result]) -> Result:
         """What rank 0 alone does, its result or its error on every rank."""
@@ -280,31 +296,3 @@ class StateStore:
     def _say(self, message: str) -> None:
         if self.world.is_first:
             logger.info(message)
-
-
-def _must_be_shared(folder: Path) -> None:
-    if not folder.is_dir():
-        raise OSError(f"{folder.parent} is not the same folder on all ranks: choose an output_dir that all hosts share")
-
-
-def _explained(step: Callable[[], Result], what: str, remedy: str, damaged: Path | None = None) -> Result:
-    """Run a step of DCP; its errors, of many types and many lines, become one line of one type.
-
-    Raises:
-        CheckpointError: the step failed, and ``damaged`` is the folder that it read.
-        OSError: the step failed.
-    """
-    try:
-        with torch.no_grad():
-            return step()
-    except (CheckpointException, Exception) as error:
-        where = ""
-        cause: BaseException = error
-        if isinstance(error, CheckpointException) and error.failures:
-            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-            where = f" on rank {rank}"
-        if is_lost_peer(cause):
-            raise cause from None  # nothing is wrong with the folder
-        text = next(iter(str(cause).strip().splitlines()), "")
-        kind = OSError if damaged is None else CheckpointError
-        raise kind(f"{what}{where} ({type(cause).__name__}: {text}): {remedy}") from None
