@@ -174,7 +174,8 @@ def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytes
 
     monkeypatch.setattr(server, "SECONDS_TO_COME_BACK" if restarts else "SECONDS_OF_FAREWELL", 0.3)
     engine: Any = Lost()
-    program = server.ApiServer(server.listen("127.0.0.1", 0), lambda: engine, ServerSettings(), restarts=restarts)
+    settings = ServerSettings(chat_template="default")
+    program = server.ApiServer(server.listen("127.0.0.1", 0), lambda: engine, settings, restarts=restarts)
     with pytest.raises(RankLost, match="rank 1 was killed"):
         program.run()
     assert engine.closed
