@@ -163,6 +163,29 @@ def test_steps_are_captured_once_for_each_shape(small_tokenizer: Path, tmp_path:
     assert all(torch.equal(logits, copy) for logits, copy in kept), "a later step wrote over what was given out"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_step_that_waits_for_the_gpu_is_not_captured(dtype: str, small_tokenizer: Path, tmp_path: Path) -> None:
+    """More pairs than our kernel takes, which only some GPUs multiply without a number on the host."""
+    base = write_checkpoint(tmp_path / "base", random_mixtral(5), small_tokenizer, files=1)
+    llma = load(base, dtype=dtype).llma
+    cache = llma.new_cache(40, 128)
+    tokens, active = torch.arange(40, device="cuda"), torch.ones(40, dtype=torch.bool, device="cuda")
+    for _ in range(6):
+        assert llma.decode(tokens, cache, active).isfinite().all()
+        cache.extend(range(40), [1] * 40)
+    has_kernel = dtype == "bf16" and torch.cuda.get_device_capability()[0] in (9, 10)
+    assert len(cache.graphs) == has_kernel
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_steps_are_captured_on_another_gpu_than_the_current_one(small_tokenizer: Path, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", random_mixtral(5), small_tokenizer, files=1)
+    expected = completions(load(base, "cpu").llma, PROMPTS, max_gen_len=40)
+    for device in ("cuda:1", "cuda:0"):
+        assert completions(load(base, device).llma, PROMPTS, max_gen_len=40) == expected
+
+
 # ---- serving -----------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,13 @@ from checkpoints import random_mixtral, random_prompts, write_checkpoint
 from models import completions, load
 from ranks import RankPool
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from accessory.config import ModelArgs, MoEArgs
+from accessory.config import ModelArgs, MoEArgs, PeftArgs, QuantArgs
+from accessory.kernels import triton_products
 from accessory.model.cache import KVCache
 from accessory.model.LLM.mistral import Transformer
+from accessory.model.LLM.mistral_peft import build_transformer
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable, rotate
 from accessory.parallel.placement import resolve_placement, supported_sizes
@@ -375,6 +378,55 @@ def test_compiled_decoding_on_ranks(ranks: Pools, small_tokenizer: Path, tmp_pat
     for placement in ("expert", "tensor"):
         for plain, compiled in ranks(2).run(compiled_on_rank, folder, placement, random_prompts(0, (4, 9))):
             assert compiled == plain
+
+
+# --- captured decoding
+
+BF16, FP32 = torch.bfloat16, torch.float32
+RANK_8 = PeftArgs(lora_rank=8)
+BIASES = PeftArgs(bias_tuning=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "peft", "triton", "capability", "slots"),
+    [
+        # Up to 64 pairs go to a kernel of ours, and in bfloat16 more of them to PyTorch's, where it has one.
+        (BF16, None, None, True, (9, 0), {32: True, 33: True}),
+        (BF16, None, None, True, (10, 0), {32: True, 33: True}),
+        (BF16, None, None, True, (8, 0), {32: True, 33: False}),
+        (BF16, None, None, True, (12, 0), {32: True, 33: False}),
+        (torch.float16, None, None, True, (9, 0), {32: True, 33: False}),
+        (FP32, None, None, True, (9, 0), {32: True, 33: False}),
+        # Without Triton few pairs go to PyTorch's batched product, but in bfloat16.
+        (FP32, None, None, False, (9, 0), {16: True, 17: False}),
+        (BF16, None, None, False, (9, 0), {1: True, 33: True}),
+        (BF16, None, None, False, (8, 0), {1: False}),
+        # For quantized weights there are kernels for any number of pairs; for an adapter's beside them there are not.
+        (FP32, "nf4", None, True, (8, 0), {1: True, 33: True}),
+        (BF16, "int4", None, False, (9, 0), {1: False}),
+        (FP32, "nf4", BIASES, True, (8, 0), {33: True}),
+        (FP32, "nf4", RANK_8, True, (9, 0), {32: True, 33: False}),
+        (BF16, "nf4", RANK_8, True, (9, 0), {33: True}),
+    ],
+)
+def test_a_step_is_captured_where_it_does_not_wait_for_the_gpu(
+    dtype: torch.dtype,
+    quant: str | None,
+    peft: PeftArgs | None,
+    triton: bool,
+    capability: tuple[int, int],
+    slots: dict[int, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_products, "triton_available", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    sizes = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 64, "n_layers": 1}
+    args = args_of(**sizes, quant=quant and QuantArgs(type=quant), peft=peft)
+    with FakeTensorMode(), torch.no_grad():
+        model = build_transformer(args, state_of(0, 1), dtype=dtype, device=torch.device("cuda")).eval()
+        tokens = {count: torch.zeros(count, dtype=torch.int64, device="cuda") for count in slots}
+    with torch.no_grad():
+        assert {count: model._captures(own) for count, own in tokens.items()} == slots
 
 
 # --- bfloat16

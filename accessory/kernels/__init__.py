@@ -8,12 +8,20 @@ from .linear import (
     gathered_linear,
     gathered_linear_reference,
     gathering_pays,
+    plain_experts_synchronise,
 )
 from .native import native_available, native_variant
 from .pointwise import rotate_heads, steps_natively
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
-from .quantized_ops import dequantize, described, gathered_quantized_linear, grouped_quantized_linear, quantized_linear
+from .quantized_ops import (
+    dequantize,
+    described,
+    gathered_quantized_linear,
+    grouped_quantized_linear,
+    quantized_experts_synchronise,
+    quantized_linear,
+)
 from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
 
 __all__ = [
@@ -33,7 +41,9 @@ __all__ = [
     "grouped_quantized_linear",
     "native_available",
     "native_variant",
+    "plain_experts_synchronise",
     "plain_values",
+    "quantized_experts_synchronise",
     "quantized_linear",
     "quantized_linear_reference",
     "rms_norm",

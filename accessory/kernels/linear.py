@@ -36,6 +36,8 @@ _DENSE_TOKENS = 16
 _DENSE_TOKENS_BF16_HARDWARE = 8
 _DENSE_ELEMENTS_BF16_HARDWARE = 32768  # of x
 
+_GROUPED_MM_CAPABILITIES = (9, 10)  # major ones of the GPUs for which PyTorch has a kernel of it, in bfloat16
+
 
 def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
     """Whether `gathered_linear` is the way for so many pairs, or grouped_mm.
@@ -53,6 +55,19 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
         # grouped_mm in bfloat16 reads the weights in place; in other dtypes its fallbacks synchronise.
         return x_TD.dtype != torch.bfloat16
     return x_TD.dtype in DTYPES and native_available()
+
+
+def plain_experts_synchronise(x_TD: Tensor, pairs: int) -> bool:
+    """Whether on a GPU the products of so many pairs with plain weights wait for a number from the device.
+
+    `gathered_linear` does not. grouped_mm copies the ends of the groups to the host wherever PyTorch (2.11 to 2.13) has
+    no kernel for it.
+    """
+    if gathering_pays(x_TD, pairs):
+        return False
+    if x_TD.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(x_TD.device)[0] not in _GROUPED_MM_CAPABILITIES
 
 
 def called_directly(x: Tensor) -> bool:

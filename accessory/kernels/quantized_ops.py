@@ -79,6 +79,11 @@ def grouped_quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: T
     return torch.ops.accessory.grouped_quantized_linear(x_PD, codes, scale, zero, ends_E)
 
 
+def quantized_experts_synchronise() -> bool:
+    """Whether on a GPU the products of pairs with quantized weights wait for a number from the device."""
+    return not triton_products.triton_available()
+
+
 def described(codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
     """For `native` of the products above: None where the native library does not read such a weight.
 

@@ -136,6 +136,10 @@ class AdaptedExperts(Experts):
             layer.w13_bias = place.parameter(experts, 2, hidden)
             layer.w2_bias = place.parameter(experts, dim)
 
+    @property
+    def has_plain_matrices(self) -> bool:
+        return self.updated or super().has_plain_matrices
+
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
         return self._trained_apart(x_TD, weights_TK, order_P, ends_E)
 

@@ -19,7 +19,7 @@ from accessory.model.pair_products import GatheredPairs, GroupedPairs, TrainedPa
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
-from accessory.quant import linear
+from accessory.quant import QuantizedParameter, linear
 
 
 class Routing(NamedTuple):
@@ -100,6 +100,21 @@ class Experts(nn.Module):
         else:
             y_PD = self._grouped(x_TD, experts_TK, complete=complete)
         return kernels.sum_pairs(y_PD, weights_TK)
+
+    def synchronises(self, x_TD: Tensor, pairs: int) -> bool:
+        """Whether on a GPU and in inference `forward` asks the device for a number, for so many pairs.
+
+        Args:
+            x_TD: any tensor on that device and of the activations' dtype.
+        """
+        if isinstance(self.w13, QuantizedParameter) and kernels.quantized_experts_synchronise():
+            return True
+        return self.has_plain_matrices and kernels.plain_experts_synchronise(x_TD, pairs)
+
+    @property
+    def has_plain_matrices(self) -> bool:
+        """Whether a product with a weight that is not quantized is among the experts'."""
+        return not isinstance(self.w13, QuantizedParameter)
 
     def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
         """`forward` with gradients, for pairs that are sorted by expert; (T, D) in float32."""

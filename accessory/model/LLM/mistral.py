@@ -150,8 +150,9 @@ class Transformer(nn.Module):
     def decode(self, tokens_S: Tensor, cache: KVCache, active_S: Tensor) -> Tensor:
         """One new token for every slot; logits (S, V), meaningless where inactive.
 
-        Shapes depend on nothing but the slots and ``cache.bound``, and nothing is asked of the device. The caller
-        records the new tokens with ``cache.extend``.
+        Shapes depend on nothing but the slots and ``cache.bound``, and nothing is asked of the device but where the
+        experts' product of many pairs must (`Experts.synchronises`). The caller records the new tokens with
+        ``cache.extend``.
 
         Args:
             tokens_S: each slot's last token.
@@ -177,11 +178,19 @@ class Transformer(nn.Module):
         return self.output(self.norm(x_SD))
 
     def _captures(self, tokens_S: Tensor) -> bool:
-        """Whether a step may become a CUDA graph. Across ranks that was not tried; a sharded weight has no address."""
+        """Whether a step may become a CUDA graph. Across ranks that was not tried; a sharded weight has no address.
+
+        A graph cannot wait for the device, so none is made where the experts' products do.
+        """
         if not (tokens_S.is_cuda and self.cuda_graphs and self.state.mp_size == 1):
             return False
         changes = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not changes and not isinstance(self.norm.weight, DTensor)
+        if changes or isinstance(self.norm.weight, DTensor):
+            return False
+        block = self.layers[0]  # all are alike
+        assert isinstance(block, TransformerBlock)
+        pairs = tokens_S.shape[0] * self.args.moe.num_experts_per_tok
+        return not block.feed_forward.experts.synchronises(self.norm.weight, pairs)
 
     def new_cache(self, slots: int, max_seq_len: int, *, routes: bool = False) -> KVCache:
         """An empty cache of this rank's key/value heads.
