@@ -1,7 +1,9 @@
 """The Transformer's parts and promises: parameters and their slices, rotary embedding, cache, compiled decoding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from accessory.config import ModelArgs, MoEArgs, PeftArgs, QuantArgs
 from accessory.kernels import triton_products
+from accessory.model import graphs
 from accessory.model.cache import KVCache
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
@@ -427,6 +430,41 @@ def test_a_step_is_captured_where_it_does_not_wait_for_the_gpu(
         tokens = {count: torch.zeros(count, dtype=torch.int64, device="cuda") for count in slots}
     with torch.no_grad():
         assert {count: model._captures(own) for count, own in tokens.items()} == slots
+
+
+def test_a_step_is_captured_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one. Recorded, not run: that needs two."""
+    entered: list[tuple[str, Any]] = []
+
+    @contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        entered.append(("device", where))
+        yield
+        entered.pop()
+
+    @contextmanager
+    def graph(_: Any, *, pool: Any, stream: Any, **settings: Any) -> Iterator[None]:
+        entered.append(("stream", stream))
+        yield
+        entered.pop()
+
+    def step(tokens_S: Tensor, active_S: Tensor) -> Tensor:
+        seen.append(list(entered))
+        return tokens_S + active_S
+
+    seen: list[list[tuple[str, Any]]] = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda where: f"stream of {where}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    graphs._capture_stream.cache_clear()
+    ours = graphs.DecodeGraphs()
+    for _ in range(5):
+        ours.run("key", step, torch.ones(2), torch.ones(2))
+    graphs._capture_stream.cache_clear()
+    assert seen == [[], [], [], [("device", CPU), ("stream", "stream of cpu")]]
+    assert len(ours) == 1
 
 
 # --- bfloat16

@@ -4,6 +4,7 @@ A captured graph holds the addresses of what it reads and writes, so it serves o
 for: so many slots, and the cache read so far.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -59,8 +60,13 @@ class _Captured:
             self._tokens_S, self._active_S = torch.empty_like(tokens_S), torch.empty_like(active_S)
         self._load(tokens_S, active_S)
         self._graph = torch.cuda.CUDAGraph()
+        # On the GPU of the step, which need not be the current one: what another GPU's stream is given is not captured.
         # Another thread may use the GPU in the meantime: what it does is not captured, and does not end the capture.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        stream = _capture_stream(tokens_S.device)
+        with (
+            torch.cuda.device(tokens_S.device),
+            torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._logits_SV = step(self._tokens_S, self._active_S)
 
     def replay(self, tokens_S: Tensor, active_S: Tensor) -> Tensor:
@@ -71,3 +77,9 @@ class _Captured:
     def _load(self, tokens_S: Tensor, active_S: Tensor) -> None:
         self._tokens_S.copy_(tokens_S)
         self._active_S.copy_(active_S)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU: cuBLAS keeps a workspace of MBs for every stream that it has met."""
+    return torch.cuda.Stream(device)
