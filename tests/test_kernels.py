@@ -1,10 +1,13 @@
 """The native products against float64, their PyTorch twin, and themselves in other batches."""
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,7 +282,7 @@ def test_a_missing_library_is_said_once(choose: pytest.MonkeyPatch, said: list[l
         torch.testing.assert_close(few_token_linear(x, w), x @ w.T)
     assert [record.levelname for record in said] == ["WARNING"]
     assert "not built" in said[0].getMessage()
-    assert "C++ compiler and a reinstall" in said[0].getMessage()
+    assert "C++ compiler with OpenMP (GCC, or clang and libomp) and a reinstall" in said[0].getMessage()
 
 
 def test_float16_does_not_ask_for_the_library(choose: pytest.MonkeyPatch, said: list[logging.LogRecord]) -> None:
@@ -322,3 +325,13 @@ def test_import_loads_nothing_and_never_fails() -> None:
         "assert native.native_variant.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={"ACCESSORY_KERNELS": "nonsense"})
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
+@pytest.mark.parametrize("source", ["attention", "native", "pointwise", "quantized"])
+def test_clang_compiles_the_kernels_too(source: str, tmp_path: Path) -> None:
+    """It has names of its own for shuffles and for what a function is compiled for."""
+    (tmp_path / "omp.h").write_text('extern "C" int omp_get_num_threads(), omp_get_thread_num();')  # may be missing
+    folder = Path(native.__file__).parent
+    flags = ["-std=c++17", "-O0", "-fopenmp", "-Wall", "-Werror", f"-I{tmp_path}", "-c", "-o", os.devnull]
+    subprocess.run(["clang++", *flags, folder / f"{source}.cpp"], check=True)

@@ -25,22 +25,34 @@ template <bool BF16> INLINE Pair load_rest(const char* from, int64_t n) {
     return load_step<BF16>(rest);
 }
 
+// Lanes of two vectors by their numbers, from `at` on: every other one, and those of the one between those of the other.
 #if VL == 64
-constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-constexpr vi FIRST = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#define EVERY_OTHER(at) \
+    at, at + 2, at + 4, at + 6, at + 8, at + 10, at + 12, at + 14, at + 16, at + 18, at + 20, at + 22, at + 24, at + 26, \
+        at + 28, at + 30
+#define IN_TURN(at) \
+    at, at + 16, at + 1, at + 17, at + 2, at + 18, at + 3, at + 19, at + 4, at + 20, at + 5, at + 21, at + 6, at + 22, \
+        at + 7, at + 23
 #elif VL == 32
-constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
-constexpr vi FIRST = {0, 8, 1, 9, 2, 10, 3, 11};
+#define EVERY_OTHER(at) at, at + 2, at + 4, at + 6, at + 8, at + 10, at + 12, at + 14
+#define IN_TURN(at) at, at + 8, at + 1, at + 9, at + 2, at + 10, at + 3, at + 11
 #else
-constexpr vi EVEN = {0, 2, 4, 6};
-constexpr vi FIRST = {0, 4, 1, 5};
+#define EVERY_OTHER(at) at, at + 2, at + 4, at + 6
+#define IN_TURN(at) at, at + 4, at + 1, at + 5
+#endif
+#ifdef __clang__
+#define SHUFFLE(x, ...) __builtin_shufflevector(x.a, x.b, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x.a, x.b, vi{__VA_ARGS__})
 #endif
 
 // Of elements in order the even ones and the odd ones, and back.
-INLINE Pair split(Pair x) { return {__builtin_shuffle(x.a, x.b, EVEN), __builtin_shuffle(x.a, x.b, EVEN + 1)}; }
-INLINE Pair join(Pair x) {
-    return {__builtin_shuffle(x.a, x.b, FIRST), __builtin_shuffle(x.a, x.b, FIRST + LANES / 2)};
-}
+INLINE Pair split(Pair x) { return {SHUFFLE(x, EVERY_OTHER(0)), SHUFFLE(x, EVERY_OTHER(1))}; }
+INLINE Pair join(Pair x) { return {SHUFFLE(x, IN_TURN(0)), SHUFFLE(x, IN_TURN(LANES / 2))}; }
+
+#undef EVERY_OTHER
+#undef IN_TURN
+#undef SHUFFLE
 
 // The lane sums of LANES vectors, in order. With 16 lanes neighbours are added within each pair of vectors until one is
 // left; with fewer that is not faster than one vector after another (GCC 12).

@@ -1,7 +1,7 @@
 """Loading of the native library, and its product with plain weights.
 
-setup.py builds the library (the .cpp files here) where there is a C++ compiler. It holds several variants of its inner
-loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
+setup.py builds the library (the .cpp files here) where there is a C++ compiler with OpenMP. It holds several variants
+of its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
 that, for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
 PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import.
 """
@@ -15,14 +15,18 @@ import os
 import torch
 from torch import Tensor
 
-# torch comes first: its wheel brings the OpenMP runtime, and the library, loaded later, shares its threads.
+# torch comes first: its wheel brings the OpenMP runtime, and the library, loaded later, shares its threads. (Clang's
+# OpenMP is another one, which starts threads of its own.)
 
 logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
 _ABI = 6  # of native.cpp
-_ADVICE = "Decoding on CPU uses PyTorch's slower products; a C++ compiler and a reinstall gives speed."
+_ADVICE = (
+    "Decoding on CPU uses PyTorch's slower products; a C++ compiler with OpenMP (GCC, or clang and libomp) and a "
+    "reinstall give speed."
+)
 
 
 def native_available() -> bool:

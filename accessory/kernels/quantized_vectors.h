@@ -83,7 +83,7 @@ template <class Byte> INLINE vf widen(const void* from) {
 // Entries of a table of 16 floats, by the low 4 bits of each lane.
 INLINE vf look_up(const float* table, vu index) {
 #if VL == 64
-    return __builtin_shuffle(load<vf>(table), index);  // takes the index modulo 16, as the instruction does
+    return (vf)_mm512_permutexvar_ps((__m512i)index, load<__m512>(table));  // takes the index modulo 16
 #elif VL == 32
     const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), (__m256i)index);
     const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), (__m256i)index);

@@ -12,15 +12,24 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_X86_VARIANTS 1
+// What stands between these two is compiled for a target with such features.
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#ifdef __clang__
+#include <immintrin.h>
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC before 13 says it of its own header
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+BEGIN_TARGET("avx2,fma")
 namespace {
 namespace avx2 {
 #define VL 32
@@ -32,10 +41,9 @@ namespace avx2 {
 #undef DOTS
 }  // namespace avx2
 }  // namespace
-#pragma GCC pop_options
+END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma")
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx2,fma")
 namespace {
 namespace avx512 {
 #define VL 64
@@ -47,10 +55,9 @@ namespace avx512 {
 #undef DOTS
 }  // namespace avx512
 }  // namespace
-#pragma GCC pop_options
+END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")
 namespace {
 namespace avx512_bf16 {
 #define VL 64
@@ -62,7 +69,7 @@ namespace avx512_bf16 {
 #undef DOTS
 }  // namespace avx512_bf16
 }  // namespace
-#pragma GCC pop_options
+END_TARGET
 #endif
 
 namespace {
