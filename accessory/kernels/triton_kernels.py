@@ -77,6 +77,7 @@ def multiply(
     read_R = tl.minimum(row_R, rows - 1).to(tl.int64)
     read_P = tl.minimum(pair_P, pairs - 1).to(tl.int64)
     x_P = x_PD + read_P * depth
+    odd = tl.full((), pairs, tl.int64) * depth  # to the odd inputs: of a long scoring there are more than 2**31
     sums_P = sum_PG + read_P * (depth // GROUP)
     w_R = w_ERD + expert * w_expert + read_R * w_row
     scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
@@ -98,7 +99,7 @@ def multiply(
                     group = tl.minimum(group, depth // GROUP - 1)
                 w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
                 even_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
-                odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                odd_PD = _load(x_P[:, None] + (odd + at_D)[None, :], at_D < depth, WHOLE_TILES)
                 if FLOAT32:
                     even_PD, odd_PD = even_PD.to(tl.float32), odd_PD.to(tl.float32)
                 even_RD, odd_RD = _levels(w_RD, table, even_PD.dtype, FORM, PTX)
