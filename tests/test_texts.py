@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import torch
 from checkpoints import hf_greedy, hf_logits, random_mixtral, random_prompts, write_checkpoint
 from models import load
 from ranks import RankPool, alike, on_ranks
+from test_tokenizer import load_all
 from torch import Tensor
 
+from accessory.model.requests import example_tokens
 from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.state import ParallelState
 
 Pools = Callable[[int], RankPool]
 
@@ -110,6 +114,9 @@ def test_texts_are_those_of_transformers(size: int, ranks: Pools, texts: Texts, 
 
 # --- scores
 
+# The last one's continuation is spelled in bytes.
+BEHIND_CONTEXTS, CONTEXTS = ["The list method", "x = 1", "Q: 🫨"], ["The list", "x", "Q: "]
+
 
 def scores_on_rank(folder: Path, placement: str, examples: list[list[int]], firsts: list[int]) -> dict[str, Any]:
     model = load(folder, placement)
@@ -119,9 +126,7 @@ def scores_on_rank(folder: Path, placement: str, examples: list[list[int]], firs
         "logits of tokens": model.compute_logits(examples),
         "texts": model.evaluate_examples(PROMPTS[:-1]),
         "texts without bos": model.evaluate_examples(PROMPTS[2:3], bos=False, eos=True),
-        "texts behind contexts": model.evaluate_examples(
-            ["The list method", "x = 1"], contexts=["The list", "x"], eos=True
-        ),
+        "texts behind contexts": model.evaluate_examples(BEHIND_CONTEXTS, contexts=CONTEXTS, eos=True),
         "tokens": model.evaluate_examples(examples),
         "tokens behind contexts": model.evaluate_examples(examples, contexts=contexts),
     }
@@ -138,11 +143,11 @@ def test_scores_are_those_of_transformers(size: int, ranks: Pools, texts: Texts,
     prompts = encode(PROMPTS[:2])
     examples = [prompts[0] + texts.tokens[0], prompts[1] + texts.tokens[1][:5] + [5], *random_prompts(8, (30, 60))]
     firsts = [len(prompts[0]), len(prompts[1]), 1, 10]
-    short = encode(["The list method", "x = 1"], eos=True)
+    short = encode(BEHIND_CONTEXTS, eos=True)
     asked: dict[str, tuple[list[list[int]], list[int]]] = {
         "texts": (encode(PROMPTS[:-1]), [1] * 4),
         "texts without bos": (encode(PROMPTS[2:3], bos=False, eos=True), [1]),
-        "texts behind contexts": (short, [len(tokens) for tokens in encode(["The list", "x"])]),
+        "texts behind contexts": (short, [len(tokens) for tokens in encode(CONTEXTS)]),
         "tokens": (examples, [1] * 4),
         "tokens behind contexts": (examples, firsts),
     }
@@ -176,3 +181,20 @@ def assert_scores(got: dict[str, list], expected: list[tuple[float, float, bool,
     assert got["max_equal"] == same
     for ours, theirs in zip(got["non_context_logits"], logits, strict=True):
         torch.testing.assert_close(ours, theirs, **LOGITS)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    return load_all(tmp_path_factory.mktemp("json"))
+
+
+@pytest.mark.parametrize("kind", ["v1", "v3", "byte_level", "byte_fallback"])
+@pytest.mark.parametrize("context", ["", "dog", "🫨", "dog🫨"])
+def test_all_bytes_behind_a_context_are_scored(kind: str, context: str, tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+    llma: Any = SimpleNamespace(state=ParallelState.single("cpu"), args=SimpleNamespace(max_seq_len=64))
+    settings: dict[str, Any] = {"images": None, "bos": True, "eos": False, "scored": True}
+    (tokens,), firsts = example_tokens(llma, tokenizer, [f"{context}🫨 a"], contexts=[context], **settings)
+    assert firsts is not None
+    assert tokenizer.decode(tokens[: firsts[0]]) == context
+    assert tokenizer.decode(tokens[firsts[0] :]) == "🫨 a"

@@ -178,7 +178,9 @@ def _context_lengths(examples: Examples, contexts: Examples, tokenizer: Tokenize
             raise ValueError(f"contexts[{index}] is not the beginning of examples[{index}]")
         if isinstance(example, str):
             _, spans = tokenizer.encode_with_spans(example)
-            lengths.append(int(bos) + sum(end <= len(context) for _, end in spans))
+            # Some bytes of the character behind the context may end where it does: their span is empty, at its begin.
+            within = sum(begin < len(context) and end <= len(context) for begin, end in spans)
+            lengths.append(int(bos) + within)
         else:
             lengths.append(len(context))
     return lengths
