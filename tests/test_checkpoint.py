@@ -130,9 +130,35 @@ def test_split_of_metas_layout(small_tokenizer, tmp_path):
 def test_split_keeps_each_tensors_dtype(small_tokenizer, tmp_path):
     tensors = random_tensors(CONFIG, 10, torch.bfloat16)
     tensors = {name: value.float() if "norm" in name or "gate" in name else value for name, value in tensors.items()}
+    # Experts of one stacked parameter: through the first one's float16 the second's would become infinite.
+    first, second = (f"layers.1.feed_forward.experts.{expert}.w1.weight" for expert in (0, 1))
+    tensors[first], tensors[second] = tensors[first].half(), tensors[second] * 1e6
     source = write_folder(tmp_path / "r", tensors, CONFIG, files=1, form="released", tokenizer=small_tokenizer)
     split(source, tmp_path / "out", mp=2)
     assert_shards(tmp_path / "out", tensors, 2)
+
+
+@pytest.mark.parametrize(
+    ("other", "common"), [(torch.float16, torch.float32), (torch.float8_e4m3fn, torch.bfloat16)], ids=["16", "8"]
+)
+def test_pieces_of_unlike_dtypes_are_put_together_without_rounding(other, common, small_tokenizer, tmp_path):
+    tensors = random_tensors(CONFIG, 10, torch.bfloat16)
+    source = write_folder(tmp_path / "s", tensors, CONFIG, files=2, tokenizer=small_tokenizer)
+    first, second = (torch.load(source / name)["model"] for name in shard_names(2))
+    second = {key: value.to(other) for key, value in second.items()}
+    torch.save({"model": second}, source / shard_names(2)[1])
+    split(source, tmp_path / "out", mp=1)
+    whole = torch.load(tmp_path / "out" / shard_names(1)[0])["model"]
+    for name, axis in (("tok_embeddings", 1), ("output", 0), ("layers.1.attention.wo", 1)):
+        key = f"llma.{name}.weight"
+        assert whole[key].dtype == common
+        assert torch.equal(whole[key], torch.cat([first[key].to(common), second[key].to(common)], axis))
+    alone = {key for key in first.keys() ^ second.keys() if ".experts." in key}
+    assert len(alone) == 2 * 8 * 3
+    for key in alone:
+        stored = first.get(key, second.get(key))
+        assert whole[key].dtype == stored.dtype
+        assert torch.equal(whole[key].float(), stored.float())
 
 
 def test_split_reads_the_vocabulary_off_the_embedding(released, tmp_path):

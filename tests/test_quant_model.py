@@ -177,6 +177,23 @@ def test_a_folder_that_overlays_is_quantized_too(case: Case, small_tokenizer: Pa
     assert_says(found, quantized_by_hand(hf, QUANTS["nf4"]))
 
 
+def test_an_expert_of_another_dtype_does_not_round_the_others(small_tokenizer: Path, tmp_path: Path) -> None:
+    hf = mixtral_to_quantize(5, num_hidden_layers=1, num_local_experts=2)
+    with torch.no_grad():
+        first = hf.model.layers[0].mlp.experts.gate_up_proj[0, : hf.config.intermediate_size]
+        first.copy_(first.bfloat16())
+    folder = write_checkpoint(tmp_path / "plain", hf, small_tokenizer, files=1, form="released")
+    tensors = torch.load(folder / "consolidated.00.pth")
+    name = "layers.0.feed_forward.experts.0.w1.weight"
+    tensors[name] = tensors[name].bfloat16()
+    torch.save(tensors, folder / "consolidated.00.pth")
+    quantize_checkpoint(folder, tmp_path / "quantized", QUANTS["int8"])
+    truth = quantized_by_hand(hf, QUANTS["int8"])
+    for model in (load(folder, "int8"), load(tmp_path / "quantized", None)):
+        (logits,) = score_tokens(model.llma, PROMPTS[:1])
+        torch.testing.assert_close(logits, hf_logits(truth, PROMPTS[0]), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("form", QUANTS)
 def test_in_bfloat16_the_answers_stay_near(case: Case, form: str) -> None:
     """Activations of so few tokens have 8 bits there. The median of the tokens: a rounding may turn a close choice of

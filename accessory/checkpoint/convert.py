@@ -5,13 +5,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, Manifest
 from accessory.checkpoint.reader import Checkpoint, open_shard
+from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.errors import CheckpointError
@@ -26,7 +25,8 @@ def split(
     """Write a checkpoint as ``mp`` accessory shards with config.json, meta.json and the tokenizer beside them.
 
     Any form that the library loads may be the source, whatever its number of shards. Both sides are
-    memory-mapped: memory use does not grow with the checkpoint. The weights keep their dtype.
+    memory-mapped: memory use does not grow with the checkpoint. The weights keep their dtype; a tensor that is put
+    together from several of unlike dtypes gets one that rounds none of them.
 
     Args:
         mp: number of shards to write.
@@ -40,24 +40,17 @@ def split(
     """
     manifest = Manifest.read(source)
     args = stored_args(manifest, llama_config)
-    checkpoint = Checkpoint.open(manifest, args)
-    opened = [checkpoint.read_file(file) for file in range(len(manifest.shards))]
-    checkpoint.check_pieces()
+    weights = StoredWeights(manifest, args)
     obstacles = obstacles_to_files(args, mp, sparse=False) if mp >= 1 else ["it must be at least 1"]
     if obstacles:
         works = [n for n in range(1, args.n_heads + 1) if not obstacles_to_files(args, n, sparse=False)]
         raise ValueError(f"cannot write {mp} shards: {'; '.join(obstacles)}. Numbers that work: {works}")
-    by_parameter: dict[str, list[Source]] = {}
-    for contents in checkpoint.by_file:
-        for entry in contents:
-            by_parameter.setdefault(entry.parameter, []).append(entry)
     with new_folder(Path(destination)) as aside:
-        held = checkpoint.held()
-        targets = [target for target in base_sources(args, mp) if target.parameter in held]
+        targets = [target for target in base_sources(args, mp) if target.parameter in weights.held]
         with tqdm(total=len(targets), desc=f"splitting into {mp}", unit="tensor", disable=None) as progress:
             for file in range(mp):
                 wanted = [target for target in targets if target.file == file]
-                _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, by_parameter, opened)
+                _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, weights)
                 progress.update(len(wanted))
         write_json(aside / "config.json", args.to_dict())
         write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if args.peft else "mistral"})
@@ -102,23 +95,8 @@ def copy_tokenizer(manifest: Manifest, destination: Path) -> None:
         logger.warning("%s has no tokenizer: put tokenizer.model into the converted folder before using it", source)
 
 
-def _write_shard(
-    path: Path, targets: list[Source], by_parameter: dict[str, list[Source]], opened: list[dict[str, Tensor]]
-) -> None:
-    dtypes = {target.key: _dtype(by_parameter[target.parameter], opened) for target in targets}
+def _write_shard(path: Path, targets: list[Source], weights: StoredWeights) -> None:
+    dtypes = {target.key: weights.dtype(target.parameter, target.box) for target in targets}
     shard = create_shard(path, {PREFIX + target.key: (target.shape, dtypes[target.key]) for target in targets})
     for target in targets:
-        written = target.view(shard[PREFIX + target.key])
-        missing = target.box.numel
-        for entry in by_parameter[target.parameter]:
-            common = target.box.intersect(entry.box)
-            if common is None or missing == 0:
-                continue
-            read = entry.view(opened[entry.file][entry.key])
-            written[common.within(target.box)].copy_(read[common.within(entry.box)])
-            missing -= common.numel
-        assert missing == 0, f"{target.key}: {missing} elements have no source"
-
-
-def _dtype(entries: list[Source], opened: list[dict[str, Tensor]]) -> torch.dtype:
-    return opened[entries[0].file][entries[0].key].dtype
+        weights.copy(target.parameter, target.box, target.view(shard[PREFIX + target.key]))

@@ -67,7 +67,7 @@ def merge(
         with tqdm(total=len(targets), desc="merging", unit="tensor", disable=None) as progress:
             for file in range(files):
                 wanted = [target for target in targets if target.file == file]
-                dtypes = {target.key: merger.dtype(target.parameter) for target in wanted}
+                dtypes = {target.key: merger.dtype(target) for target in wanted}
                 path = aside / f"consolidated.{file:02d}-of-{files:02d}.model.pth"
                 shard = create_shard(path, {PREFIX + own.key: (own.shape, dtypes[own.key]) for own in wanted})
                 for target in wanted:
@@ -150,8 +150,9 @@ class _Merger:
     def has(self, name: str) -> bool:
         return name in self.adapter.held or name in self.base.held
 
-    def dtype(self, name: str) -> torch.dtype:
-        return (self.base if name in self.base.held else self.adapter).dtype(name)
+    def dtype(self, target: Source) -> torch.dtype:
+        held = self.base if target.parameter in self.base.held else self.adapter
+        return held.dtype(target.parameter, target.box)
 
     def merged(self, target: Source) -> Tensor:
         """One tensor of the result, in the shape of its box."""

@@ -110,7 +110,7 @@ def quantize_checkpoint(
 
 def _dtype(target: Source, weights: StoredWeights) -> torch.dtype:
     tensor = matrix_of(target.parameter)[1]
-    return TENSOR_DTYPES[tensor] if tensor else weights.dtype(target.parameter)
+    return TENSOR_DTYPES[tensor] if tensor else weights.dtype(target.parameter, target.box)
 
 
 def _fill(
@@ -138,7 +138,7 @@ def _fill(
                     weight = quantize_calibrated(values, moments, group_size=group)
             _write(weight, piece, wanted, shards)
             matrices, now = matrices + 1, now + weight.nbytes
-            before += math.prod(weight.shape) * weights.dtype(name).itemsize
+            before += math.prod(weight.shape) * weights.dtype(name, piece.box).itemsize
     return QuantizeReport(matrices, before, now)
 
 

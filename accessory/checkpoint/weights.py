@@ -1,5 +1,7 @@
 """Parameters of a checkpoint folder, read by the box, whatever form its files have."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,10 +40,13 @@ class StoredWeights:
         self.held = frozenset(self._sources)
         self.folder = manifest.folder
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a parameter that the folder holds."""
-        first = self._sources[name][0]
-        return self._files[first.file][first.key].dtype
+    def dtype(self, name: str, box: Box) -> torch.dtype:
+        """Of a part of a parameter that the folder holds: where its tensors differ, one that rounds none of them."""
+        met = {self._tensor(source).dtype for source in self._sources[name] if box.intersect(source.box)}
+        if len(met) > 1:
+            # PyTorch promotes no 8-bit floats; bfloat16 holds the values of all of them.
+            met = {torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in met}
+        return functools.reduce(torch.promote_types, met)
 
     def holds(self, name: str, box: Box) -> bool:
         """Whether the folder holds this part of a parameter, whole."""
@@ -49,15 +54,22 @@ class StoredWeights:
         return sum(common.numel for common in found if common) >= box.numel
 
     def read(self, name: str, box: Box) -> Tensor:
-        """A part of a parameter that the folder holds, in its stored dtype."""
-        part = torch.empty(box.size, dtype=self.dtype(name))
+        """A part of a parameter that the folder holds."""
+        part = torch.empty(box.size, dtype=self.dtype(name, box))
+        self.copy(name, box, part)
+        return part
+
+    def copy(self, name: str, box: Box, part: Tensor) -> None:
+        """Write a part of a parameter that the folder holds into a tensor of the box's size."""
         missing = box.numel
         for source in self._sources[name]:
             common = box.intersect(source.box)
             if common is None or missing == 0:
                 continue
-            stored = source.view(self._files[source.file][source.key])
+            stored = source.view(self._tensor(source))
             part[common.within(box)].copy_(stored[common.within(source.box)])
             missing -= common.numel
         assert missing == 0, f"{name}: {missing} elements have no source"
-        return part
+
+    def _tensor(self, source: Source) -> Tensor:
+        return self._files[source.file][source.key]
