@@ -193,6 +193,16 @@ def test_random_batches_complete_as_each_prompt_alone(seed: int, monkeypatch: py
         assert all(any(active) for active in model.decodes)
 
 
+@pytest.mark.parametrize(("longest", "slots"), [(10, 4), (11, 3), (20, 2), (41, 1)])
+def test_where_one_prompt_is_long_fewer_run_at_once(longest: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "TOKENS_FOR_A_SLOT", 10)
+    model, prompts = Arithmetic(max_batch_size=4), [[5], [7, 1], [2, 2], [3] * (longest - 4), [6]]
+    found = completions(model, prompts, max_gen_len=4)  # type: ignore[arg-type]
+    assert found == [expected_completion(prompt, 4, eos_id=-1) for prompt in prompts]
+    (cache,) = model.caches
+    assert (cache.slots, cache.max_seq_len) == (slots, longest)
+
+
 def test_a_free_slot_is_taken_at_once() -> None:
     # Two slots, three prompts of 5 tokens more each, and the first ends after one: the third must not wait.
     model = Arithmetic(max_batch_size=2)

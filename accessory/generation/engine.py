@@ -17,10 +17,18 @@ from torch import Tensor
 from accessory.config import ModelArgs
 from accessory.generation.sampling import Sampling, not_finite, sample
 from accessory.generation.stopping import StreamableTokenizer, TextStream
-from accessory.parallel.state import ParallelState, on_all_ranks
+from accessory.parallel.state import ParallelState, agreed, on_all_ranks
 
 # Prompts are read in pieces of this many tokens, which bounds the memory of the experts' activations.
 PREFILL_TOKENS = 2048
+
+# A cache has room for the longest sequence in each of its slots: where one needs more than this many tokens there are
+# fewer slots, or a single long prompt among short ones would take the memory of a whole batch of its like. It is the
+# context that a model has unless told otherwise.
+TOKENS_FOR_A_SLOT = 4096
+
+# What the first rank broadcasts in place of tokens where it failed to choose any.
+_FAILED = -2
 
 
 class Cache(Protocol):
@@ -89,10 +97,10 @@ def complete(
     room for ``sampling.max_gen_len`` within the model's max_seq_len.
     """
     waiting = deque(_Sequence(index, prompt, tokenizer, sampling) for index, prompt in enumerate(prompts))
-    slots = min(len(waiting), model.args.max_batch_size)
-    longest = max(len(prompt) for prompt in prompts) + sampling.max_gen_len
+    longest = min(max(len(prompt) for prompt in prompts) + sampling.max_gen_len, model.args.max_seq_len)
+    slots = _slots_for(len(prompts), longest, model.args.max_batch_size)
     with torch.inference_mode(False):  # the caller may leave such a mode while the generator lives on
-        cache = model.new_cache(slots, min(longest, model.args.max_seq_len))
+        cache = agreed(model.state, lambda: model.new_cache(slots, longest))  # one rank may be out of memory
     running: dict[int, _Sequence] = {}
     while waiting or running:
         joining = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
@@ -109,6 +117,11 @@ def complete(
             if sequence.finished:
                 del running[slot]
                 cache.free(slot)
+
+
+def _slots_for(count: int, longest: int, most: int) -> int:
+    """How many of so many sequences run at once, of which the longest takes ``longest`` tokens."""
+    return min(count, most, max(1, most * TOKENS_FOR_A_SLOT // longest))
 
 
 @torch.no_grad()

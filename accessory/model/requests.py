@@ -1,35 +1,17 @@
 """Checking what a model is asked, on every rank, before the first collective."""
 
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from accessory.generation.sampling import Sampling
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.tokenizer import Tokenizer
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import agreed
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 Examples = Sequence[str | Sequence[int]]
-
-
-def agreed(state: ParallelState, step: Callable[[], Result], request: Any = None) -> Result:
-    """Run a step that may fail on one rank alone, and raise on all ranks if it failed on any.
-
-    Args:
-        request: the call's arguments, which must be the same on every rank.
-    """
-    failure: Exception | None = None
-    result: Result | None = None
-    try:
-        result = step()
-    except Exception as error:
-        failure = error
-    state.agree(failure, None if request is None else hashlib.sha256(repr(request).encode()).hexdigest())
-    return result  # type: ignore[return-value]
 
 
 def refuse_images(images: Any) -> None:

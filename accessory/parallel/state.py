@@ -3,11 +3,13 @@
 import atexit
 import contextlib
 import functools
+import hashlib
 import io
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from torch import nn
 from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
 from accessory.quant import QuantizedParameter
+
+Result = TypeVar("Result")
 
 _ON_ALL_RANKS = "(raised alike on every rank of the model)"
 
@@ -179,6 +183,22 @@ class ParallelState:
                     "every rank of a model must make the same call with the same prompts and settings"
                 )
             )
+
+
+def agreed(state: ParallelState, step: Callable[[], Result], request: Any = None) -> Result:
+    """Run a step that may fail on one rank alone, and raise on all ranks if it failed on any.
+
+    Args:
+        request: the call's arguments, which must be the same on every rank.
+    """
+    failure: Exception | None = None
+    result: Result | None = None
+    try:
+        result = step()
+    except Exception as error:
+        failure = error
+    state.agree(failure, None if request is None else hashlib.sha256(repr(request).encode()).hexdigest())
+    return result  # type: ignore[return-value]
 
 
 @functools.cache

@@ -12,9 +12,8 @@ from accessory.config import ModelArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
 from accessory.model.pretrained import Pretrained, fill_parameters
-from accessory.model.requests import agreed
 from accessory.parallel.ops import local
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, agreed
 from accessory.train.init import init_weights
 from accessory.train.sharding import DataParallel, own_boxes, shard_model
 from accessory.train.snapshot import over_all_ranks

@@ -21,9 +21,8 @@ from accessory.launch import Launch
 from accessory.log import setup_logging
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
-from accessory.model.requests import agreed
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, agreed
 from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.interruption import Interruption, Stop

@@ -14,7 +14,7 @@ from accessory.data.collate import collate
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
-from accessory.model.requests import agreed
+from accessory.parallel.state import agreed
 from accessory.train.export import drop_older_models, export_checkpoint, export_name
 from accessory.train.flops import flops_per_token, peak_flops
 from accessory.train.interruption import Interruption, Stop

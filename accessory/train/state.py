@@ -26,8 +26,7 @@ from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
-from accessory.model.requests import agreed
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, agreed
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
     check_same_model,
