@@ -23,6 +23,7 @@ from accessory.errors import CheckpointError
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
+from accessory.parallel.state import raised_on_all_ranks
 
 CONFIG = small_config(n_layers=1)
 FILES = 4
@@ -815,6 +816,8 @@ CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "temperature infinite": ("generate", {"temperature": float("inf")}, ("temperature", "inf", "0 or a positive")),
     "temperature text": ("generate", {"temperature": "hot"}, ("temperature", "'hot'", "0 or a positive number")),
     "temperature True": ("generate", {"temperature": True}, ("temperature", "True", "0 or a positive number")),
+    "temperature huge": ("generate", {"temperature": 10**400}, ("temperature", "inf", "0 or a positive number")),
+    "top_p huge": ("generate", {"top_p": -(10**5000)}, ("top_p", "-inf", "between 0 and 1")),
     "top_p negative": ("generate", {"top_p": -0.01}, ("top_p", "-0.01", "between 0 and 1")),
     "top_p above 1": ("generate", {"top_p": 1.01}, ("top_p", "1.01", "between 0 and 1")),
     "top_p NaN": ("generate", {"top_p": float("nan")}, ("top_p", "nan", "between 0 and 1")),
@@ -916,6 +919,33 @@ def test_ranks_that_are_asked_different_things_refuse_together(good, model, rank
     for (_, _, says), error in zip(DIFFERING, first[0], strict=True):
         holds(error, ValueError, says)
     assert first[1] == expected
+
+
+def failing_step_error(folder: Path, step: str, rank: int) -> tuple[tuple[str, str], bool, list[str]]:
+    """What a call raises where a step of it fails on one rank, whether on all alike; and the next call's texts."""
+    model = MetaModel.from_pretrained(folder, max_seq_len=64, dtype="fp32", mp_group=dist.group.WORLD)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError(f"{step} has no memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(step, fail)
+        with pytest.raises(RuntimeError) as caught:
+            model.generate(["a list", "the"], max_gen_len=8)
+    error = caught.value
+    return (type(error).__name__, str(error)), raised_on_all_ranks(error), model.generate(["a list"], max_gen_len=8)
+
+
+@pytest.mark.parametrize(
+    ("step", "rank"),
+    [("accessory.model.LLM.mistral.Transformer.new_cache", 1), ("accessory.generation.engine.sample", 0)],
+)
+def test_a_step_that_fails_on_one_rank_ends_the_call_on_all(step, rank, good, model, ranks):
+    expected = model.generate(["a list"], max_gen_len=8)
+    found = ranks(2).run(failing_step_error, good, step, rank)
+    assert found[rank] == (("OutOfMemoryError", f"{step} has no memory"), True, expected)
+    assert found[1 - rank] == (("RuntimeError", f"{step} has no memory"), True, expected)
 
 
 def test_training_batches_of_wrong_shape(model):

@@ -5,9 +5,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import random_mixtral, random_prompts, write_checkpoint
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import accessory.generation.engine as engine
 from accessory.config import ModelArgs
-from accessory.generation.sampling import Sampling, sample
+from accessory.generation.sampling import Sampling, sample, sample_each
 from accessory.model.cache import KVCache
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import ParallelState
@@ -385,11 +387,22 @@ def test_prefill_refuses_what_does_not_fit_before_it_writes(model: MetaModel) ->
 
 
 def test_logits_that_are_not_finite_choose_nothing():
-    logits = torch.zeros(3, 5)
-    logits[1, 2] = float("nan")
-    logits[2, 0] = float("inf")
-    logits[0, 3] = 1.0
-    for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (0.7, 1.0)):
-        tokens = sample(logits, temperature, top_p).tolist()
-        assert tokens[0] in range(5)
-        assert tokens[1:] == [-1, -1]
+    logits = torch.zeros(4, 5)
+    logits[0, :4] = torch.tensor([-torch.inf, -torch.inf, -torch.inf, 1.0])
+    logits[1, 2] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3] = -torch.inf
+    for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (0.7, 1.0), (0.7, 0.9)):
+        how = Sampling(temperature=temperature, top_p=top_p)
+        for tokens in (sample(logits, temperature, top_p), sample_each(logits, [how] * 4, [0.3] * 4)):
+            assert tokens[0] in (3, 4)
+            assert tokens[1:].tolist() == [-1, -1, -1]
+
+
+def test_any_kind_of_number_is_a_temperature(model: MetaModel) -> None:
+    texts = []
+    for temperature, top_p in ((0.5, 0.75), (Fraction(1, 2), Fraction(3, 4)), (np.float32(0.5), np.float64(0.75))):
+        torch.manual_seed(0)
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        texts.append(model.generate(["The list", "a"], max_gen_len=8, **settings))
+    assert texts[0] == texts[1] == texts[2]

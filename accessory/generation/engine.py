@@ -162,13 +162,18 @@ def _decode(model: Model[C], cache: C, running: dict[int, _Sequence], slots: int
 @torch.no_grad()
 def _choose(state: ParallelState, logits_RV: Tensor, sampling: Sampling) -> list[int]:
     """Sample on the model's first rank; equal seeds would not give equal samples on different ranks."""
+    tokens = torch.full(logits_RV.shape[:1], _FAILED, dtype=torch.int64, device=logits_RV.device)
+    failure: Exception | None = None
     if state.is_first:
-        tokens = sample(logits_RV, sampling.temperature, sampling.top_p)
-    else:
-        tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
+        try:
+            tokens = sample(logits_RV, sampling.temperature, sampling.top_p)
+        except Exception as error:
+            failure = error
     if state.mp_size > 1:
         dist.broadcast(tokens, group=state.mp_group, group_src=0)
     chosen: list[int] = tokens.tolist()
+    if _FAILED in chosen:
+        state.agree(failure)
     if min(chosen) < 0:
         raise on_all_ranks(not_finite())
     return chosen

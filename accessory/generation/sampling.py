@@ -32,6 +32,11 @@ class Sampling:
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        # Tensors take no other kinds of numbers, such as fractions.
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, _as_float(getattr(self, name)))
+
     @classmethod
     def of(cls, max_gen_len: int, temperature: float, top_p: float, stop: Any) -> Self:
         """Take a user's arguments; `check` judges them. One string stands for a list of one."""
@@ -49,9 +54,9 @@ class Sampling:
                 f"max_gen_len {self.max_gen_len} leaves no room for a prompt in max_seq_len {max_seq_len}: "
                 f"ask for at most {max_seq_len - 2} tokens, or load the model with a larger max_seq_len"
             )
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+        if not isinstance(self.temperature, float) or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or a positive number, not {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
+        if not isinstance(self.top_p, float) or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must lie between 0 and 1, not {self.top_p!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop symbols must be non-empty strings, not {self.stop!r}")
@@ -60,10 +65,10 @@ class Sampling:
 def sample(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
     """The next token of every sequence, (S,) int64; uses PyTorch's default generator of the logits' device.
 
-    A sequence whose logits hold NaN or +infinity gets -1: nothing can be chosen from them.
+    A sequence whose logits hold NaN or +infinity, or nothing but -infinity, gets -1: nothing can be chosen from them.
     """
-    broken_S = (logits_SV.isnan() | logits_SV.isposinf()).any(-1)
-    tokens_S = _choose(logits_SV.nan_to_num(0.0, 0.0), temperature, top_p)
+    broken_S = ~logits_SV.amax(-1).isfinite()
+    tokens_S = _choose(logits_SV.masked_fill(broken_S[:, None], 0.0), temperature, top_p)
     return tokens_S.masked_fill(broken_S, -1)
 
 
@@ -78,7 +83,7 @@ def sample_each(logits_SV: Tensor, samplings: Sequence[Sampling], draws: Sequenc
     if drawn:
         settings = [(samplings[row].temperature, samplings[row].top_p, draws[row]) for row in drawn]
         tokens_S[drawn] = _draw(logits_SV[drawn], settings)
-    return tokens_S.masked_fill(~(best_S < float("inf")), -1)
+    return tokens_S.masked_fill(~best_S.isfinite(), -1)
 
 
 def not_finite() -> FloatingPointError:
@@ -123,5 +128,11 @@ def _choose(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:
     return tokens_SV.gather(-1, torch.multinomial(kept_SV, 1)).squeeze(-1)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _as_float(value: Any) -> Any:
+    """A number as a float; anything else as it is, for `Sampling.check` to refuse."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return float("-inf" if value < 0 else "inf")
