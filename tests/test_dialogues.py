@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import random_tensors, small_config, write_folder
@@ -67,10 +68,52 @@ def test_questions_are_asked_as_they_were_learned(
     assert capsys.readouterr().out == f"{answers[1]}\n"
 
 
-def test_a_file_without_prompts_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "empty.txt"
-    file.write_text("\n \n")
-    assert main(["generate", str(folder), "--dtype", "fp32", "--prompt-file", str(file)]) == 1
-    assert f"--prompt-file {file} has no line" in capsys.readouterr().err
-    assert main(["generate", str(folder), "--dtype", "fp32", "--prompt-file", str(tmp_path / "none")]) == 1
-    assert "none" in capsys.readouterr().err
+def test_a_line_of_a_file_is_one_prompt(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["one\u2028line\x85of\x0bthe\x0cfile\x1c\x1d\x1e", " two ", "日本\rthree", "four"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\r\n \n".join(lines).encode("utf-8-sig"))
+    asked: list[str] = []
+
+    class Echo:
+        def generate(self, prompts: list[str], **settings: Any) -> list[str]:
+            asked.extend(prompts)
+            return prompts
+
+    monkeypatch.setattr(MetaModel, "from_pretrained", lambda *arguments, **settings: Echo())
+    assert main(["generate", str(folder), "--prompt-file", str(file)]) == 0
+    assert asked == lines
+    assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "says"),
+    [
+        (b"\n \n", [], "prompts.txt has no line to complete: write some into it"),
+        (None, [], "prompts.txt cannot be read (No such file or directory): check the path"),
+        (b"a caf\xe9\n", [], "prompts.txt is not UTF-8 (at byte 5): save it as UTF-8"),
+        (b"a\n", ["--temperature", "-1"], "temperature must be 0 or a positive number, not -1.0"),
+        (b"a\n", ["--top-p", "2"], "top_p must lie between 0 and 1, not 2.0"),
+        (b"a\n", ["--max-gen-len", "4095"], "max_gen_len 4095 leaves no room for a prompt in max_seq_len 4096"),
+        (b"a\n", ["--stop", ""], "stop symbols must be non-empty strings"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_before_the_model_is_loaded(
+    content: bytes | None,
+    settings: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(MetaModel, "from_pretrained", loaded.append)
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["generate", str(tmp_path), "--prompt-file", str(file), *settings]) == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert says in told.err
+    assert not loaded

@@ -34,21 +34,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from accessory.model.meta import MetaModel
     from accessory.parallel.rendezvous import process_group_of_launcher
+    from accessory.parallel.state import ParallelState, agreed
 
     with process_group_of_launcher(arguments.device, say=say) as mp_group:
+        # Loading a large model takes minutes: what is wrong is said before, and once for all ranks.
+        members = ParallelState.from_group(mp_group)
+        loading, (texts, prompts, settings) = agreed(members, lambda: (model_settings(arguments), _asked(arguments)))
         torch.manual_seed(arguments.seed)
-        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **model_settings(arguments))
-        settings = {
-            "max_gen_len": arguments.max_gen_len,
-            "temperature": arguments.temperature,
-            "top_p": arguments.top_p,
-            "additional_stop_symbols": arguments.stop,
-        }
-        texts = arguments.prompt or _lines_of(arguments.prompt_file)
-        prompts = texts
-        if arguments.dialog:
-            prompts, end = _open_dialogues(texts)
-            settings["additional_stop_symbols"] = [*arguments.stop, end]
+        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
         if len(prompts) == 1:
             _print_stream(model.stream_generate(prompts[0], **settings))
         else:
@@ -56,8 +49,34 @@ def _generate(arguments: argparse.Namespace) -> None:
                 show(f"{text}\n  {answer.strip()}\n" if arguments.dialog else f"{answer}\n")
 
 
+def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str], dict[str, Any]]:
+    """The texts that were given, the prompts that they become, and the settings of `MetaModel.generate`.
+
+    Raises:
+        ValueError, OSError: naming the setting or the file.
+    """
+    from accessory.generation.sampling import Sampling
+
+    texts = arguments.prompt or _lines_of(arguments.prompt_file)
+    prompts, stop = texts, arguments.stop
+    if arguments.dialog:
+        prompts, end = _open_dialogues(texts)
+        stop = [*stop, end]
+    how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, stop)
+    how.check(arguments.max_seq_len)
+    settings = {"max_gen_len": how.max_gen_len, "temperature": how.temperature, "top_p": how.top_p}
+    return texts, prompts, {**settings, "additional_stop_symbols": how.stop}
+
+
 def _lines_of(file: Path) -> list[str]:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines that are not empty. A line ends at a line feed alone: others of Unicode's ends are part of a text."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise OSError(f"--prompt-file {file} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {file} is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {file} has no line to complete: write some into it")
     return lines
