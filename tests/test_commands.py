@@ -12,6 +12,7 @@ from checkpoints import base_shard, random_tensors, small_config, write_folder
 from ranks import free_port, run_command
 
 import accessory
+from accessory.cli import main
 from accessory.model.meta import MetaModel
 
 PYTHON = Path(sys.executable)
@@ -264,6 +265,37 @@ def test_generate_takes_the_settings(folder, texts, small_tokenizer, tmp_path):
 )
 def test_generate_refuses(arguments, says, folder):
     refused(*MODULE, "generate", folder, "--prompt", "a", *arguments, says=says)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "facts"),
+    [
+        ("pretrained.build_transformer", None, " (4000000000000000 bytes more were asked for)"),
+        (
+            "LLM.mistral.Transformer.new_cache",
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which "
+                "10.19 MiB is free. Including non-PyTorch memory, this process has 79.16 GiB memory in use."
+            ),
+            " (20.00 MiB more were asked for, GPU 0 has a total capacity of 79.18 GiB of which 10.19 MiB is free)",
+        ),
+        ("LLM.mistral.Transformer.prefill", MemoryError(), ""),
+    ],
+    ids=["loading", "cache", "reading"],
+)
+def test_a_lack_of_memory_is_one_line(step, error, facts, folder, capsys, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(10**15, dtype=torch.float32)
+
+    monkeypatch.setattr(f"accessory.model.{step}", fail)
+    assert main(["generate", str(folder), "--prompt", "a", "--device", "cpu"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    says = f"error: out of memory{facts}: hold the model on more ranks or in fewer bits (--quant), or let it do less"
+    assert told.err.splitlines()[-1].startswith(says)
+    assert "Traceback" not in told.err
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -1,5 +1,6 @@
 """The driver: one process that owns two ranks, which live through idle times, cancellations and bad calls."""
 
+import json
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ from checkpoints import random_tensors, small_config, write_folder
 from models import completions, load
 from programs import Program
 
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, OutOfMemory
 from accessory.generation.sampling import Sampling
 from accessory.serve.driver import Driver
 from accessory.serve.processes import Placement, environment_of
@@ -217,11 +218,19 @@ def test_ranks_come_back_when_their_model_does_and_whatever_is_open(
     assert set(children_ids()) == others
 
 
-def test_what_cannot_be_loaded_is_said_by_the_constructor(tmp_path: Path, others: set[int]) -> None:
+def test_what_cannot_be_loaded_is_said_by_the_constructor(
+    folder: Path, tmp_path: Path, others: set[int], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(FileNotFoundError, match="no_such_folder does not exist"):
         Driver(tmp_path / "no_such_folder", ranks=2, device="cpu")
     with pytest.raises(CheckpointError):
         Driver(tmp_path, ranks=1, device="cpu")
+    large = Path(shutil.copytree(folder, tmp_path / "large"))
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "hidden_dim": 2**40}))
+    with pytest.raises(OutOfMemory, match=r"out of memory \(\d+ bytes more were asked for\): hold"):
+        Driver(large, ranks=1, device="cpu")
+    assert "Traceback" not in capfd.readouterr().err
     assert set(children_ids()) == others
 
 

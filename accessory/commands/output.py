@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable
 
+from accessory.errors import out_of_memory
 from accessory.log import global_rank
 
 
 def say(error: Exception) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {out_of_memory(error) or error}\n")
     sys.stderr.flush()
 
 
@@ -31,7 +32,8 @@ def ended(program: Callable[[], None]) -> int:
         from accessory.parallel.state import raised_on_all_ranks
         from accessory.serve.request import RankLost
 
-        if not isinstance(error, OSError | ValueError | FloatingPointError | RankLost):
+        expected = isinstance(error, OSError | ValueError | FloatingPointError | RankLost)
+        if not expected and out_of_memory(error) is None:
             raise
         if global_rank() == 0 or not raised_on_all_ranks(error):
             say(error)

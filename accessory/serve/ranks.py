@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from accessory.errors import out_of_memory
 from accessory.launch import Launch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths
@@ -160,9 +161,10 @@ def _run_program(
         try:
             serve_first(model, slots, inbox=inbox, report=engine.take, prefill_tokens=prefill_tokens, ready=loaded.set)
         except Exception as error:
-            if not isinstance(error, RankLost):
+            shortage = out_of_memory(error)
+            if not isinstance(error, RankLost) and shortage is None:
                 logger.exception("the engine has failed")
-            engine.take(Failed(error))
+            engine.take(Failed(shortage or error))
         finally:
             loaded.set()
 

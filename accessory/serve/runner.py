@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.model.cache import KVCache
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import raised_on_all_ranks
+from accessory.parallel.state import agreed, raised_on_all_ranks
 from accessory.serve.messages import Command, Freed, Invoke, Link, Read, Stop, Write
 
 
@@ -16,7 +17,11 @@ class Runner:
     def __init__(self, model: MetaModel, slots: int) -> None:
         self.model = model
         llma = model.llma
-        self.cache = llma.new_cache(slots, llma.args.max_seq_len, routes=llma.state.is_first)
+
+        def new_cache() -> KVCache:
+            return llma.new_cache(slots, llma.args.max_seq_len, routes=llma.state.is_first)
+
+        self.cache = agreed(llma.state, new_cache)  # one rank may be out of memory
 
     def warm_up(self) -> None:
         """Read and write a token for nobody, so that no request waits for what a first one sets in motion."""

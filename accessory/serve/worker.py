@@ -26,6 +26,7 @@ def main() -> None:
     # Ctrl-C goes to every process of a terminal; what it ends is the driver's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setup_logging()
+    from accessory.errors import out_of_memory
     from accessory.serve.messages import Failed, Link, sendable
     from accessory.serve.request import RankLost
 
@@ -34,15 +35,13 @@ def main() -> None:
     threading.Thread(target=_listen, args=(link, inbox, os.getppid()), name="driver", daemon=True).start()
 
     def say(error: Exception) -> None:
-        link.send(Failed(sendable(error)))
+        link.send(Failed(sendable(out_of_memory(error) or error)))
 
     try:
         _work(link, inbox, say)
-    except (OSError, ValueError, RankLost) as error:
-        say(error)
-        sys.exit(1)
     except Exception as error:
-        logger.exception("rank %d has failed", global_rank())
+        if not isinstance(error, OSError | ValueError | RankLost) and out_of_memory(error) is None:
+            logger.exception("rank %d has failed", global_rank())
         say(error)
         sys.exit(1)
 
