@@ -98,7 +98,7 @@ chromium:
 	echo "no chromium, and only root may install Debian's: the tests in a browser are skipped"
 
 # What takes longer: a run that is killed 30 times, whose last result stands in docs/reliability.md; 500 clients that
-# leave a server midway, and long fuzzing of it.
+# leave a server midway, and long fuzzing of it; layouts of more ranks.
 soak: $(READY)
 	$(BIN)/pytest -m soak
 

@@ -5,6 +5,10 @@ import re
 # How PyTorch begins to say it, of a GPU and of the host.
 _SHORTAGE = re.compile(r"\b(CUDA|HIP) (driver )?(error: )?out of memory|can't allocate memory")
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
+_REMEDY = (
+    "hold the model on more ranks or in fewer bits (--quant), or let it do less at once "
+    "(a smaller --max_seq_len, fewer --slots, fewer or shorter prompts)"
+)
 _CARD = re.compile(r"GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free")
 
 
@@ -16,7 +20,7 @@ class OutOfMemory(MemoryError):
     """Memory that a model or its work would take is not there; the message names the ways out."""
 
 
-def out_of_memory(error: Exception) -> OutOfMemory | None:
+def out_of_memory(error: Exception, remedy: str = _REMEDY) -> OutOfMemory | None:
     """What an error says of memory that was not there, in one line; None where it is about something else."""
     if isinstance(error, OutOfMemory):
         return error
@@ -26,10 +30,7 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     facts = [f"{match[1]} more were asked for" for match in _ASKED.finditer(text)]
     facts += [match[0] for match in _CARD.finditer(text)]
     known = f" ({', '.join(facts)})" if facts else ""
-    return OutOfMemory(
-        f"out of memory{known}: hold the model on more ranks or in fewer bits (--quant), or let it do less at once "
-        "(a smaller --max_seq_len, fewer --slots, fewer or shorter prompts)"
-    )
+    return OutOfMemory(f"out of memory{known}: {remedy}")
 
 
 def first_line(text: str, *, otherwise: str) -> str:

@@ -13,11 +13,17 @@ if __name__ == "__main__" and __package__ in (None, ""):
     # Started as a file, Python looks for modules in its folder first; the package is one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from accessory.errors import out_of_memory
 from accessory.launch import Launch
 from accessory.log import setup_logging
 from accessory.train.interruption import Interruption, Stop
 
 logger = logging.getLogger("accessory.main_finetune")  # the file may be run as __main__
+
+_LESS_MEMORY = (
+    "take a smaller --batch_size with more --accum_iter, --checkpointing, a smaller --max_words, --data_parallel fsdp, "
+    "more ranks, or an adapter (--llama_type mistral_peft)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +59,12 @@ def _run(arguments: Sequence[str] | None, launch: Launch, interruption: Interrup
         return int(error.code or 0)
     except (OSError, ValueError, FloatingPointError) as error:
         _say(error)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        shortage = out_of_memory(error, _LESS_MEMORY)
+        if shortage is None:
+            raise
+        _say(shortage)
         return 1
 
 

@@ -1,5 +1,6 @@
 """Real processes over gloo for the tests: a pool is started once per world size and sent test functions."""
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 import traceback
 import uuid
@@ -27,7 +29,18 @@ CALL_SECONDS = 120
 # peers. Ranks that have gathered more are replaced by fresh ones, which are there in a fraction of a second.
 MOST_THREADS = 48
 
-PRELOADED = ["torch", "torch.distributed", "accessory.model.meta"]
+_PR_SET_PDEATHSIG = 1
+# What test modules import; a rank that is forked has them, and one that has to import them takes seconds.
+PRELOADED = [
+    "accessory.train.finetune",
+    "fairscale.nn.model_parallel.initialize",
+    "hypothesis",
+    "pytest",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "transformers.models.mixtral.modeling_mixtral",
+]
 
 
 class RankFailure(AssertionError):
@@ -60,9 +73,13 @@ class RankPool:
         """
         if not self._processes:
             self._start()
+        self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        return self._collect(seconds)
+        try:
+            return self._collect(seconds)
+        finally:
+            self._signal(signal.SIGSTOP)
 
     def close(self) -> None:
         """End the processes."""
@@ -70,6 +87,12 @@ class RankPool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Ranks that wait for a function are stopped: their gloo threads, hundreds in all, would wake all the time."""
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
     def _start(self) -> None:
         # Forked off a process that has imported everything: a rank is there in 0.1 s instead of 2.
@@ -201,6 +224,9 @@ def _kill_marked(mark: str) -> list[str]:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    os.setsid()  # or the end of a shell would reach all of its job, since a member of it is stopped
+    if sys.platform == "linux":  # one that is stopped does not notice that nobody is left to ask it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))

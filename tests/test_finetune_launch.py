@@ -137,6 +137,24 @@ def test_torchrun(changes, setting, one_process, tmp_path):
     assert exported_loss(exported) == pytest.approx(exported_loss(theirs), rel=1e-4)
 
 
+WITHOUT_MEMORY = """
+import sys, torch
+from accessory.train import loop
+loop.train_step = lambda *given, **settings: torch.empty(2**50)
+from accessory.main_finetune import main
+sys.exit(main())
+"""
+
+
+def test_a_lack_of_memory_is_one_line(setting, tmp_path):
+    command = [PYTHON, "-c", WITHOUT_MEMORY, *arguments(setting, tmp_path / "out")]
+    done = run_command(command, env=setting.environment)
+    assert done.returncode == 1
+    (line,) = errors_of(done)
+    assert line.startswith("ERROR: out of memory")
+    assert "a smaller --batch_size with more --accum_iter" in line
+
+
 # -- the experiments under srun
 
 

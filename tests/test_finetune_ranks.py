@@ -64,7 +64,7 @@ def replicas_on_rank(setting: Setting, arguments: list[str]) -> Replicas:
         (1, 2, 100, {"precision": "bf16"}),
         (2, 2, 100, {"expert_placement": "tensor", "data_parallel": "fsdp"}),
         (1, 4, 100, {"expert_placement": "expert", "checkpointing": True}),
-        (2, 4, 25, {"precision": "bf16"}),  # eight processes take their time
+        pytest.param(2, 4, 25, {"precision": "bf16"}, marks=pytest.mark.soak),  # eight processes take their time
     ],
 )
 def test_replicas_are_alike_to_the_bit_after_many_steps(
