@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import pickle
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,17 @@ def test_half_a_cache_is_made_again(damage: str, tokenizer: Tokenizer, tmp_path:
     else:
         content = (folder / damage).read_bytes()
         (folder / damage).write_bytes(content[:-1])
-    left = folder.with_name(f"{folder.name}.host-1.tmp")
-    left.mkdir()
-    (left / "tokens.bin").write_bytes(b"a")
+    left, theirs = (folder.with_name(f"{folder.name}.{host}-1.tmp") for host in (socket.gethostname(), "another"))
+    for half in (left, theirs):
+        half.mkdir()
+        (half / "tokens.bin").write_bytes(b"a")
     assert not is_complete(folder)
     with pytest.raises(ValueError, match="not a whole data cache"):
         FinetuneData(folder)
     again = load(tmp_path, ALPACA, tokenizer)
     assert [again[i][1].tolist() for i in range(len(again))] == expected
     assert not left.exists()
+    assert theirs.exists(), "a host that locks for itself alone may be writing it"
 
 
 def test_a_failure_leaves_nothing(
