@@ -23,6 +23,8 @@ FEW_TILES = [
     for sizes in ((64, 128, 2, 4), (64, 64, 2, 4), (64, 64, 2, 6), (128, 64, 4, 4), (128, 128, 4, 3), (64, 64, 4, 4))
 ]
 PROGRAMS = (1024, 4096)
+DOT_TILES = ((8, 32), (4, 32), (4, 64), (16, 32))  # rows and chunks of a program of triton_dots
+DOT_PAIRS = (2, 4, 8, 16)  # up to beyond what it takes
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 1024))
 FORMS = ("plain", *QUANT_FORMS)
 
@@ -33,8 +35,10 @@ def product_rows() -> None:
     The fastest tiles over the shapes become those of what is run behind this.
     """
     work = [(form, tile) for form in FORMS for tile in FEW_TILES]
+    dots = [(form, tile) for form in QUANT_FORMS for tile in DOT_TILES]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.starmap(compile_tile, work, chunksize=1)
+        pool.starmap(compile_dots, dots, chunksize=1)
     print("compiled", flush=True)
     torch.manual_seed(0)
     default = triton_products.PROGRAMS
@@ -45,6 +49,8 @@ def product_rows() -> None:
             for pairs in (2, 16):
                 if pairs > 2 or rows != 7168:  # two experts' weights of that shape would stay in the cache
                     few_row(form, weight, pairs, few)
+            if form != "plain":
+                dots_row(form, weight)
         tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
         tiles[form], programs = min(few, key=lambda key: math.prod(few[key]))
         print(form, "few:", tiles[form], programs)
@@ -54,17 +60,43 @@ def product_rows() -> None:
 
 
 def few_row(form: str, weight: Weight, pairs: int, found: dict[tuple[Tile, int], list[float]]) -> None:
+    """Products on the tensor cores, by every tile."""
     codes = weight[0]
-    size = codes.numel() * codes.element_size() / 8 * min(pairs, 8)
     x = inputs(pairs, weight)
     expert = torch.arange(pairs, device="cuda") % 8
     cells = []
     tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
+    few_dots, triton_products.DOTS["gathered"] = triton_products.DOTS["gathered"], 0
     for (tile, programs), times in found.items():
         tiles[form], triton_products.PROGRAMS = tile, programs
         times.append(attempt(partial(gathered, x, weight, expert)))
-        cells.append(f"{short(tile)}/{programs} {size / times[-1] / 1e9:.0f}")
+        cells.append(f"{short(tile)}/{programs} {rate(weight, pairs, times[-1])}")
+    triton_products.DOTS["gathered"] = few_dots
     print(f"{form} {codes.shape[1]}x{x.shape[1]}, {pairs} pairs, GB/s: {', '.join(cells)}", flush=True)
+
+
+def dots_row(form: str, weight: Weight) -> None:
+    """Dot products of bytes, to be read beside `few_row`'s line of as many pairs."""
+    from accessory.kernels import triton_dots
+
+    default = (triton_dots._ROWS, triton_dots._CHUNKS)
+    few_dots, triton_products.DOTS["gathered"] = triton_products.DOTS["gathered"], max(DOT_PAIRS)
+    for pairs in DOT_PAIRS:
+        x, expert = inputs(pairs, weight), torch.arange(pairs, device="cuda") % 8
+        cells = []
+        for tile in DOT_TILES:
+            triton_dots._ROWS, triton_dots._CHUNKS = tile
+            cells.append(f"{short(tile)} {rate(weight, pairs, attempt(partial(gathered, x, weight, expert)))}")
+        size = f"{weight[0].shape[1]}x{x.shape[1]}"
+        print(f"{form} {size}, {pairs} pairs by dots, GB/s: {', '.join(cells)}", flush=True)
+    triton_products.DOTS["gathered"] = few_dots
+    triton_dots._ROWS, triton_dots._CHUNKS = default
+
+
+def rate(weight: Weight, pairs: int, seconds: float) -> str:
+    """GB/s of the codes that have to be read: each chosen expert's once."""
+    codes = weight[0]
+    return f"{codes.numel() * codes.element_size() / 8 * min(pairs, 8) / seconds / 1e9:.0f}"
 
 
 def dense_row(rows: int, depth: int) -> None:
@@ -78,7 +110,7 @@ def dense_row(rows: int, depth: int) -> None:
         print(f"dense {rows}x{depth}, {tokens} tokens: F.linear {times[0]:.1f} us, ours {times[1]:.1f} us", flush=True)
 
 
-def short(tile: Tile) -> str:
+def short(tile: tuple[int, ...]) -> str:
     return "-".join(str(number) for number in tile)
 
 
@@ -115,6 +147,7 @@ def gathered(x: Tensor, weight: Weight, expert: Tensor) -> Tensor:
 def compile_tile(form: str, tile: Tile) -> None:
     """Compile what `few_row` times of one tile, with and without shares of the depth."""
     (triton_products.FEW if form == "plain" else triton_products.INTEGERS)[form] = tile
+    triton_products.DOTS["gathered"] = 0
     for depth, programs in ((1024, 1), (4096, 1 << 20)):
         weight = random_weight(form, 256, depth)
         triton_products.PROGRAMS = programs
@@ -144,3 +177,14 @@ def seconds(run: Callable[[], Any]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def compile_dots(form: str, tile: tuple[int, int]) -> None:
+    """Compile what `dots_row` times of one tile."""
+    from accessory.kernels import triton_dots
+
+    triton_dots._ROWS, triton_dots._CHUNKS = tile
+    triton_products.DOTS["gathered"] = max(DOT_PAIRS)
+    weight = random_weight(form, 256, 4096)
+    with suppress(Exception):  # too large for the registers
+        gathered(inputs(2, weight), weight, torch.arange(2, device="cuda"))

@@ -45,17 +45,21 @@ def test_on_a_gpu(check: Callable[[], None]) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("form", list(COMPILED))
-@pytest.mark.parametrize("module", ["kernels", "integers"])
+@pytest.mark.parametrize("module", ["kernels", "integers", "dots"])
 def test_compiles_without_a_gpu_for_one(module: str, form: str, tmp_path: Path) -> None:
     """Down to machine code: the interpreter accepts more than the compiler, and runs no PTX."""
-    if module == "integers" and form == "plain":
+    if module != "kernels" and form == "plain":
         return
     codes, scale, tile = COMPILED[form]
     group = 32 if form in ("int4", "nf4") else 128
     types = {"w_ERD": codes, "scale_ERG": scale, "zero_ERG": "*u8", "index": "*i64", "y_PR": "*bf16"}
     types |= {"x_scale_PB": "*fp32", "x_sum_PG": "*fp32", "sum_PG": "*fp32"}
     constants = {"WAY": "gathered", "FORM": form, "GROUP": group, "WHOLE_TILES": True, "PTX": "", "PAIRS": 16, **tile}
-    if module == "integers":
+    if module == "dots":
+        types |= {"x_PW": "*i32", "w_ERW": "*i32", "table": "*i32"}
+        constants |= {"GROUP": 8, "BLOCK": 16, "PTX": True, "ROWS": 8, "CHUNKS": 32}
+        constants = {name: value for name, value in constants.items() if name not in ("PAIRS", "DEPTH")}
+    elif module == "integers":
         types |= {"x_PD": "*i8", "table": "*i8"}
         constants |= {"BLOCK": 64 if group == 32 else 128}
         constants |= {"PTX": triton_ptx.to_integers(form)} if group == 32 else {}

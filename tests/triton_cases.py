@@ -19,7 +19,7 @@ from accessory.kernels.quantized import plain_values, round_activations
 Weight = tuple[Tensor, ...]  # a plain weight, or codes, scale and (int4) zero
 FORMS = {"plain": 0, "int8": 0, "int4-32": 32, "int4-64": 64, "nf4": 64}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROWS = (1, 3, 4, 9, 17, 8, 2, 13, 5)  # for 1 to 9 pairs
+ROWS = (1, 3, 4, 16, 17, 8, 2, 13, 5)
 
 
 ON_GPU: dict[str, Callable[..., Tensor]] = {
@@ -54,7 +54,7 @@ def draw_weight(form: str, *shape: int, dtype: torch.dtype, device: str) -> Weig
 
 def depths(form: str) -> tuple[int, ...]:
     if form in ("plain", "int8"):
-        return (1, 7, 64, 127, 300, 511, 512, 513, 1030)
+        return (1, 7, 64, 512, 304, 511, 528, 513, 1030)
     return tuple(FORMS[form] * count for count in (1, 2, 3, 5, 7, 8, 9, 16, 17))
 
 
@@ -116,8 +116,8 @@ def _largest(weight: Weight) -> Tensor:
 
 
 def sweep(form: str, dtype: torch.dtype, device: str) -> None:
-    """1 to 9 pairs, 1 to 8 experts, ragged rows and depths; and the same tokens with one weight for all."""
-    for pairs, rows, depth in zip(range(1, 10), ROWS, depths(form), strict=True):
+    """1 to 17 pairs, 1 to 8 experts, ragged rows and depths; and the same tokens with one weight for all."""
+    for pairs, rows, depth in zip((1, 2, 3, 4, 5, 9, 8, 12, 17), ROWS, depths(form), strict=True):
         experts = pairs if pairs < 9 else 3
         x = draw(pairs, depth, dtype=dtype, device=device)
         weight = draw_weight(form, experts, rows, depth, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import pointwise, triton_products
 from .pointwise import Routed, steps_natively
-from .triton_products import launch, power_of_two
+from .triton_launch import launch, power_of_two
 
 _MOST_WIDTH = 16384  # of what one program normalises: it holds all of it in registers
 _MOST_EXPERTS = 256

@@ -7,7 +7,7 @@ exact. Arguments and shape letters as in triton_kernels, and B blocks of activat
 import triton
 import triton.language as tl
 
-from .triton_kernels import _load, _program, _share, _store
+from .triton_kernels import _load, _program, _scales, _share, _store, _sums
 
 
 @triton.jit
@@ -68,7 +68,12 @@ def multiply(
     scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
     zero_R = zero_ERG + expert * zero_expert + read_R * zero_row
     sums_RP = tl.zeros((ROWS, PAIRS), tl.float32)
+    if FORM != "int8":
+        ahead = _scales(first, depth, scale_R, scale_group, zero_R, zero_group, FORM, GROUP, DEPTH)
     for begin in range(first, end, DEPTH):
+        if FORM != "int8":
+            scales = ahead
+            ahead = _scales(begin + DEPTH, depth, scale_R, scale_group, zero_R, zero_group, FORM, GROUP, DEPTH)
         for part in tl.static_range(DEPTH // GROUP):
             at = begin + part * GROUP
             at_D = at + tl.arange(0, GROUP)
@@ -76,22 +81,20 @@ def multiply(
                 at = tl.minimum(at, (depth - 1) // GROUP * GROUP)
             w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
             own_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            own_scale_P = tl.load(x_scale_P + at // BLOCK)
             if FORM == "int8":
                 part_RP = tl.dot(w_RD, tl.trans(own_PD)).to(tl.float32)
             else:
                 odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                if FORM == "int4":
+                    all_P = _sums(x_sum_P, begin // GROUP + part, depth // GROUP, WHOLE_TILES)
                 even_RD, odd_RD = _integers(w_RD, table, FORM, PTX)
                 whole_RP = tl.dot(even_RD, tl.trans(own_PD))
                 part_RP = tl.dot(odd_RD, tl.trans(odd_PD), whole_RP, out_dtype=tl.int32).to(tl.float32)
                 if FORM == "int4":
-                    all_P = tl.load(x_sum_P + at // GROUP)
-                    if not WHOLE_TILES:
-                        all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
-                    part_RP -= (tl.load(zero_R + at // GROUP * zero_group).to(tl.float32) * 0.0625)[:, None] * all_P[
-                        None, :
-                    ]
-                part_RP *= tl.load(scale_R + at // GROUP * scale_group).to(tl.float32)[:, None]
-            sums_RP += part_RP * tl.load(x_scale_P + at // BLOCK)[None, :]
+                    part_RP -= scales[part][1].to(tl.float32)[:, None] * 0.0625 * all_P[None, :]
+                part_RP *= scales[part][0].to(tl.float32)[:, None]
+            sums_RP += part_RP * own_scale_P[None, :]
     if FORM == "int8":
         sums_RP *= tl.load(scale_R)[:, None]
     _store(sums_RP, y_PR, pair_P, row_R, chosen_P, own_P, pairs, experts, rows, WAY)

@@ -83,6 +83,8 @@ def multiply(
     scale_R = scale_ERG + expert * scale_expert + read_R * scale_row
     zero_R = zero_ERG + expert * zero_expert + read_R * zero_row
     sums_RP = tl.zeros((ROWS, PAIRS), tl.float32)
+    if FORM == "int4" or FORM == "nf4":
+        ahead = _scales(first, depth, scale_R, scale_group, zero_R, zero_group, FORM, GROUP, DEPTH)
     for begin in range(first, end, DEPTH):
         if FORM == "plain" or FORM == "int8":
             at_D = begin + tl.arange(0, DEPTH)
@@ -92,26 +94,23 @@ def multiply(
                 own_PD = own_PD.to(tl.float32)
             sums_RP = tl.dot(w_RD.to(own_PD.dtype), tl.trans(own_PD), sums_RP, input_precision="ieee")
         else:
+            scales = ahead
+            ahead = _scales(begin + DEPTH, depth, scale_R, scale_group, zero_R, zero_group, FORM, GROUP, DEPTH)
             for part in tl.static_range(DEPTH // GROUP):
                 at_D = begin + part * GROUP + tl.arange(0, GROUP)
-                group = begin // GROUP + part
-                if not WHOLE_TILES:  # behind the last one inputs are zeros
-                    group = tl.minimum(group, depth // GROUP - 1)
                 w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
                 even_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
                 odd_PD = _load(x_P[:, None] + (odd + at_D)[None, :], at_D < depth, WHOLE_TILES)
                 if FLOAT32:
                     even_PD, odd_PD = even_PD.to(tl.float32), odd_PD.to(tl.float32)
                 even_RD, odd_RD = _levels(w_RD, table, even_PD.dtype, FORM, PTX)
+                if FORM == "int4":
+                    all_P = _sums(sums_P, begin // GROUP + part, depth // GROUP, WHOLE_TILES)
                 part_RP = tl.dot(even_RD.to(even_PD.dtype), tl.trans(even_PD), input_precision="ieee")
                 part_RP = tl.dot(odd_RD.to(even_PD.dtype), tl.trans(odd_PD), part_RP, input_precision="ieee")
                 if FORM == "int4":
-                    own_zero_R = tl.load(zero_R + group * zero_group).to(tl.float32) * 0.0625
-                    all_P = tl.load(sums_P + group)
-                    if not WHOLE_TILES:
-                        all_P = tl.where(begin + part * GROUP < depth, all_P, 0)
-                    part_RP -= own_zero_R[:, None] * all_P[None, :]
-                sums_RP += part_RP * tl.load(scale_R + group * scale_group).to(tl.float32)[:, None]
+                    part_RP -= scales[part][1].to(tl.float32)[:, None] * 0.0625 * all_P[None, :]
+                sums_RP += part_RP * scales[part][0].to(tl.float32)[:, None]
     if FORM == "int8":
         sums_RP *= tl.load(scale_R)[:, None]
     _store(sums_RP, y_PR, pair_P, row_R, chosen_P, own_P, pairs, experts, rows, WAY)
@@ -140,6 +139,42 @@ def _program(
         expert, first, last = _sorted_tile(index, tile, experts, ALL_EXPERTS, PAIRS)
         pair_P = first + place_P
         return expert, pair_P, pair_P.to(tl.int64), pair_P < last
+
+
+@triton.jit
+def _scales(
+    begin: tl.tensor,
+    depth: tl.tensor,
+    scale_R: tl.tensor,
+    scale_group: tl.tensor,
+    zero_R: tl.tensor,
+    zero_group: tl.tensor,
+    FORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tuple[tuple[tl.tensor, tl.tensor], ...]:
+    """Scales and zero points (of "int4") of the groups of a tile; of the last group behind the end.
+
+    They are read a tile ahead: the compiler does so for what a dot reads, and for these would wait in every group.
+    """
+    found = ()
+    for part in tl.static_range(DEPTH // GROUP):
+        group = tl.minimum(begin // GROUP + part, depth // GROUP - 1)
+        scale = tl.load(scale_R + group * scale_group)
+        zero = scale
+        if FORM == "int4":
+            zero = tl.load(zero_R + group * zero_group)
+        found += ((scale, zero),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def _sums(sums_P: tl.tensor, group: tl.tensor, groups: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tensor:
+    """The sums of a group's inputs; zeros behind the end."""
+    if WHOLE_TILES:
+        return tl.load(sums_P + group)
+    else:
+        return tl.where(group < groups, tl.load(sums_P + tl.minimum(group, groups - 1)), 0)
 
 
 @triton.jit

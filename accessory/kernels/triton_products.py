@@ -1,8 +1,9 @@
 """Products on GPU by Triton kernels: `linear.py`'s and `quantized_ops.py`'s, under their names.
 
 As on a CPU, few tokens in bfloat16 are taken in 8 bits where the weight is quantized (`quantized.round_activations`);
-but for groups of 32 inputs, too short for the tensor cores' products of integers. All else stays float, with float32
-sums.
+but for groups of 32 inputs, too short for the tensor cores' products of integers. Very few of them are multiplied by
+dot products of bytes (triton_dots), the others on tensor cores (triton_integers). All else stays float
+(triton_kernels), with float32 sums.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C bytes of two
 codes, B blocks of activations that share a scale, G groups of a row.
@@ -10,7 +11,6 @@ codes, B blocks of activations that share a scale, G groups of a row.
 
 import functools
 import logging
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from . import triton_ptx
-from .quantized import ACTIVATION_BLOCK, NF4, NF4_STEP, depth_of, form_of, rounds_activations
+from .quantized import ACTIVATION_BLOCK, depth_of, form_of, rounds_activations
+from .triton_launch import (
+    forms,
+    in_chunks,
+    launch,
+    nf4_steps,
+    nf4_table,
+    pointed,
+    power_of_two,
+    round_inputs,
+    split_inputs,
+)
 
 logger = logging.getLogger("accessory.kernels")
 
@@ -54,6 +65,7 @@ INTEGERS = {
     "int4": Tile(128, 64, 4, 4),
     "nf4": Tile(64, 64, 2, 4),
 }
+_PAIRS_OF_128_ROWS = 32  # at most, or sums and parts of sums fill the registers
 MANY = {
     "plain": Tile(128, 64, 8, 3),
     "int8": Tile(64, 128, 4, 3),
@@ -66,6 +78,9 @@ PROGRAMS = 1024  # that are wanted at least: where rows are few, programs share 
 _LEAST_TILES = 8  # of the depth for each of them: before the first one is there, a program waits
 _FEW_TOKENS = 16  # up to which activations are taken in 8 bits, but for pairs with experts
 _PLAIN_ROWS, _PLAIN_DEPTH = 8, 256
+# Pairs up to which each reads its weight for itself, by dot products of bytes; pairs of one expert, and tokens, find it
+# in the cache.
+DOTS = {"gathered": 8, "dense": 4, "sorted": 0}
 
 
 def triton_available() -> bool:
@@ -113,11 +128,11 @@ def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch
         return y
     rows = codes.numel() // depth
     launch(
-        _forms().make_plain[(-(-rows // _PLAIN_ROWS), -(-depth // _PLAIN_DEPTH))],  # axis 1 ends at 65,535
+        forms().make_plain[(-(-rows // _PLAIN_ROWS), -(-depth // _PLAIN_DEPTH))],  # axis 1 ends at 65,535
         codes.contiguous(),
         scale.contiguous(),
         scale if zero is None else zero.contiguous(),
-        _nf4_table(codes.device, torch.float32),
+        nf4_table(codes.device, torch.float32),
         y,
         rows,
         depth,
@@ -146,10 +161,10 @@ def _multiply(
     in_halves = form in ("int4", "nf4")
     group = depth // scale.shape[-1] if scale is not None and in_halves else 1
     few = way == "gathered" or (way == "dense" and pairs <= _FEW_TOKENS)
-    in_integers = (
-        scale is not None and rounds_activations(x_PD.dtype) and (not in_halves or group >= _SHORTEST_INTEGERS)
-    )
-    rounds = few and in_integers
+    rounds = few and scale is not None and rounds_activations(x_PD.dtype)
+    rounds &= not in_halves or group >= _SHORTEST_INTEGERS
+    if rounds and scale is not None and pairs <= DOTS[way] and in_chunks(w_ERD):
+        return _dots().multiply_dots(x_PD, w_ERD, scale, zero, index, form)
     own_pairs, tile = _tile(form, x_PD.dtype, pairs, way, INTEGERS if rounds else FEW if few else MANY)
     if rounds and not in_halves:
         group = ACTIVATION_BLOCK
@@ -163,29 +178,31 @@ def _multiply(
     constants |= {"PAIRS": own_pairs, "ROWS": tile.rows, "DEPTH": own_depth}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     unused = into
-    of_scales = (stride for part in (scale, zero) for stride in ((0, 0, 0) if part is None else part.stride()))
-    strides = (*w_ERD.stride()[:2], *of_scales)
-    weight = (w_ERD, *(unused if part is None else part for part in (scale, zero)))
+    weight, strides = pointed(w_ERD, scale, zero, unused)
     index = unused if index is None else index.contiguous()
     grid = (tiles, blocks, shares)
     if rounds:
-        ints_PD, x_scale_PB, x_sum_PG = _round_inputs(x_PD, form, group)
-        table = _nf4_steps(x_PD.device) if form == "nf4" else unused
-        own = (ints_PD, x_scale_PB, x_sum_PG, *weight, table, index, into)
+        ints_PD, x_scale_PB, x_sum_PG = round_inputs(x_PD, form, group)
+        table = nf4_steps(x_PD.device) if form == "nf4" else unused
         constants["PTX"] = _ptx(form, None) if in_halves and x_PD.is_cuda else ""
         constants["BLOCK"] = ACTIVATION_BLOCK // (2 if in_halves else 1)
+        own = (ints_PD, x_scale_PB, x_sum_PG, *weight, table, index, into)
         sizes = (pairs, experts, rows, depth, x_scale_PB.shape[1])
         launch(_integers().multiply[grid], *own, *sizes, *strides, **constants)
     else:
-        x_PD, x_sum_PG = _split_inputs(x_PD, group) if in_halves else (x_PD.contiguous(), unused)
-        table = _nf4_table(x_PD.device, x_PD.dtype) if form == "nf4" else unused
-        own = (x_PD, *weight, x_sum_PG, table, index, into)
+        x_PD, x_sum_PG = split_inputs(x_PD, group) if in_halves else (x_PD.contiguous(), unused)
+        table = nf4_table(x_PD.device, x_PD.dtype) if form == "nf4" else unused
         constants["FLOAT32"] = not x_PD.is_cuda
         constants["PTX"] = _ptx(form, x_PD.dtype) if in_halves and x_PD.is_cuda else ""
         constants["ALL_EXPERTS"] = power_of_two(experts) if way == "sorted" else 1
-        launch(_loaded().multiply[grid], *own, pairs, experts, rows, depth, *strides, **constants)
+        launch(
+            _loaded().multiply[grid],
+            *(x_PD, *weight, x_sum_PG, table, index, into),
+            *(pairs, experts, rows, depth, *strides),
+            **constants,
+        )
     if shares > 1:
-        launch(_forms().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
+        launch(forms().add_shares[(-(-y_PR.numel() // 1024),)], into, y_PR, shares, y_PR.numel(), SIZE=1024)
     return y_PR
 
 
@@ -194,58 +211,16 @@ def _tile(form: str, dtype: torch.dtype, pairs: int, way: str, tiles: dict[str, 
     some = max(16, power_of_two(pairs))
     if dtype == torch.float32:
         return some if way == "gathered" else 16, FLOAT32
-    return min(some, MANY_PAIRS), tiles[form]
+    tile = tiles[form]
+    if tiles is INTEGERS and some > _PAIRS_OF_128_ROWS:
+        tile = tile._replace(rows=min(64, tile.rows))
+    return min(some, MANY_PAIRS), tile
 
 
 def _shares(programs: int, tiles: int) -> int:
     """Among how many the depth of so many tiles is shared."""
     wanted = min(-(-PROGRAMS // programs), tiles // _LEAST_TILES)
     return 1 if wanted < 2 else 1 << (wanted.bit_length() - 1)
-
-
-def _round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations in 8 bits (P, D), or (2, P, D / 2), their scales (P, B), and sums of groups (P, G)."""
-    pairs, depth = x_PD.shape
-    halves = form != "int8"
-    if x_PD.stride(1) != 1:
-        x_PD = x_PD.contiguous()
-    blocks = -(-depth // ACTIVATION_BLOCK)
-    ints_PD = x_PD.new_empty(pairs, depth, dtype=torch.int8)
-    scale_PB = x_PD.new_empty(pairs, blocks, dtype=torch.float32)
-    sum_PG = x_PD.new_empty(pairs, depth // (2 * group) if halves else 1, dtype=torch.float32)
-    launch(
-        _forms().round_inputs[(pairs, blocks)],
-        *(x_PD, ints_PD, scale_PB, sum_PG, pairs, depth, blocks, x_PD.stride(0)),
-        STEP=NF4_STEP if form == "nf4" else 1.0,
-        HALVES=halves,
-        GROUPS=ACTIVATION_BLOCK // (2 * group) if halves else 1,
-        BLOCK=ACTIVATION_BLOCK,
-        enable_fp_fusion=False,  # a product and a sum as one operation would round once where the twin rounds twice
-    )
-    return ints_PD, scale_PB, sum_PG
-
-
-def _split_inputs(x_PD: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Even and odd inputs (2, P, C), and the float32 sums of every group of so many bytes (P, G)."""
-    pairs, depth = x_PD.shape[0], x_PD.shape[1] // 2
-    groups = depth // group
-    split_2PC = x_PD.new_empty(2, pairs, depth)
-    sum_PG = x_PD.new_empty(pairs, groups, dtype=torch.float32)
-    at_once = min(32, power_of_two(groups))
-    kernel = _forms().split_inputs[(pairs, -(-groups // at_once))]
-    launch(kernel, x_PD.contiguous(), split_2PC, sum_PG, pairs, depth, GROUP=group, GROUPS=at_once)
-    return split_2PC, sum_PG
-
-
-def launch(kernel: Callable[..., Any], first: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Launch a Triton kernel with its grid."""
-    with torch.cuda.device_of(first):  # Triton launches on the current GPU, whichever holds the tensors
-        kernel(first, *arguments, **constants)
-
-
-def power_of_two(number: int) -> int:
-    """The least that is not below it."""
-    return 1 << (number - 1).bit_length()
 
 
 @functools.cache
@@ -256,18 +231,16 @@ def _ptx(form: str, dtype: torch.dtype | None) -> str:
     return "" if dtype == torch.float32 else triton_ptx.to_floats(form, str(dtype).removeprefix("torch."))
 
 
-@functools.cache
-def _nf4_steps(device: torch.device) -> Tensor:
-    """The levels counted in steps, int8."""
-    with torch.inference_mode(False):
-        return (torch.tensor(NF4, dtype=torch.float32) / NF4_STEP).round().to(torch.int8).to(device)
+def _dots() -> ModuleType:
+    from . import triton_dots
+
+    return triton_dots
 
 
-@functools.cache
-def _nf4_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The levels, rounded to a dtype, in float32."""
-    with torch.inference_mode(False):  # kept, so it must serve outside of that mode too
-        return torch.tensor(NF4, dtype=torch.float32, device=device).to(dtype).float()
+def _integers() -> ModuleType:
+    from . import triton_integers
+
+    return triton_integers
 
 
 @functools.cache
@@ -279,18 +252,6 @@ def _kernels() -> ModuleType | None:
         logger.warning("Triton does not load (%s). Decoding on GPU uses PyTorch's slower products.", error)
         return None
     return triton_kernels
-
-
-def _forms() -> ModuleType:
-    from . import triton_forms
-
-    return triton_forms
-
-
-def _integers() -> ModuleType:
-    from . import triton_integers
-
-    return triton_integers
 
 
 def _loaded() -> ModuleType:
