@@ -363,6 +363,16 @@ def _(folder):
     (folder / "config.json").write_text('{"dim": 64,')
 
 
+@case("config nested without end", ValueError, "config.json", "cannot be read as JSON", "recursion", "copy it again")
+def _(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+@case("config with a number of 5000 digits", ValueError, "config.json", "cannot be read as JSON", "5000", "copy it again")
+def _(folder):
+    (folder / "config.json").write_text('{"dim": 1' + "0" * 4999 + "}")
+
+
 @case("config no text", ValueError, "config.json", "cannot be read as JSON", "copy it again")
 def _(folder):
     (folder / "config.json").write_bytes(b"\xff\xfe\x00")

@@ -226,6 +226,7 @@ def test_an_unknown_quantization_is_refused(quant: Any, words: str, case: Case) 
 def test_group_sizes_are_checked() -> None:
     for settings, words in (
         ({"type": "int4", "group_size": 48}, "must be 32 or 64, not 48"),
+        ({"type": "int4", "group_size": 64.0}, "must be 32 or 64, not 64.0"),
         ({"type": "nf4", "group_size": 32}, "group size 32 is for int4"),
         ({"type": "int4", "head": 1}, "must be true or false"),
     ):

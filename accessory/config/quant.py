@@ -28,7 +28,7 @@ class QuantArgs:
     def __post_init__(self) -> None:
         if self.type not in QUANT_FORMS:
             raise ValueError(f"quant {self.type!r} is unknown: choose from {', '.join(QUANT_FORMS)}")
-        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+        if self.group_size not in GROUP_SIZES or not isinstance(self.group_size, int):  # 64.0 is among them
             raise ValueError(f"the group size of quantization must be 32 or 64, not {self.group_size!r}")
         if self.type != "int4" and self.group_size != 64:
             raise ValueError(f"group size {self.group_size} is for int4: {self.type} has none to choose")
