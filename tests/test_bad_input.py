@@ -308,6 +308,11 @@ def _(folder):
     edit(shard(folder), lambda held: held.update({"llma.layers.1.wq.weight": torch.zeros(2, 2)}))
 
 
+@case("tensor under two names", CheckpointError, "01-of-04.model.pth", "both norm.weight and llma.norm.weight", "once")
+def _(folder):
+    edit(shard(folder), lambda held: held.update({"norm.weight": torch.zeros(64)}))
+
+
 @case("expert of another shard", CheckpointError, "01-of-04.model.pth", "experts.7.w1.weight", "another run")
 def _(folder):
     edit(shard(folder), lambda held: held.update({f"{EXPERTS}.7.w1.weight": torch.ones(48, 64)}))
@@ -643,6 +648,35 @@ def test_check_values_finds_what_is_not_finite(value, good, tmp_path):
     error = error_of(lambda: list(describe(folder, check_values=True)))
     says = ("02-of-04.model.pth", "experts.5.w2.weight", "2 values", "NaN or infinite", "copy it again")
     holds(error, CheckpointError, says)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_check_values_reads_8_bit_floats(dtype, good, tmp_path):
+    folder = Path(shutil.copytree(good, tmp_path / "c"))
+    name = f"{EXPERTS}.5.w2.weight"
+    edit(shard(folder, 2), lambda held: held.update({name: held[name].to(dtype)}))
+    assert "values      all finite" in list(describe(folder, check_values=True))
+    edit(shard(folder, 2), lambda held: held.update({name: held[name].float().fill_(float("nan")).to(dtype)}))
+    error = error_of(lambda: list(describe(folder, check_values=True)))
+    holds(error, CheckpointError, ("02-of-04.model.pth", "experts.5.w2.weight", "NaN or infinite", "copy it again"))
+
+
+def test_check_values_finds_a_shard_of_another_run(good, tmp_path):
+    folder = Path(shutil.copytree(good, tmp_path / "c"))
+    other = write_folder(tmp_path / "other", random_tensors(CONFIG, 1), CONFIG, files=FILES)
+    shutil.copy(shard(other, 2), shard(folder, 2))
+    error = error_of(lambda: list(describe(folder, check_values=True)))
+    says = ("02-of-04.model.pth", "attention_norm.weight", "00-of-04.model.pth", "different runs", "copy the shards")
+    holds(error, CheckpointError, says)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 64), (384,)], ids=str)
+def test_a_vocabulary_is_not_read_off_what_is_no_embedding(shape, good, tmp_path):
+    folder = Path(shutil.copytree(good, tmp_path / "c"))
+    edit_json(folder / "config.json", vocab_size=-1)
+    edit(shard(folder, 0), lambda held: held.update({"llma.tok_embeddings.weight": torch.zeros(shape)}))
+    error = error_of(lambda: list(describe(folder)))
+    holds(error, CheckpointError, ("00-of-04.model.pth", "tok_embeddings.weight", str(shape), "copy the file again"))
 
 
 # inspect reads the vocabulary off the embedding where the config leaves it to the tokenizer.

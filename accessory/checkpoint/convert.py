@@ -76,6 +76,11 @@ def with_vocabulary(manifest: Manifest, args: ModelArgs) -> ModelArgs:
         return args
     embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
     if embedding is not None:
+        if embedding.dim() != 2 or not embedding.shape[0]:
+            raise CheckpointError(
+                f"{manifest.shards[0]}: tok_embeddings.weight has shape {tuple(embedding.shape)}, and not a row for "
+                "each token: copy the file again"
+            )
         return args.replace(vocab_size=embedding.shape[0])
     if not Checkpoint.open(manifest, args).is_adapter:
         raise CheckpointError(

@@ -50,7 +50,11 @@ def open_shard(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {key} is no dense tensor with data ({value.layout}, {value.device}); save it as one"
             )
-    return {key.removeprefix(PREFIX): value for key, value in content.items()}
+    tensors = {key.removeprefix(PREFIX): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        twice = next(key for key in tensors if key in content and PREFIX + key in content)
+        raise CheckpointError(f"{path} holds both {twice} and {PREFIX}{twice}, which is one tensor: save it once")
+    return tensors
 
 
 @dataclass(frozen=True)

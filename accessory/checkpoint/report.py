@@ -1,21 +1,27 @@
 """What `accessory inspect` says of a checkpoint folder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from accessory.checkpoint.convert import stored_args
+from accessory.checkpoint.formats import Source
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
+from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
+
+# A parameter's name and a part of it.
+Part = tuple[str, Box]
 
 
 def describe(
@@ -23,8 +29,8 @@ def describe(
 ) -> Iterator[str]:
     """Lines about a folder: form, shards, sizes, bytes for each rank, and files that are missing or odd.
 
-    Every shard's tensors are held against the config; with ``check_values`` they are read and searched for NaN
-    and infinity.
+    Every shard's tensors are held against the config; with ``check_values`` they are read and searched for NaN and
+    infinity, and copies of one tensor in several shards are compared.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: as loading the folder would.
@@ -34,16 +40,13 @@ def describe(
     checkpoint = Checkpoint.open(manifest, args)
     adapter_alone = checkpoint.is_adapter
     dtypes: set[torch.dtype] = set()
+    first_copies: dict[Part, tuple[Path, Tensor]] = {}
     for file, path in enumerate(manifest.shards):
         tensors = checkpoint.read_file(file, partial=adapter_alone)
         dtypes |= {tensor.dtype for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
-        for key, tensor in tensors.items() if check_values else ():
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum()) if tensor.is_floating_point() else 0
-            if bad:
-                raise CheckpointError(
-                    f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "
-                    "of an earlier step of its training"
-                )
+        if check_values:
+            _check_finite(path, tensors)
+            _check_copies(path, tensors, checkpoint.by_file[file], first_copies)
     checkpoint.check_pieces()
     layout = _layout(checkpoint)
     size = sum(path.stat().st_size for path in manifest.shards)
@@ -63,6 +66,40 @@ def describe(
     if check_values:
         yield "values      all finite"
     yield from _remarks(manifest)
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # PyTorch looks for NaN in some 8-bit floats only.
+        values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
+        bad = tensor.numel() - int(torch.isfinite(values).sum())
+        if bad:
+            raise CheckpointError(
+                f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "
+                "of an earlier step of its training"
+            )
+
+
+def _check_copies(
+    path: Path, tensors: Mapping[str, Tensor], contents: Iterable[Source], first: dict[Part, tuple[Path, Tensor]]
+) -> None:
+    """See that what lies whole in several files is the same in all: it betrays a file of another run.
+
+    Args:
+        first: the first copy of each part that was met, and its file; grows.
+    """
+    for source in contents:
+        if source.key not in tensors:
+            continue
+        tensor = tensors[source.key]
+        other, copy = first.setdefault((source.parameter, source.box), (path, tensor))
+        if other != path and not torch.equal(tensor.double(), copy.double()):
+            raise CheckpointError(
+                f"{path}: {source.key} differs from its copy in {other.name}: the two files are of different runs; "
+                "copy the shards of one"
+            )
 
 
 def _layout(checkpoint: Checkpoint) -> str:
