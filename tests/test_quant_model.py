@@ -16,7 +16,9 @@ from quantized import mixtral_to_quantize, quantized_by_hand
 from ranks import RankPool, alike, error_of, on_ranks
 from torch import Tensor
 
+from accessory.checkpoint.convert import split
 from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.config import QuantArgs
 from accessory.model.meta import MetaModel
@@ -254,6 +256,25 @@ def test_what_is_quantized_stays_as_it_is(case: Case, tmp_path: Path) -> None:
     for refuses in (lambda: load(stored, "nf4"), lambda: quantize_checkpoint(stored, tmp_path / "to", QUANTS["nf4"])):
         with pytest.raises(ValueError, match=f"{stored}.* is quantized already"):
             refuses()
+
+
+def test_a_given_config_does_not_change_what_is_quantized(case: Case, tmp_path: Path) -> None:
+    source, stored = case.folders["base"], tmp_path / "int8"
+    quantize_checkpoint(source, stored, QUANTS["int8"])
+    plain, quantized = ([str(folder / "config.json")] for folder in (source, stored))
+    assert main(["split", str(stored), str(tmp_path / "again"), "--mp", "2", "--llama_config", *plain]) == 0
+    assert main(["split", str(stored), str(tmp_path / "same"), "--mp", "2"]) == 0
+    for file in (tmp_path / "same").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(ValueError, match=f"{stored} is quantized already"):
+        quantize_checkpoint(stored, tmp_path / "to", QUANTS["int4"], llama_config=plain)
+    for refuses in (
+        lambda: split(source, tmp_path / "to", mp=2, llama_config=quantized),
+        lambda: list(describe(source, llama_config=quantized)),
+    ):
+        with pytest.raises(ValueError, match=f"{quantized[0]} sets quant .*{source} is not quantized: leave quant out"):
+            refuses()
+    assert not (tmp_path / "to").exists()
 
 
 def test_damaged_quantized_folders_are_refused(case: Case, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.convert import stored_args
+from accessory.checkpoint.convert import with_vocabulary
 from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.weights import StoredWeights
@@ -47,7 +47,7 @@ def export_adapter(
     from safetensors.torch import save_file
 
     manifest = Manifest.read(adapter)
-    args = stored_args(manifest, llama_config)
+    args = with_vocabulary(manifest, manifest.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{manifest.folder} has no LoRA (its config has no lora_rank): there is nothing to export")
     weights = StoredWeights(manifest, args, partial=True)

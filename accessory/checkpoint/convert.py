@@ -58,12 +58,23 @@ def split(
 
 
 def stored_args(manifest: Manifest, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
-    """The folder's sizes, `with_vocabulary`.
+    """The folder's sizes, `with_vocabulary`, and how its matrices are quantized, which its own config says.
 
     Args:
         llama_config: config files in place of the folder's own.
+
+    Raises:
+        ValueError: they say otherwise of quantization.
     """
-    return with_vocabulary(manifest, manifest.load_args(llama_config))
+    args, own = manifest.load_args(llama_config), manifest.load_quant()
+    if args.quant is not None and args.quant != own:
+        given = ", ".join(map(str, llama_config or ()))
+        raise ValueError(
+            f"{given} sets quant {args.quant.to_dict()}, and by its own config {manifest.folder} is "
+            f"{'not quantized' if own is None else f'quantized otherwise, {own.to_dict()}'}: leave quant out, or put "
+            "the config that was written with the weights beside them"
+        )
+    return with_vocabulary(manifest, args.replace(quant=own))
 
 
 def with_vocabulary(manifest: Manifest, args: ModelArgs) -> ModelArgs:
