@@ -1,5 +1,7 @@
 """Writing so that nothing is ever half there: aside, synced to the disk, then renamed."""
 
+import errno
+import glob
 import itertools
 import json
 import logging
@@ -19,6 +21,7 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Seconds between two looks at a lock that another process holds.
 _LOOK_EVERY = 0.2
 
@@ -38,6 +41,12 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(aside)
         aside.rename(path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        # A write that finds no room does not say of which file.
+        reason = f"{error.strerror} (free some, or choose another destination)"
+        raise OSError(error.errno, reason, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -86,10 +95,12 @@ def check_free(path: Path) -> None:
     """See that `new_folder` may write a folder, before long work for it.
 
     Raises:
-        FileExistsError: ``path`` is there already and not empty.
+        FileExistsError: ``path`` is there already and not empty, or has a file system mounted on it.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+    if path.is_mount():
+        raise FileExistsError(f"{path} is a mount point, which no folder can replace: choose a new folder within it")
 
 
 @contextmanager
@@ -97,14 +108,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
 
     Raises:
-        FileExistsError: ``path`` is there already and not empty (nothing of the user's is overwritten).
+        FileExistsError: as `check_free` (nothing of the user's is overwritten).
     """
     path = path.resolve()
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if aside.exists():  # a container's processes have the same numbers again
+        aside = free_name(aside)
     aside.mkdir()
     try:
         yield aside

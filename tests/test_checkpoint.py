@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -263,6 +265,50 @@ def test_a_disk_that_refuses_is_one_line(limit, released, tmp_path):
     assert "consolidated.00-of-02.model.pth" in done.stderr
     assert "or choose another destination" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk(io.StringIO):
+    """A text file on a full disk; as the system's own error, this one names no file."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["config.json", "meta.json"])
+def test_a_disk_that_is_full_at_the_end_is_said_with_the_file(name, released, tmp_path, monkeypatch):
+    plain = Path.open
+
+    def full(path: Path, mode: str = "r", *given: Any, **more: Any) -> Any:
+        return FullDisk() if "w" in mode and path.name.startswith(f".{name}") else plain(path, mode, *given, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=rf"No space left on device \(free some.*{name}'") as caught:
+        split(released[0], tmp_path / "out", mp=2)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_left_by_a_process_of_the_same_number_is_in_nobodys_way(released, tmp_path, caplog, monkeypatch):
+    # In a container the processes of the next start have the numbers of those that were killed.
+    monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
+    out = tmp_path / "a**[1]"  # a name that means something to glob
+    left = tmp_path / f".{out.name}.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "consolidated.00-of-02.model.pth").write_text("half")
+    split(released[0], out, mp=2)
+    assert_shards(out, released[1], 2)
+    assert f"{left} was left by an interrupted run" in caplog.text
+    assert sorted(tmp_path.iterdir()) == [left, out]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(released, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    monkeypatch.setattr(convert, "_write_shard", lambda *_: pytest.fail("it is too late to refuse"))
+    with pytest.raises(FileExistsError, match=f"{out} is a mount point.*choose a new folder within it"):
+        split(released[0], out, mp=2)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 SPLIT_AND_WAIT = """
