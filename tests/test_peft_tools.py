@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from checkpoints import (
     write_checkpoint,
     write_folder,
 )
-from ranks import error_of
+from ranks import error_of, run_command
 from torch import Tensor
 
 from accessory.checkpoint.adapter_export import export_adapter
@@ -293,7 +294,55 @@ def test_export_refuses_what_has_no_place_there(folders: Folders, tmp_path: Path
     assert not (tmp_path / "hf").exists()
 
 
+def test_export_onto_a_full_disk_is_one_line(folders: Folders, tmp_path: Path) -> None:
+    limits = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY));"
+    program = f"{limits} from accessory.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run_command([sys.executable, "-c", program, "export-adapter", folders.plain, tmp_path / "hf"])
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "adapter_model.safetensors cannot be written: free space, or choose another destination" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what all refuse
+
+
+def poisoned(source: Path, copy: Path, key: str, value: float) -> Path:
+    """A copy of a folder of one shard with a value changed."""
+    shutil.copytree(source, copy)
+    (path,) = copy.glob("*.pth")
+    held = torch.load(path)["model"]
+    held[f"llma.{key}"].view(-1)[3] = value
+    torch.save({"model": held}, path)
+    return copy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_infinities_and_nan_are_not_handed_on(value: float, folders: Folders, tmp_path: Path) -> None:
+    key, out = "layers.1.feed_forward.experts.5.w2", tmp_path / "out"
+    adapter = poisoned(folders.plain, tmp_path / "adapter", f"{key}.lora_b.weight", value)
+    for refuses, tensor in (
+        (lambda: merge(folders.base, adapter, out), f"{key}.weight"),
+        (lambda: export_adapter(adapter, out), f"{key}.lora_b.weight"),
+    ):
+        kind, message = error_of(refuses)
+        assert (kind, f"{adapter}: {tensor} has infinities or NaN" in message) == ("CheckpointError", True), message
+    whole = write_checkpoint(tmp_path / "whole", random_mixtral(3), folders.base / "tokenizer.model", files=1)
+    base = poisoned(whole, tmp_path / "base", f"{key}.weight", value)
+    assert f"{base}: {key}.weight has infinities or NaN" in error_of(merge, base, folders.plain, out)[1]
+    assert not out.exists()
+
+
+def test_a_sum_that_the_bases_dtype_cannot_hold_is_named(folders: Folders, tmp_path: Path) -> None:
+    hf = random_mixtral(3).half()
+    base = write_checkpoint(tmp_path / "half", hf, folders.base / "tokenizer.model", files=1)
+    key = "layers.0.attention.wo"
+    adapter = poisoned(folders.plain, tmp_path / "adapter", f"{key}.lora_b.weight", 1e7)
+    kind, message = error_of(merge, base, adapter, tmp_path / "out")
+    assert kind == "CheckpointError"
+    assert f"{adapter}: {key}.weight has infinities or NaN, or gets them in torch.float16" in message
+
 
 READERS = {
     "loading": lambda base, adapter, output: logits([base, adapter]),

@@ -16,6 +16,7 @@ from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.weights import StoredWeights
 from accessory.config import ModelArgs
+from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
 
 _MODULES = {
@@ -42,8 +43,10 @@ def export_adapter(
     Raises:
         ValueError: the folder has no LoRA, or biases that are not zero, for which Hugging Face's Mixtral has no place.
         FileExistsError: the destination is not empty.
-        CheckpointError, FileNotFoundError: the folder cannot be read.
+        CheckpointError, FileNotFoundError: the folder cannot be read, or holds infinities or NaN.
+        OSError: the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     manifest = Manifest.read(adapter)
@@ -59,6 +62,10 @@ def export_adapter(
         if source.parameter not in weights.held or not (kept or name.endswith("bias")):
             continue
         tensor = weights.read(source.parameter, source.box).reshape(source.shape)
+        if not bool(tensor.float().isfinite().all()):
+            raise CheckpointError(
+                f"{manifest.folder}: {name} has infinities or NaN: copy the folder again, or take an earlier step's"
+            )
         if kept:
             tensors[_key(name)] = _rows_in_halves(tensor, args) if _is_rotated(name) else tensor
         elif tensor.any():
@@ -72,7 +79,12 @@ def export_adapter(
     if not any("lora_" in name for name in tensors):
         raise ValueError(f"{manifest.folder} holds no lora_a and lora_b: it is a base, not an adapter")
     with new_folder(Path(destination)) as aside:
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        path = aside / "adapter_model.safetensors"
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            reason = f"free space, or choose another destination (safetensors: {error})"
+            raise OSError(f"{path} cannot be written: {reason}") from None
         write_json(aside / "adapter_config.json", _config(args, norms=any("norm" in name for name in tensors)))
 
 

@@ -47,7 +47,8 @@ def merge(
         llama_config: config files for an adapter that has none, or to overrule it; a base without one has its sizes.
 
     Raises:
-        CheckpointError: the adapter is of another model or base, or a tensor of it has no place in the base.
+        CheckpointError: the adapter is of another model or base, a tensor of it has no place in the base, or a sum has
+            infinities or NaN.
         ValueError: the folder has no adapter, or the base has LoRA of its own.
         FileExistsError: the destination is not empty.
         FileNotFoundError, OSError: a folder is not there; the disk is full.
@@ -169,6 +170,12 @@ class _Merger:
         else:
             change = value.float() - before.float()
         value = value.to(before.dtype)
+        if change is not None and not _is_finite(value):
+            culprit = self.adapter if _is_finite(before) else self.base
+            raise CheckpointError(
+                f"{culprit.folder}: {target.key} has infinities or NaN, or gets them in {before.dtype}: copy the "
+                "folder again, or take the weights of an earlier step"
+            )
         self.report.change_of(target.key).add(change, before, value)
         return value
 
@@ -198,6 +205,10 @@ class _Merger:
                 f"{self.adapter.folder}: {target.key}, which it has frozen, differs from that of {self.base.folder}: "
                 "give the base that the adapter was trained on"
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())  # of some 8-bit floats PyTorch does not ask it
 
 
 def update_of(name: str) -> tuple[str, str]:
