@@ -373,7 +373,7 @@ def _(folder):
     (folder / "config.json").write_text("[" * 100_000)
 
 
-@case("config with a number of 5000 digits", ValueError, "config.json", "cannot be read as JSON", "5000", "copy it again")
+@case("config with a number of 5000 digits", ValueError, "config.json", "read as JSON", "5000", "copy it again")
 def _(folder):
     (folder / "config.json").write_text('{"dim": 1' + "0" * 4999 + "}")
 

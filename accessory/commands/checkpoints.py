@@ -46,7 +46,9 @@ def add_commands(commands: Any) -> None:
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
     inspect.add_argument("folder", type=Path)
-    inspect.add_argument("--check-values", action="store_true", help="read all weights; NaN, infinity or unlike copies are errors")
+    inspect.add_argument(
+        "--check-values", action="store_true", help="read all weights: NaN, infinity, unlike copies are errors"
+    )
     add_config_argument(inspect)
     inspect.set_defaults(run=_inspect)
 
