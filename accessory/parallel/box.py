@@ -17,10 +17,14 @@ class Box:
 
     def intersect(self, other: "Box") -> "Box | None":
         """The common part, or None."""
-        starts = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
-        ends = (min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True))
-        size = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        return Box(starts, size) if all(n > 0 for n in size) else None
+        start, size = [], []
+        for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True):
+            first, end = max(a, b), min(a + m, b + n)
+            if end <= first:
+                return None  # at once: every expert's box is held against every other's of its layer
+            start.append(first)
+            size.append(end - first)
+        return Box(tuple(start), tuple(size))
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
         """The index of this box in a tensor that holds ``outer``."""
