@@ -72,6 +72,12 @@ def test_settings_that_make_no_sense_are_refused(name, value, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_seed_beyond_pytorchs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"seed must be from .*, not {2**64}"):
+        make_tiny(tmp_path / "out", seed=2**64)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_of_the_users_is_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists already"):

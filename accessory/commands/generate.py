@@ -64,6 +64,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str], dict[st
         stop = [*stop, end]
     how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, stop)
     how.check(arguments.max_seq_len)
+    if not -(2**63) <= arguments.seed < 2**64:
+        raise ValueError(f"--seed is {arguments.seed}: give a number from -2^63 to below 2^64")
     settings = {"max_gen_len": how.max_gen_len, "temperature": how.temperature, "top_p": how.top_p}
     return texts, prompts, {**settings, "additional_stop_symbols": how.stop}
 

@@ -69,11 +69,13 @@ def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int
 
     Raises:
         FileExistsError: ``out`` is there already and not empty.
-        ValueError: a number of steps, rows or tokens below 1 (2 tokens).
+        ValueError: a number of steps, rows or tokens below 1 (2 tokens), or a seed that PyTorch does not take.
     """
     for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("length", length, 2)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2^63 to below 2^64, not {seed}")
     with new_folder(Path(out)) as aside:
         logger.info("collecting Python's documentation and training a tokenizer on it")
         texts = documentation_corpus()
