@@ -125,6 +125,18 @@ def test_inspect_says_what_the_folder_holds(folder, tensors):
     assert "odd" not in facts
 
 
+def test_inspect_counts_every_tensors_own_bytes(tmp_path):
+    config = small_config(n_layers=1)
+    held = random_tensors(config, 1, torch.bfloat16)
+    held = {name: tensor.float() if "norm" in name or "gate" in name else tensor for name, tensor in held.items()}
+    source = write_folder(tmp_path / "c", held, config, files=2)
+    facts = facts_of(good(*SCRIPT, "inspect", source))
+    assert facts["dtype"] == "bfloat16, float32"
+    for ranks in (1, 4):
+        local = sum(tensor.nbytes for tensor in base_shard(held, 0, ranks, 8).values())
+        assert size_of(facts[f"at mp {ranks}"]) == pytest.approx(local, rel=0.01)
+
+
 def test_inspect_names_missing_and_odd_files(tmp_path):
     config = small_config(n_layers=1, n_heads=6, n_kv_heads=2, dim=48, moe={"num_experts": 3, "num_experts_per_tok": 2})
     held = random_tensors(config, 1, torch.bfloat16)

@@ -15,7 +15,7 @@ from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
-from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes
+from accessory.parallel.plan import is_adapter, local_box, parameter_shapes
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
@@ -40,10 +40,15 @@ def describe(
     checkpoint = Checkpoint.open(manifest, args)
     adapter_alone = checkpoint.is_adapter
     dtypes: set[torch.dtype] = set()
+    itemsizes: dict[str, int] = {}
     first_copies: dict[Part, tuple[Path, Tensor]] = {}
     for file, path in enumerate(manifest.shards):
         tensors = checkpoint.read_file(file, partial=adapter_alone)
         dtypes |= {tensor.dtype for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
+        for source in checkpoint.by_file[file]:
+            if source.key in tensors:
+                own = tensors[source.key].dtype.itemsize
+                itemsizes[source.parameter] = max(own, itemsizes.get(source.parameter, 0))
         if check_values:
             _check_finite(path, tensors)
             _check_copies(path, tensors, checkpoint.by_file[file], first_copies)
@@ -60,9 +65,11 @@ def describe(
         yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
     yield from _adapters(args, alone=adapter_alone)
     yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
-    itemsize = max(dtype.itemsize for dtype in dtypes)
+    # An adapter's folder does not say which its base has.
+    default = max(dtype.itemsize for dtype in dtypes)
+    itemsizes = {name: itemsizes.get(name, default) for name, _ in parameter_shapes(args)}
     for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
-        yield f"at mp {ranks}     {_per_rank(args, ranks, itemsize)}"
+        yield f"at mp {ranks}     {_per_rank(args, ranks, itemsizes)}"
     if check_values:
         yield "values      all finite"
     yield from _remarks(manifest)
@@ -137,21 +144,16 @@ def _adapters(args: ModelArgs, *, alone: bool) -> Iterator[str]:
         yield "            an adapter alone: it loads behind the folder of its base"
 
 
-def _per_rank(args: ModelArgs, ranks: int, itemsize: int) -> str:
+def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int]) -> str:
     try:
         placement = resolve_placement(args, "auto", ranks)
     except ValueError:
         return "not possible (sizes do not divide)"
     size = sum(
-        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * _itemsize(name, itemsize)
+        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * itemsizes[name]
         for name, shape in parameter_shapes(args)
     )
     return f'{_bytes(size)} for each rank (expert_placement "{placement}")'
-
-
-def _itemsize(name: str, plain: int) -> int:
-    tensor = matrix_of(name)[1]
-    return TENSOR_DTYPES[tensor].itemsize if tensor else plain
 
 
 def _remarks(manifest: Manifest) -> Iterator[str]:
