@@ -162,14 +162,16 @@ def test_auto_prefers_whole_experts() -> None:
 # --- rotary embedding and norm
 
 
-@pytest.mark.parametrize(("theta", "scaling"), [(1e6, None), (1e4, 0.25), (1e4, 2.0)])
+@pytest.mark.parametrize(("theta", "scaling"), [(1e6, None), (1e4, 0.25), (1e4, 2.0), (2**64, None)])
 def test_rotation_is_a_complex_product(theta: float, scaling: float | None) -> None:
     """Channel pair i of a token at position p turns by p * scaling * theta ** (-2i / h)."""
     tokens, heads, width = 7, 3, 10
     positions = torch.tensor([0, 1, 2, 50, 999, 3, 3])
     x = torch.randn(tokens, heads, width, generator=torch.Generator().manual_seed(0))
     table = RotaryTable(width, 1000, theta=theta, scaling=scaling, device=CPU)
-    angles = torch.outer(positions.double() * (scaling or 1), theta ** (-torch.arange(0, width, 2).double() / width))
+    angles = torch.outer(
+        positions.double() * (scaling or 1), float(theta) ** (-torch.arange(0, width, 2).double() / width)
+    )
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     expected = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
     torch.testing.assert_close(rotate(x, table(positions)), expected.float(), atol=1e-5, rtol=1e-5)

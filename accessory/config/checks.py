@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 Part = TypeVar("Part")
 
+# No size of a model comes near it, and PyTorch fails in its own words on what its integers cannot hold.
+MOST = 2**31
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object from a file; errors name the file."""
@@ -56,3 +59,5 @@ def require_ints(args: Any, positive: Sequence[str] = (), positive_or_unset: Seq
         unset = name in positive_or_unset and value == -1
         if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and not unset):
             raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+        if value >= MOST:
+            raise ValueError(f"{name} is {value}: give a number below 2^31")

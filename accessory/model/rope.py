@@ -20,8 +20,8 @@ class RotaryTable:
         self, head_dim: int, length: int, *, theta: float, scaling: float | None, device: torch.device
     ) -> None:
         # float64 for the angles: at position 100,000 a float32 product is off by 0.004 radians.
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        positions = torch.arange(length, dtype=torch.float64) * (scaling or 1.0)
+        frequencies = float(theta) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        positions = torch.arange(length, dtype=torch.float64) * float(scaling or 1.0)
         angles = torch.outer(positions, frequencies)
         self.cos = angles.cos().repeat_interleave(2, dim=1).float().to(device)
         self.sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(1).float().to(device)
