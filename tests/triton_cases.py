@@ -162,6 +162,8 @@ def experts(form: str, dtype: torch.dtype, device: str) -> None:
     y = multiply(x, weight, torch.tensor([0, 2, -1, 0, 4, 3], device=device))
     assert y.isnan().any(dim=1).tolist() == [True, False, False, False, True, False]
     assert bool(y[4].isnan().all())
+    weight[unread][0] = float("nan")  # right before the first expert that there is
+    assert bool((multiply(x[1:3], tuple(part[1:] for part in weight), expert.new_tensor([-1, 1]))[0] == 0).all())
     nobody = multiply(x, tuple(part[:0] for part in weight), torch.full((6,), -1, device=device))
     assert torch.equal(nobody, torch.zeros_like(y))
     assert multiply(x[:0], weight, expert[:0]).shape == (0, 11)
