@@ -12,7 +12,7 @@ from checkpoints import base_shard, random_tensors, small_config, write_folder
 from ranks import free_port, run_command
 
 import accessory
-from accessory.cli import main
+from accessory.cli import _parser, main
 from accessory.model.meta import MetaModel
 
 PYTHON = Path(sys.executable)
@@ -94,6 +94,70 @@ def test_an_unknown_command_says_which_there_are():
 
 
 # -- inspect
+
+
+def told_by_parser(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says of arguments that its parser refuses."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    return told.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tiny", "--out", ""],
+        ["split", "", "out"],
+        ["split", "in", ""],
+        ["split", "in", "out", "--llama_config", ""],
+        ["merge", "base", "", "out"],
+        ["export-adapter", "", "out"],
+        ["quantize", "in", "out", "--calibrate", ""],
+        ["inspect", ""],
+        ["generate", "in", "", "--prompt", "a"],
+        ["generate", "in", "--prompt-file", ""],
+        ["generate", "in", "--prompt", "a", "--tokenizer_path", ""],
+        ["chat", "in", "--master_addr", ""],
+        ["serve", "in", "--host", ""],  # every address of the machine, where the default is this computer alone
+        ["serve", "in", "--model-name", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_not_the_current_folder(arguments, capsys):
+    assert told_by_parser(arguments, capsys).endswith("an empty name was given: is a variable of your script not set?")
+
+
+@pytest.mark.parametrize(
+    "command", [["tiny", "--out", "new"], ["generate", "in", "--prompt", "a"]], ids=["tiny", "generate"]
+)
+def test_seeds_are_what_torch_takes(command, capsys):
+    for seed in (2**64, -(2**63) - 1, "x"):
+        told = told_by_parser([*command, "--seed", str(seed)], capsys)
+        assert f"'{seed}' given: give a whole number from -2^63 to 2^64 - 1" in told
+    for seed in (2**64 - 1, -(2**63)):
+        torch.Generator().manual_seed(_parser().parse_args([*command, "--seed", str(seed)]).seed)
+
+
+def test_generate_takes_both_spellings():
+    words = ["--max-gen-len", "3", "--top-p", "0.5", "--max-seq-len", "9"]
+    command = ["generate", "in", "--prompt-file", "lines"]
+    given = _parser().parse_args([*command, *words])
+    assert (given.max_gen_len, given.top_p, given.max_seq_len) == (3, 0.5, 9)
+    others = [word.replace("-", "_").replace("__", "--") for word in ("--prompt-file", *words[::2])]
+    assert vars(
+        _parser().parse_args(["generate", "in", others[0], "lines", others[1], "3", others[2], "0.5", others[3], "9"])
+    ) == vars(given)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_a_context_without_room_for_a_prompt(command, capsys):
+    prompt = ["--prompt", "a"] if command == "generate" else []
+    told = told_by_parser([command, "in", *prompt, "--max_seq_len", "2"], capsys)
+    assert "--max_seq_len" in told
+    assert told.endswith("'2' given: give a whole number of at least 3")
 
 
 def size_of(text: str) -> float:

@@ -22,7 +22,7 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config(\..*)?|log|errors|files|launch)"),
+    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|launch)"),
     ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),
     ("checkpoint", r"accessory\.checkpoint(\..*)?"),

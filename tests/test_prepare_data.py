@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from accessory.data.dialogue import read_turns
-from accessory.tools import prepare_data
+from accessory.tools import docstring_dialogues, prepare_data
 from accessory.tools.prepare_data import convert_data, main
 
 
@@ -172,3 +172,13 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "error: no data file absent.jsonl: check the path\n"
+
+
+@pytest.mark.parametrize("program", [main, docstring_dialogues.main], ids=["prepare_data", "docstring_dialogues"])
+def test_an_empty_name_is_not_the_current_folder(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    with pytest.raises(SystemExit):
+        program(["evol-codealpaca", "", "new.json"] if program is main else [""])
+    assert "an empty name was given" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

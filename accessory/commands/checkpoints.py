@@ -2,50 +2,52 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from accessory.arguments import given_name, given_path, given_seed
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 
 
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the commands."""
     tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")
-    tiny.add_argument("--out", type=Path, required=True, help="folder to write, e.g. runs/tiny")
+    tiny.add_argument("--out", type=given_path, required=True, help="folder to write, e.g. runs/tiny")
     tiny.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the full recipe)")
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--seed", type=given_seed, default=0)
     tiny.set_defaults(run=_tiny)
 
     split = commands.add_parser("split", help="write a checkpoint as N shards, ready to load")
-    split.add_argument("source", type=Path, help="folder with consolidated.00.pth, or with other shards")
-    split.add_argument("destination", type=Path, help="folder to write")
+    split.add_argument("source", type=given_path, help="folder with consolidated.00.pth, or with other shards")
+    split.add_argument("destination", type=given_path, help="folder to write")
     split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
     add_config_argument(split)
     split.set_defaults(run=_split)
 
     merge = commands.add_parser("merge", help="write a base and its adapter as one plain checkpoint")
-    merge.add_argument("base", type=Path, help="checkpoint folder that the adapter was trained on")
-    merge.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
-    merge.add_argument("destination", type=Path, help="folder to write")
+    merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
+    merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
+    merge.add_argument("destination", type=given_path, help="folder to write")
     add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
 
     export = commands.add_parser("export-adapter", help="write an adapter as a folder of Hugging Face's peft")
-    export.add_argument("adapter", type=Path, help="folder of a finetuning run with llama_type mistral_peft")
-    export.add_argument("destination", type=Path, help="folder to write")
+    export.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
+    export.add_argument("destination", type=given_path, help="folder to write")
     add_config_argument(export)
     export.set_defaults(run=_export_adapter)
 
     quantize = commands.add_parser("quantize", help="write a checkpoint with its matrices in 8 or 4 bits")
-    quantize.add_argument("source", type=Path, help="checkpoint folder")
-    quantize.add_argument("destination", type=Path, help="folder to write")
+    quantize.add_argument("source", type=given_path, help="checkpoint folder")
+    quantize.add_argument("destination", type=given_path, help="folder to write")
     add_quant_flags(quantize)
-    quantize.add_argument("--calibrate", type=Path, help="text file: int4 is then rounded with an eye on its inputs")
+    quantize.add_argument(
+        "--calibrate", type=given_path, help="text file: int4 is then rounded with an eye on its inputs"
+    )
     add_config_argument(quantize)
     quantize.set_defaults(run=_quantize)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
-    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("folder", type=given_path)
     inspect.add_argument(
         "--check-values", action="store_true", help="read all weights: NaN, infinity, unlike copies are errors"
     )
@@ -56,7 +58,7 @@ def add_commands(commands: Any) -> None:
 def add_config_argument(parser: argparse.ArgumentParser, whose: str = "the folder's") -> None:
     """Give a command the argument --llama_config."""
     help_text = f"config files in place of {whose} own, the last rules"
-    parser.add_argument("--llama_config", "--llama-config", nargs="+", help=help_text)
+    parser.add_argument("--llama_config", "--llama-config", nargs="+", type=given_name, help=help_text)
 
 
 def _tiny(arguments: argparse.Namespace) -> None:

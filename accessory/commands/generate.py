@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accessory.arguments import given_path, given_seed
 from accessory.commands.output import say, show
 from accessory.serve.options import add_model_arguments, model_settings
 
@@ -19,13 +20,15 @@ def add_commands(commands: Any) -> None:
     add_model_arguments(generate, positional=True)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="text to complete; may be repeated")
-    prompts.add_argument("--prompt-file", type=Path, help="file with a text to complete on each line")
+    prompts.add_argument(
+        "--prompt-file", "--prompt_file", type=given_path, help="file with a text to complete on each line"
+    )
     generate.add_argument("--dialog", action="store_true", help="prompts are questions to a chat model")
-    generate.add_argument("--max-gen-len", type=int, default=512, help="tokens at most (default 512)")
+    generate.add_argument("--max-gen-len", "--max_gen_len", type=int, default=512, help="tokens at most (default 512)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
-    generate.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
+    generate.add_argument("--top-p", "--top_p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
     generate.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.add_argument("--seed", type=given_seed, default=0, help="seed of the sampling (default 0)")
     generate.set_defaults(run=_generate)
 
 
@@ -64,8 +67,6 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str], dict[st
         stop = [*stop, end]
     how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, stop)
     how.check(arguments.max_seq_len)
-    if not -(2**63) <= arguments.seed < 2**64:
-        raise ValueError(f"--seed is {arguments.seed}: give a number from -2^63 to below 2^64")
     settings = {"max_gen_len": how.max_gen_len, "temperature": how.temperature, "top_p": how.top_p}
     return texts, prompts, {**settings, "additional_stop_symbols": how.stop}
 

@@ -5,6 +5,7 @@ import logging
 import os
 from typing import Any
 
+from accessory.arguments import given_name
 from accessory.serve.options import (
     LOOPBACK,
     add_batch_arguments,
@@ -28,7 +29,9 @@ def add_commands(commands: Any) -> None:
     add_batch_arguments(serve, slots=16)
     add_template_argument(serve)
     server = serve.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in")
+    server.add_argument(
+        "--host", type=given_name, default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in"
+    )
     server.add_argument(
         "--port", type=_port, default=8000, help="port to listen at (default 8000; 0: one that is free)"
     )
@@ -36,7 +39,11 @@ def add_commands(commands: Any) -> None:
         "--api-key", "--api_key", metavar="KEY", help=f"demand this key (default: the variable {KEY_VARIABLE})"
     )
     server.add_argument(
-        "--model-name", "--model_name", metavar="NAME", help="the model's name (default: that of its folder)"
+        "--model-name",
+        "--model_name",
+        type=given_name,
+        metavar="NAME",
+        help="the model's name (default: that of its folder)",
     )
     server.add_argument(
         "--body-limit", "--body_limit", type=float, default=4, metavar="MB", help="largest request body (default 4)"

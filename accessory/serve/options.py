@@ -8,6 +8,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from accessory.arguments import given_name
 from accessory.config.quant import add_quant_flags, quant_of_flags
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -47,16 +48,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     group = parser.add_argument_group("model")
     help_text = "checkpoint folder; of several, later ones overlay earlier ones"
     if positional:
-        group.add_argument("pretrained_path", nargs="+", metavar="PATH", help=help_text)
+        group.add_argument("pretrained_path", nargs="+", type=given_name, metavar="PATH", help=help_text)
     else:
         names = _spellings("pretrained_path")
-        group.add_argument(*names, nargs="+", required=True, metavar="PATH", help=help_text)
+        group.add_argument(*names, nargs="+", type=given_name, required=True, metavar="PATH", help=help_text)
     group.add_argument(*_spellings("llama_type"), help="architecture, where meta.json does not say")
     help_text = "config files in place of the folder's own, the last rules"
-    group.add_argument(*_spellings("llama_config"), nargs="+", metavar="FILE", help=help_text)
-    group.add_argument(*_spellings("tokenizer_path"), help="tokenizer.model, or folder of tokenizer.json")
+    group.add_argument(*_spellings("llama_config"), nargs="+", type=given_name, metavar="FILE", help=help_text)
+    group.add_argument(
+        *_spellings("tokenizer_path"), type=given_name, help="tokenizer.model, or folder of tokenizer.json"
+    )
     help_text = "tokens of prompt and answer together (default 4096)"
-    group.add_argument(*_spellings("max_seq_len"), type=_count, default=4096, help=help_text)
+    group.add_argument(*_spellings("max_seq_len"), type=_context, default=4096, help=help_text)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: as stored)")
     add_quant_flags(group)
     group.add_argument("--device", help="cpu, cuda, or cuda:N for one rank (default: GPUs if each rank has one)")
@@ -88,7 +91,9 @@ def add_master_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the ranks meet one another."""
     group = parser.add_argument_group("meeting place of the ranks")
     help_text = f"address (default {DEFAULT_MASTER_ADDR})"
-    group.add_argument(*_spellings("master_addr"), default=DEFAULT_MASTER_ADDR, metavar="HOST", help=help_text)
+    group.add_argument(
+        *_spellings("master_addr"), type=given_name, default=DEFAULT_MASTER_ADDR, metavar="HOST", help=help_text
+    )
     help_text = "port (default: one that is free)"
     group.add_argument(*_spellings("master_port"), type=_port, metavar="PORT", help=help_text)
 
@@ -115,7 +120,7 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     """Where a demo's page is, and who may open it."""
     group = parser.add_argument_group("page")
     help_text = "address to listen at; 0.0.0.0 lets other computers in (default 127.0.0.1)"
-    group.add_argument(*_spellings("server_name"), default="127.0.0.1", metavar="HOST", help=help_text)
+    group.add_argument(*_spellings("server_name"), type=given_name, default="127.0.0.1", metavar="HOST", help=help_text)
     help_text = "port (default: 7860, or the next that is free)"
     group.add_argument(*_spellings("server_port"), type=_port, metavar="PORT", help=help_text)
     group.add_argument("--share", action="store_true", help="publish the page through gradio's servers")
@@ -180,6 +185,10 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 def _count(text: str) -> int:
     return _number(text, 1, None, "a whole number of at least 1")
+
+
+def _context(text: str) -> int:
+    return _number(text, 3, None, "a whole number of at least 3")
 
 
 def _not_negative(text: str) -> int:

@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from accessory.arguments import given_path
 from accessory.files import new_folder
 from accessory.tools.corpus import library_trees
 
@@ -28,7 +29,7 @@ _LONGEST_ANSWER = 100  # characters
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("folder", type=given_path, help="folder to write; must not exist, or be empty")
     parser.add_argument("--limit", type=int, default=400, help="dialogues at most (default 400)")
     options = parser.parse_args(arguments)
     try:

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from accessory.arguments import given_name
 from accessory.data.dialogue import read_turns
 from accessory.data.readers import READERS, Record, read_records
 from accessory.files import replacing
@@ -160,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
     parser = argparse.ArgumentParser(prog="accessory.tools.prepare_data", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dataset", choices=DATASETS, help="which dataset SRC holds")
-    parser.add_argument("source", metavar="SRC", help="its file, or the folder of its files")
-    parser.add_argument("target", metavar="DST", help="the .json file to write")
+    parser.add_argument("source", metavar="SRC", type=given_name, help="its file, or the folder of its files")
+    parser.add_argument("target", metavar="DST", type=given_name, help="the .json file to write")
     given = parser.parse_args(arguments)
     setup_logging()
     try:
