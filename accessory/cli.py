@@ -1,7 +1,8 @@
 """The command line: ``accessory COMMAND``.
 
-Under torchrun, commands that run a model share it among the ranks; results come from rank 0 alone. Bad input ends
-with one line on standard error and exit code 1 on every rank.
+Under torchrun `generate` shares a model among the ranks; results come from rank 0 alone. The other commands work in one
+process, or start their ranks themselves, and refuse to be started many times over. Bad input ends with one line on
+standard error and exit code 1 on every rank.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from accessory.commands import chat, checkpoints, generate, serve
-from accessory.commands.output import ended
+from accessory.commands.output import ended, say
 from accessory.launch import Launch
 from accessory.log import RankParser, setup_logging
 
@@ -25,7 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             refuse_together("its arguments are wrong")
         raise
-    return ended(lambda: arguments.run(arguments))
+    return ended(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Run the command; one that is no work for several ranks is refused, once, where torchrun started several.
+
+    A batch script of SLURM has the variables of a rank as well, though it is one process.
+    """
+    alone: str | None = getattr(arguments, "alone", None)
+    if alone is not None and "RANK" in os.environ and Launch.find().world_size > 1:
+        from accessory.parallel.rendezvous import process_group_of_launcher
+        from accessory.parallel.state import on_all_ranks
+
+        with process_group_of_launcher("cpu", say=say):
+            raise on_all_ranks(ValueError(alone))
+    arguments.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -397,3 +397,27 @@ def test_generate_refuses_once_under_torchrun(processes, folder, tmp_path):
     # The one traceback is torchrun's.
     assert done.stderr.count("Traceback") == 1
     assert re.search(r"Traceback .*\n  File \"\S+/torchrun", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("split", "accessory split works in one process: start it without torchrun"),
+        ("serve", "accessory serve starts its ranks itself: give --nproc N in place of torchrun"),
+    ],
+)
+def test_commands_of_one_process_refuse_a_launcher_once(command, says, folder, tmp_path):
+    arguments = (folder, tmp_path / "out") if command == "split" else (folder,)
+    done = run_command(torchrun(2, command, *arguments), seconds=150)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [f"error: {says}"], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_script_of_slurm_is_one_process(folder, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "0"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+    assert main(["inspect", str(folder)]) == 0
+    assert str(folder) in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import sys
 from typing import Any
 
@@ -29,7 +28,8 @@ def add_commands(commands: Any) -> None:
     chat.add_argument("--top-p", "--top_p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
     chat.add_argument("--stop", action="append", default=[], help="text that ends an answer too; may be repeated")
     chat.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
-    chat.set_defaults(run=_chat)
+    alone = "accessory chat starts its ranks itself: give --nproc N in place of torchrun"
+    chat.set_defaults(run=_chat, alone=alone)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -39,8 +39,6 @@ def _chat(arguments: argparse.Namespace) -> None:
     from accessory.serve.driver import Driver
     from accessory.serve.terminal import Terminal
 
-    if "RANK" in os.environ:
-        raise ValueError("accessory chat starts its ranks itself: give --nproc N in place of torchrun")
     asked = template_of(arguments)
     length = arguments.max_gen_len
     if length is None:

@@ -54,6 +54,10 @@ def add_commands(commands: Any) -> None:
     add_config_argument(inspect)
     inspect.set_defaults(run=_inspect)
 
+    for command in (tiny, split, merge, export, quantize, inspect):
+        # Several would write the same folder at once.
+        command.set_defaults(alone=f"{command.prog} works in one process: start it without torchrun")
+
 
 def add_config_argument(parser: argparse.ArgumentParser, whose: str = "the folder's") -> None:
     """Give a command the argument --llama_config."""

@@ -49,7 +49,8 @@ def add_commands(commands: Any) -> None:
         "--body-limit", "--body_limit", type=float, default=4, metavar="MB", help="largest request body (default 4)"
     )
     server.add_argument("--restart", action="store_true", help="bring the ranks back when one is lost")
-    serve.set_defaults(run=_serve)
+    alone = "accessory serve starts its ranks itself: give --nproc N in place of torchrun"
+    serve.set_defaults(run=_serve, alone=alone)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -57,8 +58,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     from accessory.serve.http.server import ApiServer, listen
     from accessory.serve.http.settings import MEGABYTE, ServerSettings
 
-    if "RANK" in os.environ:
-        raise ValueError("accessory serve starts its ranks itself: give --nproc N in place of torchrun")
     template = template_of(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None:
