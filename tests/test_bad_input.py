@@ -550,6 +550,14 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "max_seq_len beyond 64 bits": ({"max_seq_len": 2**63}, ("max_seq_len is 9223372036854775808", "below 2^31")),
     "max_seq_len true": ({"max_seq_len": True}, ("max_seq_len", "not True", "at least 3")),
     "max_seq_len text": ({"max_seq_len": "64"}, ("max_seq_len", "'64'", "at least 3")),
+    "path None": ({"pretrained_path": None}, ("pretrained_path", "not None", "a path or a list of paths")),
+    "path a number": ({"pretrained_path": 3}, ("pretrained_path", "not 3", "a path or a list of paths")),
+    "path empty": ({"pretrained_path": ""}, ("pretrained_path", "not ''", "a path or a list of paths")),
+    "a path empty": ({"pretrained_path": [".", ""]}, ("pretrained_path", "not ['.', '']", "a path or a list")),
+    "config's content": ({"llama_config": {"dim": 64}}, ("llama_config", "{'dim': 64}", "a path or a list of paths")),
+    "config empty": ({"llama_config": ""}, ("llama_config", "not ''", "a path or a list of paths")),
+    "tokenizer a number": ({"tokenizer_path": 3}, ("tokenizer_path must be a path, not 3",)),
+    "tokenizer no name": ({"tokenizer_path": ""}, ("tokenizer_path must be a path, not ''",)),
     "device unknown": ({"device": "abacus"}, ("device", "abacus", "cuda")),
     "device without a model": ({"device": "meta"}, ("device", "meta", "cuda")),
     "no CUDA": ({"device": "cuda"}, ('device "cuda"', "no CUDA device", 'device="cpu"')),
@@ -841,6 +849,7 @@ def test_random_damage_is_refused_or_harmless(good, ranks, tmp_path):
 
 CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "prompts a bare string": ("generate", {"prompts": "Hello"}, ("'Hello'", "non-empty list of strings")),
+    "prompts a long text": ("generate", {"prompts": "Hello " * 99}, ("not 'Hello Hello", "...", " Hello '")),
     "prompts empty": ("generate", {"prompts": []}, ("prompts", "[]", "non-empty list of strings")),
     "prompts missing": ("generate", {"prompts": None}, ("prompts", "None", "non-empty list of strings")),
     "prompts a number": ("generate", {"prompts": 3}, ("prompts", "3", "non-empty list of strings")),

@@ -1,9 +1,10 @@
 """What from_pretrained is to load, worked out from folders and arguments before any weight is read."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class Pretrained:
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         configs = None if llama_config is None else _several(llama_config, "llama_config")
         args = _quantized(last.load_args(configs, llama_type), quant, manifests)
-        tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else tokenizer_path)
+        tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
 
@@ -95,7 +96,7 @@ class Pretrained:
             raise ValueError("quantization was asked for without a pretrained_path: there are no weights to quantize")
         llama_type = _known_type(llama_type)
         args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type)
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = Tokenizer(_one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
 
@@ -211,10 +212,19 @@ def _settle(args: ModelArgs, tokenizer: Tokenizer, max_seq_len: int) -> ModelArg
 
 
 def _several(paths: Paths, setting: str) -> list[str | Path]:
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not listed or not all(isinstance(path, str | Path) for path in listed):
+    listed: list[Any] = [paths]
+    if isinstance(paths, Iterable) and not isinstance(paths, str | Mapping):
+        listed = list(paths)
+    # An empty name, of a variable that is not set, would be the current folder.
+    if not listed or not all(isinstance(path, str | Path) and str(path) for path in listed):
         raise ValueError(f"{setting} must be a path or a list of paths, not {paths!r}")
     return listed
+
+
+def _one(tokenizer_path: Any) -> str | Path:
+    if not isinstance(tokenizer_path, str | Path) or not str(tokenizer_path):
+        raise ValueError(f"tokenizer_path must be a path, not {tokenizer_path!r}")
+    return tokenizer_path
 
 
 def _find_tokenizer(folder: Path) -> Path:
