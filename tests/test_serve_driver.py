@@ -225,6 +225,8 @@ def test_what_cannot_be_loaded_is_said_by_the_constructor(
         Driver(tmp_path / "no_such_folder", ranks=2, device="cpu")
     with pytest.raises(CheckpointError):
         Driver(tmp_path, ranks=1, device="cpu")
+    with pytest.raises(OSError, match=r"the ranks cannot meet at nowhere\.invalid:\d+ .*master_addr"):
+        Driver(folder, ranks=2, device="cpu", master_addr="nowhere.invalid")
     large = Path(shutil.copytree(folder, tmp_path / "large"))
     config = json.loads((large / "config.json").read_text())
     (large / "config.json").write_text(json.dumps({**config, "hidden_dim": 2**40}))
@@ -237,10 +239,33 @@ def test_what_cannot_be_loaded_is_said_by_the_constructor(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"ranks": 1000}, r"cannot be split over 1000 ranks: .*Rank counts that work: 1, 2"),
+        ({"ranks": 1, "quant": "int4"}, "whole groups of 64"),
+        ({"ranks": 1, "max_seq_len": 2}, "max_seq_len must be"),
+        ({"ranks": 1, "expert_placement": "x"}, "expert_placement"),
+        ({"ranks": 1, "pretrained_path": ""}, "pretrained_path must be"),
+        ({"ranks": 1, "pretrained_path": []}, "pretrained_path must be"),
+    ],
+)
+def test_what_ranks_would_refuse_starts_none(
+    folder: Path, settings: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(placement: Placement) -> None:
+        raise AssertionError(f"{placement.size} processes were to be started")
+
+    monkeypatch.setattr("accessory.serve.driver.RankProcesses", start)
+    with pytest.raises(ValueError, match=message):
+        Driver(**{"pretrained_path": folder, **SETTINGS, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"ranks": 0}, "ranks must be"),
         ({"ranks": "2"}, "ranks must be"),
         ({"gpu_ids": []}, "gpu_ids must be"),
         ({"gpu_ids": [0, 0]}, "gpu_ids must be"),
+        ({"gpu_ids": 1}, "gpu_ids must be"),
         ({"ranks": 3, "gpu_ids": [0, 1]}, "3 ranks were asked for on 2 cards"),
         ({"slots": 0}, "slots must be"),
         ({"queue": -1}, "queue must be"),

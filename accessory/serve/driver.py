@@ -5,15 +5,17 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from accessory.config import QuantArgs
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
-from accessory.model.pretrained import Paths
+from accessory.model.pretrained import Paths, Pretrained
 from accessory.model.tokenizer import Tokenizer
+from accessory.parallel.placement import resolve_placement
 from accessory.serve.client import Client
 from accessory.serve.messages import Failed, Link, Ready, Setup
 from accessory.serve.processes import Placement, RankProcesses
@@ -65,10 +67,11 @@ class Driver:
         **settings: Any,
     ) -> None:
         check_settings(slots=slots, queue=queue, prefill_tokens=prefill_tokens, timeout=timeout)
-        inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings)
+        given = inspect.signature(MetaModel.from_pretrained).bind(pretrained_path, **settings).arguments
         self._place = Placement.of(
             ranks, gpu_ids, device=settings.get("device"), master_addr=master_addr, master_port=master_port
         )
+        _check_model(given, self._place.size)
         self._setup = Setup(
             settings={"pretrained_path": pretrained_path, **settings},
             slots=slots,
@@ -234,3 +237,19 @@ class Driver:
             if self._closed.wait(pause):
                 return
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _check_model(given: Mapping[str, Any], ranks: int) -> None:
+    """Refuse what so many ranks cannot load, before a process is started for each of them.
+
+    Args:
+        given: arguments of `MetaModel.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as that would, on all ranks.
+    """
+    names = ("pretrained_path", "llama_type", "llama_config", "tokenizer_path", "max_seq_len")
+    found = Pretrained.resolve(
+        **{name: given[name] for name in names if name in given}, quant=QuantArgs.of(given.get("quant"))
+    )
+    resolve_placement(found.args, given.get("expert_placement", "auto"), ranks)

@@ -183,8 +183,8 @@ class RankProcesses:
 
 
 def _check_cards(gpu_ids: Sequence[int], ranks: int | None) -> None:
-    known = all(type(card) is int and card >= 0 for card in gpu_ids)
-    if not gpu_ids or not known or len(set(gpu_ids)) < len(gpu_ids):
+    known = isinstance(gpu_ids, Sequence) and all(type(card) is int and card >= 0 for card in gpu_ids)
+    if not known or not gpu_ids or len(set(gpu_ids)) < len(gpu_ids):
         raise ValueError(f"gpu_ids must be the numbers of different cards, not {gpu_ids!r}")
     if ranks not in (None, len(gpu_ids)):
         raise ValueError(f"{ranks} ranks were asked for on {len(gpu_ids)} cards: give one of ranks and gpu_ids")
@@ -196,17 +196,18 @@ def _store(address: str, port: int) -> tuple[dist.Store | None, int]:
     Raises:
         OSError: the address is not this host's, or the port is taken.
     """
-    family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"the ranks cannot meet at {address}:{port} ({error.strerror}): give another master_port or master_addr"
-        ) from None
+    with contextlib.ExitStack() as opened:
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            listener = opened.enter_context(socket.socket(family, kind))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen()
+        except OSError as error:
+            raise OSError(
+                f"the ranks cannot meet at {address}:{port} ({error.strerror}): give another master_port or master_addr"
+            ) from None
+        opened.pop_all()
     port = listener.getsockname()[1]
     store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, port
