@@ -9,7 +9,7 @@ usage() {
     if [ "${SLURM_PROCID:-${RANK:-0}}" = 0 ]; then
         echo "usage: [srun ...] bash $0 PRETRAINED CONFIG_JSON TOKENIZER [OPTIONS OF main_finetune.py ...]" >&2
     else
-        trap 'kill $!' TERM
+        trap 'kill $! 2> /dev/null || true' TERM  # with its group the sleep may have ended before
         sleep 2 &
         wait $! || true
     fi

@@ -5,9 +5,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -252,6 +254,17 @@ def test_an_experiment_without_its_arguments(script, given, dialogues, tmp_path)
     done = run_command(command, cwd=tmp_path, env=srun_environment(dialogues, tmp_path))
     assert done.returncode == 2
     assert re.fullmatch(rf"usage: .*{script.name} PRETRAINED CONFIG_JSON TOKENIZER .*\n", done.stderr)
+
+
+def test_a_rank_without_its_arguments_ends_in_silence():
+    """torchrun ends it with all that it has started: what it waits with may be gone first."""
+    command = ["bash", EXPERIMENTS[0]]
+    environment = {**os.environ, "RANK": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as rank:
+        time.sleep(0.5)
+        os.killpg(rank.pid, signal.SIGTERM)
+        assert rank.communicate(timeout=20)[1] == b""
+    assert rank.returncode == 2
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "exps").rglob("*.sh")), ids=lambda path: path.stem)
