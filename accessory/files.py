@@ -95,12 +95,17 @@ def check_free(path: Path) -> None:
     """See that `new_folder` may write a folder, before long work for it.
 
     Raises:
-        FileExistsError: ``path`` is there already and not empty, or has a file system mounted on it.
+        FileExistsError: ``path`` is there already and not empty, or cannot be replaced.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
         raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
-    if path.is_mount():
-        raise FileExistsError(f"{path} is a mount point, which no folder can replace: choose a new folder within it")
+    # A mount point cannot be renamed over, and whoever stands in a folder that was would find it empty.
+    current = path.samefile(".")
+    if current or path.is_mount():
+        what = "the current folder" if current else "a mount point"
+        raise FileExistsError(f"{path} is {what}, which cannot be replaced: name a new folder in it")
 
 
 @contextmanager

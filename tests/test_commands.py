@@ -286,6 +286,21 @@ def test_split_refuses(tiny, tmp_path):
     refused(PYTHON, tool, cwd=tmp_path, says=(str(tmp_path), "holds no weights", "expected consolidated"))
 
 
+def test_split_refuses_a_folder_that_cannot_be_replaced(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["split", str(folder), "."]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} is the current folder, which cannot be replaced: name a new folder in it\n"
+    )
+    (tmp_path / "volume").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda self: self.name == "volume")
+        assert main(["split", str(folder), "volume"]) == 1
+    assert f"{tmp_path / 'volume'} is a mount point" in capsys.readouterr().err
+    assert main(["split", str(folder), "volume"]) == 0, "an empty folder is replaced"
+
+
 # -- generate
 
 
