@@ -217,6 +217,12 @@ def test_an_adapter_without_its_base(folders: Folders) -> None:
     assert "holds an adapter alone: give the folder of its base before it" in message
 
 
+def test_an_adapter_before_its_base(folders: Folders) -> None:
+    kind, message = error_of(load, [folders.adapter, folders.base])
+    assert kind == "CheckpointError"
+    assert "they are an adapter's: give its folder behind its base's" in message
+
+
 @pytest.mark.parametrize(
     ("peft", "says"),
     [

@@ -109,10 +109,10 @@ class Checkpoint:
         ]
         unexpected = [key for key in tensors if key not in expected]
         if unexpected:
-            raise CheckpointError(
-                f"{path} holds {some(unexpected)} that the model does not have: "
-                "the config is of another model, or the file of another run"
-            )
+            way_out = "the config is of another model, or the file of another run"
+            if self.args.peft is None and any(key.endswith(".lora_a.weight") for key in unexpected):
+                way_out = "they are an adapter's: give its folder behind its base's, or llama_type mistral_peft"
+            raise CheckpointError(f"{path} holds {some(unexpected)} that the model does not have: {way_out}")
         if missing and not partial:
             if self.is_adapter:
                 raise CheckpointError(f"{path} holds an adapter alone: give the folder of its base before it")
