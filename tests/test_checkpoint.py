@@ -301,16 +301,6 @@ def test_what_was_left_by_a_process_of_the_same_number_is_in_nobodys_way(release
     assert sorted(tmp_path.iterdir()) == [left, out]
 
 
-def test_a_mount_point_is_refused_before_anything_is_written(released, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
-    monkeypatch.setattr(convert, "_write_shard", lambda *_: pytest.fail("it is too late to refuse"))
-    with pytest.raises(FileExistsError, match=f"{out} is a mount point.*choose a new folder within it"):
-        split(released[0], out, mp=2)
-    assert list(tmp_path.iterdir()) == [out]
-
-
 SPLIT_AND_WAIT = """
 import sys
 from accessory.checkpoint.convert import split
