@@ -115,7 +115,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds {some(unexpected)} that the model does not have: {way_out}")
         if missing and not partial:
             if self.is_adapter:
-                raise CheckpointError(f"{path} holds an adapter alone: give the folder of its base before it")
+                raise CheckpointError(
+                    f"{path} holds an adapter alone: give the folder of its base before it, or one that merge wrote"
+                )
             raise CheckpointError(f"{path} lacks {some(missing)}: copy it again, or check the config")
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
