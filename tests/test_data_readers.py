@@ -234,6 +234,19 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert read_data_config(path) == [Source(first)]
 
 
+def test_a_link_says_what_kind_of_file_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Hub's cache has it: snapshots/main/a.json -> ../../blobs/5f3c."""
+    for folder in ("blobs", "snapshots/main"):
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / "blobs" / "5f3c", '[{"a": 1}]')
+    link = tmp_path / "snapshots" / "main" / "a.json"
+    link.symlink_to("../../blobs/5f3c")
+    monkeypatch.chdir(tmp_path)
+    (source,) = read_data_config(config(tmp_path, "META: [{path: snapshots/../snapshots/main/a.json}]"))
+    assert source == Source(link)
+    assert values(source.path) == [{"a": 1}]
+
+
 def test_the_reference_pages_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tmp_path / "data/ultrachat_200k_train_sft.json", tmp_path / "data/evol-codealpaca-v1/wizardCode.json"]
     for file in files:

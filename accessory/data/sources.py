@@ -94,6 +94,7 @@ def _located(name: str, config: Path) -> Path:
     for candidate in candidates:
         if candidate.exists():
             check_data_file(candidate)
-            return candidate.resolve()
+            # Not the file behind a link: in the Hub's own cache links have the suffix, and files have hashes for names.
+            return candidate.parent.resolve() / candidate.name
     tried = " nor ".join(str(candidate) for candidate in candidates)
     raise FileNotFoundError(f"the data file {name} of {config} is absent: there is no {tried}")
