@@ -264,6 +264,13 @@ def test_the_reference_pages_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("META: [", "not valid YAML.* line 1"),
         ("META: !!python/object:os.system {}", "not valid YAML"),
         (b"\xff\xfe\xff", "not valid YAML"),
+        ("META: [{path: a.json}]\nMETA: [{path: b.json}]", "not valid YAML: 'META' stands there twice .*line 2"),
+        ("META:\n- path: a.json\n  path: b.json", "not valid YAML: 'path' stands there twice .*line 3, column 3"),
+        ("META: " + "[" * 5000, "not valid YAML: .*recursion"),
+        ("META: [{path: a.json, ratio: 2020-99-99}]", "not valid YAML: month must be in 1..12"),
+        ("META: [{path: a.json, ratio: !!int half}]", "not valid YAML: .*'half'"),
+        ("META: [{path: a.json, ratio: !!bool half}]", "not valid YAML: 'half'"),
+        ("META: [{path: a.json, ratio: !!timestamp half}]", "not valid YAML: "),
         ("", "has no META"),
         ("[a]", "has no META"),
         ("META: []", r"META of .* is \[\]: give a list"),
@@ -297,6 +304,27 @@ def test_a_bad_config_is_named(
         read_data_config(path)
     assert ("data.yaml" in str(raised.value)) != ("empty" in message)
     assert "\n" not in str(raised.value)
+
+
+def test_a_data_file_in_the_place_of_the_config(tmp_path: Path) -> None:
+    """It may have gigabytes, of which YAML would take hours to say that they have no META."""
+    path = write(tmp_path / "a.json", json.dumps([{"instruction": "a" * 1000}] * 1100))
+    with pytest.raises(ValueError, match=r"a\.json has 1,123,100 bytes and is no data yaml: list"):
+        read_data_config(path)
+
+
+def test_a_key_in_two_entries_and_a_merged_one_stand_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", "[]")
+    text = f"META: [&first {{path: {tmp_path}/a.json, ratio: 1}}, {{<<: *first, ratio: 0.5}}]"
+    assert read_data_config(config(tmp_path, text)) == [
+        Source(tmp_path / "a.json"),
+        Source(tmp_path / "a.json", 0.5),
+    ]
+
+
+def test_the_home_of_an_unknown_user(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"the data file ~nobody_at_all/a\.json of .* is absent"):
+        read_data_config(config(tmp_path, "META: [{path: ~nobody_at_all/a.json}]"))
 
 
 def test_an_absent_config(tmp_path: Path) -> None:

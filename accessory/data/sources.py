@@ -10,6 +10,7 @@ META:
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from accessory.data.system_prompt import PROMPT_NAMES
 PREPROCESSORS = ("alpaca", "single_turn_llava")
 _KEYS = ("path", "type", "ratio", "preprocess", "prompt_type")
 _PACKAGE = Path(__file__).resolve().parents[1]
+# In bytes; a thousand entries take a tenth of it. A data file in the yaml's place takes 3 s to parse for each MB.
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,15 @@ def read_data_config(path: str | Path) -> list[Source]:
 def _entries(config: Path) -> list[Any]:
     if not config.is_file():
         raise FileNotFoundError(f"no data yaml {config}: check --data_config")
+    if (size := config.stat().st_size) > _LARGEST:
+        raise ValueError(
+            f"{config} has {size:,} bytes and is no data yaml: list the data files in one, as in "
+            "`META: [{path: data.json}]`, and give that to --data_config"
+        )
     try:
-        content = yaml.safe_load(config.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(config.read_bytes(), _Loader)
+    # The last three are PyYAML's for a value that its tag, or the look of a date, promises and that is none.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "META" not in content:
         raise ValueError(f"{config} has no META: list the data files under it, as in `META: [{{path: data.json}}]`")
@@ -59,6 +68,19 @@ def _entries(config: Path) -> list[Any]:
     if not isinstance(content["META"], list) or not content["META"]:
         raise ValueError(f"META of {config} is {content['META']!r}: give a list of entries with a path")
     return content["META"]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key stands twice: of two files that share one entry the first would not be trained on."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _source(entry: Any, where: str, config: Path) -> Source:
@@ -89,7 +111,7 @@ def _source(entry: Any, where: str, config: Path) -> Source:
 
 def _located(name: str, config: Path) -> Path:
     """The file that `name` means, absolute."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for a user who is unknown
     candidates = list(dict.fromkeys([Path.cwd() / path, _PACKAGE / path]))  # the same one for an absolute name
     for candidate in candidates:
         if candidate.exists():
