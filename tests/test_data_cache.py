@@ -217,6 +217,23 @@ def test_a_failure_leaves_nothing(
     assert folders(cache_dir) == []
 
 
+def test_data_that_change_while_they_are_tokenised(
+    tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their cache would carry the digest of what they were before."""
+    path = data_file(tmp_path, ALPACA)
+    check = cache.check_source
+
+    def changed_first(*given: Any, **settings: Any) -> Any:
+        path.write_text(path.read_text().replace("Count", "Weigh"))  # of the same size
+        return check(*given, **settings)
+
+    monkeypatch.setattr(cache, "check_source", changed_first)
+    with pytest.raises(ValueError, match=rf"the data changed while they were tokenised \({path}\): start again"):
+        load(tmp_path, ALPACA, tokenizer)
+    assert not folders(cache_dir)
+
+
 def test_a_cache_folder_that_cannot_be(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the data cache in .*file"):
@@ -364,3 +381,12 @@ def test_the_default_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
     assert cache._cache_dir(None) == Path("/h/.cache/accessory/data")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container may have it: no HOME, and none in the system's list of users."""
+    for name in ("ACCESSORY_DATA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ValueError, match=r"no home folder .*: name a folder in \$ACCESSORY_DATA_CACHE"):
+        cache._cache_dir(None)

@@ -107,6 +107,9 @@ def _write(
                     lengths += write_source(source, recipe, report, files, order=order, progress=progress)
                 _flush(tokens)
                 _flush(labels)
+            if _key(sources, recipe) != folder.name:
+                paths = ", ".join(str(source.path) for source in sources)
+                raise ValueError(f"the data changed while they were tokenised ({paths}): start again")
             _finish(aside, lengths, {"reports": as_json(reports), "dtype": token_dtype(recipe.tokenizer).str})
             if not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # half of one, from a host that lost power
@@ -171,8 +174,11 @@ def _cache_dir(given: str | Path | None) -> Path:
         return Path(given)
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "accessory" / "data"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a container's user may have none
+        raise ValueError(f"there is no home folder for the data cache: name a folder in ${CACHE_VARIABLE}") from error
+    return base / "accessory" / "data"
 
 
 @contextlib.contextmanager
