@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_a_bad_record_is_handed_on_with_its_fault(
         ("a.csv", 'a,b\n1,"2\n3,4\n', r"a\.csv, line 2: not valid CSV"),
         ("a.csv", b"a,b\n\xff,2\n", r"a\.csv is not UTF-8"),
         ("a.csv", b"\xff,b\n1,2\n", r"a\.csv is not UTF-8"),
+        ("a.csv", "instruction,output,output\na,b,c\n", r"a\.csv has two columns 'output': rename or remove one"),
         ("a.parquet", "PAR1 and nothing", r"a\.parquet is not a whole parquet file"),
         ("a.json", "", r"a\.json is empty"),
         ("a.txt", "a", r"a\.txt is of an unknown kind: take one of \.json, \.jsonl, \.csv, \.parquet"),
@@ -171,6 +173,26 @@ def test_a_parquet_file_cut_off(tmp_path: Path) -> None:
             list(read_records(write(tmp_path / "cut.parquet", whole[:length])))
 
 
+def test_a_row_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+    """The rows around it are read, and its fault is not taken for a damaged file."""
+    names = pyarrow.array([b"a", b"\xff", b"c", b"d"]).view(pyarrow.string())
+    dates = pyarrow.array([0, 0, 10**15, 0], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"a": names, "at": dates}), tmp_path / "a.parquet")
+    records = list(read_records(tmp_path / "a.parquet"))
+    assert [record.place for record in records] == [f"record {number}" for number in range(1, 5)]
+    assert [record.value and record.value["a"] for record in records] == ["a", None, None, "d"]
+    assert [record.fault and record.fault[:18] for record in records] == [None, *["it cannot be read "] * 2, None]
+    assert "invalid start byte" in str(records[1].fault)
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    columns = [pyarrow.array([value]) for value in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has two columns 'output': rename or remove one"):
+        list(read_records(tmp_path / "a.parquet"))
+
+
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accessory.data.readers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'accessory\[parquet\]'"):
@@ -183,6 +205,9 @@ def test_absent_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "b.json").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         read_records(tmp_path / "b.json")
+    os.mkfifo(tmp_path / "c.json")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        read_records(tmp_path / "c.json")
 
 
 def config(folder: Path, text: str) -> Path:

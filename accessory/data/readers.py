@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,8 +33,10 @@ class Record:
 def check_data_file(path: Path) -> None:
     """Raise ValueError for a data file that cannot be one, without reading it whole; FileNotFoundError if absent."""
     if not path.is_file():
-        if path.exists():
+        if path.is_dir():
             raise ValueError(f"the data file {path} is a folder: name the file in it")
+        if path.exists():
+            raise ValueError(f"the data file {path} is a pipe or a device: write the data to a file")
         raise FileNotFoundError(f"no data file {path}: check the path")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"the data file {path} is of an unknown kind: take one of {', '.join(READERS)}")
@@ -100,6 +103,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 continue
             if not names:
                 names = row
+                _refuse_twins(path, names)
             elif len(row) != len(names):
                 yield Record(place, None, f"it has {len(row)} fields, the header has {len(names)}")
             else:
@@ -112,14 +116,30 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            _refuse_twins(path, file.schema_arrow.names)
+            numbers = itertools.count(1)
             for batch in file.iter_batches(batch_size=256, use_threads=False):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Record(f"record {number}", value)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                for value, fault in _rows(batch):
+                    yield Record(f"record {next(numbers)}", value, fault)
+    except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the data file {path} is not a whole parquet file: download it again ({reason})") from error
+
+
+def _rows(batch: Any) -> Iterator[tuple[Any, str | None]]:
+    """The rows of a pyarrow batch, each with its fault: one that Python cannot hold does not spoil the others."""
+    for row in range(batch.num_rows):
+        try:
+            yield batch.slice(row, 1).to_pylist()[0], None
+        # Bytes that are no UTF-8; a date beyond the year 9999, or with nanoseconds; an unknown time zone.
+        except (ValueError, OverflowError, LookupError) as error:
+            yield None, f"it cannot be read ({' '.join(str(error).split())})"
+
+
+def _refuse_twins(path: Path, names: Sequence[str]) -> None:
+    twin = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twin is not None:  # a record would hold the last of the two
+        raise ValueError(f"the data file {path} has two columns {twin!r}: rename or remove one")
 
 
 def _open_text(path: Path) -> IO[str]:
