@@ -1,6 +1,9 @@
 """Exceptions that users meet, and others' put briefly."""
 
 import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
 
 # How PyTorch begins to say it, of a GPU and of the host.
 _SHORTAGE = re.compile(r"\b(CUDA|HIP) (driver )?(error: )?out of memory|can't allocate memory")
@@ -36,3 +39,17 @@ def out_of_memory(error: Exception, remedy: str = _REMEDY) -> OutOfMemory | None
 def first_line(text: str, *, otherwise: str) -> str:
     """The first line of a message that may be a page, without its full stop; ``otherwise`` where there is none."""
     return next(iter(text.strip().splitlines()), otherwise).rstrip(".")
+
+
+def shown(value: Any, *, most: int = 60) -> str:
+    """What a user gave, for a message: its repr, cut to ``most`` characters; of a large value little is looked at."""
+    brief = reprlib.Repr()
+    brief.maxlist = brief.maxdict = 20
+    brief.maxstring = brief.maxother = 3 * most  # it cuts in the middle
+    text = brief.repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown_keys(record: Mapping[Any, Any]) -> str:
+    """The keys that a user's record has, for a message about one that it lacks."""
+    return shown(sorted(map(str, record)), most=300)

@@ -246,6 +246,22 @@ def test_what_is_no_alpaca_record(record: Any, reason: str) -> None:
         alpaca_text(record)
 
 
+@pytest.mark.parametrize(
+    ("read", "record"),
+    [
+        (alpaca_text, ["a" * 10**6]),
+        (alpaca_text, {"instruction": ["a"] * 10**5, "output": "b"}),
+        (alpaca_text, {f"key {number}": "" for number in range(10**5)}),
+        (dialogue_text, {f"key {number}": "" for number in range(10**5)}),
+        (dialogue_text, {"conversations": [{"from": "a" * 10**6, "value": "b"}]}),
+    ],
+)
+def test_a_large_record_is_not_said_as_a_whole(read: Any, record: Any) -> None:
+    with pytest.raises(ValueError, match=r"\.\.\.") as raised:
+        read(record)
+    assert len(str(raised.value)) < 500
+
+
 def test_single_turn_llava() -> None:
     text = alpaca_text(dialogue([("a", "b"), ("c", "d")]), prompt_type="None", preprocess="single_turn_llava")
     assert (text.text, text.spans) == ("ab", [(1, 2)])

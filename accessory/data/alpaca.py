@@ -6,6 +6,7 @@ from typing import Any
 
 from accessory.data.examples import TrainingText
 from accessory.data.system_prompt import format_prompt
+from accessory.errors import shown, shown_keys
 
 
 def alpaca_text(record: Any, *, prompt_type: str = "alpaca", preprocess: str = "alpaca") -> TrainingText:
@@ -18,12 +19,12 @@ def alpaca_text(record: Any, *, prompt_type: str = "alpaca", preprocess: str = "
     if preprocess == "single_turn_llava":
         record = _first_turn(record)
     if not isinstance(record, dict):
-        raise ValueError(f"it is {_shown(record)}, not an object with instruction and output")
+        raise ValueError(f"it is {shown(record)}, not an object with instruction and output")
     if "conversations" in record and "output" not in record:
         raise ValueError("it is a dialogue: pass --dialog")
     output = record.get("output")
     if not isinstance(output, str):
-        found = f"{_shown(output)} under it" if "output" in record else f"only {sorted(map(str, record))}"
+        found = f"{shown(output)} under it" if "output" in record else f"only {shown_keys(record)}"
         raise ValueError(f"an Alpaca record needs a string under 'output', and it has {found}")
     prompt = format_prompt(record, prompt_type)
     return TrainingText(prompt + output, [(len(prompt), len(prompt) + len(output))], True, bool(output.strip()))
@@ -34,8 +35,3 @@ def _first_turn(record: Any) -> dict[str, Any]:
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns[:2]):
         raise ValueError("single_turn_llava needs a list of two or more turns under 'conversations'")
     return {"instruction": turns[0].get("value"), "output": turns[1].get("value")}
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

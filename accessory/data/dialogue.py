@@ -7,6 +7,7 @@ from typing import Any
 
 from accessory.data.conversation import default_conversation
 from accessory.data.examples import TrainingText
+from accessory.errors import shown, shown_keys
 
 _HUMAN = ("human",)
 _ASSISTANT = ("gpt", "assistant")
@@ -43,7 +44,7 @@ def read_turns(record: Any) -> list[tuple[str, str]]:
         expected = _ASSISTANT if len(values) % 2 else _HUMAN
         if speaker.strip().lower() not in expected:
             raise ValueError(
-                f"turn {number} of its conversations is from {speaker!r}, not from {' or '.join(expected)}: "
+                f"turn {number} of its conversations is from {shown(speaker)}, not from {' or '.join(expected)}: "
                 "human and gpt must alternate, and human begins"
             )
         values.append(value.strip())
@@ -56,7 +57,7 @@ def _turns(record: Any) -> list[Any]:
     if "conversations" not in record:
         hint = "; an Alpaca record is read without --dialog" if "output" in record else ""
         hint = "; convert it with accessory.tools.prepare_data ultrachat" if "messages" in record else hint
-        raise ValueError(f"it has no 'conversations', only {sorted(map(str, record))}{hint}")
+        raise ValueError(f"it has no 'conversations', only {shown_keys(record)}{hint}")
     turns = record["conversations"]
     if isinstance(turns, str):  # a field of a CSV file
         try:

@@ -19,6 +19,7 @@ import yaml
 
 from accessory.data.readers import check_data_file
 from accessory.data.system_prompt import PROMPT_NAMES
+from accessory.errors import shown
 
 PREPROCESSORS = ("alpaca", "single_turn_llava")
 _KEYS = ("path", "type", "ratio", "preprocess", "prompt_type")
@@ -66,7 +67,7 @@ def _entries(config: Path) -> list[Any]:
     if unknown := sorted(str(key) for key in content if key != "META"):
         raise ValueError(f"{config} has the unknown key {unknown[0]!r}: only META is known, remove it")
     if not isinstance(content["META"], list) or not content["META"]:
-        raise ValueError(f"META of {config} is {content['META']!r}: give a list of entries with a path")
+        raise ValueError(f"META of {config} is {shown(content['META'])}: give a list of entries with a path")
     return content["META"]
 
 
@@ -88,7 +89,7 @@ def _source(entry: Any, where: str, config: Path) -> Source:
     if isinstance(entry, list) and len(entry) == 2:
         entry = {"path": entry[0], "type": entry[1]}
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r}: give a mapping with the keys {', '.join(_KEYS)}")
+        raise ValueError(f"{where} is {shown(entry)}: give a mapping with the keys {', '.join(_KEYS)}")
     if unknown := [key for key in entry if key not in _KEYS]:
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}: the known ones are {', '.join(_KEYS)}")
     # An absent value is the default, so `preprocess:` with nothing after it is as good as no line.

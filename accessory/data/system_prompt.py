@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accessory.errors import shown, shown_keys
+
 PROMPT_NAMES = ("alpaca", "None", "shortqa", "qg")
 
 
@@ -50,6 +52,6 @@ def _alpaca(wish: str, instruction: str, given: str = "") -> str:
 def _string(format_dict: Mapping[str, Any], key: str) -> str:
     value = format_dict.get(key)
     if not isinstance(value, str):
-        found = f"{value!r} under it" if key in format_dict else f"only {sorted(map(str, format_dict))}"
+        found = f"{shown(value)} under it" if key in format_dict else f"only {shown_keys(format_dict)}"
         raise ValueError(f"the prompt needs a string under {key!r}, and the dictionary has {found}")
     return value
