@@ -45,7 +45,7 @@ def shown(value: Any, *, most: int = 60) -> str:
     """What a user gave, for a message: its repr, cut to ``most`` characters; of a large value little is looked at."""
     brief = reprlib.Repr()
     brief.maxlist = brief.maxdict = 20
-    brief.maxstring = brief.maxother = 3 * most  # it cuts in the middle
+    brief.maxstring = brief.maxother = brief.maxlong = 3 * most  # it cuts in the middle
     text = brief.repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -10,11 +10,15 @@ from typing import Any, Literal, Self, get_args
 
 from accessory.config import QuantArgs
 from accessory.config.quant import add_quant_flags, quant_of_flags
+from accessory.errors import shown
 from accessory.log import RankParser
 from accessory.train.recompute import RecomputePolicy
 from accessory.train.sharding import DataParallel
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+
+# The first is far beyond any run: sizes near 2^63 overflow in PyTorch. Of a seed it takes 64 bits.
+_MOST, _MOST_SEED = 2**48, 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,15 @@ class FinetuneOptions:
             *(("load_balancing_weight", 0), ("z_loss_weight", 0), ("clip_grad", -math.inf)),
         ):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                fit = f"{least} or more" if math.isfinite(value) else "a finite number"
-                raise ValueError(f"--{name} is {value}: give {fit}")
+            if value is None:
+                continue
+            whole = isinstance(value, int)  # of any size, where isfinite wants a float's
+            if not ((whole or math.isfinite(value)) and value >= least):
+                fit = f"{least} or more" if whole or math.isfinite(value) else "a finite number"
+                raise ValueError(f"--{name} is {shown(value)}: give {fit}")
+            if whole and value > (most := _MOST_SEED if name == "seed" else _MOST):
+                raise ValueError(f"--{name} is {shown(value)}: give {most} at most")
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
-        if self.seed >= 2**64:
-            raise ValueError(f"--seed is {self.seed}: give a number below 2^64")
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         for name in ("data_config", "llama_config", "tokenizer_path", "pretrained_path", "output_dir", "resume"):
