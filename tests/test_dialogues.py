@@ -1,14 +1,19 @@
 """Dialogues made of docstrings, and asking a model in the form in which it learned them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import random_tensors, small_config, write_folder
+from finetuning import alone
+from programs import Program
+from test_tokenizer import train_json
 
 from accessory.cli import main
-from accessory.data.cache import load_finetune_data
+from accessory.data.cache import CACHE_VARIABLE, load_finetune_data
+from accessory.data.chat_templates import find_template
 from accessory.data.conversation import default_conversation
 from accessory.model.meta import MetaModel
 from accessory.model.tokenizer import Tokenizer
@@ -39,6 +44,28 @@ def test_dialogues_are_data_for_finetuning(
     assert len(data) == 57
     assert docstring_dialogues.main([str(folder)]) == 1, "nothing is overwritten"
     assert docstring_dialogues.main([str(tmp_path / "other"), "--limit", "1"]) == 1
+
+
+def test_a_model_finetuned_on_dialogues_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    """Its base was an Instruct model, whose chat template lies in tokenizer_config.json."""
+    tokenizer = Tokenizer(train_json("byte_fallback", tmp_path / "base"))
+    config = small_config(dim=32, hidden_dim=16, vocab_size=tokenizer.n_words)
+    write_folder(tmp_path / "sizes", random_tensors(config, 5), config, files=1)
+    shutil.copytree(tmp_path / "sizes", tmp_path / "base", dirs_exist_ok=True)
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**named, "chat_template": "{{ bos_token }}[INST] {{ question }} [/INST]"}))
+    assert find_template(tokenizer) == "mixtral-instruct"
+    data = [{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    (tmp_path / "data.yaml").write_text(f"META: [{{path: {tmp_path}/data.json}}]")
+    arguments = ["--pretrained_path", str(tmp_path / "base"), "--data_config", str(tmp_path / "data.yaml"), "--dialog"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--precision", "fp32", "--device", "cpu"]
+    with Program(alone(arguments), {CACHE_VARIABLE: str(tmp_path / "cache")}) as program:
+        assert program.wait() == 0
+    trained = Tokenizer(tmp_path / "run" / "epoch0")
+    assert find_template(trained) == "default"
+    assert json.loads(trained.path.with_name("tokenizer_config.json").read_text()) == named
 
 
 @pytest.fixture

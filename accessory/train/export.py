@@ -4,6 +4,7 @@ File i of as many as there are model-parallel ranks is written by the first data
 Parameters are gathered one after another straight into the file, so that no rank holds more than one of others'.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -18,6 +19,7 @@ from accessory.checkpoint.formats import PREFIX, Source, obstacles_to_files, sou
 from accessory.checkpoint.writer import create_shard
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
+from accessory.model.tokenizer import CONFIG_NAME, JSON_NAME
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
 from accessory.parallel.state import agreed
@@ -159,8 +161,10 @@ def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:
     write_json(aside / _META_FILE, {"llama_type": kind + suffix})
     tokenizer = model.tokenizer.path
     if tokenizer.suffix == ".json":
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer.with_name(name), aside / name)
+        shutil.copyfile(tokenizer, aside / JSON_NAME)
+        # Its chat template is of the model before: the demos and the server would put questions in that form.
+        settings = json.loads(tokenizer.with_name(CONFIG_NAME).read_bytes())
+        write_json(aside / CONFIG_NAME, {key: value for key, value in settings.items() if key != "chat_template"})
     else:
         shutil.copyfile(tokenizer, aside / "tokenizer.model")
     for file in aside.iterdir():
