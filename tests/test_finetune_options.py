@@ -154,6 +154,7 @@ def test_a_users_script_as_it_is():
         ("--quant_head", "--group-size and --quant-head say how to quantize"),
         *((f"--{name} ''", f"--{name} is given an empty name") for name in ("data_config", "output_dir", "resume")),
         *((f"--{name} ''", f"--{name} is given an empty name") for name in ("tokenizer_path", "pretrained_path")),
+        ("--output_dir run\udcff", r"--output_dir 'run\udcff' is not UTF-8: give another name"),
         ("--llama_config a.json ''", "--llama_config is given an empty name"),
     ],
 )

@@ -85,6 +85,10 @@ class FinetuneOptions:
             given = getattr(self, name)
             if given == "" or (isinstance(given, tuple) and "" in given):
                 raise ValueError(f"--{name} is given an empty name: is a variable of your script not set?")
+        try:
+            self.output_dir.encode()
+        except UnicodeEncodeError as error:  # PyTorch would find it out when the first model is written
+            raise ValueError(f"--output_dir {self.output_dir!r} is not UTF-8: give another name") from error
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:
