@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from reprlib import repr as shortened
 from typing import Any
 
+from accessory.errors import shown
 from accessory.generation.sampling import Sampling
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.tokenizer import Tokenizer
@@ -51,10 +51,10 @@ def encode_prompts(
     refuse_images(images)
     sampling.check(limit)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ValueError(f"prompts must be a non-empty list of strings, not {shortened(prompts)}")
+        raise ValueError(f"prompts must be a non-empty list of strings, not {shown(prompts)}")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts[{index}] must be a string, not {shortened(prompt)}")
+            raise ValueError(f"prompts[{index}] must be a string, not {shown(prompt)}")
     return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
 
@@ -132,7 +132,7 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
         ValueError: a bare string, an empty list, an empty example, or a token outside the vocabulary.
     """
     if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
-        raise ValueError(f"{name} must be a non-empty list of texts or of token lists, not {shortened(examples)}")
+        raise ValueError(f"{name} must be a non-empty list of texts or of token lists, not {shown(examples)}")
     result = []
     for index, example in enumerate(examples):
         if isinstance(example, str):
@@ -140,7 +140,7 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
         elif isinstance(example, Sequence) and all(type(token) is int for token in example):
             tokens = [int(token) for token in example]
         else:
-            raise ValueError(f"{name}[{index}] must be a text or a list of token ids, not {shortened(example)}")
+            raise ValueError(f"{name}[{index}] must be a text or a list of token ids, not {shown(example)}")
         if not tokens:
             raise ValueError(f"{name}[{index}] has no tokens: give it at least one")
         if not all(0 <= token < tokenizer.n_words for token in tokens):
@@ -152,7 +152,7 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
 def _context_lengths(examples: Examples, contexts: Examples, tokenizer: Tokenizer, *, bos: bool) -> list[int]:
     """How many tokens of each example belong to its context: of a text those that end within it."""
     if isinstance(contexts, str) or not isinstance(contexts, Sequence) or not contexts:
-        raise ValueError(f"contexts must be a non-empty list of texts or of token lists, not {shortened(contexts)}")
+        raise ValueError(f"contexts must be a non-empty list of texts or of token lists, not {shown(contexts)}")
     if len(contexts) != len(examples):
         raise ValueError(f"{len(examples)} examples were given with {len(contexts)} contexts; give one for each")
     lengths = []
