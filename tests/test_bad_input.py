@@ -849,7 +849,7 @@ def test_random_damage_is_refused_or_harmless(good, ranks, tmp_path):
 
 CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "prompts a bare string": ("generate", {"prompts": "Hello"}, ("'Hello'", "non-empty list of strings")),
-    "prompts a long text": ("generate", {"prompts": "Hello " * 99}, ("not 'Hello Hello", "...", " Hello '")),
+    "prompts a long text": ("generate", {"prompts": "Hello " * 99}, ("not 'Hello Hello", "...")),
     "prompts empty": ("generate", {"prompts": []}, ("prompts", "[]", "non-empty list of strings")),
     "prompts missing": ("generate", {"prompts": None}, ("prompts", "None", "non-empty list of strings")),
     "prompts a number": ("generate", {"prompts": 3}, ("prompts", "3", "non-empty list of strings")),
