@@ -77,6 +77,21 @@ def folders(cache_dir: Path) -> list[str]:
     return sorted(path.name for path in cache_dir.iterdir() if path.is_dir())
 
 
+def test_without_a_terminal_progress_is_said_in_lines(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tokenise, "_SAID_EVERY", 0.0)
+    with caplog.at_level(logging.INFO, logger="accessory.data.tokenise"):
+        load(tmp_path, ALPACA, tokenizer, progress=True)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:8] == [f"checking a.json: {n} records" for n in range(1, 9)]
+    assert said[8:] == [f"tokenising a.json: {n} of 8 records" for n in range(1, 9)]
+    monkeypatch.setattr(tokenise, "_SAID_EVERY", 3600.0)
+    caplog.clear()
+    load(tmp_path, ALPACA[:7], tokenizer, progress=True)
+    assert not [record for record in caplog.records if record.name == "accessory.data.tokenise"]
+
+
 @pytest.mark.parametrize("dialog", [False, True])
 def test_the_examples_are_those_of_the_records(dialog: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = CHATS if dialog else ALPACA

@@ -10,6 +10,8 @@ import functools
 import itertools
 import logging
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -28,6 +30,7 @@ from accessory.model.tokenizer import Tokenizer
 _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not
 _AT_ONCE = 256  # texts that are held in memory
+_SAID_EVERY = 10.0  # seconds between lines of progress
 
 logger = logging.getLogger(__name__)
 
@@ -195,5 +198,18 @@ def _chosen(count: int, ratio: float, seed: list[int]) -> np.ndarray[Any, np.dty
 
 
 def _bar(texts: Iterator[TrainingText], name: str, progress: bool, total: int | None = None) -> Iterator[TrainingText]:
-    # None: shown on a terminal only.
-    return iter(tqdm(texts, desc=name, unit=" records", total=total, disable=None if progress else True, leave=False))
+    """The texts, with a bar on a terminal and now and then a line elsewhere."""
+    if not progress:
+        return texts
+    if sys.stderr.isatty():
+        return iter(tqdm(texts, desc=name, unit=" records", total=total, leave=False))
+    return _said(texts, name, total)
+
+
+def _said(texts: Iterator[TrainingText], name: str, total: int | None) -> Iterator[TrainingText]:
+    said = time.monotonic()
+    for number, text in enumerate(texts, 1):
+        yield text
+        if (now := time.monotonic()) - said >= _SAID_EVERY:
+            logger.info("%s: %s records", name, f"{number:,}" if total is None else f"{number:,} of {total:,}")
+            said = now
