@@ -229,7 +229,7 @@ def test_what_cannot_be_loaded_is_said_by_the_constructor(
         Driver(folder, ranks=2, device="cpu", master_addr="nowhere.invalid")
     large = Path(shutil.copytree(folder, tmp_path / "large"))
     config = json.loads((large / "config.json").read_text())
-    (large / "config.json").write_text(json.dumps({**config, "hidden_dim": 2**40}))
+    (large / "config.json").write_text(json.dumps({**config, "dim": 2**16, "hidden_dim": 2**30}))
     with pytest.raises(OutOfMemory, match=r"out of memory \(\d+ bytes more were asked for\): hold"):
         Driver(large, ranks=1, device="cpu")
     assert "Traceback" not in capfd.readouterr().err
