@@ -236,7 +236,12 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-@pytest.mark.parametrize("script", EXPERIMENTS, ids=NAMES)
+# They differ in what the test above looks at, and not in how they find the ranks: `make soak` runs the others too.
+@pytest.mark.parametrize(
+    "script",
+    [EXPERIMENTS[0], *(pytest.param(script, marks=pytest.mark.soak) for script in EXPERIMENTS[1:])],
+    ids=NAMES,
+)
 def test_an_experiment_from_the_root_under_an_older_slurm(script, dialogues, ranks, tmp_path):
     out = tmp_path / "out"
     given = (*experiment_arguments(dialogues), "--output_dir", out, "--model_parallel_size", "2")

@@ -62,8 +62,8 @@ def replicas_on_rank(setting: Setting, arguments: list[str]) -> Replicas:
     ("dp_size", "mp_size", "steps", "options"),
     [
         (1, 2, 100, {"precision": "bf16"}),
-        (2, 2, 100, {"expert_placement": "tensor", "data_parallel": "fsdp"}),
-        (1, 4, 100, {"expert_placement": "expert", "checkpointing": True}),
+        (2, 2, 50, {"expert_placement": "tensor", "data_parallel": "fsdp"}),
+        (1, 4, 50, {"expert_placement": "expert", "checkpointing": True}),
         pytest.param(2, 4, 25, {"precision": "bf16"}, marks=pytest.mark.soak),  # eight processes take their time
     ],
 )

@@ -136,7 +136,7 @@ def test_one_process_without_any_init(folder, plain):
     assert plain == "".join(f"{text}\n" for text in (texts[-1], *texts))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4, pytest.param(8, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("processes", [1, 2, *(pytest.param(n, marks=pytest.mark.soak) for n in (4, 8))])
 def test_spawned_processes_print_the_same(processes, folder, plain, tmp_path):
     assert run(program(folder, processes), tmp_path) == plain
 
