@@ -389,7 +389,7 @@ def test_a_lack_of_memory_is_one_line(step, error, facts, folder, capsys, monkey
     assert "Traceback" not in told.err
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_generate_refuses_once_under_torchrun(processes, folder, tmp_path):
     if processes == 2:
         command = torchrun(2, "generate", folder, "--prompt-file", tmp_path / "absent")
