@@ -16,12 +16,17 @@ def given_path(text: str) -> Path:
     return Path(given_name(text))
 
 
-def given_seed(text: str) -> int:
-    """What `torch.manual_seed` takes."""
+def given_number(text: str, least: int, most: int | None, fit: str) -> int:
+    """A whole number within bounds; ``fit`` says in words what to give."""
     try:
         value = int(text)
     except ValueError:
-        value = 2**64
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{text!r} given: give a whole number from -2^63 to 2^64 - 1")
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        raise argparse.ArgumentTypeError(f"{text!r} given: give {fit}")
     return value
+
+
+def given_seed(text: str) -> int:
+    """What `torch.manual_seed` takes."""
+    return given_number(text, -(2**63), 2**64 - 1, "a whole number from -2^63 to 2^64 - 1")

@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.checkpoint.convert import with_vocabulary
 from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.weights import StoredWeights
+from accessory.checkpoint.weights import StoredWeights, is_finite
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
@@ -62,7 +62,7 @@ def export_adapter(
         if source.parameter not in weights.held or not (kept or name.endswith("bias")):
             continue
         tensor = weights.read(source.parameter, source.box).reshape(source.shape)
-        if not bool(tensor.float().isfinite().all()):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"{manifest.folder}: {name} has infinities or NaN: copy the folder again, or take an earlier step's"
             )

@@ -13,7 +13,7 @@ from accessory.checkpoint.convert import copy_tokenizer, stored_args, with_vocab
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.weights import StoredWeights
+from accessory.checkpoint.weights import StoredWeights, is_finite
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
@@ -170,8 +170,8 @@ class _Merger:
         else:
             change = value.float() - before.float()
         value = value.to(before.dtype)
-        if change is not None and not _is_finite(value):
-            culprit = self.adapter if _is_finite(before) else self.base
+        if change is not None and not is_finite(value):
+            culprit = self.adapter if is_finite(before) else self.base
             raise CheckpointError(
                 f"{culprit.folder}: {target.key} has infinities or NaN, or gets them in {before.dtype}: copy the "
                 "folder again, or take the weights of an earlier step"
@@ -205,10 +205,6 @@ class _Merger:
                 f"{self.adapter.folder}: {target.key}, which it has frozen, differs from that of {self.base.folder}: "
                 "give the base that the adapter was trained on"
             )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.float().isfinite().all())  # of some 8-bit floats PyTorch does not ask it
 
 
 def update_of(name: str) -> tuple[str, str]:

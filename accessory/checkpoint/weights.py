@@ -73,3 +73,8 @@ class StoredWeights:
 
     def _tensor(self, source: Source) -> Tensor:
         return self._files[source.file][source.key]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither infinities nor NaN."""
+    return bool(tensor.float().isfinite().all())  # of some 8-bit floats PyTorch does not ask it

@@ -128,12 +128,16 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 def _rows(batch: Any) -> Iterator[tuple[Any, str | None]]:
     """The rows of a pyarrow batch, each with its fault: one that Python cannot hold does not spoil the others."""
-    for row in range(batch.num_rows):
-        try:
-            yield batch.slice(row, 1).to_pylist()[0], None
-        # Bytes that are no UTF-8; a date beyond the year 9999, or with nanoseconds; an unknown time zone.
-        except (ValueError, OverflowError, LookupError) as error:
-            yield None, f"it cannot be read ({' '.join(str(error).split())})"
+    try:
+        rows, fault = batch.to_pylist(), None
+    # Bytes that are no UTF-8; a date beyond the year 9999, or with nanoseconds; an unknown time zone.
+    except (ValueError, OverflowError, LookupError) as error:
+        rows, fault = [None], f"it cannot be read ({' '.join(str(error).split())})"
+    if fault is None or batch.num_rows == 1:
+        yield from ((row, fault) for row in rows)
+    else:  # one after another takes ten times as long
+        for row in range(batch.num_rows):
+            yield from _rows(batch.slice(row, 1))
 
 
 def _refuse_twins(path: Path, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantized import ACTIVATION_BLOCK
+from .triton_kernels import _load
 from .triton_launch import launch, nf4_halves, pointed, round_inputs
 
 _ROWS, _CHUNKS = 8, 32  # of a program, which is one warp: 16 bytes of every row for each of its threads
@@ -153,15 +154,6 @@ def multiply(
     if WAY == "gathered":
         sums_R = tl.where(expert < experts, sums_R, float("nan"))
     tl.store(y_PR + pair * rows + row_R, sums_R.to(y_PR.dtype.element_ty), row_R < rows)
-
-
-@triton.jit
-def _load(at: tl.tensor, some: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tensor:
-    """What lies there; zeros behind the end of the rows."""
-    if WHOLE_TILES:
-        return tl.load(at)
-    else:
-        return tl.load(at, some, 0)
 
 
 @triton.jit

@@ -79,13 +79,13 @@ def multiply(
             at_D = at + tl.arange(0, GROUP)
             if not WHOLE_TILES:  # behind the end activations are zeros, and so may be read from anywhere near
                 at = tl.minimum(at, (depth - 1) // GROUP * GROUP)
-            w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
-            own_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            w_RD = _load(w_R[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
+            own_PD = _load(x_P[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
             own_scale_P = tl.load(x_scale_P + at // BLOCK)
             if FORM == "int8":
                 part_RP = tl.dot(w_RD, tl.trans(own_PD)).to(tl.float32)
             else:
-                odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                odd_PD = _load(x_P[:, None] + (pairs * depth + at_D)[None, :], (at_D < depth)[None, :], WHOLE_TILES)
                 if FORM == "int4":
                     all_P = _sums(x_sum_P, begin // GROUP + part, depth // GROUP, WHOLE_TILES)
                 even_RD, odd_RD = _integers(w_RD, table, FORM, PTX)

@@ -88,8 +88,8 @@ def multiply(
     for begin in range(first, end, DEPTH):
         if FORM == "plain" or FORM == "int8":
             at_D = begin + tl.arange(0, DEPTH)
-            w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
-            own_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
+            w_RD = _load(w_R[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
+            own_PD = _load(x_P[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
             if FLOAT32:
                 own_PD = own_PD.to(tl.float32)
             sums_RP = tl.dot(w_RD.to(own_PD.dtype), tl.trans(own_PD), sums_RP, input_precision="ieee")
@@ -98,9 +98,9 @@ def multiply(
             ahead = _scales(begin + DEPTH, depth, scale_R, scale_group, zero_R, zero_group, FORM, GROUP, DEPTH)
             for part in tl.static_range(DEPTH // GROUP):
                 at_D = begin + part * GROUP + tl.arange(0, GROUP)
-                w_RD = _load(w_R[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
-                even_PD = _load(x_P[:, None] + at_D[None, :], at_D < depth, WHOLE_TILES)
-                odd_PD = _load(x_P[:, None] + (odd + at_D)[None, :], at_D < depth, WHOLE_TILES)
+                w_RD = _load(w_R[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
+                even_PD = _load(x_P[:, None] + at_D[None, :], (at_D < depth)[None, :], WHOLE_TILES)
+                odd_PD = _load(x_P[:, None] + (odd + at_D)[None, :], (at_D < depth)[None, :], WHOLE_TILES)
                 if FLOAT32:
                     even_PD, odd_PD = even_PD.to(tl.float32), odd_PD.to(tl.float32)
                 even_RD, odd_RD = _levels(w_RD, table, even_PD.dtype, FORM, PTX)
@@ -209,12 +209,12 @@ def _store(
 
 
 @triton.jit
-def _load(at: tl.tensor, some_D: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tensor:
-    """A tile of a matrix; zeros behind the end of its rows."""
+def _load(at: tl.tensor, some: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tensor:
+    """What lies there; zeros behind the end of the rows."""
     if WHOLE_TILES:
         return tl.load(at)
     else:
-        return tl.load(at, some_D[None, :], 0)
+        return tl.load(at, some, 0)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from accessory.arguments import given_name
+from accessory.arguments import given_name, given_number
 from accessory.config.quant import add_quant_flags, quant_of_flags
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -184,30 +184,20 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 def _count(text: str) -> int:
-    return _number(text, 1, None, "a whole number of at least 1")
+    return given_number(text, 1, None, "a whole number of at least 1")
 
 
 def _context(text: str) -> int:
-    return _number(text, 3, None, "a whole number of at least 3")
+    return given_number(text, 3, None, "a whole number of at least 3")
 
 
 def _not_negative(text: str) -> int:
-    return _number(text, 0, None, "a whole number of at least 0")
+    return given_number(text, 0, None, "a whole number of at least 0")
 
 
 def _card(text: str) -> int:
-    return _number(text, 0, None, "the number of a card, counted from 0")
+    return given_number(text, 0, None, "the number of a card, counted from 0")
 
 
 def _port(text: str) -> int:
-    return _number(text, 1, 2**16 - 1, "a port from 1 to 65535")
-
-
-def _number(text: str, least: int, most: int | None, fit: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least or (most is not None and value > most):
-        raise argparse.ArgumentTypeError(f"{text!r} given: give {fit}")
-    return value
+    return given_number(text, 1, 2**16 - 1, "a port from 1 to 65535")
