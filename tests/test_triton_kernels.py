@@ -53,7 +53,7 @@ def test_compiles_without_a_gpu_for_one(module: str, form: str, tmp_path: Path) 
     codes, scale, tile = COMPILED[form]
     group = 32 if form in ("int4", "nf4") else 128
     types = {"w_ERD": codes, "scale_ERG": scale, "zero_ERG": "*u8", "index": "*i64", "y_PR": "*bf16"}
-    types |= {"x_scale_PB": "*fp32", "x_sum_PG": "*fp32", "sum_PG": "*fp32"}
+    types |= {"x_scale_PB": "*fp32", "x_sum_PG": "*fp32", "x_sum_PC": "*fp32", "sum_PG": "*fp32"}
     constants = {"WAY": "gathered", "FORM": form, "GROUP": group, "WHOLE_TILES": True, "PTX": "", "PAIRS": 16, **tile}
     if module == "dots":
         types |= {"x_PW": "*i32", "w_ERW": "*i32", "table": "*i32"}

@@ -30,19 +30,19 @@ def multiply_dots(
     pairs, w_ERW = x_PD.shape[0], w_ERD.view(torch.int32)
     experts, rows, words = w_ERW.shape
     in_halves = form != "int8"
-    group = w_ERD.shape[2] // scale.shape[-1] if in_halves else ACTIVATION_BLOCK
-    ints_PD, x_scale_PB, _ = round_inputs(x_PD, form, group)
+    group = w_ERW.shape[2] // scale.shape[-1] if in_halves else 1
+    ints_PD, x_scale_PB, x_sum_PC = round_inputs(x_PD, form, 16)
     y_PR = unused = x_PD.new_empty(pairs, rows)
     weight, strides = pointed(w_ERW, scale, zero, unused)
     launch(
         multiply[(pairs, -(-rows // _ROWS))],
-        *(ints_PD.view(torch.int32), x_scale_PB, *weight),
+        *(ints_PD.view(torch.int32), x_scale_PB, x_sum_PC, *weight),
         nf4_halves(x_PD.device) if form == "nf4" else unused,
         unused if index is None else index.contiguous(),
         *(y_PR, pairs, experts, rows, words, x_scale_PB.shape[1], *strides),
         WAY="dense" if index is None else "gathered",
         FORM=form,
-        GROUP=group // 4,
+        GROUP=group,
         BLOCK=ACTIVATION_BLOCK // (8 if in_halves else 4),
         WHOLE_TILES=rows % _ROWS == 0 and words % (4 * _CHUNKS) == 0,
         PTX=x_PD.is_cuda,
@@ -57,6 +57,7 @@ def multiply_dots(
 def multiply(
     x_PW: tl.tensor,
     x_scale_PB: tl.tensor,
+    x_sum_PC: tl.tensor,
     w_ERW: tl.tensor,
     scale_ERG: tl.tensor,
     zero_ERG: tl.tensor,
@@ -89,6 +90,7 @@ def multiply(
 
     Args:
         x_PW: int8 in words, and for two codes in a byte the even inputs of all pairs and behind them the odd ones.
+        x_sum_PC: float32, sums of a chunk's integers; for "int4".
         w_ERW: codes in words, a multiple of 4 in a row.
         table: of `nf4_halves`. None of its bytes is negative.
         GROUP, BLOCK: words that share a scale, of the weight (4 or a multiple) and of x.
@@ -110,6 +112,7 @@ def multiply(
     x = x_PW + pair * words
     odd = x + tl.full((), pairs, tl.int64) * words
     x_scale = x_scale_PB + pair * blocks
+    x_sum = x_sum_PC + pair * (words // 4)
     word_F = tl.arange(0, 4)
     sums_RC = tl.zeros((ROWS, CHUNKS), tl.float32)
     if FORM == "nf4":
@@ -132,10 +135,9 @@ def multiply(
                 zero_RC = _load(zero_R[:, None] + (group_C * zero_group)[None, :], some_C[None, :], WHOLE_TILES)
                 dots_RCF = _dot((w_RCF >> 4) & 0x0F0F0F0F, x_CF[None, :, :], 0, PTX)
                 dots_RCF = _dot(w_RCF & 0x0F0F0F0F, odd_CF[None, :, :], dots_RCF, PTX)
-                ones = tl.full((), 0x01010101, tl.int32)
-                all_C = tl.sum(_dot(x_CF, ones, _dot(odd_CF, ones, 0, PTX), PTX), axis=1)
+                all_C = _load(x_sum + at_C, some_C, WHOLE_TILES)
                 part_RC = tl.sum(dots_RCF, axis=2).to(tl.float32)
-                part_RC -= zero_RC.to(tl.float32) * 0.0625 * all_C.to(tl.float32)[None, :]
+                part_RC -= zero_RC.to(tl.float32) * 0.0625 * all_C[None, :]
             else:
                 # As the codes of a word lie: lower and upper one of each byte, which are an odd input and an even one.
                 first_CF = _pick(odd_CF, x_CF, 0x5140, PTX)[None, :, :]
