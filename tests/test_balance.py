@@ -19,8 +19,8 @@ from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Routing
 from accessory.model.pretrained import Pretrained, load_transformer
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import ParallelState
+from accessory.text.tokenizer import Tokenizer
 from accessory.train.init import init_weights
 from accessory.train.sharding import device_mesh, shard_model
 

@@ -11,8 +11,8 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from accessory.data.chat_templates import TEMPLATE_NAMES, Message, chat_prompt, find_template
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.forms import TEMPLATE_NAMES, Message, chat_prompt, find_template
+from accessory.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
 THEIRS = MistralTokenizer.v1()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 from accessory.tools import corpus
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 

@@ -23,7 +23,7 @@ from accessory.data.cache import load_finetune_data
 from accessory.data.dialogue import dialogue_text
 from accessory.data.examples import encode_example
 from accessory.data.finetune_data import FinetuneData, is_complete
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 MODELS = Path(mistral_common.__file__).parent / "data"
 ALPACA = [{"instruction": f"Count to {n}.", "input": "", "output": "1, 2 " * n} for n in range(1, 9)]

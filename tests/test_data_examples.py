@@ -18,7 +18,7 @@ from accessory.data.conversation import default_conversation
 from accessory.data.dialogue import dialogue_text, read_turns
 from accessory.data.examples import TrainingText, encode_example
 from accessory.data.system_prompt import PROMPT_NAMES, format_prompt
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 # Metaspace has no bytes to spell what its vocabulary lacks, so a text does not come back from it.
 KINDS = [*SENTENCEPIECE, *HUGGING_FACE]

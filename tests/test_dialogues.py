@@ -13,10 +13,10 @@ from test_tokenizer import train_json
 
 from accessory.cli import main
 from accessory.data.cache import CACHE_VARIABLE, load_finetune_data
-from accessory.data.chat_templates import find_template
 from accessory.data.conversation import default_conversation
 from accessory.model.meta import MetaModel
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.forms import find_template
+from accessory.text.tokenizer import Tokenizer
 from accessory.tools import docstring_dialogues
 
 QUESTIONS = ["What does abc.abstractmethod do?", "What is queue.Queue?"]

@@ -7,10 +7,10 @@ import pytest
 from http_api import ServedApi
 from models import load
 
-from accessory.data.chat_templates import Message, chat_prompt
 from accessory.data.conversation import default_conversation
 from accessory.model.meta import MetaModel
 from accessory.serve.driver import Driver
+from accessory.text.forms import Message, chat_prompt
 from accessory.tools.tiny import TinyReport
 
 MESSAGES = [{"role": "user", "content": "Return a list."}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_tokenizer import HUGGING_FACE, SENTENCEPIECE, load_all
 
 from accessory.generation.stopping import TextStream, settled_text
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 KINDS = (*SENTENCEPIECE, *HUGGING_FACE)
 

@@ -18,8 +18,8 @@ from test_tokenizer import load_all
 from torch import Tensor
 
 from accessory.model.requests import example_tokens
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import ParallelState
+from accessory.text.tokenizer import Tokenizer
 
 Pools = Callable[[int], RankPool]
 

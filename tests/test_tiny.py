@@ -9,7 +9,7 @@ import torch
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.manifest import Manifest
 from accessory.model.meta import MetaModel
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus
 from accessory.tools.tiny import HELD_BACK, LEAST_SHARE, make_tiny, random_windows, token_stream
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_tokenizer import HUGGING_FACE, train_json
 
 from accessory.generation.stopping import TextStream
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.http.texts import AnswerText, CompletionScores, ScoredToken
 from accessory.serve.request import Event, TokenScore
 from accessory.serve.token_texts import TokenTexts
+from accessory.text.tokenizer import Tokenizer
 
 MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 TEXTS = [

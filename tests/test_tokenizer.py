@@ -20,7 +20,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 MISTRAL = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = {

@@ -10,7 +10,6 @@ from walks import LAYERS, experts_of, write_walk
 
 from accessory.data.conversation import default_conversation
 from accessory.generation.sampling import Sampling
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.dialogue import dialogue_prompt
 from accessory.serve.driver import Driver
 from accessory.serve.options import Account
@@ -20,6 +19,7 @@ from accessory.serve.web.experts import coloured, heatmap
 from accessory.serve.web.page import matcher
 from accessory.serve.web.parts import status, written
 from accessory.serve.web.session import Session
+from accessory.text.tokenizer import Tokenizer
 
 ANSWER = " big(<b>).\n###"
 HELLO = "Hello"

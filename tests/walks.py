@@ -11,7 +11,7 @@ import torch
 from checkpoints import random_tensors, small_config, write_folder
 from torch import Tensor
 
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 VOCABULARY = 384
 LAYERS = 2

@@ -33,11 +33,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from accessory.data.chat_templates import find_template
     from accessory.generation.sampling import Sampling
     from accessory.serve.dialogue import usual_length
     from accessory.serve.driver import Driver
     from accessory.serve.terminal import Terminal
+    from accessory.text.forms import find_template
 
     asked = template_of(arguments)
     length = arguments.max_gen_len

@@ -72,8 +72,8 @@ def _single_turn(arguments: argparse.Namespace) -> None:
 
 
 def _multi_turn(arguments: argparse.Namespace) -> None:
-    from accessory.data.chat_templates import find_template
     from accessory.serve.driver import Driver
+    from accessory.text.forms import find_template
 
     asked = template_of(arguments)
     with Driver(arguments.pretrained_path, **driver_settings(arguments)) as engine:

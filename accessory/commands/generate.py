@@ -87,7 +87,7 @@ def _lines_of(file: Path) -> list[str]:
 
 def _open_dialogues(questions: Sequence[str]) -> tuple[list[str], str]:
     """A prompt for each question, and the text that ends an answer."""
-    from accessory.data.conversation import default_conversation
+    from accessory.text.conversation import default_conversation
 
     conversation = default_conversation()
     prompts = []

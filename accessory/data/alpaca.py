@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from accessory.data.examples import TrainingText
-from accessory.data.system_prompt import format_prompt
 from accessory.errors import shown, shown_keys
+from accessory.text.instruction import format_prompt
 
 
 def alpaca_text(record: Any, *, prompt_type: str = "alpaca", preprocess: str = "alpaca") -> TrainingText:

@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from accessory.data.conversation import default_conversation
 from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
 from accessory.data.sources import Source, read_data_config
-from accessory.data.system_prompt import format_prompt
 from accessory.data.tokenise import Recipe, as_json, check_source, token_dtype, write_source
 from accessory.files import locked, sync
-from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
+from accessory.text.conversation import default_conversation
+from accessory.text.instruction import format_prompt
+from accessory.text.tokenizer import CONFIG_NAME, Tokenizer
 
 _FORMAT = 1  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"

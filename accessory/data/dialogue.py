@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from accessory.data.conversation import default_conversation
 from accessory.data.examples import TrainingText
 from accessory.errors import shown, shown_keys
+from accessory.text.conversation import default_conversation
 
 _HUMAN = ("human",)
 _ASSISTANT = ("gpt", "assistant")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
 

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from accessory.data.readers import check_data_file
-from accessory.data.system_prompt import PROMPT_NAMES
 from accessory.errors import shown
+from accessory.text.instruction import PROMPT_NAMES
 
 PREPROCESSORS = ("alpaca", "single_turn_llava")
 _KEYS = ("path", "type", "ratio", "preprocess", "prompt_type")

@@ -25,7 +25,7 @@ from accessory.data.dialogue import dialogue_text
 from accessory.data.examples import Ids, TrainingText, encode_example
 from accessory.data.readers import read_records
 from accessory.data.sources import Source
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not

@@ -18,7 +18,7 @@ _MAX_WINDOW = 32
 
 
 class StreamableTokenizer(Protocol):
-    """What a text is made with. `accessory.model.tokenizer.Tokenizer` has it."""
+    """What a text is made with. `accessory.text.tokenizer.Tokenizer` has it."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
     def is_control(self, token_id: int) -> bool: ...

@@ -20,10 +20,10 @@ from accessory.model.LLM.mistral import Transformer
 from accessory.model.pretrained import Paths, Pretrained, load_transformer
 from accessory.model.requests import Examples, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, agreed, pick_device
 from accessory.quant import lay_out_for_gpu
+from accessory.text.tokenizer import Tokenizer
 
 
 class MetaModel(nn.Module):

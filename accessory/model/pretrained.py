@@ -18,10 +18,10 @@ from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
 from accessory.model.lora import begin_adapters
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import local_boxes, matrix_of
 from accessory.parallel.state import ParallelState, agreed
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from accessory.errors import shown
 from accessory.generation.sampling import Sampling
 from accessory.model.LLM.mistral import Transformer
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import agreed
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from accessory.config import ModelArgs
 from accessory.errors import first_line
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.messages import Answer, Call, Cancel, Close, Failed, Order, Report, Step, Submit
 from accessory.serve.request import Busy, Event, Load, OnEvent, RankLost, Request
 from accessory.serve.stream import AnswerStream
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from accessory.data.chat_templates import ChatPrompt, Message, chat_prompt
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.request import Finish
+from accessory.text.forms import ChatPrompt, Message, chat_prompt
+from accessory.text.tokenizer import Tokenizer
 
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -36,7 +36,7 @@ def dialogue_prompt(
 
     Args:
         room: tokens of the prompt at most.
-        template: a name of `accessory.data.chat_templates`.
+        template: a name of `accessory.text.forms`.
 
     Raises:
         ValueError: the question is empty, or too long by itself, or the template is unknown.

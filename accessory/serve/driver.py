@@ -14,7 +14,6 @@ from accessory.config import QuantArgs
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths, Pretrained
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.placement import resolve_placement
 from accessory.serve.client import Client
 from accessory.serve.messages import Failed, Link, Ready, Setup
@@ -22,6 +21,7 @@ from accessory.serve.processes import Placement, RankProcesses
 from accessory.serve.ranks import PREFILL_TOKENS, check_settings, name_of
 from accessory.serve.request import Load, OnEvent, RankLost
 from accessory.serve.stream import AnswerStream
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -151,7 +151,7 @@ def template_of(arguments: argparse.Namespace) -> str | None:
     Raises:
         ValueError: there is none of this name.
     """
-    from accessory.data.chat_templates import TEMPLATE_NAMES  # not before it is wanted: it loads the tokenizers
+    from accessory.text.forms import TEMPLATE_NAMES  # not before it is wanted: it loads the tokenizers
 
     name: str | None = arguments.chat_template
     if name is not None and name not in TEMPLATE_NAMES:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from accessory.config import ModelArgs
 from accessory.generation.sampling import Sampling
-from accessory.model.tokenizer import Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "cancelled"]
 

@@ -30,7 +30,7 @@ class Terminal:
 
     Args:
         sampling: of every answer; the stop strings of the template are added.
-        template: how the dialogue is put to the model; a name of `accessory.data.chat_templates`.
+        template: how the dialogue is put to the model; a name of `accessory.text.forms`.
         source, sink: the lines to read and where to write; a sink that is no terminal gets no prompts.
     """
 

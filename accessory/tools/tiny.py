@@ -15,8 +15,8 @@ from accessory.config import ModelArgs, MoEArgs
 from accessory.files import new_folder, write_json
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
-from accessory.model.tokenizer import Tokenizer
 from accessory.parallel.state import ParallelState
+from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.train.init import init_weights
 from accessory.train.optim import CosineSchedule, adamw

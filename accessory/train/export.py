@@ -19,10 +19,10 @@ from accessory.checkpoint.formats import PREFIX, Source, obstacles_to_files, sou
 from accessory.checkpoint.writer import create_shard
 from accessory.files import sync, write_json
 from accessory.model.meta import MetaModel
-from accessory.model.tokenizer import CONFIG_NAME, JSON_NAME
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
 from accessory.parallel.state import agreed
+from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME
 from accessory.train.snapshot import over_all_ranks, reshard
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from accessory.data.chat_templates import ChatPrompt, Message, chat_prompt
 from accessory.serve.http.answers import ChatCompletion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.errors import bad_request
@@ -18,6 +17,7 @@ from accessory.serve.http.schema import ChatMessage, ChatRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
 from accessory.serve.http.texts import AnswerText, ChatScores, ScoredToken
+from accessory.text.forms import ChatPrompt, Message, chat_prompt
 
 router = APIRouter(tags=["OpenAI"])
 _SIZE_OF_A_MESSAGE = 40  # in characters of text: what a message costs that is put into a template

@@ -7,11 +7,11 @@ from typing import ParamSpec, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from accessory.generation.sampling import Sampling
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.http.errors import bad_request
 from accessory.serve.http.generation import Job
 from accessory.serve.http.schema import MOST_PROMPTS, Answering
 from accessory.serve.request import Engine
+from accessory.text.tokenizer import Tokenizer
 
 # No vocabulary has longer tokens: what cannot fit for its characters alone need not be tokenised to be refused.
 MOST_CHARACTERS_OF_A_TOKEN = 128

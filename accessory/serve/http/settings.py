@@ -11,7 +11,7 @@ class ServerSettings:
 
     Attributes:
         api_key: what clients must send as "Authorization: Bearer KEY"; None lets everyone in.
-        chat_template: a name of accessory.data.chat_templates; None: the one that lies with the tokenizer.
+        chat_template: a name of accessory.text.forms; None: the one that lies with the tokenizer.
         model_name: the name of the model in requests and answers; None: the engine's.
         body_limit: bytes of a request's body at most.
     """

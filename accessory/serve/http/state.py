@@ -4,13 +4,13 @@ from functools import cached_property
 
 from fastapi import Request
 
-from accessory.data.chat_templates import find_template
 from accessory.serve.http.errors import ApiError, unavailable
 from accessory.serve.http.generation import Generations
 from accessory.serve.http.metrics import Metrics
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
 from accessory.serve.token_texts import TokenTexts
+from accessory.text.forms import find_template
 
 _LOADING = "the model is being loaded"
 

@@ -4,8 +4,8 @@ import colorsys
 from collections.abc import Sequence
 
 from accessory.generation.stopping import TextStream
-from accessory.model.tokenizer import Tokenizer
 from accessory.serve.web.answering import Answer, Route
+from accessory.text.tokenizer import Tokenizer
 
 # Beyond this many experts a cell shows its colour only.
 _NUMBERED_EXPERTS = 16

@@ -30,7 +30,7 @@ class MultiTurnPage:
     """A dialogue with the model.
 
     Args:
-        template: how the dialogue is put to the model; a name of `accessory.data.chat_templates`.
+        template: how the dialogue is put to the model; a name of `accessory.text.forms`.
 
     Attributes:
         blocks: the page, for gradio to serve.

@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 
-from accessory.data.system_prompt import format_prompt
 from accessory.generation.sampling import Sampling
 from accessory.serve.request import Engine
 from accessory.serve.web.answering import Answer
@@ -22,6 +21,7 @@ from accessory.serve.web.parts import (
     written,
 )
 from accessory.serve.web.session import Session
+from accessory.text.instruction import format_prompt
 
 SYSTEM_PROMPTS = ("alpaca", "None")
 

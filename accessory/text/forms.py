@@ -12,24 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
-from accessory.data.conversation import Conversation
-from accessory.data.system_prompt import format_prompt
-from accessory.model.tokenizer import CONFIG_NAME, Tokenizer
+from accessory.text.chat import Message
+from accessory.text.conversation import Conversation
+from accessory.text.instruction import format_prompt
+from accessory.text.tokenizer import CONFIG_NAME, Tokenizer
 
 logger = logging.getLogger(__name__)
 _TEMPLATE_FILE = "chat_template.jinja"
-
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a chat."""
-
-    role: Role
-    content: str
 
 
 @dataclass(frozen=True)

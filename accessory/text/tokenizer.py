@@ -16,8 +16,6 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from accessory.model.tokenizer_files import read_file, top_level_fields
-
 SENTENCEPIECE_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -113,11 +111,11 @@ class _SentencePiece:
     """A sentencepiece model."""
 
     def __init__(self, path: Path) -> None:
-        data = read_file(path)
+        data = _read_file(path)
         advice = f"{path} is not a whole sentencepiece model: copy or download it again"
         # The format ends without a mark: a file cut off between two pieces still parses, as a smaller
         # vocabulary with default settings. The settings, fields 2 and 3, come after the pieces, field 1.
-        if not {1, 2, 3} <= set(top_level_fields(data)):
+        if not {1, 2, 3} <= set(_top_level_fields(data)):
             raise ValueError(advice)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -157,7 +155,7 @@ class _Json:
 
     def __init__(self, path: Path) -> None:
         advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
-        data = read_file(path)
+        data = _read_file(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises plain Exception
@@ -177,7 +175,7 @@ class _Json:
         self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
 
     def _named_tokens(self, path: Path, keys: Sequence[str]) -> Iterator[int]:
-        data = read_file(path)
+        data = _read_file(path)
         try:
             config: Any = json.loads(data)
         except ValueError as error:
@@ -225,3 +223,37 @@ def _check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         at = f"{text[error.start]!r} at character {error.start}"
         raise ValueError(f"the text holds a lone surrogate, {at}: decode its source with errors='replace'") from error
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a file that may be there in name only."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer file {path}: check the path")
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path} is empty: copy or download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder")
+    return data
+
+
+def _top_level_fields(data: bytes) -> Iterator[int]:
+    """A protobuf message's field numbers, until one is not length-delimited or would run past the end."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while at < len(data) and shift < 64:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                return value, at
+        return 0, len(data) + 1
+
+    at = 0
+    while at < len(data):
+        tag, at = varint(at)
+        size, at = varint(at)
+        at += size
+        if tag & 7 != 2 or at > len(data):
+            return
+        yield tag >> 3
