@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,14 @@ import tokenizers
 SENTENCEPIECE_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
+# What else of Hugging Face's folders says which tokens there are.
+_BESIDE = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", GENERATION_NAME)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Appended to a sentencepiece model: its normalizer (field 3) gets add_dummy_prefix (field 3) false, as protobuf merges
+# a message that is given twice.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
@@ -28,8 +37,9 @@ class Tokenizer:
 
     `path` is a sentencepiece model under any name, a `tokenizer.json` with its `tokenizer_config.json` beside
     it, or a folder that holds one of the two (`tokenizer.model` wins). Attributes: `path`, the file that was
-    read; `n_words`, the number of token ids, 0 to n_words - 1; `bos_id` and `eos_id`, the ids that begin and
-    end a sequence.
+    read; `files`, all that were; `n_words`, the number of token ids, 0 to n_words - 1; `bos_id` and `eos_id`, the ids
+    that begin and end a sequence; `eos_ids`, all that end one, those of generation_config.json among them;
+    `controls`, the control tokens by name; `names`, what the settings call "bos_token", "eos_token" and so on.
 
     Raises FileNotFoundError where a file is absent and ValueError where one cannot be read; both name it.
     """
@@ -40,10 +50,16 @@ class Tokenizer:
         if found is None:
             raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}")
         self.path: Path = found
-        self._backend: _SentencePiece | _Json = _Json(found) if found.suffix == ".json" else _SentencePiece(found)
+        settings = _Settings.beside(found)
+        self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
+        self.files: tuple[Path, ...] = (found, *settings.files)
         self.n_words: int = self._backend.n_words
         self.bos_id: int = self._backend.bos_id
         self.eos_id: int = self._backend.eos_id
+        self.eos_ids = frozenset({self.eos_id, *filter(self._backend.has, settings.ends)})
+        known = filter(self._backend.has, range(self.n_words))
+        self.controls: Mapping[str, int] = {self.name(token): token for token in known if self.is_control(token)}
+        self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
     def find(folder: str | Path) -> Path | None:
@@ -53,6 +69,11 @@ class Tokenizer:
                 return candidate
         return None
 
+    @property
+    def is_json(self) -> bool:
+        """Whether it is Hugging Face's form."""
+        return isinstance(self._backend, _Json)
+
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `text`, with the begin and end tokens where `bos` and `eos` ask for them.
 
@@ -61,6 +82,35 @@ class Tokenizer:
         """
         _check_text(text)
         return [self.bos_id] * bool(bos) + self._backend.encode(text) + [self.eos_id] * bool(eos)
+
+    def cont(self, text: str) -> list[int]:
+        """The ids of a text that continues another: without the prefix that a text's begin gets. Raises as `encode`."""
+        _check_text(text)
+        return self._backend.cont(text)
+
+    def after_control(self, text: str) -> list[int]:
+        """The ids of a text behind a control token, as Hugging Face's one pass over both has them; as `encode`."""
+        _check_text(text)
+        return self._backend.after_control(text)
+
+    def split_controls(self, text: str) -> list[tuple[str, int | None]]:
+        """`text` in pieces, each with its id where it is the name of a control token."""
+        pieces: list[tuple[str, int | None]] = []
+        at = 0
+        for match in self._control_pattern.finditer(text):
+            name = match[0] if match[0] in self.controls else match[0].strip()
+            pieces += [(text[at : match.start()], None), (match[0], self.controls[name])]
+            at = match.end()
+        return [piece for piece in (*pieces, (text[at:], None)) if piece[0]]
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        def pattern(name: str) -> str:  # some take the white space around them
+            left, right = self._backend.stripping.get(name, (False, False))
+            return r"\s*" * left + re.escape(name) + r"\s*" * right
+
+        # Of two that begin at one place the longer one counts.
+        return re.compile("|".join(map(pattern, sorted(self.controls, key=len, reverse=True))) or "(?!)")
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids that `encode` gives without begin and end, and the characters that each stands for.
@@ -107,10 +157,57 @@ class Tokenizer:
         return f"Tokenizer({str(self.path)!r}, n_words={self.n_words})"
 
 
-class _SentencePiece:
-    """A sentencepiece model."""
+@dataclass(frozen=True)
+class _Added:
+    """A token that was added to a vocabulary: control tokens are never read in a text."""
 
-    def __init__(self, path: Path) -> None:
+    id: int
+    name: str
+    control: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What Hugging Face's files beside a tokenizer say of its tokens."""
+
+    files: tuple[Path, ...]
+    names: dict[str, str]
+    added: tuple[_Added, ...]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def beside(cls, tokenizer: Path) -> _Settings:
+        files = tuple(file for name in _BESIDE if (file := tokenizer.with_name(name)).is_file())
+        read = {file.name: _read_json(file) for file in files}
+        config, special, plain, generation = (read.get(name, {}) for name in _BESIDE)
+        names = {
+            key: content
+            for key, value in (*special.items(), *config.items())
+            if key.endswith("_token") and isinstance(content := _content(value), str)
+        }
+        added = {
+            token_id: _Added(token_id, name, control=False) for name, token_id in plain.items() if type(token_id) is int
+        }
+        decoder = config.get("added_tokens_decoder")
+        for key, value in decoder.items() if isinstance(decoder, dict) else ():
+            if key.isdecimal() and isinstance(value, dict) and isinstance(value.get("content"), str):
+                flags = (value.get(flag) is True for flag in ("special", "lstrip", "rstrip"))
+                added[int(key)] = _Added(int(key), value["content"], *flags)
+        ends = generation.get("eos_token_id")
+        ends = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
+        return cls(files, names, tuple(added[key] for key in sorted(added)), tuple(ends))
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+class _SentencePiece:
+    """A sentencepiece model, with the tokens that Hugging Face's files add to it."""
+
+    def __init__(self, path: Path, settings: _Settings) -> None:
         data = _read_file(path)
         advice = f"{path} is not a whole sentencepiece model: copy or download it again"
         # The format ends without a mark: a file cut off between two pieces still parses, as a smaller
@@ -119,32 +216,86 @@ class _SentencePiece:
             raise ValueError(advice)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self._continuing = sentencepiece.SentencePieceProcessor(model_proto=data + _NO_DUMMY_PREFIX)
         except Exception as error:  # its type differs between versions of the library
             raise ValueError(f"{advice} ({error})") from error
-        self.n_words = int(self._processor.vocab_size())
-        self.bos_id = int(self._processor.bos_id())
-        self.eos_id = int(self._processor.eos_id())
+        size = int(self._processor.vocab_size())
+        named = set(settings.names.values())
+        self._added = {
+            added.id: added
+            for added in settings.added
+            if added.id >= size or self._processor.id_to_piece(added.id) != added.name
+        }
+        self._control = {token for token in range(size) if self._processor.is_control(token)}
+        self._control |= {token.id for token in self._added.values() if token.control or token.name in named}
+        self._known = set(range(size)) | set(self._added)
+        self.n_words = max(self._known) + 1
+        ids = {token.name: token.id for token in self._added.values()}
+        self.bos_id = ids.get(settings.names.get("bos_token", ""), int(self._processor.bos_id()))
+        self.eos_id = ids.get(settings.names.get("eos_token", ""), int(self._processor.eos_id()))
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} has no begin or no end token: train it with bos_id and eos_id set")
+        self._read = {name: token for name, token in ids.items() if token not in self._control}
+        names = sorted(self._read, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.stripping = {token.name: (token.lstrip, token.rstrip) for token in self._added.values()}
+        self._anchor = self._processor.encode("a")
 
     def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+        return self.encode_with_spans(text)[0] if self._read else list(self._processor.encode(text))
+
+    def cont(self, text: str) -> list[int]:
+        return self._spans(text, self._continuing)[0] if self._read else list(self._continuing.encode(text))
+
+    after_control = cont
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self._processor.encode(text, return_type="offset_mapping")
-        return found["ids"], found["offsets"]
+        return self._spans(text, self._processor)
+
+    def _spans(self, text: str, first: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+
+        def take(end: int) -> None:
+            found = (self._continuing if at else first).encode(text[at:end], return_type="offset_mapping")
+            ids.extend(found["ids"])
+            spans.extend((at + begin, at + end) for begin, end in found["offsets"])
+
+        for match in self._pattern.finditer(text):
+            take(match.start())
+            ids.append(self._read[match[0]])
+            spans.append(match.span())
+            at = match.end()
+        take(len(text))
+        return ids, spans
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._processor.decode(ids)) if ids else ""
+        if not self._added:
+            return str(self._processor.decode(ids)) if ids else ""
+        text = ""
+        run: list[int] = []
+        for token in (*ids, None):
+            if token is not None and token not in self._added:
+                run.append(token)
+                continue
+            # Only a text's first word loses its space, so a later run is read behind another word.
+            before = self._anchor if text else []
+            text += str(self._processor.decode([*before, *run]))[len(self._processor.decode(before)) if before else 0 :]
+            run = []
+            if token is not None and token not in self._control:
+                text += self._added[token].name
+        return text
 
     def has(self, token_id: int) -> bool:
-        return 0 <= token_id < self.n_words
+        return token_id in self._known
 
     def is_control(self, token_id: int) -> bool:
-        return bool(self._processor.is_control(token_id))
+        return token_id in self._control
 
     def name(self, token_id: int) -> str:
-        return str(self._processor.id_to_piece(token_id))
+        added = self._added.get(token_id)
+        return str(self._processor.id_to_piece(token_id)) if added is None else added.name
 
     def joins_next(self, token_id: int) -> bool:
         return False
@@ -153,45 +304,88 @@ class _SentencePiece:
 class _Json:
     """A `tokenizer.json`, whose begin and end tokens `tokenizer_config.json` names."""
 
-    def __init__(self, path: Path) -> None:
-        advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
+    def __init__(self, path: Path, settings: _Settings) -> None:
+        self._advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
+        self._settings = settings
         data = _read_file(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{advice} ({error})") from error
-        # A file may have been saved with the limits of the run that made it, and its post-processor often
-        # adds the begin token itself (it would stand there twice) or takes white space out of the spans.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.post_processor = None
-        self._tokenizer.encode_special_tokens = True  # "<s>" in a text is text
+            self._content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self._advice} ({error})") from error
+        self._tokenizer = self._made(self._content)
         self._names = {token_id: name for name, token_id in self._tokenizer.get_vocab().items()}
         if not self._names:
-            raise ValueError(advice)
+            raise ValueError(self._advice)
+        for token in settings.added:
+            if self._names.get(token.id) != token.name:
+                raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {CONFIG_NAME} says")
         self.n_words = max(self._names) + 1
-        self.bos_id, self.eos_id = self._named_tokens(path.with_name(CONFIG_NAME), ("bos_token", "eos_token"))
+        config = path.with_name(CONFIG_NAME)
+        _read_file(config)
+        self.bos_id, self.eos_id = (self._id_of(key, config) for key in ("bos_token", "eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
+        self.stripping = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
 
-    def _named_tokens(self, path: Path, keys: Sequence[str]) -> Iterator[int]:
-        data = _read_file(path)
+    def _made(self, content: Any) -> Any:
         try:
-            config: Any = json.loads(data)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: copy or download it again ({error})") from error
-        for key in keys:
-            value = config.get(key) if isinstance(config, dict) else None
-            name = value.get("content") if isinstance(value, dict) else value
-            if not isinstance(name, str):
-                raise ValueError(f"{path} names no {key}: add one of the tokens of {JSON_NAME} there")
-            token_id = self._tokenizer.token_to_id(name)
-            if token_id is None:
-                raise ValueError(f"{path}: correct {key}, {name!r} is no token of the {JSON_NAME} beside it")
-            yield token_id
+            made = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{self._advice} ({error})") from error
+        known = made.get_vocab()
+        for token in self._settings.added:  # in order of their ids, as the library counts on
+            if token.name not in known:
+                flags = {"special": token.control, "lstrip": token.lstrip, "rstrip": token.rstrip}
+                made.add_tokens([tokenizers.AddedToken(token.name, normalized=False, **flags)])
+        # A file may have been saved with the limits of the run that made it, and its post-processor often
+        # adds the begin token itself (it would stand there twice) or takes white space out of the spans.
+        made.no_truncation()
+        made.no_padding()
+        made.post_processor = None
+        made.encode_special_tokens = True  # "<s>" in a text is text
+        return made
+
+    def _id_of(self, key: str, config: Path) -> int:
+        name = self._settings.names.get(key)
+        if name is None:
+            raise ValueError(f"{config} names no {key}: add one of the tokens of {JSON_NAME} there")
+        token_id = self._tokenizer.token_to_id(name)
+        if token_id is None:
+            raise ValueError(f"{config}: correct {key}, {name!r} is no token of the {JSON_NAME} beside it")
+        return int(token_id)
+
+    @cached_property
+    def _continuing(self) -> Any:
+        return self._without_prefix(lambda part: True)
+
+    @cached_property
+    def _after_control(self) -> Any:
+        return self._without_prefix(lambda part: part.get("prepend_scheme") == "first")
+
+    def _without_prefix(self, chosen: Callable[[Mapping[str, Any]], bool]) -> Any:
+        """The tokenizer whose chosen parts put nothing before a text; itself where none did."""
+        content = deepcopy(self._content)
+        for place, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+            whole: dict[str, Any] = content.get(place) or {}
+            for part in whole[nested] if whole.get("type") == "Sequence" else [whole]:
+                if not chosen(part):
+                    continue
+                if part.get("type") == "Prepend":
+                    part.update(prepend="")
+                elif part.get("type") == "Metaspace":
+                    part.update(prepend_scheme="never", add_prefix_space=False)
+                elif part.get("type") == "ByteLevel":
+                    part.update(add_prefix_space=False)
+        return self._tokenizer if content == self._content else self._made(content)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def cont(self, text: str) -> list[int]:
+        return list(self._continuing.encode(text, add_special_tokens=False).ids)
+
+    def after_control(self, text: str) -> list[int]:
+        return list(self._after_control.encode(text, add_special_tokens=False).ids)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -223,6 +417,19 @@ def _check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         at = f"{text[error.start]!r} at character {error.start}"
         raise ValueError(f"the text holds a lone surrogate, {at}: decode its source with errors='replace'") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of settings holds."""
+    try:
+        found = json.loads(_read_file(path))
+    except (ValueError, RecursionError) as error:
+        if path.read_bytes()[:1] in (b"", b"v"):
+            raise
+        raise ValueError(f"{path} is not valid JSON: copy or download it again ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object: copy or download it again")
+    return found
 
 
 def _read_file(path: Path) -> bytes:
