@@ -515,7 +515,14 @@ def _(folder):
     (folder / "tokenizer.json").write_text("{}")
 
 
-@case("tokenizer of another size", ValueError, "384 tokens", "vocab_size is 392", "different models")
+@case("tokenizer of another size", ValueError, "384 tokens", "vocab_size is only 376", "different models")
+def _(folder):
+    edit_json(folder / "config.json", vocab_size=376)
+
+
+@case(
+    "config with more rows than the embedding", CheckpointError, "has shape (384, 16)", "(392, 16)", "check the config"
+)
 def _(folder):
     edit_json(folder / "config.json", vocab_size=392)
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, Manifest
-from accessory.checkpoint.reader import Checkpoint, open_shard
+from accessory.checkpoint.reader import Checkpoint, embedding_rows
 from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
@@ -85,14 +85,9 @@ def with_vocabulary(manifest: Manifest, args: ModelArgs) -> ModelArgs:
     """
     if args.vocab_size != -1:
         return args
-    embedding = open_shard(manifest.shards[0]).get("tok_embeddings.weight")
-    if embedding is not None:
-        if embedding.dim() != 2 or not embedding.shape[0]:
-            raise CheckpointError(
-                f"{manifest.shards[0]}: tok_embeddings.weight has shape {tuple(embedding.shape)}, and not a row for "
-                "each token: copy the file again"
-            )
-        return args.replace(vocab_size=embedding.shape[0])
+    rows = embedding_rows(manifest)
+    if rows is not None:
+        return args.replace(vocab_size=rows)
     if not Checkpoint.open(manifest, args).is_adapter:
         raise CheckpointError(
             f"{manifest.shards[0]} lacks tensor tok_embeddings.weight, and the config does not give vocab_size: copy "

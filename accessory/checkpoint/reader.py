@@ -57,6 +57,24 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def embedding_rows(manifest: Manifest) -> int | None:
+    """Rows of a folder's embedding, each file having a slice of all of them; None where it has no embedding.
+
+    Raises:
+        CheckpointError: its shape is not an embedding's.
+    """
+    path = manifest.shards[0]
+    embedding = open_shard(path).get("tok_embeddings.weight")
+    if embedding is None:
+        return None
+    if embedding.dim() != 2 or not embedding.shape[0]:
+        raise CheckpointError(
+            f"{path}: tok_embeddings.weight has shape {tuple(embedding.shape)}, and not a row for each token: "
+            "copy the file again"
+        )
+    return embedding.shape[0]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A recognised folder together with the sizes of the model it should hold: what each file must contain."""

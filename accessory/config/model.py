@@ -40,7 +40,7 @@ class ModelArgs:
         hidden_dim: width inside one expert.
         head_dim: width of one attention head (dim / n_heads where absent).
         n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
-        vocab_size: rows of the embedding; -1 means the tokenizer's size.
+        vocab_size: rows of the embedding, one for each of the tokenizer's tokens or more; -1 leaves their number open.
         rope_scaling: factor on positions before the rotary embedding (1 / Hugging Face's linear factor).
         max_batch_size: sequences that are generated at once.
         max_seq_len: a hint; the argument of from_pretrained rules.

@@ -13,7 +13,7 @@ from torch import Tensor
 from accessory.checkpoint.loader import load_parameters
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
-from accessory.checkpoint.reader import open_shard
+from accessory.checkpoint.reader import embedding_rows, open_shard
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
@@ -71,6 +71,8 @@ class Pretrained:
         configs = None if llama_config is None else _several(llama_config, "llama_config")
         args = _quantized(last.load_args(configs, llama_type), quant, manifests)
         tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path))
+        if args.vocab_size == -1:
+            args = args.replace(vocab_size=_vocabulary(manifests, tokenizer))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
 
@@ -114,13 +116,17 @@ def load_transformer(
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
     """
 
+    n_tokens = pretrained.tokenizer.n_words
+
     def build() -> Transformer:
-        return build_transformer(pretrained.args, state, expert_placement=expert_placement, dtype=dtype)
+        return build_transformer(
+            pretrained.args, state, expert_placement=expert_placement, dtype=dtype, n_tokens=n_tokens
+        )
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         # Paths may differ between hosts; what was found there must not.
-        llma = agreed(state, build, (pretrained.args, dtype, expert_placement))
+        llma = agreed(state, build, (pretrained.args, n_tokens, dtype, expert_placement))
         boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
         fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
     return llma
@@ -195,20 +201,27 @@ def _known_type(llama_type: str | None) -> str:
     return llama_type
 
 
+def _vocabulary(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> int:
+    """Rows of an embedding whose config leaves them open: as many as it has, where these are enough."""
+    rows = (embedding_rows(manifest) for manifest in reversed(manifests))
+    return max(next((found for found in rows if found is not None), 0), tokenizer.n_words)
+
+
 def _settle(args: ModelArgs, tokenizer: Tokenizer, max_seq_len: int) -> ModelArgs:
     """The sizes with the vocabulary and the context length that the model will have.
 
     Raises:
-        ValueError: another model's tokenizer, or a context length below 3.
+        ValueError: a tokenizer with more tokens than the embedding has rows, or a context length below 3.
     """
-    if args.vocab_size not in (-1, tokenizer.n_words):
+    vocab_size = tokenizer.n_words if args.vocab_size == -1 else args.vocab_size
+    if vocab_size < tokenizer.n_words:
         raise ValueError(
-            f"tokenizer {tokenizer.path} has {tokenizer.n_words} tokens, the model's vocab_size is "
-            f"{args.vocab_size}: they belong to different models"
+            f"tokenizer {tokenizer.path} has {tokenizer.n_words} tokens, the model's vocab_size is only "
+            f"{vocab_size}: they belong to different models"
         )
     if not isinstance(max_seq_len, int) or isinstance(max_seq_len, bool) or max_seq_len < 3:
         raise ValueError(f"max_seq_len must be a whole number of at least 3, not {max_seq_len!r}")
-    return args.replace(vocab_size=tokenizer.n_words, max_seq_len=max_seq_len)
+    return args.replace(vocab_size=vocab_size, max_seq_len=max_seq_len)
 
 
 def _several(paths: Paths, setting: str) -> list[str | Path]:

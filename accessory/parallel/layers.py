@@ -76,16 +76,25 @@ class ParallelEmbedding(nn.Module):
 
 
 class ParallelOutput(nn.Module):
-    """The output head: every rank scores its slice of the vocabulary; the slices are gathered."""
+    """The output head: every rank scores its slice of the vocabulary; the slices are gathered.
 
-    def __init__(self, dim: int, vocab_size: int, state: ParallelState, place: Place) -> None:
+    Args:
+        vocab_size: this rank's own rows.
+        n_tokens: of all rows, those that are tokens, the first ones; the scores of the others, which pad the
+            vocabulary, never leave. None: every row is one.
+    """
+
+    def __init__(
+        self, dim: int, vocab_size: int, state: ParallelState, place: Place, *, n_tokens: int | None = None
+    ) -> None:
         super().__init__()
-        self.group = state.mp_group
+        self.group, self.n_tokens = state.mp_group, n_tokens
         self.weight = place.matrix(vocab_size, dim, head=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""
-        return gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)
+        logits_TV = gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)
+        return logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
 
 
 class _CastLinear(torch.autograd.Function):

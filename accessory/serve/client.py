@@ -78,7 +78,6 @@ class Client:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
-        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> AnswerStream:
         """Ask for an answer to a prompt; returns at once.
@@ -95,9 +94,8 @@ class Client:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             routes=routes,
-            continues=continues,
         )
-        check_request(request, vocab_size=self.args.vocab_size, max_seq_len=self.args.max_seq_len)
+        check_request(request, vocab_size=self.tokenizer.n_words, max_seq_len=self.args.max_seq_len)
         number = next(self._numbers)
         stream = AnswerStream(on_event, lambda: self._order(Cancel(number)))
         with self._lock:

@@ -36,7 +36,8 @@ def decoding_loss(llma: Transformer, windows_NL: Tensor) -> float:
 @torch.no_grad()
 def quantized_copy(model: Transformer, quant: QuantArgs) -> Transformer:
     """The same model with its matrices quantized."""
-    copy = Transformer(model.args.replace(quant=quant), model.state, dtype=model.dtype).eval()
+    args = model.args.replace(quant=quant)
+    copy = Transformer(args, model.state, dtype=model.dtype, n_tokens=model.n_tokens).eval()
     plain = dict(model.named_parameters())
     for name, module in copy.named_modules():
         if isinstance(module, QuantizedParameter):

@@ -48,7 +48,7 @@ def build_for_training(
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained` and `shard_model`, on all
             ranks alike.
     """
-    everyone = over_all_ranks(state)
+    everyone, n_tokens = over_all_ranks(state), pretrained.tokenizer.n_words
 
     def build() -> Transformer:
         meta = torch.device("meta")
@@ -60,6 +60,7 @@ def build_for_training(
             dtype=compute_dtype,
             trained_dtype=torch.float32,
             device=meta,
+            n_tokens=n_tokens,
         )
         if before_sharding is not None:
             before_sharding(llma)
@@ -78,8 +79,8 @@ def build_for_training(
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        request = (pretrained.args, data_parallel, compute_dtype, expert_placement, bool(pretrained.manifests), seed)
-        llma = agreed(everyone, build, request)
+        model = (pretrained.args, n_tokens, bool(pretrained.manifests))
+        llma = agreed(everyone, build, (*model, data_parallel, compute_dtype, expert_placement, seed))
         if fill:
             give_weights()
     return llma

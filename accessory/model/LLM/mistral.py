@@ -1,7 +1,7 @@
 """The Mixtral transformer.
 
 Shape letters: B rows, L length, T = B * L tokens (or the tokens of ragged rows), R rows, S slots of the cache,
-D model width, V vocabulary.
+D model width, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,8 @@ class Transformer(nn.Module):
         state: which ranks hold the model together.
         expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each) or
             "auto" (the first where the rank count divides the expert count).
+        n_tokens: the tokenizer's; None: args.vocab_size. Embedding and output head may have more rows, to which no
+            logit that leaves the model belongs.
 
     Attributes:
         cuda_graphs: on a GPU `decode` may capture a step and replay it; what a hook sees of one is then seen once.
@@ -71,9 +73,12 @@ class Transformer(nn.Module):
         expert_placement: str = "auto",
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        n_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.args, self.state = args, state
+        self.n_tokens = args.vocab_size if n_tokens is None else n_tokens
+        assert self.n_tokens <= args.vocab_size
         self.cuda_graphs = True
         self.placement = resolve_placement(args, expert_placement, state.mp_size)
         own = local_sizes(args, state.mp_size, self.placement)
@@ -83,7 +88,8 @@ class Transformer(nn.Module):
             TransformerBlock(layer, args, state, self.placement, place) for layer in range(args.n_layers)
         )
         self.norm = RMSNorm(args.dim, args.norm_eps, place)
-        self.output = ParallelOutput(args.dim, own["vocab"], state, place)
+        padded = self.n_tokens < args.vocab_size
+        self.output = ParallelOutput(args.dim, own["vocab"], state, place, n_tokens=self.n_tokens if padded else None)
         self.rotary = RotaryTable(
             args.head_dim,
             args.max_seq_len,

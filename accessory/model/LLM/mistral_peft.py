@@ -21,11 +21,13 @@ def build_transformer(
     dtype: torch.dtype = torch.float32,
     trained_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    n_tokens: int | None = None,
 ) -> Transformer:
     """A Transformer of either llama_type, with adapters where ``args.peft`` asks for them; uninitialised.
 
     Args:
         trained_dtype: of the parameters that train; None: ``dtype``, as the others.
+        n_tokens: as `Transformer` takes it.
 
     Raises:
         ValueError: as `Transformer`.
@@ -38,6 +40,7 @@ def build_transformer(
         expert_placement=expert_placement,
         dtype=trained_dtype if whole_trains else dtype,
         device=device,
+        n_tokens=n_tokens,
     )
     if not whole_trains:
         add_adapters(llma, dtype=trained_dtype)
