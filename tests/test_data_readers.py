@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import accessory.data.readers
 from accessory.data.json_list import json_list
-from accessory.data.readers import read_records
+from accessory.data.readers import data_files, read_records
 from accessory.data.sources import Source, read_data_config
 
 RECORDS = [
@@ -199,9 +200,124 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         list(read_records(write(tmp_path / "a.parquet", "PAR1")))
 
 
+def saved(folder: Path, records: list[Any], shards: int = 3, **settings: Any) -> Path:
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(records, **settings).save_to_disk(folder, num_shards=shards)
+    return folder
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "日本"}, {"from": "gpt", "value": None}]
+    records = [{"conversations": turns, "id": number, "score": number / 7} for number in range(2000)]
+    folder = saved(tmp_path / "a", records)
+    assert values(folder) == list(datasets.load_from_disk(folder)) == records
+    assert [record.place for record in read_records(folder)][-1] == "record 2000"
+    assert data_files(folder) == [folder / f"data-0000{number}-of-00003.arrow" for number in range(3)]
+    assert data_files(folder / "state.json") == [folder / "state.json"]
+    chosen = datasets.load_from_disk(folder).select([1500, 3, 3])
+    chosen.save_to_disk(tmp_path / "chosen")
+    assert values(tmp_path / "chosen") == [records[1500], records[3], records[3]]
+
+
+def test_the_order_of_a_saved_folder_is_that_of_its_state(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", [{"a": number} for number in range(3)])
+    state = json.loads((folder / "state.json").read_text())
+    files = [{"filename": f"/elsewhere/{entry['filename']}"} for entry in reversed(state["_data_files"])]
+    write(folder / "state.json", json.dumps({**state, "_data_files": files}))
+    assert values(folder) == [{"a": 2}, {"a": 1}, {"a": 0}]
+    assert [file.name[:10] for file in data_files(folder)] == ["data-00002", "data-00001", "data-00000"]
+
+
+def test_of_a_folder_with_splits_train_is_read(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"a": name}]) for name in ("test", "train", "gen")}
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
+    assert values(tmp_path / "all") == [{"a": "train"}]
+    assert values(tmp_path / "all" / "gen") == [{"a": "gen"}]
+    datasets.DatasetDict(only=parts["test"]).save_to_disk(tmp_path / "one")
+    assert values(tmp_path / "one") == [{"a": "test"}]
+    assert data_files(tmp_path / "one") == [tmp_path / "one" / "only" / "data-00000-of-00001.arrow"]
+    del parts["train"]
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="none has no split train, but test, gen: name the folder of a split"):
+        read_records(tmp_path / "none")
+
+
+MIXED = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]},
+    {"messages": [{"role": "user", "content": None}]},
+]
+
+
+def test_what_datasets_writes_as_json(tmp_path: Path) -> None:
+    """A column whose values are of several types: `'"a"'` is read as "a"."""
+    folder = saved(tmp_path / "a", MIXED, shards=2, on_mixed_types="use_json")
+    assert values(folder) == MIXED
+    datasets.load_from_disk(folder).to_parquet(tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == MIXED
+    rows = pyarrow.array(["[1]", "[", None], pyarrow.json_())
+    pyarrow.parquet.write_table(pyarrow.table({"a": rows}), tmp_path / "b.parquet")
+    faults = [record.fault or record.value for record in read_records(tmp_path / "b.parquet")]
+    assert [faults[0], faults[2]] == [{"a": [1]}, {"a": None}]
+    assert str(faults[1]).startswith("it cannot be read (Expecting value")
+
+
+def test_a_row_of_a_saved_folder_that_python_cannot_hold(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", [{"a": "b"}], shards=1)
+    names = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    with pyarrow.OSFile(str(data_files(folder)[0]), "wb") as file:
+        table = pyarrow.table({"a": names})
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    assert [record.fault is None for record in read_records(folder)] == [True, False, True]
+
+
+def test_a_damaged_saved_folder(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", [{"a": "b" * 999} for _ in range(30)])
+    state, (_, shard, _) = (folder / "state.json").read_text(), data_files(folder)
+    whole = shard.read_bytes()
+    for length in (3, len(whole) // 2, len(whole) - 8, len(whole) - 1):
+        write(shard, whole[:length])
+        with pytest.raises(ValueError, match=r"data-00001-of-00003\.arrow is cut off: copy its folder again"):
+            read_records(folder)
+    write(shard, b"nothing" + whole[-8:])
+    with pytest.raises(ValueError, match=r"data-00001-of-00003\.arrow is not a whole Arrow file: download it again"):
+        list(read_records(folder))
+    write(shard, "version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(ValueError, match=r"data-00001-of-00003\.arrow is a Git LFS pointer"):
+        read_records(folder)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"state\.json lists data-00001-of-00003\.arrow, which is absent"):
+        read_records(folder)
+    for content in ("{", "[]", "[" * 10**5, '{"_data_files": 3}', '{"_data_files": [{}]}', b"\xff"):
+        write(folder / "state.json", content)
+        with pytest.raises(ValueError, match=r"state\.json is not what datasets writes: copy the folder again"):
+            read_records(folder)
+    for name in ("_indices_files", "_indices_data_files"):
+        write(folder / "state.json", json.dumps({**json.loads(state), name: [{"filename": "indices.arrow"}]}))
+        with pytest.raises(ValueError, match=r"state\.json lists _indices_files, of an old datasets: load it"):
+            read_records(folder)
+
+
+def test_a_saved_folder_without_records_or_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "a", [{"a": 1}], shards=1)
+    datasets.load_from_disk(folder).select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty is empty: state\.json lists no data files"):
+        read_records(tmp_path / "empty")
+    monkeypatch.setattr(accessory.data.readers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"a needs pyarrow: pip install 'accessory\[parquet\]'"):
+        read_records(folder)
+
+
+def test_a_saved_folder_in_a_config(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", [{"a": 1}], shards=1)
+    assert read_data_config(config(tmp_path, f"META: [{{path: {folder}}}]")) == [Source(folder)]
+
+
 def test_absent_files_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no data file .*a\.json"):
-        read_records(tmp_path / "a.json")
+    for read in (read_records, data_files):
+        with pytest.raises(FileNotFoundError, match=r"no data file .*a\.json"):
+            read(tmp_path / "a.json")
     (tmp_path / "b.json").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         read_records(tmp_path / "b.json")

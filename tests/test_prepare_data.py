@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from accessory.data.dialogue import read_turns
+from accessory.data.records import Talk, read_said
+from accessory.text.chat import Message
 from accessory.tools import docstring_dialogues, prepare_data
 from accessory.tools.prepare_data import convert_data, main
 
@@ -35,7 +36,13 @@ WANTED = [
             {"from": "gpt", "value": "So."},
         ]
     },
-    {"conversations": [{"from": "human", "value": "Be brief.\n\nWhy?"}, {"from": "gpt", "value": "日本"}]},
+    {
+        "conversations": [
+            {"from": "system", "value": "Be brief. "},
+            {"from": "human", "value": "Why?"},
+            {"from": "gpt", "value": "日本"},
+        ]
+    },
 ]
 CODE = [{"instruction": "Sort.", "output": "```py\nsorted(x)\n```"}, {"instruction": "Add.", "output": "a + b"}]
 
@@ -80,21 +87,28 @@ def test_evol_codealpaca(tmp_path: Path) -> None:
     outcome = convert_data("evol-codealpaca", tmp_path / "hub", tmp_path / "wizardCode.json")
     assert outcome.written == 2
     made = json.loads((tmp_path / "wizardCode.json").read_text())
-    assert [read_turns(record) for record in made] == [[(r["instruction"], r["output"])] for r in CODE]
+    said = [Talk((Message("user", record["instruction"]), Message("assistant", record["output"]))) for record in CODE]
+    assert [read_said(record) for record in made] == said
+
+
+def test_what_ultrachat_says_is_kept(tmp_path: Path) -> None:
+    convert_data("ultrachat", lines(tmp_path / "a.jsonl", CHATS), tmp_path / "a.json")
+    assert [read_said(record) for record in json.loads((tmp_path / "a.json").read_text())] == [
+        read_said(record) for record in CHATS
+    ]
 
 
 def test_bad_records_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad: list[tuple[Any, str]] = [
         (3, "it is not an object"),
-        ({"prompt": "a"}, "no list of 'messages'"),
-        ({"messages": ["a"]}, "no list of 'messages'"),
-        (chat(("user", "a"), ("assistant", None)), "message 2 has no string"),
-        (chat(("user", "a"), ("tool", "b")), "the role 'tool'"),
-        (chat(("user", "a"), ("system", "b"), ("assistant", "c")), "the role 'system'"),
-        (chat(("assistant", "a"), ("user", "b")), "turn 1 .*not from human"),
-        (chat(("user", "a"), ("user", "b")), "turn 2 "),
-        (chat(), "not a list of turns"),
-        (chat(("system", "a")), "not a list of turns"),
+        ({"prompt": "a"}, "it has no 'messages'"),
+        ({"messages": "a"}, "'messages' is 'a', not a list of turns"),
+        (chat(("user", "a"), ("assistant", None)), "turn 2 of its messages has none of value, content, text"),
+        (chat(("user", "a"), ("tool", "b")), "turn 2 of its messages has 'tool' under 'role': the use of tools"),
+        (chat(("assistant", "a"), ("user", "b")), "turn 1 of its messages is from the assistant, not from the user"),
+        (chat(("user", "a"), ("user", "b")), "turn 2 of its messages is from the user, not from the assistant"),
+        (chat(), r"'messages' is \[\], not a list of turns"),
+        (chat(("system", "a")), "no answer"),
         (chat(("user", "a"), ("assistant", " ")), "no answer"),
         (chat(("user", "a")), "no answer"),
         (chat(("user", "a"), ("assistant", "\ud800")), "lone surrogate"),

@@ -5,9 +5,8 @@
 
 SRC is a file (.parquet, .json, .jsonl or .csv) or a folder of them, read in the order of their names. A folder
 of ultrachat that holds several splits gives its train_sft files only. DST becomes a JSON list of dialogues, one
-a line; it is written aside and renamed. A system message is put before the first question, with an empty line
-between: the template has a system sentence of its own. Records that are no dialogue, or have no answer, are left
-out and counted.
+a line; it is written aside and renamed. Texts are kept as they are, and a system message is a turn from "system".
+Records that are no dialogue, or have no answer, are left out and counted.
 """
 
 from __future__ import annotations
@@ -24,15 +23,17 @@ from typing import Any
 from tqdm import tqdm
 
 from accessory.arguments import given_name
-from accessory.data.dialogue import read_turns
 from accessory.data.readers import READERS, Record, read_records
+from accessory.data.records import Talk, read_said
 from accessory.files import replacing
 from accessory.log import setup_logging
+from accessory.text.chat import Message
 
 _LISTED = 5  # left out records that are named; the others are counted
 _SPLIT = "train_sft"
-_SPEAKERS = {"user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
+Messages = tuple[Message, ...]
 Turns = list[dict[str, str]]
 logger = logging.getLogger("accessory.tools.prepare_data")  # __name__ is __main__ when it runs
 
@@ -93,65 +94,56 @@ def data_files(source: Path, *, split: str | None) -> list[Path]:
     return chosen
 
 
-def _dialogues(files: Sequence[Path], turns_of: Callable[[dict[str, Any]], Turns], outcome: Outcome) -> Iterator[Turns]:
+def _dialogues(files: Sequence[Path], read: Callable[[dict[str, Any]], Messages], outcome: Outcome) -> Iterator[Turns]:
     """The dialogues of the files' records; `outcome` counts the others."""
     for file in files:
         for record in tqdm(read_records(file), desc=file.name, unit=" records", disable=None, leave=False):
             try:
-                yield _dialogue(record, turns_of)
+                yield _dialogue(record, read)
             except ValueError as error:
                 outcome.left_out += 1
                 if len(outcome.listed) < _LISTED:
                     outcome.listed.append(f"{file}, {record.place}: {error}")
 
 
-def _dialogue(record: Record, turns_of: Callable[[dict[str, Any]], Turns]) -> Turns:
+def _dialogue(record: Record, read: Callable[[dict[str, Any]], Messages]) -> Turns:
     """The record's turns, which the finetuning reads as they are. ValueError with the reason for a bad record."""
     if record.fault is not None:
         raise ValueError(record.fault)
     if not isinstance(record.value, dict):
         raise ValueError("it is not an object")
-    turns = turns_of(record.value)
-    if not any(answer for _, answer in read_turns({"conversations": turns})):
+    messages = read(record.value)
+    if not any(message.role == "assistant" and message.learned for message in messages):
         raise ValueError("it has no answer")
     try:
-        "".join(turn["value"] for turn in turns).encode()
+        "".join(message.content for message in messages).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds a lone surrogate, which is no character") from None
-    return turns
+    return [{"from": _SPEAKERS[message.role], "value": message.content} for message in messages]
 
 
-def _ultrachat(record: dict[str, Any]) -> Turns:
+def _messages(record: dict[str, Any]) -> Messages:
+    said = read_said(record)
+    return said.messages if isinstance(said, Talk) else ()
+
+
+def _ultrachat(record: dict[str, Any]) -> Messages:
     """ultrachat_200k: {"messages": [{"role", "content"}, ...]}, beside a prompt that repeats the first one."""
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("it has no list of 'messages'")
-    turns: Turns = []
-    system = ""
-    for number, message in enumerate(messages, start=1):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} has no string under 'content'")
-        if role == "system" and number == 1:
-            system = content.strip()
-        elif role in _SPEAKERS:
-            turns.append({"from": _SPEAKERS[role], "value": content})
-        else:
-            raise ValueError(f"message {number} has the role {role!r}: user and assistant, or system at the begin")
-    if system and turns:
-        turns[0]["value"] = f"{system}\n\n{turns[0]['value']}"
-    return turns
+    if record.get("messages") is None:
+        raise ValueError("it has no 'messages'")
+    return _messages({"messages": record["messages"]})
 
 
-def _evol_codealpaca(record: dict[str, Any]) -> Turns:
+def _evol_codealpaca(record: dict[str, Any]) -> Messages:
     """evol-codealpaca-v1: {"instruction", "output"}."""
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str):
             raise ValueError(f"it has no string under {key!r}")
-    return [{"from": "human", "value": record["instruction"]}, {"from": "gpt", "value": record["output"]}]
+    turns = [{"from": "human", "value": record["instruction"]}, {"from": "gpt", "value": record["output"]}]
+    return _messages({"conversations": turns})
 
 
-DATASETS: dict[str, Callable[[dict[str, Any]], Turns]] = {
+DATASETS: dict[str, Callable[[dict[str, Any]], Messages]] = {
     "ultrachat": _ultrachat,
     "evol-codealpaca": _evol_codealpaca,
 }
