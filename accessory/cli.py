@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from accessory.commands import chat, checkpoints, generate, serve
+from accessory.commands import chat, checkpoints, generate, serve, show
 from accessory.commands.output import ended, say
 from accessory.launch import Launch
 from accessory.log import RankParser, setup_logging
@@ -47,6 +47,6 @@ def _run(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = RankParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (checkpoints, generate, chat, serve):
+    for part in (checkpoints, generate, chat, serve, show):
         part.add_commands(commands)
     return parser

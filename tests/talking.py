@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from accessory.data.collate import collate
-from accessory.data.dialogue import dialogue_text
-from accessory.data.examples import encode_example
+from accessory.data.examples import Recipe
 from accessory.model.meta import MetaModel
+from accessory.text.chat import Message
+from accessory.text.forms import DefaultForm
 from accessory.train.export import export_checkpoint
 from accessory.train.optim import CosineSchedule, adamw
 from accessory.train.trainer import train_step
@@ -26,17 +27,12 @@ _STEPS = 60
 def teach(base: Path, folder: Path) -> Path:
     """Train the model of ``base`` on DIALOGUES until it knows them, and write it to ``folder``."""
     model = MetaModel.from_pretrained(base, dtype="fp32", device="cpu", max_seq_len=512)
-    records = [
-        {
-            "conversations": [
-                {"from": speaker, "value": text}
-                for turn in turns
-                for speaker, text in zip(("human", "gpt"), turn, strict=True)
-            ]
-        }
+    form, recipe = DefaultForm(model.tokenizer), Recipe(model.tokenizer, 512)
+    chats = [
+        [message for question, answer in turns for message in (Message("user", question), Message("assistant", answer))]
         for turns in DIALOGUES
     ]
-    rows = [encode_example(dialogue_text(record), model.tokenizer, max_words=512)[:2] for record in records]
+    rows = [recipe.encode(part)[:2] for chat in chats for part in form.parts(chat)]
     batch = collate(rows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as quick as two, and much quicker where the cores are busy
@@ -49,4 +45,4 @@ def teach(base: Path, folder: Path) -> Path:
             break
     torch.set_num_threads(threads)
     assert result.loss < 0.1, f"it has not learned its dialogues: loss {result.loss}"
-    return export_checkpoint(model, folder, dtype=torch.float32)
+    return export_checkpoint(model, folder, dtype=torch.float32, form=form)

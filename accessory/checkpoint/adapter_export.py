@@ -5,6 +5,7 @@ updates of transformers 5's stacked experts, and other programs read it as it is
 order there (see docs/checkpoints.md), so those of their lora_b do too.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from accessory.checkpoint.weights import StoredWeights, is_finite
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
+from accessory.text.template import TEMPLATE_NAME
 
 _MODULES = {
     "attention.wq": "self_attn.q_proj",
@@ -36,6 +38,8 @@ def export_adapter(
     adapter: str | Path, destination: str | Path, *, llama_config: Sequence[str | Path] | None = None
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors; norms that trained go along as modules_to_save.
+
+    The chat template of the form that was trained goes along too.
 
     Args:
         llama_config: config files for a folder that has none, or to overrule it.
@@ -86,6 +90,8 @@ def export_adapter(
             reason = f"free space, or choose another destination (safetensors: {error})"
             raise OSError(f"{path} cannot be written: {reason}") from None
         write_json(aside / "adapter_config.json", _config(args, norms=any("norm" in name for name in tensors)))
+        if (template := manifest.folder / TEMPLATE_NAME).is_file():
+            shutil.copyfile(template, aside / TEMPLATE_NAME)
 
 
 def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:

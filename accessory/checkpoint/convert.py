@@ -1,20 +1,20 @@
 """Changing the number of shards of a checkpoint, tensor by tensor: the reference page's split.py."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
-from accessory.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, Manifest
+from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint, embedding_rows
 from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
+from accessory.text.form_files import copy_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ def split(
                 wanted = [target for target in targets if target.file == file]
                 _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, weights)
                 progress.update(len(wanted))
-        write_json(aside / "config.json", args.to_dict())
-        write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if args.peft else "mistral"})
-        copy_tokenizer(manifest, aside)
+        write_beside(aside, args, PEFT_TYPES[0] if args.peft else "mistral", manifest)
 
 
 def stored_args(manifest: Manifest, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
@@ -96,14 +94,20 @@ def with_vocabulary(manifest: Manifest, args: ModelArgs) -> ModelArgs:
     return args
 
 
-def copy_tokenizer(manifest: Manifest, destination: Path) -> None:
-    """Copy the tokenizer's files; says so where there are none."""
-    source = manifest.folder
-    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, destination / name)
-    if not manifest.has_tokenizer:
-        logger.warning("%s has no tokenizer: put tokenizer.model into the converted folder before using it", source)
+def write_beside(
+    folder: Path, args: ModelArgs, llama_type: str, source: Manifest, *, form_of: Manifest | None = None
+) -> None:
+    """Write what lies beside a checkpoint's weights; says so where the source has no tokenizer.
+
+    Args:
+        source: whose tokenizer it is.
+        form_of: whose form, in which it is asked; None: the source's.
+    """
+    form = copy_text(source.folder, folder, form_of=(form_of or source).folder)
+    if not source.has_tokenizer:
+        logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.folder)
+    write_json(folder / "config.json", args.to_dict())
+    write_json(folder / "meta.json", {"llama_type": llama_type, **form})
 
 
 def _write_shard(path: Path, targets: list[Source], weights: StoredWeights) -> None:

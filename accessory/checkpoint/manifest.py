@@ -8,20 +8,18 @@ from pathlib import Path
 
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
+from accessory.text.form_files import MORE_TEMPLATES, TEXT_NAMES
+from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
 
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
 _RELEASED = re.compile(r"consolidated\.(\d+)\.pth")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _COMPANIONS = frozenset(
     {
         "config.json",
         "meta.json",
         "params.json",
-        *TOKENIZER_FILES,
-        CHAT_TEMPLATE_FILE,
-        "special_tokens_map.json",
-        "generation_config.json",
+        *TEXT_NAMES,
+        MORE_TEMPLATES,
         "split.py",
         "README.md",
         "converted",
@@ -90,8 +88,8 @@ class Manifest:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer in one of its two forms."""
-        spm, *pair = ((self.folder / name).exists() for name in TOKENIZER_FILES)
-        return spm or all(pair)
+        pair = (self.folder / JSON_NAME, self.folder / CONFIG_NAME)
+        return (self.folder / SENTENCEPIECE_NAME).exists() or all(file.exists() for file in pair)
 
     def load_args(self, llama_config: Sequence[str | Path] | None = None, llama_type: str | None = None) -> ModelArgs:
         """The model's sizes from the given config files, else from the folder's own.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from accessory.checkpoint.convert import copy_tokenizer, stored_args, with_vocabulary
+from accessory.checkpoint.convert import stored_args, with_vocabulary, write_beside
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.merge_report import MergeReport
@@ -17,7 +17,8 @@ from accessory.checkpoint.weights import StoredWeights, is_finite
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
-from accessory.files import new_folder, write_json
+from accessory.files import new_folder
+from accessory.text.form_files import has_form
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes, trains
 
@@ -74,9 +75,9 @@ def merge(
                 for target in wanted:
                     target.view(shard[PREFIX + target.key]).copy_(merger.merged(target))
                     progress.update()
-        write_json(aside / "config.json", out_args.to_dict())
-        write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if peft else "mistral"})
-        copy_tokenizer(theirs if theirs.has_tokenizer else own, aside)
+        form = theirs if has_form(theirs.folder) else own
+        tokenizer = theirs if theirs.has_tokenizer else own
+        write_beside(aside, out_args, PEFT_TYPES[0] if peft else "mistral", tokenizer, form_of=form)
     report = merger.report
     report.biases = peft is not None
     if report.untrained:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from accessory.checkpoint.convert import copy_tokenizer, stored_args
+from accessory.checkpoint.convert import stored_args, write_beside
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.quantizing import Piece, pieces
 from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
-from accessory.files import new_folder, write_json
+from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
 from accessory.quant import TENSOR_DTYPES, InputMoments, QuantizedWeight, quantize, quantize_calibrated
@@ -102,9 +102,7 @@ def quantize_checkpoint(
             tensors = {PREFIX + target.key: (target.shape, _dtype(target, weights)) for target in own}
             shards.append(create_shard(aside / f"consolidated.{file:02d}-of-{files:02d}.model.pth", tensors))
         report = _fill(shards, targets, weights, args, calibration or {})
-        write_json(aside / "config.json", args.to_dict())
-        write_json(aside / "meta.json", {"llama_type": PEFT_TYPES[0] if args.peft else "mistral"})
-        copy_tokenizer(manifest, aside)
+        write_beside(aside, args, PEFT_TYPES[0] if args.peft else "mistral", manifest)
     return report
 
 

@@ -11,7 +11,7 @@ from accessory.serve.options import (
     add_nproc_argument,
     add_template_argument,
     driver_settings,
-    template_of,
+    form_of,
 )
 
 
@@ -37,9 +37,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from accessory.serve.dialogue import usual_length
     from accessory.serve.driver import Driver
     from accessory.serve.terminal import Terminal
-    from accessory.text.forms import find_template
 
-    asked = template_of(arguments)
     length = arguments.max_gen_len
     if length is None:
         length = usual_length(arguments.max_seq_len)
@@ -48,6 +46,6 @@ def _chat(arguments: argparse.Namespace) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
-    with Driver(arguments.pretrained_path, slots=1, **driver_settings(arguments)) as engine:
-        template = asked or find_template(engine.tokenizer)
-        Terminal(engine, sampling, template=template, seed=arguments.seed).run()
+    settings, form = driver_settings(arguments), form_of(arguments)
+    with Driver(arguments.pretrained_path, slots=1, **settings) as engine:
+        Terminal(engine, sampling, form=form, seed=arguments.seed).run()

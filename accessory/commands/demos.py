@@ -19,8 +19,8 @@ from accessory.serve.options import (
     add_rank_arguments,
     add_template_argument,
     driver_settings,
+    form_of,
     serve_settings,
-    template_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ def multi_turn(arguments: Sequence[str] | None = None) -> int:
     """The program demos/multi_turn.py: one page, and ranks that it starts itself; returns the exit code."""
     parser = _parser("multi_turn.py", "A page that holds a dialogue, with a model on processes that it starts.")
     add_rank_arguments(parser)
-    add_template_argument(parser)
     return _run(parser, arguments, _multi_turn)
 
 
@@ -54,6 +53,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = RankParser(prog=prog, description=description)
     add_model_arguments(parser)
     add_batch_arguments(parser, slots=_SLOTS)
+    add_template_argument(parser)
     add_page_arguments(parser)
     return parser
 
@@ -65,23 +65,23 @@ def _single_turn(arguments: argparse.Namespace) -> None:
     def program(engine: Engine) -> None:
         from accessory.serve.web.page import serve_page
         from accessory.serve.web.single_turn import SingleTurnPage
+        from accessory.text.form_files import find_form
 
-        serve_page(SingleTurnPage(engine).blocks, engine, **_page_settings(arguments))
+        form = find_form(engine.tokenizer, arguments.pretrained_path, arguments.chat_template)
+        serve_page(SingleTurnPage(engine, form).blocks, engine, **_page_settings(arguments))
 
     serve_on_ranks(program, arguments.pretrained_path, say=say, **serve_settings(arguments))
 
 
 def _multi_turn(arguments: argparse.Namespace) -> None:
     from accessory.serve.driver import Driver
-    from accessory.text.forms import find_template
 
-    asked = template_of(arguments)
-    with Driver(arguments.pretrained_path, **driver_settings(arguments)) as engine:
+    settings, form = driver_settings(arguments), form_of(arguments)
+    with Driver(arguments.pretrained_path, **settings) as engine:
         from accessory.serve.web.multi_turn import MultiTurnPage
         from accessory.serve.web.page import serve_page
 
-        template = asked or find_template(engine.tokenizer)
-        serve_page(MultiTurnPage(engine, template=template).blocks, engine, **_page_settings(arguments))
+        serve_page(MultiTurnPage(engine, form).blocks, engine, **_page_settings(arguments))
 
 
 def _page_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from accessory.serve.options import (
     add_nproc_argument,
     add_template_argument,
     driver_settings,
-    template_of,
+    form_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,19 +58,18 @@ def _serve(arguments: argparse.Namespace) -> None:
     from accessory.serve.http.server import ApiServer, listen
     from accessory.serve.http.settings import MEGABYTE, ServerSettings
 
-    template = template_of(arguments)
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None:
         key = _usable_key(key)
     if not 0.001 <= arguments.body_limit <= 1024:
         raise ValueError(f"--body-limit {arguments.body_limit} is no size from 0.001 to 1024 MB")
+    driver = driver_settings(arguments)
     settings = ServerSettings(
         api_key=key,
-        chat_template=template,
+        form=form_of(arguments),
         model_name=arguments.model_name,
         body_limit=int(arguments.body_limit * MEGABYTE),
     )
-    driver = driver_settings(arguments)
     listener = listen(arguments.host, arguments.port)
     if key is None and arguments.host not in LOOPBACK:
         logger.warning("whoever reaches %s may ask: give --api-key, or set %s", arguments.host, KEY_VARIABLE)

@@ -19,22 +19,24 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from accessory.data.examples import Recipe
 from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
+from accessory.data.readers import data_files
 from accessory.data.sources import Source, read_data_config
-from accessory.data.tokenise import Recipe, as_json, check_source, token_dtype, write_source
+from accessory.data.tokenise import SourceReport, as_json, check_source, token_dtype, write_source
 from accessory.files import locked, sync
-from accessory.text.conversation import default_conversation
-from accessory.text.instruction import format_prompt
-from accessory.text.tokenizer import CONFIG_NAME, Tokenizer
+from accessory.text.forms import Form
+from accessory.text.template import TemplateForm
+from accessory.text.tokenizer import Tokenizer
 
-_FORMAT = 1  # raise it when records become other examples than before
+_FORMAT = 2  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,10 @@ def load_finetune_data(
     config: str | Path,
     tokenizer: Tokenizer,
     *,
-    dialog: bool,
     max_words: int,
+    dialog: bool = False,
+    form: Form | None = None,
+    ignore_fields: Iterable[str] = (),
     seed: int = 0,
     skip_bad_records: bool = False,
     cache_dir: str | Path | None = None,
@@ -53,10 +57,11 @@ def load_finetune_data(
 ) -> FinetuneData:
     """The examples of the data yaml `config`, from the cache, or tokenised into it first.
 
-    `dialog` reads dialogues, else Alpaca records; `max_words` is the most tokens of an example; `seed` draws the
-    share of a source with a ratio. `cache_dir` is by default $ACCESSORY_DATA_CACHE, else ~/.cache/accessory/data.
-    Any number of processes may call it at once: one writes, the others wait and map its files. If the data are
-    bad each finds that out for itself, so let one process of a host call it first and tell the others.
+    `max_words` is the most tokens of an example; `dialog`, `form` and `ignore_fields` are as Recipe has them; `seed`
+    draws the share of a source with a ratio. `cache_dir` is by default $ACCESSORY_DATA_CACHE, else
+    ~/.cache/accessory/data. Any number of processes may call it at once: one writes, the others wait and map its
+    files. If the data are bad each finds that out for itself, so let one process of a host call it first and tell the
+    others.
 
     Raises FileNotFoundError or ValueError, with file and place, for bad data as the modules sources, readers
     and tokenise say, and OSError where the cache cannot be written.
@@ -66,7 +71,7 @@ def load_finetune_data(
     sources = read_data_config(config)
     if dialog and any((source.preprocess, source.prompt_type) != ("alpaca", "alpaca") for source in sources):
         logger.warning("%s: preprocess and prompt_type have no effect on dialogues", config)
-    recipe = Recipe(tokenizer, dialog, max_words, seed)
+    recipe = Recipe(tokenizer, max_words, dialog, form, seed, frozenset(ignore_fields))
     folder = _cache_dir(cache_dir) / _key(sources, recipe)
     if not is_complete(folder):
         with _explained(folder.parent):
@@ -92,6 +97,7 @@ def _write(
 ) -> None:
     """Write the cache aside, then move it to `folder`; `alone`: nobody else writes here."""
     reports = [check_source(source, recipe, skip_bad_records=skip_bad_records, progress=progress) for source in sources]
+    _refuse_several_forms(reports)
     host = socket.gethostname()
     if alone:  # of the processes here: some file systems lock for one host only
         for left in folder.parent.glob(f"{folder.name}.{host}-*.tmp"):  # a process was killed while it wrote
@@ -104,7 +110,8 @@ def _write(
             with (aside / "tokens.bin").open("wb") as tokens, (aside / "labels.bin").open("wb") as labels:
                 for order, (source, report) in enumerate(zip(sources, reports, strict=True)):
                     files = (tokens, labels)
-                    lengths += write_source(source, recipe, report, files, order=order, progress=progress)
+                    how = {"skip_bad_records": skip_bad_records, "progress": progress}
+                    lengths += write_source(source, recipe, report, files, order=order, **how)
                 _flush(tokens)
                 _flush(labels)
             if _key(sources, recipe) != folder.name:
@@ -135,33 +142,38 @@ def _finish(aside: Path, lengths: Sequence[int], meta: dict[str, Any]) -> None:
 
 def _key(sources: Sequence[Source], recipe: Recipe) -> str:
     """A digest of all that the cached files depend on."""
-    tokenizer_files = [recipe.tokenizer.path]
-    if recipe.tokenizer.path.suffix == ".json":
-        tokenizer_files.append(recipe.tokenizer.path.with_name(CONFIG_NAME))
-    probe = default_conversation()
-    probe.load_qas([("q", "a"), ("q", "a")])
+    form = recipe.form
+    template = form.template if isinstance(form, TemplateForm) else None
     drawn = any(source.ratio < 1 for source in sources)
     parts = {
         "format": _FORMAT,
         "dialog": recipe.dialog,
+        "form": None if form is None else [form.recorded(), template],
+        "ignore": sorted(recipe.ignore),
         "max_words": recipe.max_words,
         "seed": recipe.seed if drawn else None,
-        "tokenizer": [_digest(file) for file in tokenizer_files],
-        "libraries": [importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")],
-        "template": probe.get_prompt() if recipe.dialog else None,
+        "tokenizer": [[file.name, _digest(file)] for file in recipe.tokenizer.files],
+        "libraries": [importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers", "jinja2")],
         "sources": [
             [
-                _digest(source.path),
+                [_digest(file) for file in data_files(source.path)],
                 source.path.suffix.lower(),
                 source.ratio,
-                None if recipe.dialog else source.preprocess,
-                None if recipe.dialog else format_prompt({"instruction": "i", "input": "x"}, source.prompt_type),
-                None if recipe.dialog else format_prompt({"instruction": "i"}, source.prompt_type),
+                source.preprocess,
+                source.prompt_type,
             ]
             for source in sources
         ],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _refuse_several_forms(reports: Sequence[SourceReport]) -> None:
+    """A model answers in one form alone."""
+    found = {name: report.path for report in reports for name in report.forms}
+    if len(found) > 1:
+        listed = ", ".join(f"{name} ({path})" for name, path in found.items())
+        raise ValueError(f"the records have several prompt forms, {listed}: name one for all with --chat_template")
 
 
 def _digest(path: Path) -> str:

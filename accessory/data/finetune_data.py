@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class FinetuneData:
 
     The arrays are views of the files (uint16 or int32), so the processes of a host share one copy in memory,
     and an example costs nothing until it is looked at. A label is 0 where the token is not learned. Attributes:
-    `lengths`, the tokens of each example; `reports`, what became of each source's records.
+    `lengths`, the tokens of each example; `reports`, what became of each source's records; `prompt_form`, what
+    meta.json says of the form that they have, None where all is raw text.
 
     Raises ValueError for a folder that is not whole.
     """
@@ -30,6 +32,7 @@ class FinetuneData:
         if meta is None:
             raise ValueError(f"{folder} is not a whole data cache: delete it, and it is made again")
         self.reports = [SourceReport(**report) for report in meta["reports"]]
+        self.prompt_form = _prompt_form(self.reports)
         self._offsets: NDArray[np.int64] = np.fromfile(self.folder / "offsets.bin", dtype="<i8")
         self._tokens = np.memmap(self.folder / "tokens.bin", dtype=meta["dtype"], mode="r")
         self._labels = np.memmap(self.folder / "labels.bin", dtype=meta["dtype"], mode="r")
@@ -50,6 +53,14 @@ class FinetuneData:
 
     def __repr__(self) -> str:
         return f"FinetuneData({str(self.folder)!r}, examples={len(self)})"
+
+
+def _prompt_form(reports: Sequence[SourceReport]) -> dict[str, Any] | None:
+    forms = [form for report in reports for form in report.forms.values()]
+    if not forms or "prompt_types" not in forms[0]:
+        return forms[0] if forms else None
+    types = dict.fromkeys(name for form in forms for name in form["prompt_types"])
+    return {**forms[0], "prompt_types": sorted(types, key=lambda name: name != "alpaca")}
 
 
 def is_complete(folder: Path) -> bool:

@@ -6,7 +6,6 @@ usable records, of which a source's ratio is a share.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -20,41 +19,43 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from accessory.data.alpaca import alpaca_text
-from accessory.data.dialogue import dialogue_text
-from accessory.data.examples import Ids, TrainingText, encode_example
-from accessory.data.readers import read_records
+from accessory.data.examples import Ids, Recipe
+from accessory.data.readers import Record, read_records
+from accessory.data.records import UnknownField
 from accessory.data.sources import Source
+from accessory.text.chat import Segment
+from accessory.text.forms import Form
 from accessory.text.tokenizer import Tokenizer
 
 _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not
-_AT_ONCE = 256  # texts that are held in memory
+_AT_ONCE = 256  # records that are held in memory
 _SAID_EVERY = 10.0  # seconds between lines of progress
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How records become examples: `dialog` says which kind they are, `max_words` the most tokens of one."""
+class Usable:
+    """A record from which something can be learned: its examples, where it stands, and the form that it has."""
 
-    tokenizer: Tokenizer
-    dialog: bool
-    max_words: int
-    seed: int = 0
+    place: str
+    parts: list[list[Segment]]
+    form: Form | None
 
 
 @dataclass(slots=True)
 class SourceReport:
     """What became of one file's records.
 
-    `usable` have a text with an answer; `bad` could not be used, the first few of them stand in `listed`;
-    `unanswered` say nothing in any answer; `emptied` lost all that is learned where max_words cut them. Of the
-    usable ones `examples` were taken, with `tokens` in all, `learned` of them; `cut` were shortened.
+    `usable` have an answer that is learned, in the forms `forms` (as meta.json has them, by name); `bad` could not be
+    used, the first few of them stand in `listed`; `unanswered` have nothing to learn; `emptied` examples lost all that
+    is learned where max_words cut them. The usable ones that were taken made `examples`, with `tokens` in all,
+    `learned` of them; `cut` were shortened.
     """
 
     path: str
+    forms: dict[str, dict[str, Any]] = field(default_factory=dict)
     usable: int = 0
     bad: int = 0
     listed: list[str] = field(default_factory=list)
@@ -74,7 +75,7 @@ class SourceReport:
             if self.bad > len(self.listed):
                 yield logging.WARNING, f"  and {self.bad - len(self.listed)} more"
         if self.unanswered:
-            yield logging.WARNING, f"{self.path}: {self.unanswered} records without an answer are left out"
+            yield logging.WARNING, f"{self.path}: {self.unanswered} records without an answer to learn are left out"
         if self.emptied:
             where = f"no answer within --max_words {max_words}"
             yield logging.WARNING, f"{self.path}: {self.emptied} examples with {where} are left out"
@@ -89,8 +90,11 @@ def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, prog
     malformed; and for one in which no record has an answer.
     """
     report = SourceReport(str(source.path))
-    for _ in _bar(_usable_texts(source, recipe, report, skip_bad_records), f"checking {source.path.name}", progress):
+    records = usable_records(source, recipe, report, skip_bad_records=skip_bad_records)
+    for record in _bar(records, f"checking {source.path.name}", progress):
         report.usable += 1
+        if record.form is not None and record.form.name not in report.forms:
+            report.forms[record.form.name] = record.form.recorded()
     if not report.usable:
         found = f"{report.bad} bad records, {report.unanswered} without an answer"
         if report.bad:
@@ -106,28 +110,34 @@ def write_source(
     files: tuple[BinaryIO, BinaryIO],
     *,
     order: int,
+    skip_bad_records: bool,
     progress: bool,
 ) -> list[int]:
     """Append the tokens and the labels of the file's examples to `files`; returns the examples' lengths in tokens.
 
     `report` is check_source's, and is completed; `order` is the source's place in the yaml. The values are
-    little-endian, of `token_dtype`. Raises ValueError where max_words leaves no example.
+    little-endian, of `token_dtype`. Raises ValueError where max_words leaves no example, and for an answer that would
+    not come back from its tokens, unless `skip_bad_records`.
     """
     dtype = token_dtype(recipe.tokenizer)
     chosen = _chosen(report.usable, source.ratio, [recipe.seed, order])
-    texts = _usable_texts(source, recipe, SourceReport(""), skip_bad_records=True)
+    records = usable_records(source, recipe, SourceReport(""), skip_bad_records=True)
+    bar = _bar(records, f"tokenising {source.path.name}", progress, total=report.usable)
     lengths: list[int] = []
-    bar = _bar(texts, f"tokenising {source.path.name}", progress, total=report.usable)
-    for tokens, labels, cut in _encoded(itertools.compress(bar, chosen), recipe):
-        learned = int(np.count_nonzero(labels))
-        if not learned:
-            report.emptied += 1
+    for record, examples in _encoded(itertools.compress(bar, chosen), recipe):
+        if isinstance(examples, ValueError):
+            _refuse(source, record.place, str(examples), report, skip_bad_records)
             continue
-        for file, values in zip(files, (tokens, labels), strict=True):
-            file.write(values.astype(dtype).tobytes())
-        lengths.append(len(tokens))
-        report.cut += cut
-        report.learned += learned
+        for tokens, labels, cut in examples:
+            learned = int(np.count_nonzero(labels))
+            if not learned:
+                report.emptied += 1
+                continue
+            for file, values in zip(files, (tokens, labels), strict=True):
+                file.write(values.astype(dtype).tobytes())
+            lengths.append(len(tokens))
+            report.cut += cut
+            report.learned += learned
     report.examples, report.tokens = len(lengths), sum(lengths)
     if not lengths:
         raise ValueError(
@@ -147,46 +157,61 @@ def as_json(reports: Sequence[SourceReport]) -> list[dict[str, Any]]:
     return [asdict(report) for report in reports]
 
 
-def _usable_texts(
-    source: Source, recipe: Recipe, report: SourceReport, skip_bad_records: bool
-) -> Iterator[TrainingText]:
-    """The texts of the records that have an answer, in the file's order; `report` counts the others."""
+def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip_bad_records: bool) -> Iterator[Usable]:
+    """The records that have something to learn, in the file's order; `report` counts the others.
+
+    Raises ValueError at a bad record unless `skip_bad_records`, and at an unknown field in any case: it would be in
+    most of them.
+    """
     for record in read_records(source.path):
-        reason = record.fault
-        text = None
-        if reason is None:
-            try:
-                if isinstance(record.value, dict) and record.value.get("image"):
-                    raise ValueError("it has an image, and only text can be trained on")
-                if recipe.dialog:
-                    text = dialogue_text(record.value)
-                else:
-                    text = alpaca_text(record.value, prompt_type=source.prompt_type, preprocess=source.preprocess)
-                text.text.encode()
-            except UnicodeEncodeError:
-                reason = "it holds a lone surrogate, which is no character"
-            except ValueError as error:
-                reason = str(error)
-        if reason is not None:
-            if not skip_bad_records:
-                fix = "correct it, or pass --skip_bad_records to leave such records out"
-                raise ValueError(f"bad record in {source.path}, {record.place}: {reason}; {fix}")
-            report.bad += 1
-            if len(report.listed) < _LISTED:
-                report.listed.append(f"{record.place}: {reason}")
-        elif text is None or not text.answered:
-            report.unanswered += 1
+        try:
+            usable = _read(record, recipe, source)
+        except UnknownField as error:
+            raise ValueError(f"{source.path}, {record.place}: {error}") from None
+        except ValueError as error:
+            _refuse(source, record.place, str(error), report, skip_bad_records)
+            continue
+        if usable.parts:
+            yield usable
         else:
-            yield text
+            report.unanswered += 1
 
 
-def _encoded(texts: Iterable[TrainingText], recipe: Recipe) -> Iterator[tuple[Ids, Ids, bool]]:
-    """The texts' examples, in their order."""
-    encode = functools.partial(encode_example, tokenizer=recipe.tokenizer, max_words=recipe.max_words)
-    waiting = iter(texts)
+def _read(record: Record, recipe: Recipe, source: Source) -> Usable:
+    if record.fault is not None:
+        raise ValueError(record.fault)
+    parts, form = recipe.read(record.value, source)
+    try:
+        "".join(segment.text for part in parts for segment in part).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds a lone surrogate, which is no character") from None
+    return Usable(record.place, parts, form)
+
+
+def _refuse(source: Source, place: str, reason: str, report: SourceReport, skip_bad_records: bool) -> None:
+    if not skip_bad_records:
+        fix = "correct it, or pass --skip_bad_records to leave such records out"
+        raise ValueError(f"bad record in {source.path}, {place}: {reason}; {fix}")
+    report.bad += 1
+    if len(report.listed) < _LISTED:
+        report.listed.append(f"{place}: {reason}")
+
+
+def _encoded(
+    records: Iterable[Usable], recipe: Recipe
+) -> Iterator[tuple[Usable, list[tuple[Ids, Ids, bool]] | ValueError]]:
+    """The records with their examples, in their order; with the reason where there are none."""
+
+    def encode(record: Usable) -> list[tuple[Ids, Ids, bool]] | ValueError:
+        try:
+            return [recipe.encode(part) for part in record.parts]
+        except ValueError as error:
+            return error
+
+    waiting = iter(records)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         while some := list(itertools.islice(waiting, _AT_ONCE)):
-            yield from pool.map(encode, some)
+            yield from zip(some, pool.map(encode, some), strict=True)
 
 
 def _chosen(count: int, ratio: float, seed: list[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -197,19 +222,19 @@ def _chosen(count: int, ratio: float, seed: list[int]) -> np.ndarray[Any, np.dty
     return chosen
 
 
-def _bar(texts: Iterator[TrainingText], name: str, progress: bool, total: int | None = None) -> Iterator[TrainingText]:
-    """The texts, with a bar on a terminal and now and then a line elsewhere."""
+def _bar(records: Iterator[Usable], name: str, progress: bool, total: int | None = None) -> Iterator[Usable]:
+    """The records, with a bar on a terminal and now and then a line elsewhere."""
     if not progress:
-        return texts
+        return records
     if sys.stderr.isatty():
-        return iter(tqdm(texts, desc=name, unit=" records", total=total, leave=False))
-    return _said(texts, name, total)
+        return iter(tqdm(records, desc=name, unit=" records", total=total, leave=False))
+    return _said(records, name, total)
 
 
-def _said(texts: Iterator[TrainingText], name: str, total: int | None) -> Iterator[TrainingText]:
+def _said(records: Iterator[Usable], name: str, total: int | None) -> Iterator[Usable]:
     said = time.monotonic()
-    for number, text in enumerate(texts, 1):
-        yield text
+    for number, record in enumerate(records, 1):
+        yield record
         if (now := time.monotonic()) - said >= _SAID_EVERY:
             logger.info("%s: %s records", name, f"{number:,}" if total is None else f"{number:,} of {total:,}")
             said = now

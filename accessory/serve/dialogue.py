@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from accessory.serve.request import Finish
-from accessory.text.forms import ChatPrompt, Message, chat_prompt
-from accessory.text.tokenizer import Tokenizer
+from accessory.text.chat import Message
+from accessory.text.forms import Form
 
 Turn = tuple[str, str]
 """A question and its answer."""
@@ -19,55 +19,49 @@ class Prompt:
     """What the model reads to answer a question.
 
     Attributes:
-        tokens: begins with the beginning-of-sequence token.
-        stop: texts that end the answer.
         dropped: turns, the oldest ones, for which there was no room.
     """
 
     tokens: tuple[int, ...]
-    stop: tuple[str, ...]
     dropped: int = 0
 
 
-def dialogue_prompt(
-    tokenizer: Tokenizer, turns: Sequence[Turn], question: str, *, room: int, template: str = "default"
-) -> Prompt:
+def dialogue_prompt(form: Form, turns: Sequence[Turn], question: str, *, room: int) -> Prompt:
     """The prompt for a question that follows ``turns``, without as many of the oldest as leave it too long.
 
     Args:
         room: tokens of the prompt at most.
-        template: a name of `accessory.text.forms`.
 
     Raises:
-        ValueError: the question is empty, or too long by itself, or the template is unknown.
+        ValueError: the question is empty, or too long by itself, or the form cannot say it.
     """
     if not question.strip():
         raise ValueError("the question is empty: write one")
 
-    def asked(kept: int) -> ChatPrompt:
+    def asked(kept: int) -> list[int]:
         messages = [
             message
             for turn, answer in turns[len(turns) - kept :]
             for message in (Message("user", turn), Message("assistant", answer))
         ]
-        return chat_prompt(template, [*messages, Message("user", question)], tokenizer)
+        return form.prompt([*messages, Message("user", question)])
 
     best, kept, beyond = asked(0), 0, len(turns) + 1
-    if len(best.tokens) > room:
+    if len(best) > room:
         raise ValueError(
-            f"the question makes a prompt of {len(best.tokens)} tokens, and there is room for {room}: "
+            f"the question makes a prompt of {len(best)} tokens, and there is room for {room}: "
             "shorten it, or allow shorter answers"
         )
     # Mostly all turns fit, and are tried first; not where they are so long that only that trial would take a while.
     trial = len(turns) if sum(map(len, chain(*turns))) <= _LONG_TOKEN * room else 1
     while kept + 1 < beyond:
         prompt = asked(trial)
-        if len(prompt.tokens) <= room:
+        if len(prompt) <= room:
             best, kept = prompt, trial
         else:
             beyond = trial
         trial = min(2 * kept + 1, (kept + beyond) // 2)
-    return Prompt(tokens=tuple(best.tokens), stop=best.stop, dropped=len(turns) - kept)
+    return Prompt(tokens=tuple(best), dropped=len(turns) - kept)
 
 
 def usual_length(max_seq_len: int) -> int:

@@ -6,10 +6,13 @@ dictionaries are keyword arguments. Names are spelled with underscores, as users
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_name, given_number
 from accessory.config.quant import add_quant_flags, quant_of_flags
+
+if TYPE_CHECKING:
+    from accessory.text.forms import Form
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEFAULT_MASTER_ADDR = "127.0.0.1"
@@ -112,8 +115,11 @@ def add_batch_arguments(parser: argparse.ArgumentParser, *, slots: int) -> None:
 
 def add_template_argument(parser: argparse.ArgumentParser) -> None:
     """How a dialogue is put to the model."""
-    help_text = "default, alpaca or mixtral-instruct (default: what the tokenizer's settings say, else default)"
-    parser.add_argument(*_spellings("chat_template"), metavar="NAME", help=help_text)
+    help_text = (
+        "default, alpaca, mixtral-instruct, a template's file, or model for the checkpoint's own template "
+        "(default: the form that it was trained on, else its template, else default)"
+    )
+    parser.add_argument(*_spellings("chat_template"), type=given_name, metavar="NAME|FILE", help=help_text)
 
 
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,18 +151,18 @@ def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def template_of(arguments: argparse.Namespace) -> str | None:
-    """The template that was asked for; None: find out.
+def form_of(arguments: argparse.Namespace) -> "Form":
+    """The form in which the checkpoint is asked; found before its weights are read, which may take minutes.
 
     Raises:
-        ValueError: there is none of this name.
+        FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
     """
-    from accessory.text.forms import TEMPLATE_NAMES  # not before it is wanted: it loads the tokenizers
+    from accessory.model.pretrained import Pretrained  # not before it is wanted: it loads torch
+    from accessory.text.form_files import find_form
 
-    name: str | None = arguments.chat_template
-    if name is not None and name not in TEMPLATE_NAMES:
-        raise ValueError(f"--chat-template {name!r} is unknown: take one of {', '.join(TEMPLATE_NAMES)}")
-    return name
+    names = ("llama_type", "llama_config", "tokenizer_path", "max_seq_len")
+    found = Pretrained.resolve(arguments.pretrained_path, **{name: getattr(arguments, name) for name in names})
+    return find_form(found.tokenizer, arguments.pretrained_path, arguments.chat_template)
 
 
 def serve_settings(arguments: argparse.Namespace) -> dict[str, Any]:

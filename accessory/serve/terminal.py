@@ -1,6 +1,5 @@
 """A dialogue in a terminal: lines in, answers out as they are written, and a few commands."""
 
-import dataclasses
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import TextIO
 from accessory.generation.sampling import Sampling
 from accessory.serve.dialogue import Turn, dialogue_prompt, how_ended
 from accessory.serve.request import Busy, Engine, Event, Stream
+from accessory.text.forms import Form
 
 HELP = """\
 /reset   begin a new dialogue
@@ -29,8 +29,8 @@ class Terminal:
     """One dialogue with a model.
 
     Args:
-        sampling: of every answer; the stop strings of the template are added.
-        template: how the dialogue is put to the model; a name of `accessory.text.forms`.
+        sampling: of every answer, to which the form's ends are added.
+        form: how the dialogue is put to the model.
         source, sink: the lines to read and where to write; a sink that is no terminal gets no prompts.
     """
 
@@ -39,12 +39,12 @@ class Terminal:
         engine: Engine,
         sampling: Sampling,
         *,
-        template: str = "default",
+        form: Form,
         seed: int | None = None,
         source: TextIO | None = None,
         sink: TextIO | None = None,
     ) -> None:
-        self._engine, self._sampling, self._template, self._seed = engine, sampling, template, seed
+        self._engine, self._sampling, self._form, self._seed = engine, sampling.with_ends(form.ends), form, seed
         self._source = sys.stdin if source is None else source
         self._sink = sys.stdout if sink is None else sink
         self._interactive = self._source.isatty() and self._sink.isatty()
@@ -84,9 +84,8 @@ class Terminal:
     def _answer(self, question: str) -> None:
         try:
             room = self._engine.args.max_seq_len - self._sampling.max_gen_len
-            prompt = dialogue_prompt(self._engine.tokenizer, self._turns, question, room=room, template=self._template)
-            sampling = dataclasses.replace(self._sampling, stop=(*self._sampling.stop, *prompt.stop))
-            stream = self._engine.submit(prompt.tokens, sampling, seed=self._seed)
+            prompt = dialogue_prompt(self._form, self._turns, question, room=room)
+            stream = self._engine.submit(prompt.tokens, self._sampling, seed=self._seed)
         except (ValueError, Busy) as error:
             self._note(str(error))
             return
@@ -108,10 +107,8 @@ class Terminal:
             with _interrupting(stream):
                 for last in stream:
                     tokens += len(last.tokens)
-                    # The template has the space before an answer.
-                    new = last.text if text else last.text.lstrip()
-                    text += new
-                    self._write(new)
+                    text += last.text
+                    self._write(last.text)
         finally:
             stream.cancel()
             self._sink.write("\n")
@@ -120,7 +117,7 @@ class Terminal:
         ended = how_ended(last.finish)
         if self._interactive:
             self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s{ended}")
-        return text.rstrip()
+        return text
 
     def _lines(self) -> Iterator[str]:
         """Lines with something in them, until the end of the source, or Ctrl-C twice in a row."""

@@ -1,21 +1,34 @@
-"""What a chat is made of, and where an answer to it ends."""
+"""What a chat is made of, where an answer to it ends, and the pieces of text that both become."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from accessory.text.tokenizer import Tokenizer
+
 Role = Literal["system", "user", "assistant"]
+Before = Literal["start", "cont", "behind"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a chat; `learned` says whether training learns it, where it is the assistant's."""
+    """One message of a chat.
+
+    `learned` says whether training learns it, where it is the assistant's. `given` is an instruction's input, for
+    which Alpaca's form has a place of its own; elsewhere it follows the content on a new line.
+    """
 
     role: Role
     content: str
     name: str | None = None
     learned: bool = True
+    given: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.content}\n{self.given}" if self.given.strip() else self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +46,69 @@ class Ends:
     stop_ids: tuple[int, ...] = ()
     lead: str = ""
     tail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a chat's text that is tokenised by itself: between two of them no token reaches over.
+
+    So an answer has the tokens that a model gives which was asked the question. `how` says what stands before a text:
+    "start" nothing (tokenizers put a prefix there), "cont" other text, "behind" a control token that a template wrote.
+    A segment with a `control` is that token, and `text` its name.
+    """
+
+    text: str
+    learned: bool = False
+    how: Before = "cont"
+    control: int | None = None
+
+    @property
+    def unlearned(self) -> Segment:
+        return replace(self, learned=False)
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids; ValueError for a lone surrogate."""
+        if self.control is not None:
+            return [self.control]
+        if self.how == "start":
+            return tokenizer.encode(self.text, bos=False, eos=False)
+        return (tokenizer.cont if self.how == "cont" else tokenizer.after_control)(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids, and which of them a model learns."""
+
+    tokens: list[int]
+    learned: list[bool]
+
+
+def ids_of(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[int]:
+    """The token ids of segments in a row."""
+    return [token for segment in segments for token in segment.encode(tokenizer)]
+
+
+def encode_example(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example:
+    """The same, with what of it is learned.
+
+    Raises ValueError where a learned text would not come back: decode(before + it) must be decode(before) + it.
+    """
+    parts = [segment.encode(tokenizer) for segment in segments]
+    tokens = [token for part in parts for token in part]
+    learned = [segment.learned for segment, part in zip(segments, parts, strict=True) for _ in part]
+    text = "".join(segment.text for segment in segments if segment.control is None)
+    if tokenizer.decode(tokens) not in (text, text.removeprefix(" ")):
+        _check_learned(segments, parts, tokenizer)  # some tokenizers change more of a text than its first space
+    return Example(tokens, learned)
+
+
+def _check_learned(segments: Sequence[Segment], parts: Sequence[list[int]], tokenizer: Tokenizer) -> None:
+    before: list[int] = []
+    said = ""
+    for segment, part in zip(segments, parts, strict=True):
+        before += part
+        now = tokenizer.decode(before)
+        if segment.learned and segment.control is None and segment.text and now != said + segment.text:
+            cut = f"{segment.text[:40]!r}..." if len(segment.text) > 40 else repr(segment.text)
+            raise ValueError(f"its answer {cut} does not come back from the tokenizer's ids: it could not be learned")
+        said = now

@@ -1,4 +1,4 @@
-"""The text of a conversation of several turns, in the form that Vicuna v1 introduced.
+"""The text of a dialogue in the form that Vicuna v1 introduced, as users' programs build it.
 
 A finetuned model answers well only to the text that it was trained on, so none of these strings may change,
 not by a space: tests/test_prompts.py holds them.
@@ -9,34 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_SYSTEM = (
+SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-_SEPARATOR = "###"
+END = "\n###"
+HUMAN, ASSISTANT = " Human:", " Assistant:"
 
 
 @dataclass
 class Conversation:
     """Questions and answers, and the text that they make.
 
-    `system` is the sentence at the beginning; `human` and `assistant` are the names of the two. Load the
-    turns, then ask for the text:
+    `system` is the sentence at the beginning. Load the turns, then ask for the text:
 
         conversation = default_conversation()
         conversation.load_qas([["What is 2 + 2?", "4."], ["And 3 + 3?", None]])
         prompt = conversation.get_prompt()   # ends with " Assistant:", for the model to go on
     """
 
-    system: str = _SYSTEM
-    human: str = "Human"
-    assistant: str = "Assistant"
+    system: str = SYSTEM
     _turns: list[tuple[str, str | None]] = field(default_factory=list)
 
     @property
     def response_end_signal(self) -> str:
         """What stands after every answer: the stop string of a generation."""
-        return "\n" + _SEPARATOR
+        return END
 
     def load_qas(self, qas: Sequence[Sequence[str | None]]) -> None:
         """Take `qas`, pairs of a question and its answer, in place of what was loaded before.
@@ -58,30 +56,11 @@ class Conversation:
 
     def get_prompt(self) -> str:
         """The whole text. Where the last answer is None it ends with the assistant's name and a colon."""
-        return "".join(text for text, _ in self._parts())
-
-    def answer_spans(self) -> list[tuple[int, int]]:
-        """Where the answers stand in get_prompt(), each with its end signal: what a model learns from it.
-
-        Begin and end of each in characters, the end excluded. An open answer has none.
-        """
-        spans = []
-        at = 0
-        for text, learned in self._parts():
-            if learned:
-                spans.append((at, at + len(text)))
-            at += len(text)
-        return spans
-
-    def _parts(self) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether it is an answer."""
-        end = self.response_end_signal
-        parts = [(f"{self.system}\n{end}", False)]
-        for question, answer in self._turns:
-            parts.append((f" {self.human}: {question}{end} {self.assistant}:", False))
-            if answer is not None:
-                parts += [(" ", False), (f"{answer}{end}", True)]
-        return parts
+        turns = (
+            f"{HUMAN} {question}{END}{ASSISTANT}" + ("" if answer is None else f" {answer}{END}")
+            for question, answer in self._turns
+        )
+        return f"{self.system}\n{END}{''.join(turns)}"
 
 
 def default_conversation() -> Conversation:

@@ -1,146 +1,293 @@
-"""The messages of a chat as a model's prompt, in the form that it was finetuned on.
+"""The forms in which a chat is put to a model: the one home of "which tokens does this chat become".
 
-A finetuned model answers well only to the text that it was trained on; tests/test_chat_templates.py holds these forms.
+A finetuned model answers well only to the text that it was trained on, so training and asking go through the same
+`segments`. tests/test_forms.py holds that, and the forms to other programs' encodings.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
+from typing import Any
 
-from accessory.text.chat import Message
-from accessory.text.conversation import Conversation
-from accessory.text.instruction import format_prompt
-from accessory.text.tokenizer import CONFIG_NAME, Tokenizer
-
-logger = logging.getLogger(__name__)
-_TEMPLATE_FILE = "chat_template.jinja"
+from accessory.text.chat import Before, Ends, Message, Segment, ids_of
+from accessory.text.conversation import ASSISTANT, END, HUMAN, SYSTEM
+from accessory.text.instruction import PROMPT_NAMES, instruction_prompt
+from accessory.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """What a model is asked: token ids, and the strings that end its answer beside the end-of-sequence token."""
+class Form:
+    """How chats are put to the model of a tokenizer.
 
-    tokens: list[int]
-    stop: tuple[str, ...] = ()
+    Attributes:
+        name: as --chat_template takes it.
+        ends: where an answer ends, and what of the model's text is not the answer's.
+        nests: whether a chat always begins with the prompts of its earlier questions.
+    """
 
+    name: str
+    ends: Ends = Ends()
+    nests = True
+    asks = ""  # with which a prompt ends that a model is to answer
 
-@dataclass(frozen=True)
-class Chat:
-    """A chat in order: what the system says, the answered questions, and the one to be answered."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
 
-    system: str | None
-    answered: tuple[tuple[str, str], ...]
-    question: str
+    def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
+        """The text of a chat in segments; answers with their ends are `learned` where the message is.
 
-    @classmethod
-    def of(cls, messages: Sequence[Message]) -> Chat:
-        """Sort messages; several of one role in a row are one, with an empty line between them.
+        Args:
+            ask: the last message is the user's, and the text ends where the model is to answer it.
 
         Raises:
-            ValueError: there are none, a system message stands behind another, or the first or last of the rest is
-                not the user's.
+            ValueError: the form cannot say these messages.
         """
-        merged = [
-            Message(role, "\n\n".join(message.content for message in run))
-            for role, run in groupby(messages, key=lambda message: message.role)
-        ]
-        system = merged.pop(0).content if merged and merged[0].role == "system" else None
-        if any(message.role == "system" for message in merged):
-            raise ValueError("a system message must stand before all others")
-        if not merged or merged[0].role != "user" or merged[-1].role != "user":
+        raise NotImplementedError
+
+    def continued(self, messages: Sequence[Message]) -> list[Segment]:
+        """The text of a chat whose last message, the assistant's, is to be gone on with."""
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("the last message, which is to be gone on with, must be from the assistant")
+        return [*self.segments(messages[:-1], ask=True), Segment(self.ends.lead + messages[-1].content)]
+
+    def unasked(self, messages: Sequence[Message]) -> list[Segment]:
+        """The text of a chat without that which asks for an answer."""
+        *before, last = self.segments(messages, ask=messages[-1:] != [] and messages[-1].role == "user")
+        return [*before, Segment(last.text.removesuffix(self.asks), False, last.how, last.control)]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which a model answers the last message; ValueError as above."""
+        return ids_of(self.segments(messages, ask=True), self.tokenizer)
+
+    def parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
+        """What training makes of a chat: one example, or one for each answer; none where nothing is learned.
+
+        The latter where a prompt does not begin with the one before and its answer, as where a form puts what the
+        system says into the last question: so each answer is learned behind what it will be asked with.
+
+        Raises:
+            ValueError: as above.
+        """
+        messages = _answered(messages)
+        places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+        if not any(messages[place].learned for place in places):
+            return []
+        whole = self.segments(messages, ask=False)
+        if self.nests or all(self._asked(messages, place, whole) for place in places):
+            return [whole]
+        parts = []
+        for place in places:
+            if not messages[place].learned:
+                continue
+            part = self.segments(messages[: place + 1], ask=False)
+            if not self._asked(messages, place, part):
+                raise ValueError("the chat template asks a question otherwise than it writes the question's answer")
+            asked = len(self.segments(messages[:place], ask=True))
+            parts.append([*(one.unlearned for one in part[:asked]), *part[asked:]])
+        return parts
+
+    def _asked(self, messages: Sequence[Message], place: int, whole: Sequence[Segment]) -> bool:
+        """Whether a chat begins with the prompt that its message at `place` answers."""
+        prompt = self.segments(messages[:place], ask=True)
+        return [one.unlearned for one in whole[: len(prompt)]] == [one.unlearned for one in prompt]
+
+    def recorded(self) -> dict[str, Any]:
+        """What meta.json says of a model that was trained in this form."""
+        return {"name": self.name}
+
+    def _control(self, token: int, learned: bool = False) -> Segment:
+        return Segment(self.tokenizer.name(token), learned, control=token)
+
+    def _bos(self) -> Segment:
+        return self._control(self.tokenizer.bos_id)
+
+    def _eos(self, learned: bool = False) -> Segment:
+        return self._control(self.tokenizer.eos_id, learned)
+
+
+def _answered(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages up to the last answer that says something: behind it nothing can be learned."""
+    said = [place for place, message in enumerate(messages) if message.role == "assistant" and message.content.strip()]
+    return messages[: said[-1] + 1] if said else ()
+
+
+class _Turns(Form):
+    """A form of questions and answers in turn, with what the system says at the beginning."""
+
+    def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
+        system, turns = _sorted(messages)
+        if ask and (not turns or turns[-1].role != "user"):
             raise ValueError("the first message (behind the system's) and the last must be from the user")
-        texts = [message.content for message in merged]
-        return cls(system, tuple(zip(texts[0:-1:2], texts[1::2], strict=True)), texts[-1])
+        return self._said(system, turns)
+
+    def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
+        raise NotImplementedError
 
 
-def chat_prompt(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> ChatPrompt:
-    """Put a chat into the template of that name.
+def _sorted(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
+    """What the system says, and the others' messages in turn; several of one role in a row are one.
 
     Raises:
-        ValueError: an unknown template, or messages that make no chat.
+        ValueError: there are none, a system message stands behind another, or the first of the rest is not the user's.
     """
-    if template not in _TEMPLATES:
-        raise ValueError(f"unknown chat template {template!r}: take one of {', '.join(TEMPLATE_NAMES)}")
-    return _TEMPLATES[template](Chat.of(messages), tokenizer)
+    merged = [_merged(list(run)) for _, run in groupby(messages, key=lambda message: message.role)]
+    system = merged.pop(0).content if merged and merged[0].role == "system" else None
+    if any(message.role == "system" for message in merged):
+        raise ValueError("a system message must stand before all others")
+    if not merged or merged[0].role != "user":
+        raise ValueError("the first message (behind the system's) and the last must be from the user")
+    return system, merged
 
 
-def find_template(tokenizer: Tokenizer) -> str:
-    """The template that lies with a tokenizer: "mixtral-instruct" where it writes [INST], else "default".
+def _merged(run: list[Message]) -> Message:
+    if len(run) == 1:
+        return run[0]
+    learned = all(message.learned for message in run)
+    return Message(run[0].role, "\n\n".join(message.text for message in run), learned=learned)
 
-    Hugging Face's chat template is the file chat_template.jinja, or in older folders a field of
-    tokenizer_config.json.
+
+class DefaultForm(_Turns):
+    """Vicuna v1's form. What the system says takes the place of its opening sentence.
+
+    Questions are stripped, answers at their end.
+
+    Args:
+        learns_end: the model has learned what follows "\\n###", so that this may stand in an answer as a heading.
     """
-    for name, theirs in _written_templates(Path(tokenizer.path).parent):
-        if "[INST]" in theirs:
-            logger.info('dialogues are put into the template "mixtral-instruct", as %s writes [INST]', name)
-            return "mixtral-instruct"
-    logger.info('dialogues are put into the template "default": no other lies with the tokenizer')
-    return "default"
+
+    name = "default"
+    asks = ASSISTANT
+
+    def __init__(self, tokenizer: Tokenizer, *, learns_end: bool = True) -> None:
+        super().__init__(tokenizer)
+        self.learns_end = learns_end
+        self.ends = Ends(stop=(END + HUMAN,), lead=" ", tail=END) if learns_end else Ends(stop=(END,), lead=" ")
+
+    def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
+        made = [self._bos()]
+        text = f"{SYSTEM if system is None else system}\n{END}{HUMAN}"
+        how: Before = "start"
+        for number, turn in enumerate(turns, start=1):
+            if turn.role == "user":
+                made.append(Segment(f"{text} {turn.text.strip()}{END}{ASSISTANT}", how=how))
+                continue
+            answer = turn.content.rstrip()
+            if turn.learned and END + HUMAN in answer:
+                raise ValueError(f"its answer holds {END + HUMAN!r}, at which answers end in this form")
+            learned, last = turn.learned and bool(answer), number == len(turns)
+            made.append(Segment(f" {answer}{END}{'' if last else HUMAN}", learned))
+            text, how = "", "cont"
+            if last:
+                made.append(self._eos(learned))
+        return made
+
+    def recorded(self) -> dict[str, Any]:
+        return {"name": self.name, **({"answers_end_at": END + HUMAN} if self.learns_end else {})}
 
 
-def _written_templates(folder: Path) -> Iterator[tuple[str, str]]:
-    """The names of files that hold a chat template, and the templates."""
-    with suppress(OSError):
-        yield _TEMPLATE_FILE, (folder / _TEMPLATE_FILE).read_text(errors="replace")
-    with suppress(OSError, ValueError):
-        settings = json.loads((folder / CONFIG_NAME).read_bytes())
-        if isinstance(settings, dict):
-            yield CONFIG_NAME, str(settings.get("chat_template"))
+class AlpacaForm(_Turns):
+    """The prompt of an instruction, and the answer directly behind it. Earlier turns stand before as whole examples.
+
+    What the system says takes the place of the opening sentence. Instructions are stripped, but where they are the
+    whole prompt (of type None), and nothing else is.
+    """
+
+    name = "alpaca"
+    asks = "\n\n### Response:"
+
+    def __init__(self, tokenizer: Tokenizer, prompt_types: Sequence[str] = ("alpaca",)) -> None:
+        super().__init__(tokenizer)
+        if not prompt_types or not set(prompt_types) <= set(PROMPT_NAMES):
+            raise ValueError(f"the prompt types {list(prompt_types)} are none of {', '.join(PROMPT_NAMES)}")
+        self.prompt_types = tuple(prompt_types)
+
+    def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
+        made: list[Segment] = []
+        for turn in turns:
+            if turn.role == "user":
+                question = turn.content if self.prompt_types[0] == "None" else turn.content.strip()
+                text = instruction_prompt(question, turn.given, self.prompt_types[0], system)
+                made += [self._bos(), Segment(text, how="start")]
+            else:
+                learned = turn.learned and bool(turn.content)
+                made += [Segment(turn.content, learned), self._eos(learned)]
+        return made
+
+    def recorded(self) -> dict[str, Any]:
+        return {"name": self.name, "prompt_types": list(self.prompt_types)}
 
 
-def _default(chat: Chat, tokenizer: Tokenizer) -> ChatPrompt:
-    """The default conversation; a system message takes the place of its own sentence."""
-    conversation = Conversation() if chat.system is None else Conversation(system=chat.system)
-    conversation.load_qas([*chat.answered, (chat.question, None)])
-    tokens = tokenizer.encode(conversation.get_prompt(), bos=True, eos=False)
-    return ChatPrompt(tokens, (conversation.response_end_signal,))
+class MistralForm(_Turns):
+    """The form of Mistral's Instruct models; each version of their tokenizers has its own.
+
+    v1 writes [INST] as text, where it is no control token; v2 and v3 have it as one and put what the system says
+    into the last question; v7 has control tokens for that too. Held to mistral-common by tests/test_forms.py.
+    """
+
+    name = "mixtral-instruct"
+    ends = Ends(lead=" ")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._marks = {
+            name: None if token is None else self._control(token)
+            for name in ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+            for token in [tokenizer.controls.get(name)]
+        }
+        self.version = 1 if self._marks["[INST]"] is None else 3 if self._marks["[SYSTEM_PROMPT]"] is None else 7
+        self.nests = self.version != 3
+
+    def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
+        if self.version != 7:
+            return super().segments(messages, ask=ask)
+        # What the system says may stand anywhere.
+        merged = [_merged(list(run)) for _, run in groupby(messages, key=lambda message: message.role)]
+        others = [message for message in merged if message.role != "system"]
+        if not others or others[0].role != "user" or (ask and merged[-1].role != "user"):
+            raise ValueError("the first message (behind the system's) and the last must be from the user")
+        return self._said(None, merged)
+
+    def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
+        made = [self._bos()]
+        questions = [place for place, turn in enumerate(turns) if turn.role == "user"]
+        place_of_system = questions[-1] if self.version == 3 else questions[0]
+        for place, turn in enumerate(turns):
+            if turn.role == "assistant":
+                answer = turn.content if self.version == 1 else turn.content.rstrip(" ")
+                if not turn.content:
+                    raise ValueError("a message of the assistant is empty, and this form takes none")
+                made += [*_spaced(answer, turn.learned), self._eos(turn.learned)]
+            elif turn.role == "system":
+                made += self._between("[SYSTEM_PROMPT]", turn.text, "[/SYSTEM_PROMPT]")
+            else:
+                before = f"{system}\n\n" if system and place == place_of_system else ""
+                made += self._between("[INST]", before + turn.text, "[/INST]", first=len(made) == 1)
+        return made
+
+    def _between(self, begin: str, text: str, end: str, *, first: bool = False) -> list[Segment]:
+        opened, closed = self._marks[begin], self._marks[end]
+        if opened is not None and closed is not None:
+            return [opened, *_spaced(text), closed]
+        whole = f"{begin} {text} {end}"
+        return [Segment(whole, how="start")] if first else [Segment(f" {whole}")]
 
 
-def _alpaca(chat: Chat, tokenizer: Tokenizer) -> ChatPrompt:
-    """Alpaca's prompt, of one turn. Earlier turns go before it as whole examples, as a model has seen them."""
-
-    def prompt(question: str) -> str:
-        return format_prompt({"instruction": question}, "alpaca")
-
-    tokens: list[int] = []
-    answered, question = _with_system_in_question(chat)
-    for asked, answer in answered:
-        tokens += tokenizer.encode(prompt(asked) + answer, bos=True, eos=True)
-    return ChatPrompt(tokens + tokenizer.encode(prompt(question), bos=True, eos=False))
+def _spaced(text: str, learned: bool = False) -> list[Segment]:
+    """A text as sentencepiece begins one, with a space."""
+    return [Segment(f" {text}", learned)] if text else []
 
 
-def _mixtral_instruct(chat: Chat, tokenizer: Tokenizer) -> ChatPrompt:
-    """Mixtral-Instruct's form. Each part is tokenised by itself and an answer is closed by the end token."""
-
-    def ask(question: str) -> list[int]:
-        return tokenizer.encode(f"[INST] {question} [/INST]", bos=False, eos=False)
-
-    tokens = [tokenizer.bos_id]
-    answered, question = _with_system_in_question(chat)
-    for asked, answer in answered:
-        tokens += [*ask(asked), *tokenizer.encode(answer, bos=False, eos=True)]
-    return ChatPrompt(tokens + ask(question))
+def raw_segments(tokenizer: Tokenizer, prompt: str, completion: str) -> list[list[Segment]]:
+    """A text that is in no form, of which the completion is learned; none where that says nothing."""
+    if not completion.strip():
+        return []
+    begin = Segment(tokenizer.name(tokenizer.bos_id), control=tokenizer.bos_id)
+    end = Segment(tokenizer.name(tokenizer.eos_id), True, control=tokenizer.eos_id)
+    if not prompt:
+        return [[begin, Segment(completion, True, "start"), end]]
+    return [[begin, Segment(prompt, how="start"), Segment(completion, True), end]]
 
 
-def _with_system_in_question(chat: Chat) -> tuple[list[tuple[str, str]], str]:
-    """The turns, with what the system says at the beginning of the first question."""
-    answered, question = list(chat.answered), chat.question
-    if chat.system is not None and answered:
-        answered[0] = (f"{chat.system}\n\n{answered[0][0]}", answered[0][1])
-    elif chat.system is not None:
-        question = f"{chat.system}\n\n{question}"
-    return answered, question
-
-
-_TEMPLATES: dict[str, Callable[[Chat, Tokenizer], ChatPrompt]] = {
-    "default": _default,
-    "alpaca": _alpaca,
-    "mixtral-instruct": _mixtral_instruct,
+FORMS: dict[str, type[DefaultForm | AlpacaForm | MistralForm]] = {
+    form.name: form for form in (DefaultForm, AlpacaForm, MistralForm)
 }
-TEMPLATE_NAMES = tuple(_TEMPLATES)

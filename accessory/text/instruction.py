@@ -11,6 +11,10 @@ from typing import Any
 
 from accessory.errors import shown, shown_keys
 
+_WISHES = {
+    "alpaca": "completes the request.",
+    "shortqa": "completes the request using a single word or phrase.",
+}
 PROMPT_NAMES = ("alpaca", "None", "shortqa", "qg")
 
 
@@ -27,26 +31,26 @@ def format_prompt(format_dict: Mapping[str, Any], sys_name: str = "alpaca") -> s
         raise ValueError(f"unknown sys_name {sys_name!r}: take one of {', '.join(PROMPT_NAMES)}")
     if not isinstance(format_dict, Mapping):
         raise ValueError(f'format_dict takes a dictionary {{"instruction": ..., "input": ...}}, not {format_dict!r}')
-    instruction = _string(format_dict, "instruction")
+    given = _string(format_dict, "input") if sys_name == "alpaca" and format_dict.get("input") is not None else ""
+    return instruction_prompt(_string(format_dict, "instruction"), given, sys_name)
+
+
+def instruction_prompt(instruction: str, given: str = "", sys_name: str = "alpaca", system: str | None = None) -> str:
+    """The prompt of an instruction; `system` stands in the place of its opening sentence, where it has one."""
+    opening = "" if system is None else f"{system}\n\n"
     if sys_name == "None":
-        return instruction
+        return opening + instruction
     if sys_name == "qg":
-        return f"Generate a question whose answer is:\n{instruction}\n\nQuestion:\n"
-    if sys_name == "shortqa":
-        return _alpaca("completes the request using a single word or phrase.", instruction)
-    given = _string(format_dict, "input") if format_dict.get("input") is not None else ""
-    return _alpaca("completes the request.", instruction, given)
-
-
-def _alpaca(wish: str, instruction: str, given: str = "") -> str:
-    """Stanford Alpaca's prompt, with or without an input; `wish` ends its first paragraph."""
-    has_input = bool(given.strip())
-    setting = ", paired with an input that provides further context" if has_input else ""
+        return f"{opening}Generate a question whose answer is:\n{instruction}\n\nQuestion:\n"
+    has_input = sys_name == "alpaca" and bool(given.strip())
+    if system is None:
+        setting = ", paired with an input that provides further context" if has_input else ""
+        wish = _WISHES[sys_name]
+        opening = (
+            f"Below is an instruction that describes a task{setting}. Write a response that appropriately {wish}\n\n"
+        )
     between = f"\n\n### Input:\n{given}" if has_input else ""
-    return (
-        f"Below is an instruction that describes a task{setting}. Write a response that appropriately {wish}"
-        f"\n\n### Instruction:\n{instruction}{between}\n\n### Response:"
-    )
+    return f"{opening}### Instruction:\n{instruction}{between}\n\n### Response:"
 
 
 def _string(format_dict: Mapping[str, Any], key: str) -> str:

@@ -24,7 +24,7 @@ JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 # What else of Hugging Face's folders says which tokens there are.
-_BESIDE = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", GENERATION_NAME)
+BESIDE_NAMES = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", GENERATION_NAME)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Appended to a sentencepiece model: its normalizer (field 3) gets add_dummy_prefix (field 3) false, as protobuf merges
@@ -179,9 +179,9 @@ class _Settings:
 
     @classmethod
     def beside(cls, tokenizer: Path) -> _Settings:
-        files = tuple(file for name in _BESIDE if (file := tokenizer.with_name(name)).is_file())
+        files = tuple(file for name in BESIDE_NAMES if (file := tokenizer.with_name(name)).is_file())
         read = {file.name: _read_json(file) for file in files}
-        config, special, plain, generation = (read.get(name, {}) for name in _BESIDE)
+        config, special, plain, generation = (read.get(name, {}) for name in BESIDE_NAMES)
         names = {
             key: content
             for key, value in (*special.items(), *config.items())

@@ -4,7 +4,6 @@ File i of as many as there are model-parallel ranks is written by the first data
 Parameters are gathered one after another straight into the file, so that no rank holds more than one of others'.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -22,12 +21,12 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
 from accessory.parallel.state import agreed
-from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME
+from accessory.text.form_files import META_NAME, write_text
+from accessory.text.forms import Form
 from accessory.train.snapshot import over_all_ranks, reshard
 
 logger = logging.getLogger(__name__)
 
-_META_FILE = "meta.json"
 _WITHIN_EPOCH = re.compile(r"epoch\d+-iter\d+")
 
 
@@ -38,8 +37,8 @@ def export_name(epoch: int, iteration: int | None = None) -> str:
 
 def drop_older_models(folder: Path, *, keep_last: int) -> None:
     """Remove all but the newest models that were written within epochs; those of epochs' ends stay."""
-    found = [path for path in folder.iterdir() if _WITHIN_EPOCH.fullmatch(path.name) and (path / _META_FILE).exists()]
-    found.sort(key=lambda path: (path / _META_FILE).stat().st_mtime_ns)
+    found = [path for path in folder.iterdir() if _WITHIN_EPOCH.fullmatch(path.name) and (path / META_NAME).exists()]
+    found.sort(key=lambda path: (path / META_NAME).stat().st_mtime_ns)
     _remove_dropped(folder)
     for path in found[:-keep_last]:
         # Renamed first: a removal that is cut short leaves nothing that looks whole, and is taken up again.
@@ -53,7 +52,12 @@ def _remove_dropped(folder: Path) -> None:
 
 
 def export_checkpoint(
-    model: MetaModel, folder: str | Path, *, dtype: torch.dtype, only_trainable: bool = False
+    model: MetaModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    form: Form | None = None,
+    only_trainable: bool = False,
 ) -> Path:
     """Write the model as accessory shards with config.json, meta.json and the tokenizer; collective over all ranks.
 
@@ -61,6 +65,7 @@ def export_checkpoint(
     have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
 
     Args:
+        form: in which the model was trained, for all that ask it; None: nothing is said of it.
         only_trainable: leave frozen weights out; such a folder overlays that of its base. Of a model that is
             quantized they always stay out.
 
@@ -92,7 +97,7 @@ def export_checkpoint(
             _fill(model, targets, shard, placement="tensor" if sparse else "expert", dtype=dtype)
         del shard
         agreed(everyone, lambda: sync(aside / name) if writes else None)
-        agreed(everyone, lambda: _finish(model, folder, aside, sparse) if everyone.is_first else None)
+        agreed(everyone, lambda: _finish(model, form, folder, aside, sparse) if everyone.is_first else None)
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -114,7 +119,7 @@ def _choose_form(model: MetaModel) -> bool:
 
 
 def _prepare(folder: Path, aside: Path) -> None:
-    if folder.exists() and not (folder / _META_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / META_NAME).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is no exported model: move it away or choose another output_dir")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut short
     aside.mkdir(parents=True)
@@ -152,21 +157,13 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype
     return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 
 
-def _finish(model: MetaModel, folder: Path, aside: Path, sparse: bool) -> None:
+def _finish(model: MetaModel, form: Form | None, folder: Path, aside: Path, sparse: bool) -> None:
     """Write what lies beside the shards, then give the whole its name."""
     # An adapter fits its base however that is quantized.
     write_json(aside / "config.json", model.llma.args.replace(quant=None).to_dict())
     kind = model.llama_type.removesuffix("_sparse")
     suffix = "_sparse" if sparse and model.llma.args.peft is None else ""  # with adapters the form has no name
-    write_json(aside / _META_FILE, {"llama_type": kind + suffix})
-    tokenizer = model.tokenizer.path
-    if tokenizer.suffix == ".json":
-        shutil.copyfile(tokenizer, aside / JSON_NAME)
-        # Its chat template is of the model before: the demos and the server would put questions in that form.
-        settings = json.loads(tokenizer.with_name(CONFIG_NAME).read_bytes())
-        write_json(aside / CONFIG_NAME, {key: value for key, value in settings.items() if key != "chat_template"})
-    else:
-        shutil.copyfile(tokenizer, aside / "tokenizer.model")
+    write_json(aside / META_NAME, {"llama_type": kind + suffix, **write_text(model.tokenizer, form, aside)})
     for file in aside.iterdir():
         sync(file)
     sync(aside)

@@ -23,6 +23,8 @@ from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, agreed
+from accessory.text.form_files import form_for_training, trained_form
+from accessory.text.forms import Form
 from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.interruption import Interruption, Stop
@@ -82,7 +84,11 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         if resumed is None:
             agreed(world, lambda: _check_weights(pretrained))
         progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
-        data, sampler = _data(options, launch, pretrained, store)
+        asked = agreed(world, lambda: _asked_form(options, pretrained))
+        data, sampler = _data(options, launch, pretrained, asked, store)
+        form = agreed(
+            world, lambda: trained_form(pretrained.tokenizer, options.pretrained_path, asked, data.prompt_form)
+        )
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
         agreed(
@@ -93,7 +99,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # A training state may leave out what is frozen.
         model = _build(options, pretrained, state, fill=resumed is None or pretrained.args.peft is not None)
         optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
-        loop = FinetuneLoop(options, model, optimizer, data, sampler, store)
+        loop = FinetuneLoop(options, model, optimizer, data, sampler, store, form)
         logger.info("%s", describe_trainable(model))
         # 4. Steps, from where an earlier run stopped.
         if resumed is not None:
@@ -167,14 +173,23 @@ def _check_weights(pretrained: Pretrained) -> None:
             checkpoint.read_file(file, partial=len(manifests) > 1)
 
 
+def _asked_form(options: FinetuneOptions, pretrained: Pretrained) -> Form | None:
+    """The form that --chat_template names; None: the records' own."""
+    if options.chat_template is None:
+        return None
+    return form_for_training(pretrained.tokenizer, options.pretrained_path, options.chat_template)
+
+
 def _data(
-    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, store: StateStore
+    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, form: Form | None, store: StateStore
 ) -> tuple[FinetuneData, StepSampler]:
     def load() -> FinetuneData:
         return load_finetune_data(
             options.data_config,
             pretrained.tokenizer,
             dialog=options.dialog,
+            form=form,
+            ignore_fields=options.ignore_fields,
             max_words=options.max_words,
             seed=options.seed,
             skip_bad_records=options.skip_bad_records,

@@ -17,6 +17,7 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.state import agreed
 from accessory.train.export import drop_older_models, export_checkpoint, export_name
 from accessory.train.flops import flops_per_token, peak_flops
+from accessory.text.forms import Form
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
 from accessory.train.optim import CosineSchedule
@@ -34,6 +35,7 @@ class FinetuneLoop:
     """A model on its way through the data; every method is collective over all ranks.
 
     Attributes:
+        form: in which the data ask, said of the models that are written.
         done: optimizer steps taken.
         end: optimizer steps after which the run is over.
     """
@@ -46,8 +48,9 @@ class FinetuneLoop:
         data: FinetuneData,
         sampler: StepSampler,
         store: StateStore,
+        form: Form | None = None,
     ) -> None:
-        self.options, self.model, self.optimizer = options, model, optimizer
+        self.options, self.model, self.optimizer, self.form = options, model, optimizer, form
         self.data, self.sampler, self.store = data, sampler, store
         self.scaler = loss_scaler(options.precision, model.llma.state.device)
         self.dtype = COMPUTE_DTYPES[options.precision]
@@ -203,8 +206,9 @@ class FinetuneLoop:
         return Path(self.options.output_dir) / name
 
     def _export(self, name: str) -> None:
+        only_trainable = self.options.only_save_trainable
         export_checkpoint(
-            self.model, self._model(name), dtype=self.dtype, only_trainable=self.options.only_save_trainable
+            self.model, self._model(name), dtype=self.dtype, form=self.form, only_trainable=only_trainable
         )
         # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
         world, folder = over_all_ranks(self.model.llma.state), self._model(name).parent

@@ -36,6 +36,8 @@ class FinetuneOptions:
     quant_head: bool = False
     max_words: int = 1024
     dialog: bool = False
+    chat_template: str | None = None
+    ignore_fields: tuple[str, ...] = ()
     skip_bad_records: bool = False
     batch_size: int = 4
     accum_iter: int = 1
@@ -81,7 +83,15 @@ class FinetuneOptions:
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
-        for name in ("data_config", "llama_config", "tokenizer_path", "pretrained_path", "output_dir", "resume"):
+        for name in (
+            "data_config",
+            "llama_config",
+            "tokenizer_path",
+            "pretrained_path",
+            "output_dir",
+            "resume",
+            "chat_template",
+        ):
             given = getattr(self, name)
             if given == "" or (isinstance(given, tuple) and "" in given):
                 raise ValueError(f"--{name} is given an empty name: is a variable of your script not set?")
@@ -149,13 +159,24 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data_config", required=True, help="yaml file that lists the data files")
-    group.add_argument("--dialog", action="store_true", help="records are dialogues, not instructions")
+    group.add_argument("--dialog", action="store_true", help="records are dialogues; Alpaca records are refused")
+    help_text = (
+        "form of all prompts: default, alpaca, mixtral-instruct, a template's file, or model for the checkpoint's own "
+        "template (default: dialogues in the default form, Alpaca records in theirs)"
+    )
+    group.add_argument("--chat_template", "--chat-template", metavar="NAME|FILE", help=help_text)
+    help_text = "fields of records to pass over, separated by commas"
+    group.add_argument("--ignore_fields", type=_names, metavar="A,B", help=help_text)
     group.add_argument("--max_words", type=int, help="tokens of an example at most; the rest is cut")
     group.add_argument("--skip_bad_records", action="store_true", help="leave bad records out, and list them")
     group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted; tokens always lie in mapped files")
     group.add_argument("--num_workers", type=int, help="accepted; mapped files need no workers")
     group.add_argument("--pin_mem", action="store_true", help="accepted; batches are small")
     group.add_argument("--no_pin_mem", action="store_true", help="accepted; batches are small")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from accessory.text.forms import Form
+
 MEGABYTE = 2**20
 
 
@@ -11,15 +13,15 @@ class ServerSettings:
 
     Attributes:
         api_key: what clients must send as "Authorization: Bearer KEY"; None lets everyone in.
-        chat_template: a name of accessory.text.forms; None: the one that lies with the tokenizer.
+        form: of chats; None: the one that lies with the tokenizer.
         model_name: the name of the model in requests and answers; None: the engine's.
         body_limit: bytes of a request's body at most.
     """
 
     api_key: str | None = None
-    chat_template: str | None = None
+    form: Form | None = None
     model_name: str | None = None
     body_limit: int = 4 * MEGABYTE
 
     def __repr__(self) -> str:
-        return f"ServerSettings(chat_template={self.chat_template!r}, body_limit={self.body_limit})"
+        return f"ServerSettings(form={self.form and self.form.name!r}, body_limit={self.body_limit})"

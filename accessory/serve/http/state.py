@@ -10,7 +10,8 @@ from accessory.serve.http.metrics import Metrics
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
 from accessory.serve.token_texts import TokenTexts
-from accessory.text.forms import find_template
+from accessory.text.form_files import find_form
+from accessory.text.forms import Form
 
 _LOADING = "the model is being loaded"
 
@@ -26,7 +27,7 @@ class ServerState:
     def __init__(self, engine: Engine | None, settings: ServerSettings) -> None:
         self.settings = settings
         self._engine: Engine | None = None
-        self._chat_template = settings.chat_template
+        self._form = settings.form
         self.metrics = Metrics(lambda: self._engine)
         self.generations = Generations(self.metrics)
         if engine is not None:
@@ -34,7 +35,7 @@ class ServerState:
 
     def load(self, engine: Engine) -> None:
         """Take the engine, now that its model is loaded."""
-        self._chat_template = self._chat_template or find_template(engine.tokenizer)
+        self._form = self._form or find_form(engine.tokenizer, [])
         self._engine = engine
 
     @property
@@ -70,11 +71,11 @@ class ServerState:
         return TokenTexts(self.engine.tokenizer)
 
     @property
-    def chat_template(self) -> str:
-        """The name of the template that chats are put into; ApiError 503 before the model is loaded."""
-        if self._chat_template is None:
+    def form(self) -> Form:
+        """The form that chats are put into; ApiError 503 before the model is loaded."""
+        if self._form is None or self._engine is None:
             raise unavailable(_LOADING)
-        return self._chat_template
+        return self._form
 
     def check_model(self, asked: str | None) -> None:
         """Refuse a request for another model.

@@ -1,6 +1,5 @@
 """The page that holds a dialogue."""
 
-import dataclasses
 import html
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -24,20 +23,21 @@ from accessory.serve.web.parts import (
     written,
 )
 from accessory.serve.web.session import Session
+from accessory.text.forms import Form
 
 
 class MultiTurnPage:
     """A dialogue with the model.
 
     Args:
-        template: how the dialogue is put to the model; a name of `accessory.text.forms`.
+        form: how the dialogue is put to the model.
 
     Attributes:
         blocks: the page, for gradio to serve.
     """
 
-    def __init__(self, engine: Engine, *, template: str = "default") -> None:
-        self._engine, self._template = engine, template
+    def __init__(self, engine: Engine, form: Form) -> None:
+        self._engine, self._form = engine, form
         with gr.Blocks(title=f"{engine.name}: multi turn", analytics_enabled=False) as self.blocks:
             self._session = gr.State(Session())
             gr.HTML(header("Multi turn", engine))
@@ -116,9 +116,9 @@ class MultiTurnPage:
             nonlocal dropped
             sampling = sampling_of(self._engine, *sampling_values)
             room = self._engine.args.max_seq_len - sampling.max_gen_len
-            prompt = dialogue_prompt(self._engine.tokenizer, before, question, room=room, template=self._template)
+            prompt = dialogue_prompt(self._form, before, question, room=room)
             dropped = prompt.dropped
-            return prompt.tokens, dataclasses.replace(sampling, stop=prompt.stop)
+            return prompt.tokens, sampling.with_ends(self._form.ends)
 
         answers = written(self._engine, session, request)
         async with aclosing(answers):
@@ -126,7 +126,7 @@ class MultiTurnPage:
                 if isinstance(answer, Exception):
                     yield answer, {self._status: said(answer), **self._dialogue(session)}
                     return
-                turn = (question, answer.text.strip())
+                turn = (question, answer.text)
                 if answer.finish is None:
                     update = {self._chatbot: _messages([*before, turn]), **self._buttons(busy=True)}
                 else:

@@ -21,7 +21,8 @@ from accessory.serve.web.parts import (
     written,
 )
 from accessory.serve.web.session import Session
-from accessory.text.instruction import format_prompt
+from accessory.text.chat import Message
+from accessory.text.forms import AlpacaForm, DefaultForm, Form
 
 SYSTEM_PROMPTS = ("alpaca", "None")
 
@@ -29,12 +30,22 @@ SYSTEM_PROMPTS = ("alpaca", "None")
 class SingleTurnPage:
     """An instruction, perhaps with an input, and the model's answer.
 
+    Args:
+        form: in which the model was trained; it is offered first, where anything is known of that.
+
     Attributes:
         blocks: the page, for gradio to serve.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, form: Form) -> None:
         self._engine = engine
+        self._forms: dict[str, Form] = {}
+        if isinstance(form, AlpacaForm):
+            self._forms = {name: AlpacaForm(engine.tokenizer, (name,)) for name in form.prompt_types}
+        elif not (isinstance(form, DefaultForm) and not form.learns_end):
+            self._forms = {form.name: form}
+        for name in SYSTEM_PROMPTS:
+            self._forms.setdefault(name, AlpacaForm(engine.tokenizer, (name,)))
         with gr.Blocks(title=f"{engine.name}: single turn", analytics_enabled=False) as self.blocks:
             self._session = gr.State(Session())
             gr.HTML(header("Single turn", engine))
@@ -57,8 +68,8 @@ class SingleTurnPage:
             label="Input", info="optional; the alpaca prompt alone has a place for it", lines=2, elem_id="given"
         )
         self._system = gr.Radio(
-            SYSTEM_PROMPTS, value="alpaca", label="System prompt",
-            info="alpaca for models finetuned on it; None for a pretrained model, which continues the text",
+            list(self._forms), value=next(iter(self._forms)), label="System prompt",
+            info="the first is what the model was trained on, where that is known; None continues the text as it is",
         )  # fmt: skip
         with gr.Row():
             self._submit = gr.Button("Submit", min_width=80, variant="primary")
@@ -92,9 +103,11 @@ class SingleTurnPage:
         def request() -> tuple[tuple[int, ...], Sampling]:
             if not (instruction or "").strip():
                 raise ValueError("the instruction is empty: write one")
-            sampling = sampling_of(self._engine, length, temperature, top_p)
-            prompt = format_prompt({"instruction": instruction, "input": given or ""}, system)
-            tokens = self._engine.tokenizer.encode(prompt, bos=True, eos=False)
+            if system not in self._forms:
+                raise ValueError(f"unknown system prompt {system!r}: take one of {', '.join(self._forms)}")
+            form = self._forms[system]
+            sampling = sampling_of(self._engine, length, temperature, top_p).with_ends(form.ends)
+            tokens = form.prompt([Message("user", instruction, given=given or "")])
             room = self._engine.args.max_seq_len - sampling.max_gen_len
             if len(tokens) > room:
                 raise ValueError(
@@ -111,7 +124,7 @@ class SingleTurnPage:
     def _shown(self, answer: Answer | Exception, layer: int) -> Update:
         if isinstance(answer, Exception):
             return {self._status: said(answer), **self._buttons(busy=False)}
-        update = {self._output: answer.text.lstrip(), self._status: status(measured(answer, self._engine))}
+        update = {self._output: answer.text, self._status: status(measured(answer, self._engine))}
         if answer.finish is not None:
             update |= self._experts.show(answer, layer)
         return {**update, **self._buttons(busy=answer.finish is None)}

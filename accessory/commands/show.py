@@ -1,0 +1,121 @@
+"""The command show: finetuning data as they will be trained."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accessory.arguments import given_name, given_number, given_path
+from accessory.commands.output import show
+
+if TYPE_CHECKING:
+    from accessory.data.examples import Recipe
+    from accessory.data.sources import Source
+    from accessory.data.tokenise import SourceReport
+    from accessory.text.chat import Segment
+
+_COLOURS = ("\x1b[30;42m", "\x1b[0m")  # black on green, and back
+_BRACKETS = ("\u27e6", "\u27e7")
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the command."""
+    parser = commands.add_parser(
+        "show",
+        help="print finetuning data as they will be trained",
+        description="Print examples as main_finetune.py would train them, what is learned of each in colour (in "
+        "brackets where the output is no terminal), and what is left out or cut, and why.",
+        epilog="example: accessory show data.yaml --model runs/tiny/converted --limit 3",
+    )
+    parser.add_argument("data_config", type=given_path, metavar="DATA.yaml", help="as main_finetune.py takes it")
+    parser.add_argument("--model", type=given_name, required=True, help="checkpoint folder, or a tokenizer's file")
+    parser.add_argument("--limit", type=_count, default=5, metavar="N", help="examples of each source (default 5)")
+    parser.add_argument("--tokens", action="store_true", help="list the tokens too")
+    parser.add_argument("--dialog", action="store_true", help="as main_finetune.py has it")
+    parser.add_argument("--chat_template", "--chat-template", type=given_name, metavar="NAME|FILE", help="the same")
+    parser.add_argument("--max_words", "--max-words", type=_count, default=1024, help="the same (default 1024)")
+    parser.add_argument("--ignore_fields", "--ignore-fields", default="", metavar="A,B", help="the same")
+    parser.set_defaults(run=_show)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from accessory.data.examples import Recipe
+    from accessory.data.sources import read_data_config
+    from accessory.data.tokenise import SourceReport
+    from accessory.text.form_files import form_for_training
+    from accessory.text.tokenizer import Tokenizer
+
+    sources = read_data_config(arguments.data_config)
+    tokenizer = Tokenizer(arguments.model)
+    folder = Path(arguments.model)
+    folders = [folder if folder.is_dir() else folder.parent]
+    asked = arguments.chat_template
+    form = None if asked is None else form_for_training(tokenizer, folders, asked)
+    ignore = frozenset(name.strip() for name in arguments.ignore_fields.split(","))
+    recipe = Recipe(tokenizer, arguments.max_words, arguments.dialog, form, ignore=ignore)
+    marks = _COLOURS if sys.stdout.isatty() else _BRACKETS
+    for source in sources:
+        report = SourceReport(str(source.path))
+        for line in islice(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit):
+            show(line)
+        for fault in report.listed:
+            show(f"--- left out: {source.path.name}, {fault}\n")
+        if report.unanswered:
+            show(f"--- left out: {report.unanswered} records of {source.path.name} without an answer to learn\n")
+
+
+def _examples(
+    source: "Source", recipe: "Recipe", report: "SourceReport", marks: tuple[str, str], *, tokens: bool
+) -> Iterator[str]:
+    from accessory.data.tokenise import usable_records
+
+    for record in usable_records(source, recipe, report, skip_bad_records=True):
+        name = "raw text" if record.form is None else f'form "{record.form.name}"'
+        for number, part in enumerate(record.parts, start=1):
+            try:
+                ids, labels, _ = recipe.encode(part)
+            except ValueError as error:
+                yield f"--- left out: {source.path.name}, {record.place}: {error}\n"
+                continue
+            whole = sum(len(segment.encode(recipe.tokenizer)) for segment in part)
+            which = f", example {number} of {len(record.parts)}" if len(record.parts) > 1 else ""
+            cut = f", cut from {whole} at --max_words {recipe.max_words}" if whole > len(ids) else ""
+            lost = "; left out: nothing that is learned remains" if not labels.any() else ""
+            head = f"{len(ids)} tokens, {int((labels != 0).sum())} learned{cut}{lost}"
+            text = "".join(_marked(part, recipe, marks))
+            listed = "".join(_listed(ids.tolist(), labels.tolist(), recipe, marks)) if tokens else ""
+            yield f"--- {source.path.name}, {record.place}{which}: {head}; {name}\n{text}\n{listed}"
+
+
+def _marked(part: "Sequence[Segment]", recipe: "Recipe", marks: tuple[str, str]) -> Iterator[str]:
+    """The text of an example as far as it is trained, its learned pieces between marks."""
+    from accessory.serve.terminal import printable
+
+    before: list[int] = []
+    marked = False
+    for segment in part:
+        ids = segment.encode(recipe.tokenizer)[: recipe.max_words - len(before)]
+        if not ids:
+            break
+        if segment.learned != marked:
+            yield marks[marked]
+            marked = not marked
+        text = segment.text
+        if len(before) + len(ids) == recipe.max_words and segment.control is None:  # perhaps cut
+            text = recipe.tokenizer.decode([*before, *ids])[len(recipe.tokenizer.decode(before)) :]
+        before += ids
+        yield printable(text)
+    if marked:
+        yield marks[1]
+
+
+def _listed(ids: Sequence[int], labels: Sequence[int], recipe: "Recipe", marks: tuple[str, str]) -> Iterator[str]:
+    for token, label in zip(ids, labels, strict=True):
+        name = f"{token} {recipe.tokenizer.name(token)!r}"
+        yield f"  {marks[0]}{name}{marks[1]}\n" if label else f"  {name}\n"
+
+
+def _count(text: str) -> int:
+    return given_number(text, 1, None, "a whole number of at least 1")

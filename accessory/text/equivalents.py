@@ -1,0 +1,78 @@
+"""The named forms as Hugging Face's chat templates, for programs that know no other: the same text, to the byte."""
+
+from __future__ import annotations
+
+from accessory.text.conversation import SYSTEM
+from accessory.text.forms import AlpacaForm, DefaultForm, MistralForm
+from accessory.text.instruction import instruction_prompt
+
+_SYSTEM = "{%- set system = messages[0].content if messages[0].role == 'system' else none -%}\n"
+_DEFAULT = r"""{{- bos_token + (system if system is not none else OPENING) + '\n\n###' -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {{- ' Human: ' + message.content.strip() + '\n###' -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- ' Assistant: ' + message.content.rstrip() + '\n###' + (eos_token if loop.last else '') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' Assistant:' -}}{%- endif -%}
+"""
+_ALPACA = r"""{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {{- bos_token + (OPENING if system is none else system + BEHIND_SYSTEM) -}}
+        {{- QUESTION + ASKING -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- message.content + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+# Where v1 writes [INST] as a word, a space stands before each but the first.
+_MISTRAL = r"""{{- bos_token -}}
+{%- set questions = messages | selectattr('role', 'equalto', 'user') | list -%}
+{%- set ns = namespace(asked=0) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- set ns.asked = ns.asked + 1 -%}
+        {{- (BETWEEN if ns.asked > 1 else '') + '[INST] ' -}}
+        {{- system + '\n\n' if system and ns.asked == PLACE else '' -}}
+        {{- message.content + CLOSING -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- ' ' + ANSWER + eos_token -}}
+    {%- elif OWN_SYSTEM -%}
+        {{- '[SYSTEM_PROMPT] ' + message.content + '[/SYSTEM_PROMPT]' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def equivalent_template(form: DefaultForm | AlpacaForm | MistralForm) -> str:
+    """The chat template of a form. It takes messages in turn, with what the system says first."""
+    if isinstance(form, DefaultForm):
+        return _SYSTEM + _filled(_DEFAULT, OPENING=_quoted(SYSTEM))
+    if isinstance(form, AlpacaForm):
+        kind = form.prompt_types[0]
+        opening, asking = instruction_prompt("\0", sys_name=kind).split("\0")
+        behind, _ = instruction_prompt("\0", sys_name=kind, system="").split("\0")
+        return _SYSTEM + _filled(
+            _ALPACA, OPENING=_quoted(opening), BEHIND_SYSTEM=_quoted(behind), ASKING=_quoted(asking)
+        )
+    word = form.version == 1
+    return _SYSTEM + _filled(
+        _MISTRAL,
+        BETWEEN="' '" if word else "''",
+        CLOSING="' [/INST]'" if word else "'[/INST]'",
+        ANSWER="message.content" if word else "message.content.rstrip(' ')",
+        PLACE={1: "1", 3: "questions | length", 7: "0"}[form.version],
+        OWN_SYSTEM=str(form.version == 7).lower(),
+    )
+
+
+def _filled(template: str, **values: str) -> str:
+    for name, value in values.items():
+        template = template.replace(name, value)
+    return template
+
+
+def _quoted(text: str) -> str:
+    """A string as Jinja writes it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

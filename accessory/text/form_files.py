@@ -1,0 +1,192 @@
+"""What of text lies beside a checkpoint's weights: its tokenizer, the form in which it is asked, where answers end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accessory.errors import shown
+from accessory.files import write_json
+from accessory.text.equivalents import equivalent_template
+from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
+from accessory.text.template import TEMPLATE_NAME, TemplateForm
+from accessory.text.tokenizer import BESIDE_NAMES, CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME, Tokenizer
+
+TEXT_NAMES = (SENTENCEPIECE_NAME, JSON_NAME, *BESIDE_NAMES, TEMPLATE_NAME)
+MORE_TEMPLATES = "additional_chat_templates"
+META_NAME = "meta.json"
+FORM_KEY = "prompt_form"  # of meta.json
+MODELS_OWN = "model"
+_LARGEST = 1 << 20  # bytes of a template
+
+logger = logging.getLogger(__name__)
+
+
+def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | None = None) -> Form:
+    """The form in which a model is asked.
+
+    Args:
+        folders: of the checkpoint; the last one that says something rules, and then the tokenizer's own.
+        asked: a name of FORMS or of a template in the folders, a template's file, or "model" for the template of the
+            folders; None: what meta.json names, else the template, else the default form.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the setting or the file.
+    """
+    places = [*(Path(folder) for folder in reversed(folders)), tokenizer.path.parent]
+    recorded = next((found for place in places if (found := _recorded(place)) is not None), None)
+    if asked is None and recorded is not None and recorded["name"] in FORMS:
+        form: Form = form_of_record(tokenizer, recorded)
+    elif asked in FORMS:
+        form = form_of_record(tokenizer, recorded if recorded and recorded["name"] == asked else {"name": asked})
+    else:
+        templates = next((found for place in places if (found := templates_of(place))), {})
+        form = _templated(tokenizer, templates, asked, places[0])
+    logger.info('chats are put into the form "%s"', form.name)
+    return form
+
+
+def form_for_training(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str) -> Form:
+    """The form on which a model is trained; a dialogue's end is then learned as new runs do. Raises as above."""
+    return FORMS[asked](tokenizer) if asked in FORMS else find_form(tokenizer, folders, asked)
+
+
+def trained_form(
+    tokenizer: Tokenizer, folders: Sequence[str | Path], asked: Form | None, recorded: dict[str, Any] | None
+) -> Form | None:
+    """The form that a model was trained on, which is said of it from then on.
+
+    Args:
+        folders: of the checkpoint that it was trained from: a run on raw text leaves its form, None where it has none.
+        asked: of `form_for_training`; None: the records' own.
+        recorded: what is said of the records' form; None: they were raw text.
+    """
+    if recorded is not None:
+        return form_of_record(tokenizer, recorded) if recorded["name"] in FORMS else asked
+    found = find_form(tokenizer, folders)
+    return None if isinstance(found, DefaultForm) and not found.learns_end else found
+
+
+def templates_of(folder: Path) -> dict[str, tuple[str, str]]:
+    """A folder's chat templates by name, each with the file that it is from. "default" is the one for chats.
+
+    Raises:
+        ValueError: a file is not UTF-8, or too large.
+    """
+    found = {}
+    config = folder / CONFIG_NAME
+    if config.is_file():
+        try:
+            said = json.loads(config.read_bytes()).get("chat_template")
+        except (ValueError, AttributeError, RecursionError):  # the tokenizer's own reader says so where it matters
+            said = None
+        listed = [{"name": "default", "template": said}] if isinstance(said, str) else said
+        for one in listed if isinstance(listed, list) else ():
+            if isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str):
+                found[one["name"]] = (one["template"], CONFIG_NAME)
+    for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        found[file.stem] = (_read(file), file.name)
+    if (file := folder / TEMPLATE_NAME).is_file():
+        found["default"] = (_read(file), TEMPLATE_NAME)
+    return found
+
+
+def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[str, Any]:
+    """Write a tokenizer's files and a form into a folder; returns what its meta.json is to say of the form.
+
+    For the named forms an equivalent chat template is written, for use by other programs.
+    """
+    for file in tokenizer.files:
+        # A sentencepiece model may have any name.
+        name = file.name if tokenizer.is_json or file != tokenizer.path else SENTENCEPIECE_NAME
+        shutil.copyfile(file, folder / name)
+    config = folder / CONFIG_NAME
+    if form is None:
+        return {}
+    if config.is_file():  # its template is of the model before
+        settings = json.loads(config.read_bytes())
+        write_json(config, {key: value for key, value in settings.items() if key != "chat_template"})
+    if isinstance(form, TemplateForm):
+        template = form.template
+    else:
+        assert isinstance(form, DefaultForm | AlpacaForm | MistralForm)
+        template = equivalent_template(form)
+    (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    return {FORM_KEY: form.recorded()}
+
+
+def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dict[str, Any]:
+    """Copy tokenizer and form from one checkpoint's folder to another; returns what meta.json is to say of the form.
+
+    Args:
+        form_of: the folder whose form it is; None: the same.
+    """
+    form_of = form_of or source
+    for name in TEXT_NAMES:
+        place = form_of if name == TEMPLATE_NAME else source
+        if (place / name).is_file():
+            shutil.copyfile(place / name, folder / name)
+    if (form_of / MORE_TEMPLATES).is_dir():
+        shutil.copytree(form_of / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    recorded = _recorded(form_of)
+    return {} if recorded is None else {FORM_KEY: recorded}
+
+
+def has_form(folder: Path) -> bool:
+    """Whether a folder says in which form its model is asked."""
+    return _recorded(folder) is not None or bool(templates_of(folder))
+
+
+def form_of_record(tokenizer: Tokenizer, recorded: dict[str, Any]) -> Form:
+    """The named form of which meta.json says this."""
+    if recorded["name"] == AlpacaForm.name:
+        return AlpacaForm(tokenizer, prompt_types=recorded.get("prompt_types", ("alpaca",)))
+    if recorded["name"] == DefaultForm.name:
+        return DefaultForm(tokenizer, learns_end="answers_end_at" in recorded)
+    return MistralForm(tokenizer)
+
+
+def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, str]], asked: str | None, folder: Path) -> Form:
+    if asked in (None, MODELS_OWN):
+        if "default" in templates:
+            return TemplateForm(tokenizer, *templates["default"])
+        if asked is None:
+            return DefaultForm(tokenizer, learns_end=False)
+        raise ValueError(f"--chat_template model: no chat template lies in {folder}: give a file or a name")
+    assert asked is not None
+    if asked in templates:
+        return TemplateForm(tokenizer, templates[asked][0], asked)
+    if Path(asked).is_file():
+        return TemplateForm(tokenizer, _read(Path(asked)), asked)
+    known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
+    raise ValueError(f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}")
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """What a folder's meta.json says of the form; ValueError where that is unusable."""
+    file = folder / META_NAME
+    try:
+        meta = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): correct it") from None
+    said = meta.get(FORM_KEY) if isinstance(meta, dict) else None
+    if said is None:
+        return None
+    if not isinstance(said, dict) or said.get("name") not in (*FORMS, TEMPLATE_NAME):
+        raise ValueError(f"{file}: {FORM_KEY} is {shown(said)}, and no form is known by that: correct or remove it")
+    return said
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"the chat template {file} has more than {_LARGEST} bytes: is it one?")
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the chat template {file} is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
