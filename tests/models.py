@@ -25,7 +25,7 @@ class Letters:
     """Every token is one distinct character, so that equal texts are equal tokens. Nothing ends a text by default."""
 
     def __init__(self, eos_id: int = -1) -> None:
-        self.eos_id = eos_id
+        self.eos_ids = frozenset({eos_id})
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(FIRST_LETTER + token) for token in ids)

@@ -92,7 +92,7 @@ def test_questions_are_asked_as_they_were_learned(
     expected = "".join(f"{q}\n  {a.strip()}\n" for q, a in zip(QUESTIONS, answers, strict=True))
     assert capsys.readouterr().out == expected
     assert main([*command, "--prompt", QUESTIONS[1]]) == 0
-    assert capsys.readouterr().out == f"{answers[1]}\n"
+    assert capsys.readouterr().out == f"{answers[1].lstrip()}\n"
 
 
 def test_a_line_of_a_file_is_one_prompt(

@@ -15,6 +15,7 @@ import torch
 from checkpoints import random_mixtral, random_prompts, write_checkpoint
 from models import FIRST_LETTER, Letters, completions, load
 from torch import Tensor
+from walks import write_walk
 
 import accessory.generation.engine as engine
 from accessory.config import ModelArgs
@@ -342,6 +343,17 @@ def test_a_stream_is_refused_before_its_first_step(model: MetaModel) -> None:
     for settings in ({"max_gen_len": 0}, {"max_gen_len": 127}, {"temperature": -1}, {"top_p": 2}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             model.stream_generate("x", **{"max_gen_len": 8, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("def add_one(x):\n", "    return"), ("Hello", " big")])
+def test_a_completion_begins_with_the_space_behind_its_prompt(
+    prompt: str, answer: str, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Prompt and completion make up the text that was learned, whatever stands between the two."""
+    model = load(write_walk(tmp_path / "walk", small_tokenizer, prompt, answer))
+    whole, read = (len(model.tokenizer.encode(text, bos=False, eos=False)) for text in (prompt + answer, prompt))
+    assert model.generate([prompt], max_gen_len=whole - read) == [answer]
+    assert list(model.stream_generate(prompt, max_gen_len=whole - read))[-1]["text"] == answer
 
 
 # --- the cache

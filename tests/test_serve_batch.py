@@ -8,10 +8,11 @@ from models import Letters
 from accessory.generation.sampling import Sampling
 from accessory.serve.batch import Batch, Reading, Sequence, Writing
 from accessory.serve.request import Request
+from accessory.text.chat import Ends
 
 
-def sequence(number: int, prompt: int, answer: int = 1000, stop: tuple[str, ...] = (), eos_id: int = -1) -> Sequence:
-    sampling = Sampling(max_gen_len=answer, stop=stop)
+def sequence(number: int, prompt: int, answer: int = 1000, eos_id: int = -1, ends: Ends | None = None) -> Sequence:
+    sampling = Sampling(max_gen_len=answer).with_ends(ends or Ends())
     return Sequence(number, Request(tokens=(1,) * prompt, sampling=sampling), Letters(eos_id))
 
 
@@ -130,13 +131,28 @@ def test_why_an_answer_ends() -> None:
     ended.push(5)
     assert ended.push(7) == ""
     assert ended.finish == "stop"
-    stopped = sequence(0, 1, stop=(Letters().decode([5, 6]),))
+    stopped = sequence(0, 1, ends=Ends(stop=(Letters().decode([5, 6]),)))
     assert stopped.push(5) == ""  # it may be the beginning of a stop string
     assert stopped.push(6) == ""
     assert stopped.finish == "stop"
-    held = sequence(0, 1, stop=(Letters().decode([5, 6]),))
+    held = sequence(0, 1, ends=Ends(stop=(Letters().decode([5, 6]),)))
     held.push(5)
     assert held.push(7) == Letters().decode([5, 7])
+    late = sequence(0, 1, answer=2, ends=Ends(stop=(Letters().decode([5, 6, 7]), Letters().decode([6]))))
+    assert [late.push(5), late.push(6), late.finish] == ["", Letters().decode([5]), "stop"]
+
+
+def test_the_forms_lead_and_tail_are_not_the_answers() -> None:
+    text = Letters().decode
+    ends = Ends(stop_ids=(8, 9), lead=text([5]), tail=text([6, 7]))
+    for last, finish, shown in ((9, "stop", [4]), (3, "length", [4, 6, 7, 3])):
+        answer = sequence(0, 1, answer=5, ends=ends)
+        told = [answer.push(token) for token in (5, 4, 6, 7, last)]
+        assert told[:4] == ["", text([4]), "", ""]
+        assert ("".join(told), answer.text) == (text(shown), text(shown))
+        assert (answer.finish, answer.written, answer.last_token) == (finish, 5, last)
+    full = sequence(0, 1, answer=4, ends=ends)
+    assert "".join(full.push(token) for token in (5, 4, 6, 7)) == text([4, 6, 7]), "its length ended it"
 
 
 def test_equal_seeds_draw_alike_and_only_where_chance_is_asked_for() -> None:

@@ -13,6 +13,7 @@ from checkpoints import random_tensors, small_config, write_folder
 from models import completions, load
 from torch import Tensor
 
+from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling, sample_each
 from accessory.model.meta import MetaModel
 from accessory.serve.client import Client
@@ -21,6 +22,7 @@ from accessory.serve.ranks import serve_on_ranks
 from accessory.serve.request import Busy, Engine, Event, RankLost, TokenScore
 from accessory.serve.runner import Runner
 from accessory.serve.stream import AnswerStream
+from accessory.text.chat import Ends
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
@@ -90,6 +92,29 @@ def test_texts_are_metamodels_up_to_the_stop_string(folder: Path, model: MetaMod
     assert [text_of(events) for events in answers] == expected
     assert [events[-1].finish for events in answers] == ["stop"] * 3
     assert all(event.finish is None for events in answers for event in events[:-1])
+
+
+def test_an_answer_ends_as_the_form_of_its_prompt_has_it(folder: Path, model: MetaModel) -> None:
+    """Stop ids, lead and tail from an answer's own tokens; what both engines make of them."""
+    decode = model.tokenizer.decode
+
+    def program(engine: Engine) -> list[list[Event]]:
+        plain = [tokens_of(list(engine.submit(prompt, Sampling(max_gen_len=12)))) for prompt in PROMPTS[2:6]]
+        for prompt, tokens in zip(PROMPTS[2:6], plain, strict=True):
+            before, cut = decode(prompt), next(n for n in range(8, 12) if tokens.index(tokens[n]) == n)
+            parts = [decode([*prompt, *tokens[:count]])[len(before) :] for count in (1, cut - 1, cut)]
+            tail = parts[2].removeprefix(parts[1])
+            sampling = Sampling(max_gen_len=12).with_ends(Ends(stop_ids=(tokens[cut],), lead=parts[0], tail=tail))
+            asked.append((prompt, sampling, parts[1].removeprefix(parts[0])))
+        return [list(engine.submit(prompt, sampling)) for prompt, sampling, _ in asked]
+
+    asked: list[tuple[list[int], Sampling, str]] = []
+    for (prompt, sampling, expected), events in zip(asked, serving(folder, program), strict=True):
+        assert text_of(events) == expected
+        assert events[-1].finish == "stop"
+        assert tokens_of(events)[-1:] == list(sampling.stop_ids)
+        (last,) = list(complete(model.llma, model.tokenizer, [prompt], sampling))[-1]
+        assert last.text == expected
 
 
 def test_a_seed_gives_the_same_answer_in_any_company(folder: Path) -> None:
@@ -288,6 +313,8 @@ def test_requests_share_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ([1] * 100, {"sampling": Sampling(max_gen_len=40)}, "ask for at most 28 tokens"),
         ([1], {"sampling": Sampling(max_gen_len=0)}, "max_gen_len"),
         ([1], {"sampling": Sampling(max_gen_len=4, temperature=-1.0)}, "temperature"),
+        ([1], {"sampling": Sampling(max_gen_len=4, stop_ids=(True,))}, "stop_ids"),
+        ([1], {"sampling": Sampling(max_gen_len=4, stop_ids=("</s>",))}, "stop_ids"),  # type: ignore[arg-type]
         ([1], {"seed": "x"}, "seed"),
         ([1], {"logprobs": -1}, "logprobs"),
         ([1], {"prompt_logprobs": 1.5}, "prompt_logprobs"),

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import HUGGING_FACE, SENTENCEPIECE, load_all
+from test_tokenizer import HUGGING_FACE, MISTRAL, SENTENCEPIECE, load_all
 
-from accessory.generation.stopping import TextStream, settled_text
+from accessory.generation.detokenizer import settled_text
+from accessory.generation.stopping import TextStream
 from accessory.text.tokenizer import Tokenizer
 
-KINDS = (*SENTENCEPIECE, *HUGGING_FACE)
+KINDS = (*SENTENCEPIECE, "v7", *HUGGING_FACE)
 
 
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    return load_all(tmp_path_factory.mktemp("json"))
+    v7 = Tokenizer(MISTRAL / "mistral_instruct_tokenizer_241114.model.v7")
+    return {"v7": v7, **load_all(tmp_path_factory.mktemp("json"))}
 
 
 def byte_ids(tokenizer: Tokenizer) -> list[int]:
@@ -125,6 +127,54 @@ def test_a_stop_string_may_be_the_space_before_the_first_word(loaded: dict[str, 
         assert (texts.finish(), texts.stopped) == ("", True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_is_what_comes_behind_its_prompt(kind: str, loaded: dict[str, Tokenizer]) -> None:
+    """Any tokens, cut into prompt and completion anywhere, against the same work on whole strings."""
+    tokenizer = loaded[kind]
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        ids = [*data.draw(st.sampled_from([[], [tokenizer.bos_id]])), *data.draw(id_lists(tokenizer))]
+        cut = data.draw(st.integers(0, len(ids)))
+        prompt = tokenizer.decode(ids[:cut])
+        whole = tokenizer.decode(ids)[len(settled_text(tokenizer, ids[:cut])) :]
+        if not prompt.endswith("\ufffd"):  # of half a character the completion has the whole
+            assert whole == tokenizer.decode(ids)[len(prompt) :]
+        at = st.integers(0, max(len(whole) - 1, 0))
+        parts = st.tuples(at, st.integers(1, 4)).map(lambda span: whole[span[0] : sum(span)] or "x")
+        stop = data.draw(st.lists(parts, max_size=2))
+        lead = data.draw(st.sampled_from(["", " ", whole[:1], whole[:3], whole[:1] + "x"]))
+        tail = data.draw(st.sampled_from(["", whole[-1:], whole[-3:], "\n###"]))
+        ended = data.draw(st.booleans())
+        texts = TextStream(tokenizer, stop, after=ids[:cut], lead=lead, tail=tail)
+        expected, stopped = cut_by_ends(whole, stop, lead, tail, ended=ended)
+        for token in ids[cut:]:
+            texts.push(token)
+            assert expected.startswith(texts.text)
+        assert (texts.finish(ended=ended), texts.stopped) == (expected, stopped)
+
+    check()
+
+
+def cut_by_ends(whole: str, stop: Sequence[str], lead: str, tail: str, *, ended: bool) -> tuple[str, bool]:
+    """What a whole text shows, and whether a stop string ended it."""
+    text = whole.removeprefix(lead)
+    if starts := [text.find(item) for item in stop if item in text]:
+        return text[: min(starts)], True
+    return text.removesuffix(tail) if ended else text, False
+
+
+def test_behind_control_tokens_alone_a_first_word_has_no_space(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["v3"]
+    word = plain(tokenizer)("fox")
+    for prompt, expected in (([1], "fox"), ([1, 3], "fox"), ([1, *word], " fox"), ([1, *word, 4], " fox")):
+        texts = TextStream(tokenizer, after=prompt)
+        for token in word:
+            texts.push(token)
+        assert texts.finish() == expected
+
+
 def test_a_token_costs_the_same_in_a_long_text(loaded: dict[str, Tokenizer]) -> None:
     tokenizer = loaded["v1"]
     decoded: list[int] = []
@@ -142,7 +192,7 @@ def test_a_token_costs_the_same_in_a_long_text(loaded: dict[str, Tokenizer]) -> 
 
     text = "The snowman ☃ said 😀 to the fox.\n" * 200
     ids = plain(tokenizer)(text) + byte_ids(tokenizer)[-1:] * 300
-    texts = TextStream(Counting(), ("###", "\n\n"))
+    texts = TextStream(Counting(), ("###", "\n\n"), lead=" ", tail="\n###")
     for token_id in ids:
         decoded.append(0)
         texts.push(token_id)
@@ -197,12 +247,14 @@ class Strings:
         return False
 
 
-def show(pieces: Sequence[str], stop: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    texts = TextStream(Strings(pieces), stop)
+def show(
+    pieces: Sequence[str], stop: Sequence[str], *, lead: str = "", tail: str = "", ended: bool = False
+) -> Iterator[tuple[str, bool]]:
+    texts = TextStream(Strings(pieces), stop, lead=lead, tail=tail)
     for index in range(len(pieces)):
         texts.push(index)
         yield texts.text, texts.stopped
-    yield texts.finish(), texts.stopped
+    yield texts.finish(ended=ended), texts.stopped
 
 
 def test_a_stop_string_over_several_tokens() -> None:
@@ -232,25 +284,64 @@ def test_held_text_is_released_at_the_end() -> None:
     assert list(show(["Hi", "\n##"], ["\n###"])) == [("Hi", False), ("Hi", False), ("Hi\n##", False)]
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.parametrize(("written", "shown"), [("a\n###", "a"), ("a\n### Human:", "a"), ("a\n### Next", None)])
+def test_a_tail_and_a_stop_string_that_begins_with_it(written: str, shown: str | None) -> None:
+    """Token by token, the end token behind them; a model may end its answer by either."""
+    (*_, (text, stopped)) = show(list(written), ["\n### Human:"], tail="\n###", ended=True)
+    assert text == (written if shown is None else shown)
+    assert stopped == ("Human" in written)
+
+
+def test_a_tail_is_taken_away_only_where_a_token_ended_the_text() -> None:
+    pieces = ["a", "\n#", "##"]
+    assert [text for text, _ in show(pieces, [], tail="\n###", ended=True)] == ["a", "a", "a", "a"]
+    assert [text for text, _ in show(pieces, [], tail="\n###")] == ["a", "a", "a", "a\n###"]
+    assert list(show(["aaa"], [], tail="aa", ended=True)) == [("a", False)] * 2
+    assert list(show(["a#b"], ["b"], tail="#", ended=True)) == [("a#", True)] * 2  # the stop string ended it
+
+
+def test_a_lead_is_taken_away_once_and_held_no_longer_than_it_may_be_one() -> None:
+    assert [text for text, _ in show(["\n", "\n", "\n", "a"], [], lead="\n\n")] == ["", "", "\n", "\na", "\na"]
+    assert [text for text, _ in show(["\n", "a"], [], lead="\n\n")] == ["", "\na", "\na"]
+    assert [text for text, _ in show(["\n"], [], lead="\n\n")] == ["", "\n"]
+    assert list(show([" ", "a"], [" "], lead=" ")) == [("", False), ("a", False), ("a", False)]
+    assert list(show([" "], [" "], lead=" a")) == [("", False), ("", True)]  # told from the lead at the end only
+
+
+strings = st.text("ab#\n", max_size=4)
+
+
+@settings(max_examples=600, deadline=None)
 @given(
     pieces=st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=12),
     stop=st.lists(st.text("ab#\n", min_size=1, max_size=5), max_size=4),
+    lead=strings,
+    tail=strings,
+    ended=st.booleans(),
 )
-def test_the_search_against_a_search_of_the_whole_text(pieces: list[str], stop: list[str]) -> None:
-    whole = "".join(pieces)
-    starts = [whole.find(item) for item in stop if item in whole]
-    expected = whole[: min(starts)] if starts else whole
-    steps = list(show(pieces, stop))
-    assert steps[-1] == (expected, bool(starts))
+def test_the_cuts_against_those_of_the_whole_text(
+    pieces: list[str], stop: list[str], lead: str, tail: str, ended: bool
+) -> None:
+    expected, found = cut_by_ends("".join(pieces), stop, lead, tail, ended=ended)
+    steps = list(show(pieces, stop, lead=lead, tail=tail, ended=ended))
+    assert steps[-1] == (expected, found)
     for count, (text, stopped) in enumerate(steps[:-1], start=1):
         assert expected.startswith(text)
-        sofar = "".join(pieces[:count])
         if stopped:
             assert text == expected
-        else:  # held: the longest end that a stop string may begin with, or one already there
-            ends = [k for k in range(len(sofar)) if any(item.startswith(sofar[k:]) for item in stop)]
-            assert text == sofar[: min(ends, default=len(sofar))]
+            continue
+        sofar = "".join(pieces[:count])
+        if lead.startswith(sofar) and sofar != lead:
+            sofar = ""
+        # Held: the longest end that a stop string may begin with, or one already there, and before it the tail's.
+        sofar = without_begun(sofar.removeprefix(lead), stop)
+        assert text == without_begun(sofar, [tail])
+
+
+def without_begun(text: str, strings: Sequence[str]) -> str:
+    """The text without the longest of its ends that one of the strings begins with."""
+    ends = [at for at in range(len(text)) if any(item.startswith(text[at:]) for item in strings)]
+    return text[: min(ends, default=len(text))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,7 +67,12 @@ def texts(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Te
     folder = write_checkpoint(tmp_path_factory.mktemp("texts") / "checkpoint", hf, small_tokenizer, files=2)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_batch_size": 2}))
-    return Texts(folder, hf, found, [tokenizer.decode(tokens) for tokens in found])
+    return Texts(folder, hf, found, [behind(tokenizer, *pair) for pair in zip(prompts, found, strict=True)])
+
+
+def behind(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """What a completion adds to its prompt's text."""
+    return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
 
 
 def texts_on_rank(folder: Path, placement: str, stop: list[str]) -> dict[str, Any]:
@@ -98,7 +103,9 @@ def test_texts_are_those_of_transformers(size: int, ranks: Pools, texts: Texts, 
         got = alike(on_ranks(ranks, size, texts_on_rank, texts.folder, placement, stop))
         assert got["texts"] == texts.texts
         assert got["texts backwards"] == texts.texts[::-1]
-        assert got["short"] == [tokenizer.decode(tokens[:3]) for tokens in texts.tokens]
+        prompts = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
+        short = [behind(tokenizer, prompt, tokens[:3]) for prompt, tokens in zip(prompts, texts.tokens, strict=True)]
+        assert got["short"] == short
         assert got["stopped"] == cut
         assert got["best of nucleus 0"] == texts.texts
         for streams, ends in (("streams", texts.texts), ("stopped streams", cut)):

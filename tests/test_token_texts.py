@@ -1,5 +1,8 @@
 """What single tokens say, and which tokens a growing answer shows."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import mistral_common
@@ -8,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import HUGGING_FACE, train_json
 
-from accessory.generation.stopping import TextStream
-from accessory.serve.http.texts import AnswerText, CompletionScores, ScoredToken
+from accessory.generation.completion import Completion
+from accessory.generation.sampling import Sampling
+from accessory.serve.http.generation import Job
+from accessory.serve.http.texts import AnswerText, ChatScores, CompletionScores, ScoredToken
 from accessory.serve.request import Event, TokenScore
 from accessory.serve.token_texts import TokenTexts
 from accessory.text.tokenizer import Tokenizer
@@ -64,54 +69,115 @@ def test_bytes_of_a_character() -> None:
 TEXTS_OF = TokenTexts(SENTENCEPIECE)
 
 
-def told(tokens: list[int], stop: str, *, ended: bool, continues: bool) -> tuple[str, list[int], str]:
-    """What an answer of these tokens shows: its text, the tokens, and the text of all tokens."""
-    before = SENTENCEPIECE.encode("of", bos=True, eos=False) if continues else []
-    stream = TextStream(SENTENCEPIECE, [stop] if stop else [], after=before)
-    answer = AnswerText(TEXTS_OF, SENTENCEPIECE.eos_id, continues=continues, show_end=False)
-    text, shown, given = "", list[int](), 0
-    for place, token in enumerate(tokens):
-        stream.push(token)
-        over = stream.stopped or place + 1 == len(tokens)
-        so_far = stream.finish() if over else stream.text
-        finish = None if not over else "stop" if stream.stopped or ended else "length"
-        event = Event(text=so_far[given:], tokens=(token,), scores=(TokenScore(token, -1.0),), finish=finish)
-        given = len(so_far)
+def told(tokens: Sequence[int], sampling: Sampling, prompt: Sequence[int]) -> tuple[str, list[ScoredToken]]:
+    """What an answer of these tokens shows: its text and the tokens."""
+    completion = Completion(prompt, SENTENCEPIECE, replace(sampling, max_gen_len=len(tokens)))
+    answer = AnswerText(TEXTS_OF, SENTENCEPIECE, Job(tokens=prompt, sampling=sampling), show_end=False)
+    text, shown = "", list[ScoredToken]()
+    for token in tokens:
+        fresh = completion.push(token)
+        event = Event(text=fresh, tokens=(token,), scores=(TokenScore(token, -1.0),), finish=completion.finish)
         more, scored = answer.push(event)
         text += more
-        shown += [item.token for item in scored]
-        if over:
+        shown += scored
+        if completion.finish:
             break
-    return text, shown, SENTENCEPIECE.decode([*before, *tokens])[len("of") if continues else 0 :]
+    assert text == completion.text
+    assert answer.tokens == completion.written
+    return text, shown
 
 
-words = st.text(st.sampled_from("ab \n\u00e9\U0001f600#"), min_size=1, max_size=20)
+def said(shown: Sequence[ScoredToken]) -> bytes:
+    """What an answer's tokens say, each in its place."""
+    return b"".join(item.text_in_its_place(item.token, TEXTS_OF).data or b"" for item in shown)
 
 
-@settings(max_examples=200, deadline=None)
-@given(written=words, stop=st.text(st.sampled_from("ab \n\u00e9#"), max_size=3), continues=st.booleans())
-def test_an_answer_shows_the_tokens_of_its_text(written: str, stop: str, continues: bool) -> None:
-    tokens = SENTENCEPIECE.encode(written, bos=False, eos=False)
-    text, shown, whole = told(tokens, stop, ended=False, continues=continues)
-    assert shown == tokens[: len(shown)]  # in order, none twice
-    size = sum(TEXTS_OF[token].size for token in shown)
-    first = next((token for token in tokens if TEXTS_OF[token].size), None)
-    space = 0 if first is None else TEXTS_OF[first].size - TEXTS_OF.leading(first).size
-    assert size >= len(text.encode())  # the whole text is covered
-    visible = whole[: whole.index(stop)] if stop and stop in whole else whole
-    assert text == visible
-    if visible == whole:
-        assert shown == tokens
-    elif shown:  # the last one has a part in it
-        before = size - TEXTS_OF[shown[-1]].size - (0 if continues else space)
-        assert before < len(text.encode())
+def bytes_of(token: int) -> bytes:
+    """By the name in the vocabulary."""
+    name = SENTENCEPIECE.name(token)
+    if name == "</s>":
+        return b""
+    return bytes.fromhex(name[3:5]) if name.startswith("<0x") else name.replace("\u2581", " ").encode()
 
 
-def test_the_end_token_is_shown_where_it_is_wanted() -> None:
-    event = Event(text="", tokens=(2,), scores=(TokenScore(2, -1.0),), finish="stop")
+BEGIN = [SENTENCEPIECE.bos_id]
+PROMPTS = {"none": BEGIN, "of": SENTENCEPIECE.encode("of", bos=True, eos=False)}
+letters = st.sampled_from("ab \n\u00e9\U0001f600#")
+few = st.text(st.sampled_from("ab \n\u00e9#"), max_size=3)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    written=st.text(letters, min_size=1, max_size=20),
+    cuts=st.tuples(few, few | st.just(" "), few),
+    prompt=st.sampled_from(sorted(PROMPTS)),
+    ended=st.booleans(),
+)
+def test_an_answer_shows_the_tokens_of_its_text(
+    written: str, cuts: tuple[str, str, str], prompt: str, ended: bool
+) -> None:
+    stop, lead, tail = cuts
+    tokens, before = SENTENCEPIECE.encode(written, bos=False, eos=ended), PROMPTS[prompt]
+    whole = SENTENCEPIECE.decode([*before, *tokens])[len(SENTENCEPIECE.decode(before)) :]
+    text, shown = told(tokens, Sampling(stop=(stop,) if stop else (), lead=lead, tail=tail), before)
+    start = len(lead.encode()) if whole.startswith(lead) else 0
+    end = start + len(text.encode())
+    assert whole.encode()[start:end].decode() == text
+    # In order those of which a byte is shown; one without a byte of its own goes with what follows it.
+    parts = [bytes_of(token) for token in tokens[: len(tokens) - ended]]
+    if prompt == "none":
+        parts[0] = parts[0].removeprefix(b" ")
+    behind = list(accumulate(map(len, parts)))
+    spans = [(stop - len(part), stop) for part, stop in zip(parts, behind, strict=True)]
+    expected = [
+        token
+        for token, (first, last) in zip(tokens, spans, strict=False)
+        if max(first, start) < min(last, end) or (first == last and (start < end or end == behind[-1]))
+    ]
+    assert [item.token for item in shown] == expected
+    assert said(shown).startswith(text.encode())
+    if end == behind[-1]:
+        assert said(shown) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "lead", "tail", "tokens", "text"),
+    [
+        (" Hi\n###", " ", "\n###", ["Hi"], "Hi"),  # the lead takes a part of a token, the tail several
+        ("\nHi", "\n", "", ["Hi"], "Hi"),
+        ("\nHi", "\n\n", "", ["\n", "Hi"], "\nHi"),  # this text does not begin so
+        ("\n", "\n", "", [], ""),
+        ("Hi ###", "", "\n###", ["Hi", " ###"], "Hi ###"),
+    ],
+)
+def test_what_belongs_to_the_form_is_not_among_the_scores(
+    answer: str, lead: str, tail: str, tokens: list[str], text: str
+) -> None:
+    ids = SENTENCEPIECE.encode("of" + answer, bos=True, eos=True)[len(PROMPTS["of"]) :]
+    assert SENTENCEPIECE.decode([*PROMPTS["of"], *ids]) == "of" + answer
+    found, shown = told(ids, Sampling(lead=lead, tail=tail), PROMPTS["of"])
+    assert found == text
+    assert [entry["token"] for entry in ChatScores(TEXTS_OF).of(shown)["content"]] == tokens
+
+
+def test_other_tokens_in_a_leads_place_lose_it_too() -> None:
+    hi, ho, spaced = (SENTENCEPIECE.encode(word, bos=False, eos=False)[0] for word in ("Hi", "Ho", "   a"))
+    score = TokenScore(hi, -1.0, top=((hi, -1.0), (ho, -2.0), (spaced, -3.0)))
+    answer = AnswerText(TEXTS_OF, SENTENCEPIECE, Job(tokens=PROMPTS["of"], sampling=Sampling(lead=" ")), show_end=False)
+    _, shown = answer.push(Event(text="Hi", tokens=(hi,), scores=(score,)))
+    (entry,) = ChatScores(TEXTS_OF).of(shown)["content"]
+    assert [(top["token"], top["bytes"]) for top in entry["top_logprobs"][:2]] == [("Hi", [72, 105]), ("Ho", [72, 111])]
+    assert entry["top_logprobs"][2]["token"] == TEXTS_OF[spaced].text[1:]
+
+
+@pytest.mark.parametrize("stop_ids", [(), (300,)])
+def test_the_token_that_ends_an_answer_is_shown_where_it_is_wanted(stop_ids: tuple[int, ...]) -> None:
+    (token,) = stop_ids or (2,)
+    event = Event(text="", tokens=(token,), scores=(TokenScore(token, -1.0),), finish="stop")
+    job = Job(tokens=BEGIN, sampling=Sampling(stop_ids=stop_ids))
     for show_end in (True, False):
-        answer = AnswerText(TEXTS_OF, 2, continues=False, show_end=show_end)
-        assert [item.token for item in answer.push(event)[1]] == ([2] if show_end else [])
+        answer = AnswerText(TEXTS_OF, SENTENCEPIECE, job, show_end=show_end)
+        assert [item.token for item in answer.push(event)[1]] == ([token] if show_end else [])
         assert answer.tokens == 1
 
 

@@ -46,7 +46,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         torch.manual_seed(arguments.seed)
         model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
         if len(prompts) == 1:
-            _print_stream(model.stream_generate(prompts[0], **settings))
+            _print_stream(model.stream_generate(prompts[0], **settings), answer=arguments.dialog)
         else:
             for text, answer in zip(texts, model.generate(prompts, **settings), strict=True):
                 show(f"{text}\n  {answer.strip()}\n" if arguments.dialog else f"{answer}\n")
@@ -97,11 +97,13 @@ def _open_dialogues(questions: Sequence[str]) -> tuple[list[str], str]:
     return prompts, conversation.response_end_signal
 
 
-def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
+def _print_stream(stream: Iterator[dict[str, Any]], *, answer: bool) -> None:
+    """Show a text as it grows; of an answer not the space that stands between it and the prompt."""
     start, shown, tokens = time.perf_counter(), 0, 0
     for progress in stream:
-        show(progress["text"][shown:])
-        shown, tokens = len(progress["text"]), tokens + 1
+        text = progress["text"].lstrip() if answer else progress["text"]
+        show(text[shown:])
+        shown, tokens = len(text), tokens + 1
     show("\n")
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)

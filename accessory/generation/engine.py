@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.config import ModelArgs
+from accessory.generation.completion import Completion, EndingTokenizer
 from accessory.generation.sampling import Sampling, not_finite, sample
-from accessory.generation.stopping import StreamableTokenizer, TextStream
 from accessory.parallel.state import ParallelState, agreed, on_all_ranks
 
 # Prompts are read in pieces of this many tokens, which bounds the memory of the experts' activations.
@@ -52,12 +52,6 @@ class Model(Protocol[C]):
     def decode(self, tokens_S: Tensor, cache: C, active_S: Tensor) -> Tensor: ...
 
 
-class EndingTokenizer(StreamableTokenizer, Protocol):
-    """A tokenizer that knows the token at which a text ends."""
-
-    eos_id: int
-
-
 @dataclass(frozen=True)
 class Progress:
     """What is known of one completion after a step."""
@@ -67,25 +61,17 @@ class Progress:
     finished: bool
 
 
-class _Sequence:
+class _Sequence(Completion):
     """A prompt on its way to becoming a completion."""
 
     def __init__(self, index: int, prompt: Sequence[int], tokenizer: EndingTokenizer, sampling: Sampling) -> None:
+        super().__init__(prompt, tokenizer, sampling)
         self.index, self.prompt = index, list(prompt)
-        self.left = sampling.max_gen_len
-        self.last_token = -1
-        self.finished = False
-        self._eos_id = tokenizer.eos_id
-        self._stream = TextStream(tokenizer, sampling.stop)
 
-    def push(self, token: int) -> Progress:
-        """Take the next token."""
-        self.last_token = token
-        self.left -= 1
-        if token != self._eos_id:
-            self._stream.push(token)
-        self.finished = token == self._eos_id or self._stream.stopped or self.left == 0
-        return Progress(self.index, self._stream.finish() if self.finished else self._stream.text, self.finished)
+    def advance(self, token: int) -> Progress:
+        """Take the next token; says how far it is now."""
+        self.push(token)
+        return Progress(self.index, self.text, self.finish is not None)
 
 
 def complete(
@@ -112,9 +98,9 @@ def complete(
             logits_RV = _decode(model, cache, running, slots)
             moved = dict(running)
         tokens = _choose(model.state, logits_RV, sampling)
-        yield [sequence.push(token) for sequence, token in zip(moved.values(), tokens, strict=True)]
+        yield [sequence.advance(token) for sequence, token in zip(moved.values(), tokens, strict=True)]
         for slot, sequence in moved.items():
-            if sequence.finished:
+            if sequence.finish:
                 del running[slot]
                 cache.free(slot)
 

@@ -4,12 +4,14 @@ Shape letters: S sequences, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from accessory.text.chat import Ends
 
 # A lower temperature is as good as 0, and dividing by it could overflow.
 _LEAST_TEMPERATURE = 1e-6
@@ -25,12 +27,17 @@ class Sampling:
         top_p: sample among the most probable tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al., 2019, https://arxiv.org/abs/1904.09751); 0 keeps the best one, 1 keeps all.
         stop: strings that end the text; they are cut off.
+        stop_ids: tokens that end it, beside the tokenizer's own end tokens; they have no text.
+        lead, tail: what is taken away from its beginning, and from an end that a token made, as `Ends` has it.
     """
 
     max_gen_len: int = 512
     temperature: float = 0.0
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    lead: str = ""
+    tail: str = ""
 
     def __post_init__(self) -> None:
         # Tensors take no other kinds of numbers, such as fractions.
@@ -44,6 +51,11 @@ class Sampling:
         # The order means nothing, and that of a set differs between processes, whose requests must be alike.
         symbols = tuple(sorted(symbols, key=str))
         return cls(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, stop=symbols)
+
+    def with_ends(self, ends: Ends) -> Self:
+        """The same where an answer ends as the form of its prompt has it too, with the form's lead and tail."""
+        stop, stop_ids = (*self.stop, *ends.stop), (*self.stop_ids, *ends.stop_ids)
+        return replace(self, stop=stop, stop_ids=stop_ids, lead=ends.lead, tail=ends.tail)
 
     def check(self, max_seq_len: int) -> None:
         """Raise ValueError, naming the setting, where one makes no sense for such a context length."""
@@ -60,6 +72,8 @@ class Sampling:
             raise ValueError(f"top_p must lie between 0 and 1, not {self.top_p!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop symbols must be non-empty strings, not {self.stop!r}")
+        if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in self.stop_ids):
+            raise ValueError(f"stop_ids must be token ids, whole numbers, not {self.stop_ids!r}")
 
 
 def sample(logits_SV: Tensor, temperature: float, top_p: float) -> Tensor:

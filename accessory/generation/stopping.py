@@ -1,50 +1,30 @@
 """Tokens to text, one at a time, up to a stop string.
 
 Two things keep a token's text from being shown at once. It may end within a character, whose other bytes are
-in the tokens to come; or its end may be the beginning of a stop string. What is shown is never taken back,
-and at the end it is what the tokenizer makes of all tokens together, up to the stop string.
+in the tokens to come (see detokenizer.py); or its end may be the beginning of a string that is cut off. What is shown
+is never taken back, and at the end it is what the tokenizer makes of all tokens together, without what was cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-_REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
-# A UTF-8 character has at most 4 bytes, so 3 may wait for the last, each of them at most one U+FFFD.
-_MAX_OPEN = 3
-# While a text ends in U+FFFD its tokens cannot be let go. Past this many, only the last ones are kept.
-_MAX_WINDOW = 32
-
-
-class StreamableTokenizer(Protocol):
-    """What a text is made with. `accessory.text.tokenizer.Tokenizer` has it."""
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def is_control(self, token_id: int) -> bool: ...
-    def joins_next(self, token_id: int) -> bool: ...
-
-
-def settled_text(tokenizer: StreamableTokenizer, ids: Sequence[int]) -> str:
-    """The text of tokens as far as no further token changes it: without the bytes of an unfinished character."""
-    text = tokenizer.decode(ids)
-    if not (opened := _open(text)):
-        return text
-    last = len(ids)
-    while last and tokenizer.joins_next(ids[last - 1]):
-        last -= 1
-    return text[:-opened] if last == len(ids) else tokenizer.decode(ids[:last])
+from accessory.generation.detokenizer import Detokenizer, StreamableTokenizer
 
 
 class TextStream:
     """The text of one growing completion.
 
-    `push` each token, read `text`, end when `stopped`, and call `finish` after the last token. `stop` are the
-    strings that end the text; it is cut before the one that begins first, whatever tokens it came in. A token
-    costs the time of its own characters times the number of stop strings, however long the text has grown.
+    `push` each token, read `text`, end when `stopped`, and call `finish` after the last token. A token costs the time
+    of its own characters times the number of stop strings, however long the text has grown.
 
-    With ``after``, tokens of a text that this one goes on from, a space before the first word is kept, and bytes of
-    a character that was begun there join. Without it the first word has no space, as a text's first has none.
+    Args:
+        stop: strings that end the text; it is cut before the one that begins first, whatever tokens it came in.
+        after: the prompt's tokens. The text is what comes behind theirs: a space before the first word is kept, and
+            bytes of a character that was begun there join. Behind control tokens alone the first word has no space,
+            as a text's first has none.
+        lead: taken away once where the text begins with it, before stop strings are looked for.
+        tail: taken away once where the text ends with it and a token, not its length or a stop string, ended it.
 
     Example: with stop ("\\n###",), the tokens "Hi", "\\n", "##" show "Hi", "Hi", "Hi"; then "#" sets
     `stopped`, while "!" would have shown "Hi\\n##!".
@@ -52,11 +32,19 @@ class TextStream:
     Raises ValueError for an empty stop string, or one string in place of a sequence of them.
     """
 
-    def __init__(self, tokenizer: StreamableTokenizer, stop: Sequence[str] = (), *, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: StreamableTokenizer,
+        stop: Sequence[str] = (),
+        *,
+        after: Sequence[int] = (),
+        lead: str = "",
+        tail: str = "",
+    ) -> None:
         if isinstance(stop, str) or not all(isinstance(item, str) and item for item in stop):
             raise ValueError(f"stop takes a sequence of strings, none of them empty, not {stop!r}")
-        self._decoder = _Decoder(tokenizer, after)
-        self._search = _StopSearch(stop)
+        self._decoder = Detokenizer(tokenizer, after)
+        self._lead, self._search, self._tail = _Lead(lead), _StopSearch(stop), _Tail(tail)
         self._text = ""
         self._fresh: list[str] = []  # shown since `text` was last read: joined only then
         self._finished = False
@@ -78,14 +66,21 @@ class TextStream:
         """Take the next token. ValueError for an id outside the vocabulary, and after `finish`."""
         if self._finished:
             raise ValueError("the text is finished: make a new TextStream for another completion")
-        if not self._search.found:
-            self._show(self._search.push(self._decoder.push(token_id)))
+        if not self._search.found and (text := self._lead.push(self._decoder.push(token_id))):
+            self._show(self._tail.push(self._search.push(text)))
+            if self._search.found:
+                self._show(self._tail.finish(cut=False))
 
-    def finish(self) -> str:
-        """The whole text, now that no more tokens come: what was held back is part of it."""
+    def finish(self, *, ended: bool = False) -> str:
+        """The whole text, now that no more tokens come: what was held back is part of it, but for the tail.
+
+        Args:
+            ended: by a token, which was not pushed.
+        """
         if not self._finished and not self._search.found:
-            self._show(self._search.push(self._decoder.finish()))
-            self._show(self._search.finish())
+            text = self._lead.push(self._decoder.finish()) + self._lead.finish()
+            self._show(self._tail.push(self._search.push(text) + self._search.finish()))
+            self._show(self._tail.finish(cut=ended and not self._search.found))
         self._finished = True
         return self.text
 
@@ -94,67 +89,52 @@ class TextStream:
             self._fresh.append(text)
 
 
-def _open(text: str) -> int:
-    """How many characters at a text's end may stand for bytes of one that is not complete."""
-    return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_OPEN)
+class _Lead:
+    """Takes a string away from a text's beginning, and holds back what may still become it."""
 
+    def __init__(self, lead: str) -> None:
+        self._lead = lead  # "" from when it is decided
+        self._held = ""
 
-class _Decoder:
-    """Gives each token's text as soon as no later token can change it.
-
-    A tokenizer's text for some tokens depends on their neighbours: bytes join into characters, and the first
-    word loses its space. So a short window of tokens is decoded again with each new one. It begins with
-    tokens that are already shown and have some text, as many as it takes: thus they are what stands first,
-    and the rest reads as it would in the whole text.
-    """
-
-    def __init__(self, tokenizer: StreamableTokenizer, after: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were returned
-        self._after_control = True
-        if after:
-            self._go_on_from(after)
-
-    def push(self, token_id: int) -> str:
-        control = self._tokenizer.is_control(token_id)
-        # A control token matters once, by parting the bytes before and after it; a run adds nothing.
-        if control and self._after_control:
+    def push(self, text: str) -> str:
+        """The text that goes on, after `text` was added."""
+        if not self._lead:
+            return text
+        self._held += text
+        if len(self._held) < len(self._lead) and self._lead.startswith(self._held):
             return ""
-        self._after_control = control
-        self._window.append(token_id)
-        if self._tokenizer.joins_next(token_id):
-            return ""
-        text = self._tokenizer.decode(self._window)
-        opened = _open(text)
-        fresh = text[self._given : len(text) - opened]
-        self._given = max(self._given, len(text) - opened)
-        if not opened:
-            self._keep(1)
-        elif len(self._window) > _MAX_WINDOW:
-            self._keep(_MAX_WINDOW // 2, opened=opened)
-        return fresh
+        lead = self._lead
+        return self.finish().removeprefix(lead)
 
     def finish(self) -> str:
-        text = self._tokenizer.decode(self._window) if self._window else ""
-        return text[self._given :]
+        """What was held back, now that it is decided."""
+        held, self._held, self._lead = self._held, "", ""
+        return held
 
-    def _go_on_from(self, tokens: Sequence[int]) -> None:
-        """Begin behind these, with as many of them in the window as have some text."""
-        count = _MAX_WINDOW // 2
-        while not (settled := settled_text(self._tokenizer, tokens[-count:])) and count < len(tokens):
-            count *= 2
-        self._window, self._given = list(tokens[-count:]), len(settled)
-        self._after_control = self._tokenizer.is_control(tokens[-1])
 
-    def _keep(self, count: int, *, opened: int = 0) -> None:
-        """Let go all but the last `count` tokens, or more where these have no text of their own."""
-        while count < len(self._window):
-            if text := self._tokenizer.decode(self._window[-count:]):
-                self._window = self._window[-count:]
-                self._given = len(text) - opened
-                return
-            count *= 2
+class _Tail:
+    """Takes a string away from a text's end, and holds back what may be it, whole or begun."""
+
+    def __init__(self, tail: str) -> None:
+        self._tail = tail
+        self._matcher = _Matcher(tail) if tail else None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that may be shown, after `text` was added."""
+        if self._matcher is None or not text:
+            return text
+        for character in text:
+            complete = self._matcher.push(character)
+        held = self._matcher.size if complete else self._matcher.matched
+        text = self._held + text
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self, *, cut: bool) -> str:
+        """The rest of the text, now that nothing follows; `cut`: without the tail."""
+        held, self._held = self._held, ""
+        return "" if cut and held == self._tail else held
 
 
 class _StopSearch:

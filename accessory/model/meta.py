@@ -164,6 +164,8 @@ class MetaModel(nn.Module):
     ) -> list[str]:
         """Complete any number of prompts; only the completions are returned, in order.
 
+        A completion is what the model adds to the prompt's text: mostly it begins with the space before a word.
+
         Args:
             prompts: a list of texts.
             max_gen_len: tokens of a completion at most.

@@ -6,34 +6,28 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from accessory.generation.engine import EndingTokenizer
-from accessory.generation.stopping import TextStream
-from accessory.serve.request import Finish, Request, TokenScore
+from accessory.generation.completion import Completion, EndingTokenizer
+from accessory.serve.request import Request, TokenScore
 
 
-class Sequence:
+class Sequence(Completion):
     """A request on its way to becoming an answer: it waits, its prompt is read, its answer is written, it ends.
+
+    Of the answer it knows what a `Completion` does.
 
     Attributes:
         number: by which its events are known.
         slot: of the cache; None while it waits and after its end.
         read: tokens of the prompt that are in the cache.
-        written: tokens of the answer.
-        last_token: the newest of them.
-        finish: why it ended.
         prompt_scores: of what was read so far, where the request asks for them.
     """
 
     def __init__(self, number: int, request: Request, tokenizer: EndingTokenizer) -> None:
+        super().__init__(request.tokens, tokenizer, request.sampling)
         self.number, self.request = number, request
         self.slot: int | None = None
-        self.read = self.written = 0
-        self.last_token = -1
-        self.finish: Finish | None = None
+        self.read = 0
         self.prompt_scores: list[TokenScore | None] = [None]
-        self._eos_id = tokenizer.eos_id
-        self._stream = TextStream(tokenizer, request.sampling.stop, after=request.tokens if request.continues else ())
-        self._shown = 0
         self._random = random.Random(request.seed)
 
     @property
@@ -49,22 +43,6 @@ class Sequence:
     def draw(self) -> float:
         """A number from [0, 1) for the next token; only chance that is used up counts."""
         return self._random.random() if self.request.sampling.temperature > 0 else 0.0
-
-    def push(self, token: int) -> str:
-        """Take the next token; returns the characters that may be shown now. Sets ``finish`` at the end."""
-        self.last_token = token
-        self.written += 1
-        if token != self._eos_id:
-            self._stream.push(token)
-        if token == self._eos_id or self._stream.stopped:
-            self.finish = "stop"
-        elif self.written == self.request.sampling.max_gen_len:
-            self.finish = "length"
-        text = self._stream.finish() if self.finish else self._stream.text
-        if self.finish == "length" and self._stream.stopped:  # one that was held back for a longer stop string
-            self.finish = "stop"
-        shown, self._shown = self._shown, len(text)
-        return text[shown:]
 
 
 @dataclass(frozen=True)

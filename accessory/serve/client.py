@@ -78,7 +78,6 @@ class Client:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
-        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> AnswerStream:
         """Ask for an answer to a prompt; returns at once.
@@ -95,7 +94,6 @@ class Client:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             routes=routes,
-            continues=continues,
         )
         check_request(request, vocab_size=self.tokenizer.n_words, max_seq_len=self.args.max_seq_len)
         number = next(self._numbers)

@@ -115,13 +115,12 @@ class Driver:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
-        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> AnswerStream:
         """Ask for an answer to a prompt; returns at once.
 
         Args:
-            seed, logprobs, prompt_logprobs, routes, continues: as `Request` has them.
+            seed, logprobs, prompt_logprobs, routes: as `Request` has them.
             on_event: is given each event, or the exception that ends them, from the engine's thread: it must not
                 block. None: the stream is to be iterated.
 
@@ -137,7 +136,6 @@ class Driver:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             routes=routes,
-            continues=continues,
             on_event=on_event,
         )
 

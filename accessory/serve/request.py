@@ -54,7 +54,6 @@ class Request:
         logprobs: score every new token, with so many alternatives; None: do not.
         prompt_logprobs: the same for the tokens of the prompt.
         routes: tell which experts took each token of the answer.
-        continues: the answer's text goes on from the prompt's, so a space before its first word is part of it.
     """
 
     tokens: tuple[int, ...]
@@ -63,7 +62,6 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     routes: bool = False
-    continues: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +69,10 @@ class Event:
     """What one step added to an answer.
 
     Attributes:
-        text: characters that may be shown now, to be appended; never taken back.
-        tokens: ids that were chosen. The end-of-sequence token is among them, and those of a stop string too.
+        text: characters that may be shown now, to be appended; never taken back. All of them together are what the
+            tokens add to the prompt's text, so the first may be a space.
+        tokens: ids that were chosen. One that ends the answer is among them, and those of a stop string, or of the
+            form's lead and tail, too.
         scores: one for each of ``tokens``, where the request asked for them.
         prompt_scores: in the first event, where asked for: one for each token of the prompt, None for the first.
         routes: the experts (layers, top_k) of further tokens of the answer, in the answer's order. A token is routed
@@ -143,7 +143,6 @@ class Engine(Protocol):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         routes: bool = False,
-        continues: bool = False,
         on_event: OnEvent | None = None,
     ) -> Stream: ...
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any: ...

@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 from accessory.serve.http.answers import ChatCompletion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.errors import bad_request
-from accessory.serve.http.generation import Generation, unless_gone
+from accessory.serve.http.generation import Generation, Job, unless_gone
 from accessory.serve.http.jobs import Prompt, check_characters, jobs_of, prepared, room
 from accessory.serve.http.schema import ChatMessage, ChatRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
 from accessory.serve.http.texts import AnswerText, ChatScores, ScoredToken
-from accessory.text.forms import ChatPrompt, Message, chat_prompt
+from accessory.text.chat import Message
 
 router = APIRouter(tags=["OpenAI"])
 _SIZE_OF_A_MESSAGE = 40  # in characters of text: what a message costs that is put into a template
@@ -29,17 +29,17 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     state.check_model(body.model)
     size = sum(len(message.text) + _SIZE_OF_A_MESSAGE for message in body.messages)
-    prompt = await prepared(size, _prompt, state, body.messages)
+    tokens = await prepared(size, _prompt, state, body.messages)
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    length = room(state.engine, prompt.tokens, wanted, usual=None, param="messages")
+    length = room(state.engine, tokens, wanted, usual=None, param="messages")
     jobs = jobs_of(
         body,
-        [Prompt(tokens=prompt.tokens, room=length)],
-        stop=(*body.stops, *prompt.stop),
+        [Prompt(tokens=tokens, room=length)],
+        ends=state.form.ends,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     generation = state.generations.begin(state.engine, jobs)
-    answer = _Answer(state, body, len(prompt.tokens))
+    answer = _Answer(state, body, jobs)
     generation.start()
     if body.stream:
         return EventStream(generation, answer.stream(generation))
@@ -49,8 +49,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         generation.close()
 
 
-def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> ChatPrompt:
-    tokenizer, template = state.engine.tokenizer, state.chat_template
+def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> list[int]:
     limit = state.engine.args.max_seq_len
     check_characters([message.text for message in messages], limit, "messages")
     if len(messages) > limit:
@@ -62,7 +61,7 @@ def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> ChatPrompt:
         for message in messages
     ]
     try:
-        return chat_prompt(template, chat, tokenizer)
+        return state.form.prompt(chat)
     except ValueError as error:
         raise bad_request(f"messages: {error}", "messages") from error
 
@@ -70,12 +69,11 @@ def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> ChatPrompt:
 class _Answer:
     """Turns what an engine writes into objects of the API."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, prompt_tokens: int) -> None:
-        self._body, self._prompt_tokens = body, prompt_tokens
+    def __init__(self, state: ServerState, body: ChatRequest, jobs: Sequence[Job]) -> None:
+        self._body, self._prompt_tokens = body, len(jobs[0].tokens)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name}
-        eos_id = state.engine.tokenizer.eos_id
         # The mark of a turn's end is the template's, not the answer's: neither its text nor its tokens are shown.
-        self._follow = [AnswerText(state.texts, eos_id, continues=False, show_end=False) for _ in range(body.n or 1)]
+        self._follow = [AnswerText(state.texts, state.engine.tokenizer, job, show_end=False) for job in jobs]
         self._scored = [ChatScores(state.texts) for _ in self._follow]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from accessory.generation.stopping import settled_text
+from accessory.generation.detokenizer import settled_text
 from accessory.serve.http.answers import Completion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
-from accessory.serve.http.generation import Generation, unless_gone
+from accessory.serve.http.generation import Generation, Job, unless_gone
 from accessory.serve.http.jobs import Prompt, check_characters, check_ids, encode_text, jobs_of, prepared, room
 from accessory.serve.http.schema import CompletionRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
 from accessory.serve.http.texts import AnswerText, CompletionScores, ScoredToken
 from accessory.serve.request import Event
+from accessory.text.chat import Ends
 
 router = APIRouter(tags=["OpenAI"])
 USUAL_TOKENS = 16  # of an answer whose length the client does not say, as in OpenAI's API
@@ -34,12 +35,12 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     jobs = jobs_of(
         body,
         prompts,
-        stop=body.stops,
+        ends=Ends(),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     generation = state.generations.begin(state.engine, jobs)
-    answer = _Answer(state, body, prompts)
+    answer = _Answer(state, body, prompts, jobs)
     generation.start()
     if body.stream:
         return EventStream(generation, answer.stream(generation))
@@ -63,8 +64,7 @@ def _prompts(state: ServerState, body: CompletionRequest, given: Sequence[str | 
         length = room(engine, tokens, body.max_tokens, usual=USUAL_TOKENS, param="prompt")
         if not isinstance(prompt, str) and body.echo:
             text = settled_text(tokenizer, prompt)  # the answer's text goes on from there
-        continues = any(not tokenizer.is_control(token) for token in tokens)
-        prompts.append(Prompt(tokens=tokens, room=length, text=text, continues=continues))
+        prompts.append(Prompt(tokens=tokens, room=length, text=text))
     return prompts
 
 
@@ -84,7 +84,9 @@ class _Choice:
 class _Answer:
     """Turns what an engine writes into objects of the API."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, state: ServerState, body: CompletionRequest, prompts: Sequence[Prompt], jobs: Sequence[Job]
+    ) -> None:
         self._body, self._prompts = body, prompts
         self._scored = body.logprobs is not None
         self._head = {
@@ -93,13 +95,11 @@ class _Answer:
             "created": int(time.time()),
             "model": state.name,
         }
-        tokenizer = state.engine.tokenizer
         self._choices = []
-        for prompt in prompts:
-            lead = bool(body.echo) or not prompt.continues
-            for _ in range(body.n or 1):
-                follow = AnswerText(state.texts, tokenizer.eos_id, continues=prompt.continues, show_end=True)
-                self._choices.append(_Choice(prompt, follow, CompletionScores(state.texts, lead=lead)))
+        for number, job in enumerate(jobs):
+            follow = AnswerText(state.texts, state.engine.tokenizer, job, show_end=True)
+            scores = CompletionScores(state.texts, lead=bool(body.echo))
+            self._choices.append(_Choice(prompts[number // (body.n or 1)], follow, scores))
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""

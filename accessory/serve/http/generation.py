@@ -31,7 +31,6 @@ class Job:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    continues: bool = False
 
 
 class ClientGone(Exception):
@@ -168,7 +167,6 @@ class Generation:
             seed=job.seed,
             logprobs=job.logprobs,
             prompt_logprobs=job.prompt_logprobs,
-            continues=job.continues,
             on_event=on_event,
         )
         self._watches[index] = watch

@@ -11,6 +11,7 @@ from accessory.serve.http.errors import bad_request
 from accessory.serve.http.generation import Job
 from accessory.serve.http.schema import MOST_PROMPTS, Answering
 from accessory.serve.request import Engine
+from accessory.text.chat import Ends
 from accessory.text.tokenizer import Tokenizer
 
 # No vocabulary has longer tokens: what cannot fit for its characters alone need not be tokenised to be refused.
@@ -31,13 +32,11 @@ class Prompt:
     Attributes:
         room: tokens that its answer may have.
         text: what stands before the answer's where the client asks for both.
-        continues: the answer's text goes on from the prompt's.
     """
 
     tokens: Sequence[int]
     room: int
     text: str = ""
-    continues: bool = False
 
 
 async def prepared(
@@ -110,11 +109,14 @@ def jobs_of(
     body: Answering,
     prompts: Sequence[Prompt],
     *,
-    stop: tuple[str, ...],
+    ends: Ends,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> list[Job]:
     """The answers that a request asks for: n for each prompt, those of one prompt one after another.
+
+    Args:
+        ends: where an answer ends beside what the client says.
 
     Raises:
         ApiError: too many.
@@ -135,13 +137,12 @@ def jobs_of(
     return [
         Job(
             tokens=prompt.tokens,
-            sampling=Sampling.of(prompt.room, temperature, top_p, stop),
+            sampling=Sampling.of(prompt.room, temperature, top_p, body.stops).with_ends(ends),
             # Answers to one prompt differ, and each is the same when it is asked for again.
             seed=None if body.seed is None else (body.seed + choice) % 2**63,
             logprobs=logprobs,
             # The scores of one prompt are the same for all its answers, but each shows them.
             prompt_logprobs=prompt_logprobs,
-            continues=prompt.continues,
         )
         for prompt in prompts
         for choice in range(n)

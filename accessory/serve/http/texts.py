@@ -3,38 +3,59 @@
 import codecs
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from accessory.generation.completion import end_ids
+from accessory.serve.http.generation import Job
 from accessory.serve.request import Event, TokenScore
 from accessory.serve.token_texts import TokenText, TokenTexts
+from accessory.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token that is shown with its score; None for the first of a prompt, which nothing predicts."""
+    """A token that is shown with its score.
+
+    Attributes:
+        score: None for the first of a prompt, which nothing predicts.
+        first: no text stands before it, so it has no space.
+        lead: what is taken away where its text, or that of another token in its place, begins so.
+    """
 
     token: int
     score: TokenScore | None
+    first: bool = False
+    lead: bytes = b""
+
+    def text_in_its_place(self, token: int, texts: TokenTexts) -> TokenText:
+        """What this token, or another in its place, says there."""
+        made = texts.leading(token) if self.first else texts[token]
+        if not self.lead or made.data is None or not made.data.startswith(self.lead):
+            return made
+        rest = made.data[len(self.lead) :]
+        return TokenText(rest.decode(errors="replace"), rest, len(rest))
 
 
 class AnswerText:
     """Follows one answer: its text, and which of its tokens this text shows.
 
-    The tokens of a stop string are not shown, as the string is not; a token whose text is held back is shown with it.
+    The tokens of a stop string are not shown, as the string is not, and so are those of the lead and the tail that
+    the form of the prompt has; a token whose text is held back is shown with it.
 
     Args:
-        continues: the text goes on from a prompt's, so its first word has kept its space.
-        show_end: the end-of-sequence token is shown among the scores.
+        show_end: the token that ends the answer is shown among the scores.
     """
 
-    def __init__(self, texts: TokenTexts, eos_id: int, *, continues: bool, show_end: bool) -> None:
-        self._texts, self._eos_id, self._show_end = texts, eos_id, show_end
-        self._begun = continues
-        self._pending: deque[tuple[ScoredToken, int]] = deque()  # and the byte of the text at which each begins
-        self._written = 0  # bytes of all tokens so far
+    def __init__(self, texts: TokenTexts, tokenizer: Tokenizer, job: Job, *, show_end: bool) -> None:
+        self._texts, self._ends, self._show_end = texts, end_ids(tokenizer, job.sampling), show_end
+        self._lead, self._tail = job.sampling.lead.encode(), job.sampling.tail.encode()
+        self._begun = not all(tokenizer.is_control(token) for token in job.tokens)
+        self._pending: deque[tuple[ScoredToken, int, int]] = deque()  # and the bytes of `_written` that are its own
+        self._written = bytearray()  # what all tokens so far say
         self._shown = 0  # bytes of the text shown so far
         self.tokens = 0
 
@@ -47,49 +68,43 @@ class AnswerText:
         return event.text, self._release(event)
 
     def _note(self, token: int, score: TokenScore | None) -> None:
-        made = self._texts[token]
-        if made.size and not self._begun:
-            self._begun = True
-            made = self._texts.leading(token)
+        begin = len(self._written)
+        lead = self._lead[begin:] if self._lead[:begin] == self._written else b""
+        made = self._texts.leading(token) if not self._begun else self._texts[token]
         if score is not None:
-            self._pending.append((ScoredToken(token, score), self._written))
-        self._written += made.size
+            scored = ScoredToken(token, score, first=not self._begun, lead=lead)
+            self._pending.append((scored, begin, begin + made.size))
+        self._begun = self._begun or self._texts[token].size > 0
+        self._written += bytes(made.size) if made.data is None else made.data
 
     def _release(self, event: Event) -> list[ScoredToken]:
-        ended = bool(event.tokens) and event.tokens[-1] == self._eos_id
-        everything = event.finish == "length" or (event.finish == "stop" and ended)
+        start = len(self._lead) if self._written.startswith(self._lead) else 0
+        stop = start + self._shown
+        ended = event.finish == "stop" and bool(event.tokens) and event.tokens[-1] in self._ends
+        everything = ended or event.finish == "length"
+        if ended and self._tail and self._written.endswith(self._tail, start):
+            everything, stop = False, min(stop, len(self._written) - len(self._tail))
         released = []
-        while self._pending and (everything or self._pending[0][1] < self._shown):
-            shown, _ = self._pending.popleft()
-            if self._show_end or shown.token != self._eos_id:
-                released.append(shown)
+        while self._pending:
+            scored, begin, end = self._pending[0]
+            of_lead = begin < end <= start
+            if not (everything or of_lead or max(begin, start) < stop):
+                break
+            self._pending.popleft()
+            if not of_lead and (self._show_end or scored.token not in self._ends):
+                released.append(scored)
         return released
 
 
-class _Scores:
-    """Scores of a text's tokens, in the order of the text.
+class CompletionScores:
+    """Scores in the form of /v1/completions: four lists, in the text's order; offsets count on over a stream's parts.
 
     Args:
         lead: the next token with a text is the first of all, and so are the tokens in its place: they have no space.
     """
 
     def __init__(self, texts: TokenTexts, *, lead: bool) -> None:
-        self._texts = texts
-        self._lead = lead
-
-    def _place(self, token: int) -> Callable[[int], TokenText]:
-        """What tokens say in the next place, which is this token's."""
-        if not self._lead:
-            return self._texts.__getitem__
-        self._lead = not self._texts[token].size
-        return self._texts.leading
-
-
-class CompletionScores(_Scores):
-    """Scores in the form of /v1/completions: four lists; offsets count on over the parts of a stream."""
-
-    def __init__(self, texts: TokenTexts, *, lead: bool) -> None:
-        super().__init__(texts, lead=lead)
+        self._texts, self._lead = texts, lead
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -97,7 +112,8 @@ class CompletionScores(_Scores):
         """The lists for further tokens."""
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for shown in tokens:
-            text_of, score = self._place(shown.token), shown.score
+            score = shown.score
+            text_of = self._place(shown)
             made = text_of(shown.token)
             result["tokens"].append(made.text)
             result["token_logprobs"].append(None if score is None else _finite(score.logprob))
@@ -106,21 +122,29 @@ class CompletionScores(_Scores):
             self._offset += len(self._decoder.decode(made.data or b""))
         return result
 
+    def _place(self, shown: ScoredToken) -> Callable[[int], TokenText]:
+        """What tokens say in the place of this one."""
+        if self._lead:
+            self._lead = not self._texts[shown.token].size
+            shown = replace(shown, first=True)
+        return partial(shown.text_in_its_place, texts=self._texts)
 
-class ChatScores(_Scores):
-    """Scores in the form of /v1/chat/completions."""
+
+class ChatScores:
+    """Scores in the form of /v1/chat/completions, in the order of the text."""
 
     def __init__(self, texts: TokenTexts) -> None:
-        super().__init__(texts, lead=True)
+        self._texts = texts
 
     def of(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """The entries for further tokens."""
         content = []
-        for score in (shown.score for shown in tokens if shown.score is not None):
-            text_of = self._place(score.token)
-            entry = _entry(text_of(score.token), score.logprob)
-            alternatives = [_entry(text_of(token), logprob) for token, logprob in score.top]
-            content.append({**entry, "top_logprobs": alternatives})
+        for shown in tokens:
+            if (score := shown.score) is None:
+                continue
+            pairs = ((score.token, score.logprob), *score.top)
+            entry, *top = (_entry(shown.text_in_its_place(token, self._texts), logprob) for token, logprob in pairs)
+            content.append({**entry, "top_logprobs": top})
         return {"content": content, "refusal": None}
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accessory.generation.sampling import Sampling
 from accessory.serve.request import Engine, Event, Finish
@@ -22,6 +22,8 @@ class Answer:
     """An answer as far as it is known.
 
     Attributes:
+        text: what the tokens add to the prompt's, so it may begin with a space.
+        prompt, sampling: what was asked.
         tokens: those of the text, and behind them the one or more that ended it.
         routes: of ``tokens`` in their order; the last ones may lack theirs.
         first, last: seconds from the question to the first token, and to the last one so far; None before it.
@@ -29,6 +31,8 @@ class Answer:
     """
 
     text: str = ""
+    prompt: tuple[int, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
     tokens: tuple[int, ...] = ()
     routes: tuple[Route, ...] = ()
     first: float | None = None
@@ -53,6 +57,7 @@ class Answering:
     def __init__(self, engine: Engine, tokens: Sequence[int], sampling: Sampling) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[float, Event | Exception]] = asyncio.Queue()
+        self._prompt, self._sampling = tuple(tokens), sampling
         self._start = time.monotonic()
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -80,6 +85,8 @@ class Answering:
         """As far as it is known."""
         return Answer(
             text="".join(self._text),
+            prompt=self._prompt,
+            sampling=self._sampling,
             tokens=tuple(self._tokens),
             routes=tuple(self._routes),
             first=self._first,

@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Sequence
 
+from accessory.generation.completion import end_ids
 from accessory.generation.stopping import TextStream
 from accessory.serve.web.answering import Answer, Route
 from accessory.text.tokenizer import Tokenizer
@@ -50,13 +51,14 @@ def coloured(tokenizer: Tokenizer, answer: Answer, layer: int) -> list[tuple[str
     Tokens that make one character together make one piece, under the last one's expert. The last tokens have no
     expert: the model did not read them any more.
     """
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, after=answer.prompt, lead=answer.sampling.lead)
+    ends = end_ids(tokenizer, answer.sampling)
     pieces: list[tuple[str, str | None]] = []
     shown = 0
     for index, token in enumerate(answer.tokens):
         if shown == len(answer.text):
             break  # what follows ended the answer and was cut off
-        if token != tokenizer.eos_id:
+        if token not in ends:
             stream.push(token)
         text = answer.text[shown : len(stream.text)]
         shown += len(text)
