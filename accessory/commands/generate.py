@@ -3,13 +3,13 @@
 import argparse
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accessory.arguments import given_path, given_seed
 from accessory.commands.output import say, show
-from accessory.serve.options import add_model_arguments, model_settings
+from accessory.serve.options import add_model_arguments, add_template_argument, form_of, model_settings
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ def add_commands(commands: Any) -> None:
     prompts.add_argument(
         "--prompt-file", "--prompt_file", type=given_path, help="file with a text to complete on each line"
     )
-    generate.add_argument("--dialog", action="store_true", help="prompts are questions to a chat model")
+    generate.add_argument("--dialog", action="store_true", help="prompts are questions, asked in the model's form")
+    add_template_argument(generate)
     generate.add_argument("--max-gen-len", "--max_gen_len", type=int, default=512, help="tokens at most (default 512)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
     generate.add_argument("--top-p", "--top_p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
@@ -46,29 +47,32 @@ def _generate(arguments: argparse.Namespace) -> None:
         torch.manual_seed(arguments.seed)
         model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
         if len(prompts) == 1:
-            _print_stream(model.stream_generate(prompts[0], **settings), answer=arguments.dialog)
+            _print_stream(model.stream_generate(prompts[0], **settings))
         else:
             for text, answer in zip(texts, model.generate(prompts, **settings), strict=True):
-                show(f"{text}\n  {answer.strip()}\n" if arguments.dialog else f"{answer}\n")
+                show(f"{text}\n  {answer}\n" if arguments.dialog else f"{answer}\n")
 
 
-def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str], dict[str, Any]]:
+def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str] | list[list[int]], dict[str, Any]]:
     """The texts that were given, the prompts that they become, and the settings of `MetaModel.generate`.
 
     Raises:
         ValueError, OSError: naming the setting or the file.
     """
     from accessory.generation.sampling import Sampling
+    from accessory.text.chat import Ends, Message
 
     texts = arguments.prompt or _lines_of(arguments.prompt_file)
-    prompts, stop = texts, arguments.stop
-    if arguments.dialog:
-        prompts, end = _open_dialogues(texts)
-        stop = [*stop, end]
-    how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, stop)
+    how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, arguments.stop)
     how.check(arguments.max_seq_len)
     settings = {"max_gen_len": how.max_gen_len, "temperature": how.temperature, "top_p": how.top_p}
-    return texts, prompts, {**settings, "additional_stop_symbols": how.stop}
+    prompts, ends = texts, Ends()
+    if arguments.dialog:
+        form = form_of(arguments)
+        prompts, ends = [form.prompt([Message("user", text)]) for text in texts], form.ends
+    elif arguments.chat_template is not None:
+        raise ValueError("--chat_template is about questions: give --dialog as well")
+    return texts, prompts, {**settings, "additional_stop_symbols": how.stop, "ends": ends}
 
 
 def _lines_of(file: Path) -> list[str]:
@@ -85,25 +89,11 @@ def _lines_of(file: Path) -> list[str]:
     return lines
 
 
-def _open_dialogues(questions: Sequence[str]) -> tuple[list[str], str]:
-    """A prompt for each question, and the text that ends an answer."""
-    from accessory.text.conversation import default_conversation
-
-    conversation = default_conversation()
-    prompts = []
-    for question in questions:
-        conversation.load_qas([[question, None]])
-        prompts.append(conversation.get_prompt())
-    return prompts, conversation.response_end_signal
-
-
-def _print_stream(stream: Iterator[dict[str, Any]], *, answer: bool) -> None:
-    """Show a text as it grows; of an answer not the space that stands between it and the prompt."""
+def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
     start, shown, tokens = time.perf_counter(), 0, 0
     for progress in stream:
-        text = progress["text"].lstrip() if answer else progress["text"]
-        show(text[shown:])
-        shown, tokens = len(text), tokens + 1
+        show(progress["text"][shown:])
+        shown, tokens = len(progress["text"]), tokens + 1
     show("\n")
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)

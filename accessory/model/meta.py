@@ -23,7 +23,10 @@ from accessory.model.scoring import evaluate, score_tokens
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, agreed, pick_device
 from accessory.quant import lay_out_for_gpu
+from accessory.text.chat import Ends
 from accessory.text.tokenizer import Tokenizer
+
+_NO_ENDS = Ends()
 
 
 class MetaModel(nn.Module):
@@ -155,28 +158,31 @@ class MetaModel(nn.Module):
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Examples,
         images: None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
+        ends: Ends = _NO_ENDS,
     ) -> list[str]:
         """Complete any number of prompts; only the completions are returned, in order.
 
         A completion is what the model adds to the prompt's text: mostly it begins with the space before a word.
 
         Args:
-            prompts: a list of texts.
+            prompts: a list of texts, or of lists of token ids that are taken as they are.
             max_gen_len: tokens of a completion at most.
             temperature: 0 takes the most probable token; higher is more random.
             top_p: sample among the most probable tokens that reach this sum; 0 keeps the best one, 1 keeps all.
             additional_stop_symbols: strings that end a completion; they are cut off.
+            ends: of the form that the prompts have, see `Form` in accessory.text.forms: where an answer ends, and what
+                of the model's text is the form's. Without it the text goes on as it is.
 
         Raises:
             ValueError: naming the argument; on every rank alike.
         """
-        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols).with_ends(ends)
         tokens = prompt_tokens(self.llma, self.tokenizer, prompts, sampling, images=images)
         texts = [""] * len(tokens)
         for step in complete(self.llma, self.tokenizer, tokens, sampling):
@@ -187,12 +193,13 @@ class MetaModel(nn.Module):
 
     def stream_generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         image: None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
+        ends: Ends = _NO_ENDS,
     ) -> Iterator[dict[str, Any]]:
         """Complete one prompt, yielding {"text": all so far, "end_of_content": bool} after every token.
 
@@ -201,7 +208,7 @@ class MetaModel(nn.Module):
         ranks hold the model, all of them must take equally many steps: one that leaves early leaves the others
         waiting for it.
         """
-        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols).with_ends(ends)
         tokens = prompt_tokens(self.llma, self.tokenizer, [prompt], sampling, images=image)
         return (
             {"text": progress.text, "end_of_content": progress.finished}

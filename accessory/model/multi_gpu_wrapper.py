@@ -12,9 +12,11 @@ from accessory.generation.sampling import Sampling
 from accessory.model.pretrained import Paths
 from accessory.model.requests import Examples, cut_prompts, encode_prompts
 from accessory.serve.driver import Driver
+from accessory.text.chat import Ends
 
 # Whoever asks for a list of answers waits for all of them: there is no crowd to turn away.
 _QUEUE = 2**31
+_NO_ENDS = Ends()
 
 
 class MultiGpuWrapper:
@@ -70,15 +72,16 @@ class MultiGpuWrapper:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Examples,
         images: None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
+        ends: Ends = _NO_ENDS,
     ) -> list[str]:
         """As `MetaModel.generate`. To repeat a sample, seed PyTorch in this process."""
-        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols).with_ends(ends)
         streams = []
         try:
             for tokens in self._tokens(prompts, sampling, images):
@@ -90,15 +93,16 @@ class MultiGpuWrapper:
 
     def stream_generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         image: None = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.95,
         additional_stop_symbols: Iterable[str] = (),
+        ends: Ends = _NO_ENDS,
     ) -> Iterator[dict[str, Any]]:
         """As `MetaModel.stream_generate`; it may be left at any time."""
-        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols)
+        sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols).with_ends(ends)
         (tokens,) = self._tokens([prompt], sampling, image)
         return self._stream(tokens, sampling)
 

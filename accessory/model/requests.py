@@ -50,12 +50,7 @@ def encode_prompts(
     """
     refuse_images(images)
     sampling.check(limit)
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ValueError(f"prompts must be a non-empty list of strings, not {shown(prompts)}")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompts[{index}] must be a string, not {shown(prompt)}")
-    return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+    return _tokens_of(prompts, tokenizer, bos=True, eos=False, name="prompts")
 
 
 def cut_prompts(encoded: Sequence[list[int]], room: int, *, say: bool = True) -> list[list[int]]:
