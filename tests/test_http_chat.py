@@ -7,10 +7,11 @@ import pytest
 from http_api import ServedApi
 from models import load
 
-from accessory.data.conversation import default_conversation
 from accessory.model.meta import MetaModel
 from accessory.serve.driver import Driver
-from accessory.text.forms import Message, chat_prompt
+from accessory.text.chat import Message
+from accessory.text.conversation import default_conversation
+from accessory.text.forms import FORMS
 from accessory.tools.tiny import TinyReport
 
 MESSAGES = [{"role": "user", "content": "Return a list."}]
@@ -30,7 +31,7 @@ def test_an_answer_is_the_models_to_the_default_conversation(api: ServedApi, mod
     conversation = default_conversation()
     conversation.load_qas([["Return a list.", None]])
     prompt = conversation.get_prompt()
-    stop = [conversation.response_end_signal]
+    stop = api.app.state.server.form.ends.stop
     (expected,) = model.generate([prompt], max_gen_len=24, additional_stop_symbols=stop)
     answer = create(api, max_tokens=24, temperature=0)
     assert answer.object == "chat.completion"
@@ -42,13 +43,14 @@ def test_an_answer_is_the_models_to_the_default_conversation(api: ServedApi, mod
 @pytest.mark.parametrize("template", ["alpaca", "mixtral-instruct"])
 def test_another_template(tiny_engine: Driver, template: str) -> None:
     messages = [Message("system", "S"), Message("user", "Return a list.")]
-    expected = chat_prompt(template, messages, tiny_engine.tokenizer)
-    with ServedApi(tiny_engine, chat_template=template) as api:
+    form = FORMS[template](tiny_engine.tokenizer)
+    expected = form.prompt(messages)
+    with ServedApi(tiny_engine, form=form) as api:
         body = [{"role": "developer", "content": "S"}, *MESSAGES]
         answer = create(api, messages=body, max_tokens=5, temperature=0)
-        same = api.complete(prompt=expected.tokens, max_tokens=5, temperature=0).json()
-    assert answer.usage.prompt_tokens == len(expected.tokens)
-    assert answer.choices[0].message.content.strip() == same["choices"][0]["text"].strip()
+        same = api.complete(prompt=expected, max_tokens=5, temperature=0).json()
+    assert answer.usage.prompt_tokens == len(expected)
+    assert answer.choices[0].message.content == same["choices"][0]["text"].removeprefix(form.ends.lead)
 
 
 def test_an_answer_may_take_all_the_room_there_is(api: ServedApi, tiny_engine: Driver) -> None:
@@ -85,13 +87,16 @@ def test_fields_that_ask_for_nothing_are_taken(api: ServedApi) -> None:
     assert create(api, max_tokens=2, **nothing).usage.completion_tokens <= 2
 
 
-def test_scores_are_those_of_completions(api: ServedApi, tiny_engine: Driver) -> None:
-    tokens = chat_prompt("default", [Message("user", "Return a list.")], tiny_engine.tokenizer).tokens
+def test_scores_are_those_of_completions(api: ServedApi) -> None:
+    form = api.app.state.server.form
+    tokens = form.prompt([Message("user", "Return a list.")])
     answer = create(api, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2)
-    body = {"prompt": tokens, "max_tokens": 8, "temperature": 0, "logprobs": 2, "stop": "\n###"}
+    body = {"prompt": tokens, "max_tokens": 8, "temperature": 0, "logprobs": 2, "stop": list(form.ends.stop)}
     expected = api.complete(**body).json()["choices"][0]["logprobs"]
     told = answer.choices[0].logprobs.content
-    assert [entry.logprob for entry in told] == pytest.approx(expected["token_logprobs"][: len(told)], abs=1e-4)
+    first = int(expected["tokens"][0] == form.ends.lead)  # the form's, not the answer's
+    logprobs = expected["token_logprobs"][first : first + len(told)]
+    assert [entry.logprob for entry in told] == pytest.approx(logprobs, abs=1e-4)
     assert [len(entry.top_logprobs) for entry in told] == [2] * len(told)
     assert "".join(entry.token for entry in told).startswith(answer.choices[0].message.content)
     for entry in told:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from walks import LAYERS, experts_of, write_walk
 
-from accessory.data.conversation import default_conversation
 from accessory.generation.sampling import Sampling
 from accessory.serve.dialogue import dialogue_prompt
 from accessory.serve.driver import Driver
@@ -19,6 +18,8 @@ from accessory.serve.web.experts import coloured, heatmap
 from accessory.serve.web.page import matcher
 from accessory.serve.web.parts import status, written
 from accessory.serve.web.session import Session
+from accessory.text.conversation import default_conversation
+from accessory.text.forms import DefaultForm
 from accessory.text.tokenizer import Tokenizer
 
 ANSWER = " big(<b>).\n###"
@@ -38,6 +39,11 @@ def engine(walk: Path) -> Iterator[Engine]:
         yield driver
 
 
+def form_of(engine: Engine) -> DefaultForm:
+    """That of a model which has not learned what follows the mark: the mark is its stop string."""
+    return DefaultForm(engine.tokenizer, learns_end=False)
+
+
 def collect(engine: Engine, tokens: tuple[int, ...], sampling: Sampling) -> list[Answer]:
     """Every picture of an answer that a page would show."""
 
@@ -53,20 +59,20 @@ def collect(engine: Engine, tokens: tuple[int, ...], sampling: Sampling) -> list
 
 
 def test_the_mark_that_ends_a_turn_never_shows(engine: Engine) -> None:
-    prompt = dialogue_prompt(engine.tokenizer, [], HELLO, room=200)
-    answers = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=prompt.stop))
+    prompt = dialogue_prompt(form_of(engine), [], HELLO, room=200)
+    answers = collect(engine, prompt.tokens, Sampling(max_gen_len=50).with_ends(form_of(engine).ends))
     assert answers[-1].text == "big(<b>)."
     assert answers[-1].finish == "stop"
     for answer in answers:
         assert answers[-1].text.startswith(answer.text)
     assert answers[-1].tokens_per_second > 0
     # Without the stop string the model does go on to write the mark.
-    assert collect(engine, prompt.tokens, Sampling(max_gen_len=50))[-1].text.startswith(ANSWER[1:])
+    assert collect(engine, prompt.tokens, Sampling(max_gen_len=50))[-1].text.startswith(ANSWER)
 
 
 def test_each_token_has_the_colour_of_its_first_expert(engine: Engine, walk: Path) -> None:
-    prompt = dialogue_prompt(engine.tokenizer, [], HELLO, room=200)
-    answer = collect(engine, prompt.tokens, Sampling(max_gen_len=50, stop=prompt.stop))[-1]
+    prompt = dialogue_prompt(form_of(engine), [], HELLO, room=200)
+    answer = collect(engine, prompt.tokens, Sampling(max_gen_len=50).with_ends(form_of(engine).ends))[-1]
     for layer in range(LAYERS):
         pieces = coloured(engine.tokenizer, answer, layer)
         assert "".join(text for text, _ in pieces) == "big(<b>)."
@@ -77,7 +83,7 @@ def test_each_token_has_the_colour_of_its_first_expert(engine: Engine, walk: Pat
 
 
 def test_the_heatmap_counts_pairs(engine: Engine, walk: Path) -> None:
-    prompt = dialogue_prompt(engine.tokenizer, [], HELLO, room=200)
+    prompt = dialogue_prompt(form_of(engine), [], HELLO, room=200)
     answer = collect(engine, prompt.tokens, Sampling(max_gen_len=5))[-1]
     chosen = [expert for token in answer.tokens[:4] for expert in experts_of(walk, token)[0]]
     table = heatmap(answer.routes, 8)
@@ -97,9 +103,23 @@ def test_tokens_that_make_one_character_are_one_piece(small_tokenizer: Path) -> 
     assert pieces[-1][1] is None, "the last token was not read any more"
 
 
+@pytest.mark.parametrize("lead", ["", " ", " big"])
+def test_the_pieces_make_up_the_text_behind_its_prompt(engine: Engine, walk: Path, lead: str) -> None:
+    """With the space that begins it, or without where the form has it; whichever token ended it."""
+    prompt = dialogue_prompt(form_of(engine), [], HELLO, room=200)
+    last = engine.tokenizer.encode(")", bos=False, eos=False)[-1]
+    sampling = Sampling(max_gen_len=50, stop_ids=(last,), lead=lead)
+    answer = collect(engine, prompt.tokens, sampling)[-1]
+    pieces = coloured(engine.tokenizer, answer, 0)
+    assert "".join(text for text, _ in pieces) == answer.text == " big(<b>".removeprefix(lead)
+    names = [f"expert {experts_of(walk, token)[0][0]}" for token in answer.tokens]
+    hidden = len(engine.tokenizer.encode(f"a{lead}", bos=False, eos=False)) - 1 if lead.strip() else 0
+    assert [name for _, name in pieces] == names[hidden : hidden + len(pieces)]
+
+
 def test_leaving_an_answer_frees_its_slot(engine: Engine) -> None:
     """As gradio leaves it when a tab is closed."""
-    tokens = dialogue_prompt(engine.tokenizer, [], HELLO, room=200).tokens
+    tokens = dialogue_prompt(form_of(engine), [], HELLO, room=200).tokens
 
     async def leave() -> None:
         session = Session()
@@ -120,7 +140,7 @@ def test_leaving_an_answer_frees_its_slot(engine: Engine) -> None:
 
 def test_what_is_wrong_takes_the_answers_place(engine: Engine) -> None:
     async def first(session: Session, length: int) -> object:
-        tokens = dialogue_prompt(engine.tokenizer, [], HELLO, room=200).tokens
+        tokens = dialogue_prompt(form_of(engine), [], HELLO, room=200).tokens
         answers = written(engine, session, lambda: (tokens, Sampling(max_gen_len=length)))
         found = await anext(answers)
         await answers.aclose()
@@ -134,7 +154,7 @@ def test_what_is_wrong_takes_the_answers_place(engine: Engine) -> None:
 
 def test_a_full_queue_is_said(engine: Engine) -> None:
     async def ask() -> list[Answer | Exception]:
-        tokens = dialogue_prompt(engine.tokenizer, [], HELLO, room=200).tokens
+        tokens = dialogue_prompt(form_of(engine), [], HELLO, room=200).tokens
         asked = [written(engine, Session(), lambda: (tokens, Sampling(max_gen_len=300))) for _ in range(5)]
         found = [await anext(answers) for answers in asked]
         for answers in asked:
@@ -149,16 +169,16 @@ def test_a_full_queue_is_said(engine: Engine) -> None:
 
 def test_a_question_without_room_leaves_out_the_oldest_turns(engine: Engine) -> None:
     turns = [(f"question {number}", "a long answer " * 3) for number in range(9)]
-    prompt = dialogue_prompt(engine.tokenizer, turns, "now?", room=250)
+    prompt = dialogue_prompt(form_of(engine), turns, "now?", room=250)
     assert 0 < prompt.dropped < 9
     assert len(prompt.tokens) <= 250
     text = engine.tokenizer.decode(prompt.tokens)
     assert "question 8" in text
     assert "question 0" not in text
     with pytest.raises(ValueError, match="there is room for 20: shorten it"):
-        dialogue_prompt(engine.tokenizer, turns, "now?", room=20)
+        dialogue_prompt(form_of(engine), turns, "now?", room=20)
     with pytest.raises(ValueError, match="question is empty"):
-        dialogue_prompt(engine.tokenizer, turns, " \n", room=250)
+        dialogue_prompt(form_of(engine), turns, " \n", room=250)
 
 
 def test_a_long_dialogue_is_tokenised_a_few_times(engine: Engine) -> None:
@@ -174,12 +194,12 @@ def test_a_long_dialogue_is_tokenised_a_few_times(engine: Engine) -> None:
     turns = [(f"question {number}", "a long answer " * (number % 7)) for number in range(300)]
     for room in (200, 400, 900, 100_000):
         sizes.clear()
-        prompt = dialogue_prompt(tokenizer, turns, "now?", room=room)
+        prompt = dialogue_prompt(DefaultForm(tokenizer), turns, "now?", room=room)
         assert len(sizes) <= 12
         assert max(sizes) <= 10 * room
         assert len(prompt.tokens) <= room
         if prompt.dropped:
-            assert len(dialogue_prompt(engine.tokenizer, turns[prompt.dropped - 1 :], "now?", room=10**6).tokens) > room
+            assert len(dialogue_prompt(form_of(engine), turns[prompt.dropped - 1 :], "now?", room=10**6).tokens) > room
     assert prompt.dropped == 0
 
 
