@@ -45,8 +45,8 @@ class Detokenizer:
     and the rest reads as it would in the whole text.
 
     Args:
-        after: tokens of a text that this one goes on from. A space before the first word is kept then, and bytes of a
-            character that was begun there join: the texts of both make up `settled_text` of the one and the rest.
+        after: tokens of a text that this one goes on from. Behind their `settled_text` it makes up the text of all
+            tokens: a space before the first word is kept, and bytes of a character that was begun there join.
     """
 
     def __init__(self, tokenizer: StreamableTokenizer, after: Sequence[int]) -> None:
