@@ -8,7 +8,7 @@ import multiprocessing
 import pickle
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import pytest
 
 from accessory import files
 from accessory.data import cache, tokenise
-from accessory.data.alpaca import alpaca_text
 from accessory.data.cache import load_finetune_data
-from accessory.data.dialogue import dialogue_text
-from accessory.data.examples import encode_example
+from accessory.data.examples import Ids, Recipe
 from accessory.data.finetune_data import FinetuneData, is_complete
+from accessory.data.sources import Source
+from accessory.text.chat import Segment
+from accessory.text.forms import DefaultForm, MistralForm
+from accessory.text.instruction import format_prompt
+from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
 MODELS = Path(mistral_common.__file__).parent / "data"
@@ -94,12 +97,13 @@ def test_without_a_terminal_progress_is_said_in_lines(
 
 @pytest.mark.parametrize("dialog", [False, True])
 def test_the_examples_are_those_of_the_records(dialog: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    records = CHATS if dialog else ALPACA
+    records: list[Any] = CHATS if dialog else ALPACA
     data = load(tmp_path, records, tokenizer, dialog=dialog, max_words=80)
     assert len(data) == len(records) == len(data.lengths)
+    recipe = Recipe(tokenizer, 80, dialog)
     for index, record in enumerate(records):
-        text = dialogue_text(record) if dialog else alpaca_text(record)
-        tokens, labels, _ = encode_example(text, tokenizer, max_words=80)
+        (part,), _ = recipe.read(record, Source(tmp_path))
+        tokens, labels, _ = recipe.encode(part)
         assert data[index][0].tolist() == tokens.tolist()
         assert data[index][1].tolist() == labels.tolist()
         assert data.lengths[index] == len(tokens)
@@ -129,7 +133,8 @@ def test_a_large_vocabulary_takes_int32(tokenizer: Tokenizer, tmp_path: Path, mo
     monkeypatch.setattr(tokenizer, "n_words", 70_000)
     data = load(tmp_path, ALPACA, tokenizer)
     assert data[0][0].dtype == np.int32
-    assert data[0][0].tolist() == tokenizer.encode(alpaca_text(ALPACA[0]).text, True, True)
+    prompt = tokenizer.encode(format_prompt(ALPACA[0]), bos=True, eos=False)
+    assert data[0][0].tolist() == [*prompt, *tokenizer.cont(ALPACA[0]["output"]), tokenizer.eos_id]
 
 
 def test_a_ratio_is_a_share_drawn_by_seed(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_the_second_call_maps_what_the_first_wrote(
 ) -> None:
     first = load(tmp_path, ALPACA, tokenizer)
     assert f"{tmp_path}/a.json: 8 examples, {sum(first.lengths)} tokens" in log.text
-    monkeypatch.setattr(tokenise, "encode_example", None)  # calling it would fail
+    monkeypatch.setattr(Recipe, "read", None)  # calling it would fail
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     again = load(moved, ALPACA, tokenizer)
@@ -161,27 +166,32 @@ def test_the_second_call_maps_what_the_first_wrote(
 
 
 def test_what_the_examples_depend_on_makes_another_cache(tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path) -> None:
-    records = [{**alpaca, **chat} for alpaca, chat in zip(ALPACA, CHATS, strict=True)]
-    path = str(data_file(tmp_path, records))
-    plain = {"dialog": False, "max_words": 512, "progress": False}
+    path, chats = str(data_file(tmp_path, ALPACA)), str(data_file(tmp_path, CHATS, "chats.json"))
+    template = "{{ bos_token }}{% for one in messages %}[{{ one.role }}]{{ one.content }}{{ eos_token }}{% endfor %}"
+    others = TemplateForm(tokenizer, template, "a"), TemplateForm(tokenizer, template.replace("[", "("), "a")
+    plain = {"max_words": 512, "progress": False}
     calls: list[tuple[dict[str, Any], Tokenizer, dict[str, Any]]] = [
-        ({}, tokenizer, {}),
-        ({}, tokenizer, {"dialog": True}),
-        ({}, tokenizer, {"max_words": 100}),
-        ({}, Tokenizer(MODELS / "mistral_instruct_tokenizer_240216.model.v2"), {}),
-        ({"prompt_type": "shortqa"}, tokenizer, {}),
-        ({"preprocess": "single_turn_llava"}, tokenizer, {}),
-        ({"ratio": 0.5}, tokenizer, {}),
-        ({"ratio": 0.5}, tokenizer, {"seed": 1}),
+        ({"path": path}, tokenizer, {}),
+        ({"path": chats}, tokenizer, {}),
+        ({"path": chats}, tokenizer, {"dialog": True}),
+        ({"path": path}, tokenizer, {"max_words": 100}),
+        ({"path": path}, Tokenizer(MODELS / "mistral_instruct_tokenizer_240216.model.v2"), {}),
+        ({"path": path, "prompt_type": "shortqa"}, tokenizer, {}),
+        ({"path": chats, "preprocess": "single_turn_llava"}, tokenizer, {}),
+        ({"path": path, "ratio": 0.5}, tokenizer, {}),
+        ({"path": path, "ratio": 0.5}, tokenizer, {"seed": 1}),
+        ({"path": path}, tokenizer, {"ignore_fields": ["input"]}),
+        *[({"path": path}, tokenizer, {"form": form}) for form in (DefaultForm(tokenizer), MistralForm(tokenizer))],
+        *[({"path": path}, tokenizer, {"form": form}) for form in others],
     ]
     for number, (entry, chosen, settings) in enumerate(calls, start=1):
-        made = config(tmp_path, {"path": path, **entry})
-        load_finetune_data(made, chosen, **{**plain, **settings})
+        load_finetune_data(config(tmp_path, entry), chosen, **{**plain, **settings})
         assert len(folders(cache_dir)) == number
-    # Without a ratio the seed draws nothing, and in a dialogue the prompt has no place.
+    # Without a ratio the seed draws nothing, in a dialogue the prompt has no place, and a template's name says nothing.
     load_finetune_data(config(tmp_path, {"path": path}), tokenizer, seed=5, **plain)
-    made = config(tmp_path, {"path": path, "prompt_type": "qg"})
-    load_finetune_data(made, tokenizer, **{**plain, "dialog": True})
+    load_finetune_data(config(tmp_path, {"path": chats, "prompt_type": "qg"}), tokenizer, dialog=True, **plain)
+    renamed = TemplateForm(tokenizer, template, "b")
+    load_finetune_data(config(tmp_path, {"path": path}), tokenizer, form=renamed, **plain)
     assert len(folders(cache_dir)) == len(calls)
     # One byte of the data, at the same size and time.
     stat = Path(path).stat()
@@ -259,8 +269,13 @@ def _load_in_process(arguments: tuple[Path, Path]) -> tuple[int, bool]:
     """How many examples another process found, and whether it wrote them."""
     path, cache_dir = arguments
     wrote = []
-    encode = tokenise.encode_example
-    tokenise.encode_example = lambda *a, **k: wrote.append(1) or encode(*a, **k)  # type: ignore[func-returns-value]
+    encode = Recipe.encode
+
+    def counted(recipe: Recipe, segments: Sequence[Segment]) -> tuple[Ids, Ids, bool]:
+        wrote.append(1)
+        return encode(recipe, segments)
+
+    Recipe.encode = counted  # type: ignore[method-assign]
     tokenizer = Tokenizer(MODELS / "tokenizer.model.v1")
     settings: dict[str, Any] = {"max_words": 512, "progress": False, "cache_dir": cache_dir}
     data = load_finetune_data(path, tokenizer, dialog=False, **settings)
@@ -307,12 +322,12 @@ BAD = [ALPACA[0], {"instruction": "a"}, ALPACA[1], 3, {"instruction": "a", "outp
 def test_a_bad_record_stops_before_any_tokenising(
     tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenise, "encode_example", None)
+    monkeypatch.setattr(Recipe, "encode", None)
     good = data_file(tmp_path, ALPACA, "good.json")
     for name, place in (("a.json", "record 2"), ("a.jsonl", "line 2")):
         bad = data_file(tmp_path, BAD, name)
         path = config(tmp_path, {"path": str(good)}, {"path": str(bad)})
-        with pytest.raises(ValueError, match=f"bad record in {bad}, {place}: .*'output'.*--skip_bad_records"):
+        with pytest.raises(ValueError, match=rf"bad record in {bad}, {place}: .*\['instruction'\].*--skip_bad_records"):
             load_finetune_data(path, tokenizer, dialog=False, max_words=512, progress=False)
     assert folders(cache_dir) == []
 
@@ -320,7 +335,7 @@ def test_a_bad_record_stops_before_any_tokenising(
 def test_skipped_records_are_counted_and_listed(tokenizer: Tokenizer, tmp_path: Path, log: Any) -> None:
     data = load(tmp_path, BAD, tokenizer, skip_bad_records=True)
     assert len(data) == 3
-    assert tokenizer.decode(data[1][0].tolist()) == alpaca_text(ALPACA[1]).text
+    assert tokenizer.decode(data[1][0].tolist()) == format_prompt(ALPACA[1]) + ALPACA[1]["output"]
     assert (data.reports[0].usable, data.reports[0].bad) == (3, 3)
     for line in ("a.json: 3 bad records are left out", "record 2: ", "record 4: it is 3", "record 5: it holds a lone"):
         assert line in log.text
@@ -340,7 +355,7 @@ def test_records_without_an_answer_are_left_out(tokenizer: Tokenizer, tmp_path: 
     silent = {"conversations": [{"from": "human", "value": "Anybody?"}, {"from": "gpt", "value": " \n"}]}
     data = load(tmp_path, [asked, *CHATS[:2], silent], tokenizer, dialog=True)
     assert (len(data), data.reports[0].unanswered) == (2, 2)
-    assert "2 records without an answer are left out" in log.text
+    assert "2 records without an answer to learn are left out" in log.text
     for records in ([asked, silent], [silent]):
         with pytest.raises(ValueError, match=r"a\.json holds no record to learn from \(0 bad records, . without an"):
             load(tmp_path, records, tokenizer, dialog=True)
@@ -378,14 +393,17 @@ def test_max_words_must_be_a_count(max_words: Any, tokenizer: Tokenizer, tmp_pat
 
 
 def test_images_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="record 2: it has an image, and only text"):
+    with pytest.raises(ValueError, match=r"record 2: it has 'a\.jpg' under 'image': only text can be trained on"):
         load(tmp_path, [{**ALPACA[0], "image": None}, {**ALPACA[0], "image": "a.jpg"}], tokenizer)
 
 
 def test_settings_without_effect_are_told(tokenizer: Tokenizer, tmp_path: Path, log: Any) -> None:
-    path = config(tmp_path, {"path": str(data_file(tmp_path, CHATS)), "prompt_type": "None"})
-    load_finetune_data(path, tokenizer, dialog=True, max_words=512, progress=False)
-    assert "preprocess and prompt_type have no effect on dialogues" in log.text
+    for entry in ({"prompt_type": "None"}, {"preprocess": "single_turn_llava"}):
+        log.clear()
+        path = config(tmp_path, {"path": str(data_file(tmp_path, CHATS)), **entry})
+        data = load_finetune_data(path, tokenizer, dialog=True, max_words=512, progress=False)
+        assert "preprocess and prompt_type have no effect on dialogues" in log.text
+        assert data.prompt_form == DefaultForm(tokenizer).recorded()
 
 
 def test_the_default_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

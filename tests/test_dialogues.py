@@ -15,7 +15,8 @@ from accessory.cli import main
 from accessory.data.cache import CACHE_VARIABLE, load_finetune_data
 from accessory.data.conversation import default_conversation
 from accessory.model.meta import MetaModel
-from accessory.text.forms import find_template
+from accessory.text.form_files import find_form
+from accessory.text.forms import DefaultForm
 from accessory.text.tokenizer import Tokenizer
 from accessory.tools import docstring_dialogues
 
@@ -54,8 +55,9 @@ def test_a_model_finetuned_on_dialogues_is_asked_as_it_was_trained(tmp_path: Pat
     shutil.copytree(tmp_path / "sizes", tmp_path / "base", dirs_exist_ok=True)
     settings = tmp_path / "base" / "tokenizer_config.json"
     named = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**named, "chat_template": "{{ bos_token }}[INST] {{ question }} [/INST]"}))
-    assert find_template(tokenizer) == "mixtral-instruct"
+    template = "{{ bos_token }}{% for one in messages %}[INST] {{ one.content }} [/INST]{% endfor %}"
+    settings.write_text(json.dumps({**named, "chat_template": template}))
+    assert find_form(tokenizer, [tmp_path / "base"]).name == "tokenizer_config.json"
     data = [{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}]
     (tmp_path / "data.json").write_text(json.dumps(data))
     (tmp_path / "data.yaml").write_text(f"META: [{{path: {tmp_path}/data.json}}]")
@@ -64,7 +66,8 @@ def test_a_model_finetuned_on_dialogues_is_asked_as_it_was_trained(tmp_path: Pat
     with Program(alone(arguments), {CACHE_VARIABLE: str(tmp_path / "cache")}) as program:
         assert program.wait() == 0
     trained = Tokenizer(tmp_path / "run" / "epoch0")
-    assert find_template(trained) == "default"
+    form = find_form(trained, [tmp_path / "run" / "epoch0"])
+    assert form.recorded() == DefaultForm(trained).recorded() == {"name": "default", "answers_end_at": "\n### Human:"}
     assert json.loads(trained.path.with_name("tokenizer_config.json").read_text()) == named
 
 

@@ -10,7 +10,7 @@ import pytest
 import accessory
 from accessory import cli
 from accessory.commands import demos
-from accessory.serve.options import add_rank_arguments, add_template_argument
+from accessory.serve.options import add_rank_arguments
 from accessory.train import options
 
 DOCS = Path(accessory.__file__).parent.parent / "docs"
@@ -19,7 +19,6 @@ DOCS = Path(accessory.__file__).parent.parent / "docs"
 def multi_turn() -> argparse.ArgumentParser:
     parser = demos._parser("multi_turn.py", "")
     add_rank_arguments(parser)
-    add_template_argument(parser)
     return parser
 
 

@@ -240,7 +240,7 @@ def _(folder, good):
     return data_of(folder, "text", name="data.txt")
 
 
-@case("bad record", "bad record in", "data.json, record 2", "under 'output'", "pass --skip_bad_records")
+@case("bad record", "bad record in", "data.json, record 2", "having ['instruction']", "pass --skip_bad_records")
 def _(folder, good):
     return data_of(folder, [GOOD, {"instruction": "a"}])
 
@@ -265,14 +265,58 @@ def _(folder, good):
     return {"max_words": 20}
 
 
-@case("dialogues without --dialog", "bad record in", "it is a dialogue", "pass --dialog")
-def _(folder, good):
-    return data_of(folder, [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
-
-
-@case("Alpaca records with --dialog", "bad record in", "it has no 'conversations'", "is read without --dialog")
+@case(
+    "Alpaca records with --dialog", "bad record in", "it has no dialogue", "an Alpaca record is read without --dialog"
+)
 def _(folder, good):
     return {"dialog": True}
+
+
+CHAT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+
+
+@case("an unknown field", "data.json, record 2: it has the unknown ['notes']", "pass --ignore_fields notes")
+def _(folder, good):
+    return {**data_of(folder, [GOOD, {**GOOD, "notes": "a"}]), "skip_bad_records": True}
+
+
+@case("forms", "several prompt forms, alpaca (", "data.json), default (", "name one for all with --chat_template")
+def _(folder, good):
+    return data_of(folder, [GOOD, CHAT])
+
+
+@case("an answer that ends", "record 2", "its answer holds '\\n### Human:', at which answers end", "--skip_bad_records")
+def _(folder, good):
+    spoilt = {"conversations": [CHAT["conversations"][0], {"from": "gpt", "value": "b\n### Human: c"}]}
+    return data_of(folder, [CHAT, spoilt])
+
+
+@case("form", "--chat_template 'vicuna' is no file and unknown as a name", "take a file or one of default, alpaca, ")
+def _(folder, good):
+    return {"chat_template": "vicuna"}
+
+
+@case("no template", "--chat_template model: no chat template lies in", "base: give a file or a name")
+def _(folder, good):
+    return {"chat_template": "model"}
+
+
+@case("a template that is broken", "line 1 of the chat template", "unexpected end of template")
+def _(folder, good):
+    (folder / "broken.jinja").write_text("{{ messages")
+    return {"chat_template": folder / "broken.jinja"}
+
+
+@case(
+    "a chat that the template refuses", "bad record in", "data.json, record 1", "only one, please", "--skip_bad_records"
+)
+def _(folder, good):
+    template = (
+        "{% if messages | length > 3 %}{{ raise_exception('only one, please') }}{% endif %}{{ messages[0].content }}"
+    )
+    (folder / "one.jinja").write_text(template)
+    twice = {"conversations": CHAT["conversations"] * 2}
+    return {**data_of(folder, [twice]), "chat_template": folder / "one.jinja"}
 
 
 # -- the folder of the run, and what it goes on from
@@ -323,7 +367,8 @@ def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
     output = changes.pop("output_dir")
     kind, text, marked = alike(ranks(size).run(outcome, good, good.arguments(output, **changes)))
     print(f"\n{name}: {text}")
-    assert kind in ("ValueError", "FileNotFoundError", "CheckpointError", "OSError", "FileExistsError"), text
+    expected = ("ValueError", "TemplateError", "FileNotFoundError", "CheckpointError", "OSError", "FileExistsError")
+    assert kind in expected, text
     assert all(part in text for part in case.says), text
     assert text.rfind(case.says[-1]) == max(map(text.rfind, case.says)), "the way out stands last"
     assert "\n" not in text
@@ -450,10 +495,10 @@ def test_skipped_records_are_counted_and_listed(size, good, ranks, tmp_path):
     log = (tmp_path / "out" / "output.log").read_text()
     assert f"{tmp_path}/data.json: 7 examples" in log
     assert f"WARNING: {tmp_path}/data.json: 10 bad records are left out" in log
-    assert "WARNING:   record 2: an Alpaca record needs a string under 'output'" in log
+    assert "WARNING:   record 2: it is of no known form, having ['instruction']; " in log
     assert "WARNING:   record 4: it is 7, not an object" in log
     assert "WARNING:   and 5 more" in log
-    assert f"WARNING: {tmp_path}/data.json: 1 records without an answer are left out" in log
+    assert f"WARNING: {tmp_path}/data.json: 1 records without an answer to learn are left out" in log
     assert len(losses(tmp_path / "out")) == 2
 
 

@@ -107,9 +107,11 @@ def test_one_process(start, cwd, setting, one_process, tmp_path):
 def test_the_exported_folder_is_a_checkpoint(one_process, setting):
     folder = one_process / "epoch0-iter3"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"consolidated.00-of-01.model.pth", "config.json", "meta.json", "tokenizer.model"}
+    text = {"tokenizer.model", "chat_template.jinja"}
+    assert names == {"consolidated.00-of-01.model.pth", "config.json", "meta.json", *text}
     assert (folder / "tokenizer.model").read_bytes() == (setting.model / "tokenizer.model").read_bytes()
-    assert json.loads((folder / "meta.json").read_text()) == {"llama_type": "mistral"}
+    form = {"name": "alpaca", "prompt_types": ["alpaca"]}
+    assert json.loads((folder / "meta.json").read_text()) == {"llama_type": "mistral", "prompt_form": form}
     before, after = (json.loads((path / "config.json").read_text()) for path in (setting.model, folder))
     assert {key: after[key] for key in before if key != "max_seq_len"} == {
         key: value for key, value in before.items() if key != "max_seq_len"

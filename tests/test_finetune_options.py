@@ -29,6 +29,8 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "data_config": (None, "d.yaml", "d.yaml"),
     "dialog": (False, "", True),
     "max_words": (1024, "4096", 4096),
+    "chat_template": (None, "alpaca", "alpaca"),
+    "ignore_fields": ((), "notes,score", ("notes", "score")),
     "skip_bad_records": (False, "", True),
     "cache_ann_on_disk": (..., "", ...),
     "num_workers": (..., "4", ...),

@@ -1,8 +1,12 @@
 """The arguments that demos, chat and serve share."""
 
 import argparse
+import json
+import shutil
+from pathlib import Path
 
 import pytest
+from checkpoints import small_config, write_folder
 
 from accessory.config import QuantArgs
 from accessory.serve.options import (
@@ -14,9 +18,10 @@ from accessory.serve.options import (
     add_rank_arguments,
     add_template_argument,
     driver_settings,
+    form_of,
     model_settings,
-    template_of,
 )
+from accessory.text.forms import Form
 
 
 def demo() -> argparse.ArgumentParser:
@@ -72,13 +77,34 @@ def test_a_command_that_starts_ranks_itself() -> None:
     assert "slots" not in driver_settings(parser.parse_args(["base"]))
 
 
-def test_a_template() -> None:
+def test_a_form(small_tokenizer: Path, tmp_path: Path) -> None:
+    """What the checkpoint says, unless a name or a template's file is given; no weights are read for it."""
+    config = small_config()
+    folder = write_folder(tmp_path / "base", {}, config, files=1, tokenizer=small_tokenizer)
     parser = argparse.ArgumentParser()
+    add_model_arguments(parser, positional=True)
     add_template_argument(parser)
-    assert template_of(parser.parse_args([])) is None
-    assert template_of(parser.parse_args(["--chat_template", "alpaca"])) == "alpaca"
-    with pytest.raises(ValueError, match="'mixtral' is unknown: take one of default, alpaca, mixtral-instruct"):
-        template_of(parser.parse_args(["--chat-template", "mixtral"]))
+
+    def form(*words: str) -> Form:
+        return form_of(parser.parse_args([str(folder), *words]))
+
+    assert form().recorded() == {"name": "default"}, "of a model of which nothing is said"
+    assert form("--chat_template", "alpaca").name == "alpaca"
+    with pytest.raises(ValueError, match=r"'mixtral' is no file and unknown as a name: .* default, alpaca, mixtral-in"):
+        form("--chat-template", "mixtral")
+    (tmp_path / "mine.jinja").write_text("{% for one in messages %}({{ one.content }}){% endfor %}")
+    assert form("--chat_template", f"{tmp_path}/mine.jinja").name == f"{tmp_path}/mine.jinja"
+    with pytest.raises(ValueError, match=f"no chat template lies in {folder}: give a file or a name"):
+        form("--chat_template", "model")
+    shutil.copyfile(tmp_path / "mine.jinja", folder / "chat_template.jinja")
+    assert form().name == form("--chat_template", "model").name == "chat_template.jinja"
+    (folder / "meta.json").write_text(json.dumps({"llama_type": "mistral", "prompt_form": {"name": "alpaca"}}))
+    assert form().name == "alpaca", "a form that was trained rules"
+    with pytest.raises(SystemExit):
+        form("--chat_template", "")
+    (folder / "meta.json").write_text(json.dumps({"llama_type": "mistral", "prompt_form": {"name": "vicuna"}}))
+    with pytest.raises(ValueError, match=r"meta\.json: prompt_form is .*'vicuna'.*, and no form is known by that"):
+        form()
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--tokens", action="store_true", help="list the tokens too")
     parser.add_argument("--dialog", action="store_true", help="as main_finetune.py has it")
     parser.add_argument("--chat_template", "--chat-template", type=given_name, metavar="NAME|FILE", help="the same")
-    parser.add_argument("--max_words", "--max-words", type=_count, default=1024, help="the same (default 1024)")
+    parser.add_argument("--max_words", "--max-words", type=_words, default=1024, help="the same (default 1024)")
     parser.add_argument("--ignore_fields", "--ignore-fields", default="", metavar="A,B", help="the same")
-    parser.set_defaults(run=_show)
+    alone = "accessory show works in one process: start it without torchrun"
+    parser.set_defaults(run=_show, alone=alone)
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from accessory.data.cache import refuse_several_forms
     from accessory.data.examples import Recipe
     from accessory.data.sources import read_data_config
     from accessory.data.tokenise import SourceReport
@@ -53,17 +55,20 @@ def _show(arguments: argparse.Namespace) -> None:
     folders = [folder if folder.is_dir() else folder.parent]
     asked = arguments.chat_template
     form = None if asked is None else form_for_training(tokenizer, folders, asked)
-    ignore = frozenset(name.strip() for name in arguments.ignore_fields.split(","))
+    ignore = frozenset(filter(None, map(str.strip, arguments.ignore_fields.split(","))))
     recipe = Recipe(tokenizer, arguments.max_words, arguments.dialog, form, ignore=ignore)
     marks = _COLOURS if sys.stdout.isatty() else _BRACKETS
-    for source in sources:
-        report = SourceReport(str(source.path))
+    reports = [SourceReport(str(source.path)) for source in sources]
+    for source, report in zip(sources, reports, strict=True):
         for line in islice(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit):
             show(line)
         for fault in report.listed:
             show(f"--- left out: {source.path.name}, {fault}\n")
+        if report.bad > len(report.listed):
+            show(f"--- left out: {report.bad - len(report.listed)} more bad records of {source.path.name}\n")
         if report.unanswered:
             show(f"--- left out: {report.unanswered} records of {source.path.name} without an answer to learn\n")
+    refuse_several_forms(reports)
 
 
 def _examples(
@@ -115,6 +120,10 @@ def _listed(ids: Sequence[int], labels: Sequence[int], recipe: "Recipe", marks: 
     for token, label in zip(ids, labels, strict=True):
         name = f"{token} {recipe.tokenizer.name(token)!r}"
         yield f"  {marks[0]}{name}{marks[1]}\n" if label else f"  {name}\n"
+
+
+def _words(text: str) -> int:
+    return given_number(text, 2, None, "a number of tokens of 2 or more")
 
 
 def _count(text: str) -> int:

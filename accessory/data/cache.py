@@ -36,7 +36,7 @@ from accessory.text.forms import Form
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
-_FORMAT = 2  # raise it when records become other examples than before
+_FORMAT = 3  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _write(
 ) -> None:
     """Write the cache aside, then move it to `folder`; `alone`: nobody else writes here."""
     reports = [check_source(source, recipe, skip_bad_records=skip_bad_records, progress=progress) for source in sources]
-    _refuse_several_forms(reports)
+    refuse_several_forms(reports)
     host = socket.gethostname()
     if alone:  # of the processes here: some file systems lock for one host only
         for left in folder.parent.glob(f"{folder.name}.{host}-*.tmp"):  # a process was killed while it wrote
@@ -159,8 +159,7 @@ def _key(sources: Sequence[Source], recipe: Recipe) -> str:
                 [_digest(file) for file in data_files(source.path)],
                 source.path.suffix.lower(),
                 source.ratio,
-                source.preprocess,
-                source.prompt_type,
+                None if recipe.dialog else [source.preprocess, source.prompt_type],
             ]
             for source in sources
         ],
@@ -168,9 +167,9 @@ def _key(sources: Sequence[Source], recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _refuse_several_forms(reports: Sequence[SourceReport]) -> None:
-    """A model answers in one form alone."""
-    found = {name: report.path for report in reports for name in report.forms}
+def refuse_several_forms(reports: Sequence[SourceReport]) -> None:
+    """See that a model is asked in one form alone: ValueError."""
+    found = {form["name"]: report.path for report in reports for form in report.forms}
     if len(found) > 1:
         listed = ", ".join(f"{name} ({path})" for name, path in found.items())
         raise ValueError(f"the records have several prompt forms, {listed}: name one for all with --chat_template")

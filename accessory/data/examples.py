@@ -53,7 +53,7 @@ class Recipe:
         Raises:
             ValueError: the reason, without file or line.
         """
-        if source.preprocess == "single_turn_llava":
+        if source.preprocess == "single_turn_llava" and not self.dialog:
             value = _first_turn(value)
         said = read_said(value, ignore=self.ignore)
         if self.dialog and isinstance(said, Instruction):
@@ -93,4 +93,7 @@ def _first_turn(record: Any) -> Any:
         raise ValueError(f"single_turn_llava needs two or more turns under 'conversations', and it is {shown(record)}")
     if record.get("image"):
         raise ValueError("it has an image, and only text can be trained on")
-    return {"instruction": turns[0].get("value"), "output": turns[1].get("value")}
+    for number, turn in enumerate(turns[:2], start=1):
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} of its conversations has no string under 'value', and it is {shown(turn)}")
+    return {"instruction": turns[0]["value"], "output": turns[1]["value"]}

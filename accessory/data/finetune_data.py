@@ -56,7 +56,7 @@ class FinetuneData:
 
 
 def _prompt_form(reports: Sequence[SourceReport]) -> dict[str, Any] | None:
-    forms = [form for report in reports for form in report.forms.values()]
+    forms = [form for report in reports for form in report.forms]
     if not forms or "prompt_types" not in forms[0]:
         return forms[0] if forms else None
     types = dict.fromkeys(name for form in forms for name in form["prompt_types"])

@@ -1,11 +1,13 @@
 """The data yaml: which files a finetuning learns from, and how their records are read.
 
 META:
-  - path: ../data/alpaca.json    # from the working folder, else from the folder accessory/
+  - path: ../data/alpaca.json    # or a folder that datasets saved; from the working folder, else from accessory/
     type: text                   # the only one: there is no image encoder here
     ratio: 0.5                   # the share of its usable records, drawn by seed; all of them by default
-    preprocess: alpaca           # one of PREPROCESSORS
-    prompt_type: alpaca          # one of system_prompt.PROMPT_NAMES
+    preprocess: alpaca           # or single_turn_llava: a dialogue's first question and answer become an Alpaca record
+    prompt_type: alpaca          # of Alpaca records, one of PROMPT_NAMES; other records ask in forms of their own
+
+What form a record has is told by its fields (records.py).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """A data file: `ratio` (0 to 1) is the share of its usable records; the other two concern Alpaca records."""
+    """Data: `ratio` (0 to 1) is the share of the usable records; the other two concern Alpaca records."""
 
     path: Path
     ratio: float = 1.0

@@ -48,14 +48,14 @@ class Usable:
 class SourceReport:
     """What became of one file's records.
 
-    `usable` have an answer that is learned, in the forms `forms` (as meta.json has them, by name); `bad` could not be
-    used, the first few of them stand in `listed`; `unanswered` have nothing to learn; `emptied` examples lost all that
-    is learned where max_words cut them. The usable ones that were taken made `examples`, with `tokens` in all,
-    `learned` of them; `cut` were shortened.
+    `usable` have an answer that is learned, in the forms `forms` (as meta.json has them); `bad` could not be used, the
+    first few of them stand in `listed`; `unanswered` have nothing to learn; `emptied` examples lost all that is learned
+    where max_words cut them. The usable ones that were taken made `examples`, with `tokens` in all, `learned` of them;
+    `cut` were shortened.
     """
 
     path: str
-    forms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    forms: list[dict[str, Any]] = field(default_factory=list)
     usable: int = 0
     bad: int = 0
     listed: list[str] = field(default_factory=list)
@@ -91,10 +91,8 @@ def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, prog
     """
     report = SourceReport(str(source.path))
     records = usable_records(source, recipe, report, skip_bad_records=skip_bad_records)
-    for record in _bar(records, f"checking {source.path.name}", progress):
+    for _ in _bar(records, f"checking {source.path.name}", progress):
         report.usable += 1
-        if record.form is not None and record.form.name not in report.forms:
-            report.forms[record.form.name] = record.form.recorded()
     if not report.usable:
         found = f"{report.bad} bad records, {report.unanswered} without an answer"
         if report.bad:
@@ -158,7 +156,7 @@ def as_json(reports: Sequence[SourceReport]) -> list[dict[str, Any]]:
 
 
 def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip_bad_records: bool) -> Iterator[Usable]:
-    """The records that have something to learn, in the file's order; `report` counts the others.
+    """The records that have something to learn, in the file's order; `report` counts the others, and gets the forms.
 
     Raises ValueError at a bad record unless `skip_bad_records`, and at an unknown field in any case: it would be in
     most of them.
@@ -171,10 +169,12 @@ def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip
         except ValueError as error:
             _refuse(source, record.place, str(error), report, skip_bad_records)
             continue
-        if usable.parts:
-            yield usable
-        else:
+        if not usable.parts:
             report.unanswered += 1
+            continue
+        if usable.form is not None and (said := usable.form.recorded()) not in report.forms:
+            report.forms.append(said)
+        yield usable
 
 
 def _read(record: Record, recipe: Recipe, source: Source) -> Usable:
