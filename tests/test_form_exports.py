@@ -119,6 +119,25 @@ def test_adapters_carry_their_form_and_give_it_to_the_merged_model(name: str, ba
     assert template == (adapter / "chat_template.jinja").read_bytes()
 
 
+def test_a_base_whose_template_stands_in_its_tokenizers_settings(base: Path, tmp_path: Path) -> None:
+    """An adapter that says no form leaves it as it was, though it has a tokenizer without those settings."""
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    blank = write_adapter(
+        tmp_path / "blank", random_adapter(CONFIG, 4), CONFIG, files=1, tokenizer=base / "tokenizer.model"
+    )
+    expected = TemplateForm(Tokenizer(base), TEMPLATE, "").prompt(QUESTION)
+    assert prompt(tmp_path / "base") == prompt(tmp_path / "base", blank) == expected
+    merge(tmp_path / "base", blank, tmp_path / "merged")
+    assert prompt(tmp_path / "merged") == expected
+    adapter = exported(tmp_path / "base", "alpaca", tmp_path / "adapter", blank, only_trainable=True)
+    merge(tmp_path / "base", adapter, tmp_path / "asked")
+    assert_asked_in("alpaca", tmp_path / "asked")
+    (adapter / "tokenizer.model").unlink()
+    merge(tmp_path / "base", adapter, tmp_path / "bare")
+    assert_asked_in("alpaca", tmp_path / "bare")
+
+
 def test_all_files_of_a_tokenizer_go_along(tmp_path: Path) -> None:
     """As of an Instruct release of Hugging Face's: several templates, and ends in generation_config.json."""
     config = {**CONFIG, "vocab_size": 512}

@@ -18,9 +18,9 @@ from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
-from accessory.text.form_files import has_form
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes, trains
+from accessory.text.form_files import has_form
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def merge(
                     target.view(shard[PREFIX + target.key]).copy_(merger.merged(target))
                     progress.update()
         form = theirs if has_form(theirs.folder) else own
-        tokenizer = theirs if theirs.has_tokenizer else own
+        # A template may stand in the tokenizer's own files.
+        tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
         write_beside(aside, out_args, PEFT_TYPES[0] if peft else "mistral", tokenizer, form_of=form)
     report = merger.report
     report.biases = peft is not None

@@ -15,9 +15,9 @@ from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import agreed
+from accessory.text.forms import Form
 from accessory.train.export import drop_older_models, export_checkpoint, export_name
 from accessory.train.flops import flops_per_token, peak_flops
-from accessory.text.forms import Form
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
 from accessory.train.optim import CosineSchedule
