@@ -26,6 +26,7 @@ class ServedApi:
     """
 
     def __init__(self, engine: Engine | None, **settings: Any) -> None:
+        self.engine: Any = engine
         self.settings = ServerSettings(**settings)
         self.app = create_app(engine, self.settings)
         self.port = free_port()

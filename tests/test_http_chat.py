@@ -1,25 +1,48 @@
 """/v1/chat/completions through the official client, and the routes about the model and its tokens."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_api import ServedApi
+from http_api import ServedApi, assert_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import load
 
 from accessory.model.meta import MetaModel
 from accessory.serve.driver import Driver
-from accessory.text.chat import Message
+from accessory.text.chat import Message, ids_of
 from accessory.text.conversation import default_conversation
 from accessory.text.forms import FORMS
+from accessory.text.jinja import render
+from accessory.text.template import TemplateForm
 from accessory.tools.tiny import TinyReport
 
+# A template that tells names, and lets whoever will speak next.
+TEMPLATE = (
+    "{{ bos_token }}{% for one in messages %}[{{ one.role }}{% if one.name %} {{ one.name }}{% endif %}]"
+    "{{ one.content }}{% if one.role == 'assistant' and not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 MESSAGES = [{"role": "user", "content": "Return a list."}]
 
 
 @pytest.fixture(scope="module")
 def model(tiny: tuple[Path, TinyReport]) -> MetaModel:
     return load(tiny[0])
+
+
+@pytest.fixture(scope="module")
+def templated(tiny_engine: Driver) -> Iterator[ServedApi]:
+    with ServedApi(tiny_engine, form=TemplateForm(tiny_engine.tokenizer, TEMPLATE, "a test's")) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def instructed(tiny_engine: Driver) -> Iterator[ServedApi]:
+    with ServedApi(tiny_engine, form=FORMS["alpaca"](tiny_engine.tokenizer)) as api:
+        yield api
 
 
 def create(api: ServedApi, **body: Any) -> Any:
@@ -67,10 +90,165 @@ def test_both_names_of_a_length(api: ServedApi, name: str) -> None:
     assert create(api, **{name: 3}).usage.completion_tokens <= 3
 
 
-def test_parts_of_text_are_joined(api: ServedApi) -> None:
-    parts = [{"type": "text", "text": "Return "}, {"type": "text", "text": "a list."}]
-    whole = create(api, max_tokens=8, temperature=0)
-    assert create(api, messages=[{"role": "user", "content": parts}], max_tokens=8, temperature=0).usage == whole.usage
+def tokens_of(api: ServedApi, messages: list[dict[str, Any]], **body: Any) -> list[int]:
+    answer = api.client.post("/tokenize", json={"messages": messages, **body})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told["count"] == len(told["tokens"])
+    assert told["max_model_len"] == 128
+    return told["tokens"]
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def test_parts_of_text_are_lines(api: ServedApi) -> None:
+    """As in vLLM."""
+    whole = user("Return\na list.\n")
+    parts = [{"type": "text", "text": "Return"}, "a list.", {"type": "text", "text": ""}]
+    answers = [create(api, messages=[message], max_tokens=8, temperature=0) for message in (whole, user(parts))]
+    assert answers[0].usage == answers[1].usage
+    assert answers[0].choices[0].message == answers[1].choices[0].message
+
+
+def a_message(roles: tuple[str, ...]) -> st.SearchStrategy[dict[str, Any]]:
+    text = st.text("ab \n<>/s[]#\u2603", max_size=6)
+    part = st.one_of(text, st.builds(lambda said: {"type": "text", "text": said}, text))
+    return st.fixed_dictionaries(
+        {"role": st.sampled_from(roles), "content": st.one_of(text, st.lists(part, min_size=1, max_size=3))},
+        optional={"name": text},
+    )
+
+
+def as_forms_take_it(message: dict[str, Any]) -> Message:
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+    role = {"developer": "system"}.get(message["role"], message["role"])
+    return Message(role, content, name=message.get("name"))
+
+
+CHATS = {
+    "any": st.lists(a_message(("system", "developer", "user", "assistant")), min_size=1, max_size=4),
+    "usual": st.builds(
+        lambda *chat: list(chat),
+        a_message(("developer",)),
+        *(a_message((who,)) for who in ("user", "assistant", "user")),
+    ),
+}
+
+
+@pytest.mark.parametrize("served", ["api", "instructed", "templated"])
+@pytest.mark.parametrize("kind", CHATS)
+def test_the_prompt_is_the_forms(served: str, kind: str, request: pytest.FixtureRequest) -> None:
+    api: ServedApi = request.getfixturevalue(served)
+    form = api.app.state.server.form
+
+    @settings(max_examples=25, deadline=None, database=None)
+    @given(messages=CHATS[kind])
+    def check(messages: list[dict[str, Any]]) -> None:
+        chat = [as_forms_take_it(message) for message in messages]
+        for ending, segments in (
+            ({}, lambda: form.segments(chat, ask=True)),
+            ({"add_generation_prompt": False}, lambda: form.unasked(chat)),
+            ({"add_generation_prompt": False, "continue_final_message": True}, lambda: form.continued(chat)),
+        ):
+            refused = ""
+            try:
+                expected = ids_of(segments(), form.tokenizer)
+            except ValueError as error:
+                refused = str(error)
+            if refused:
+                answer = api.client.post("/tokenize", json={"messages": messages, **ending})
+                assert assert_error(answer, 400, refused)["param"] == "messages"
+            else:
+                assert tokens_of(api, messages, **ending) == expected
+
+    check()
+
+
+def test_a_name_is_told_where_the_template_tells_it(api: ServedApi, templated: ServedApi) -> None:
+    named = [{**MESSAGES[0], "name": "Ann"}]
+    assert "[user Ann]" in templated.engine.tokenizer.decode(tokens_of(templated, named))
+    assert tokens_of(templated, named) != tokens_of(templated, MESSAGES)
+    assert tokens_of(api, named) == tokens_of(api, MESSAGES)
+    answer = create(templated, messages=named, max_tokens=2)
+    assert answer.usage.prompt_tokens == len(tokens_of(templated, named))
+
+
+def test_the_system_may_speak_in_between(templated: ServedApi) -> None:
+    chat = [
+        user("Hi"),
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Or not."},
+        user("a"),
+    ]
+    tokens = tokens_of(templated, chat)
+    assert "Hi[system]Be brief.[system]Or not.[user]a" in templated.engine.tokenizer.decode(tokens)
+    assert create(templated, messages=chat, max_tokens=2).usage.prompt_tokens == len(tokens)
+
+
+ONWARD = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize("served", ["api", "instructed", "templated"])
+@pytest.mark.parametrize("begun", ["The", "The list is", "x = [1", "a\n", "I"])
+def test_the_last_message_is_gone_on_with(served: str, begun: str, request: pytest.FixtureRequest) -> None:
+    """The answer is what the model adds, as /v1/completions has it; where that begins with a space it is kept."""
+    api: ServedApi = request.getfixturevalue(served)
+    form = api.app.state.server.form
+    messages = [*MESSAGES, {"role": "assistant", "content": begun}]
+    tokens = tokens_of(api, messages, **ONWARD)
+    assert tokens == ids_of(form.continued([as_forms_take_it(message) for message in messages]), form.tokenizer)
+    body = {"max_tokens": 6, "temperature": 0}
+    same = api.complete(prompt=tokens, logprobs=0, stop=list(form.ends.stop), **body).json()["choices"][0]
+    answer = create(api, messages=messages, extra_body=ONWARD, logprobs=True, **body)
+    assert answer.choices[0].message.content == same["text"]
+    assert answer.usage.prompt_tokens == len(tokens)
+    assert [entry.token for entry in answer.choices[0].logprobs.content] == same["logprobs"]["tokens"]
+    parts = [part.choices[0] for part in create(api, messages=messages, extra_body=ONWARD, stream=True, **body)]
+    assert "".join(part.delta.content or "" for part in parts) == same["text"]
+
+
+def test_several_answers_go_on_with_the_last_message(api: ServedApi) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "The list"}]
+    body = {"max_tokens": 6, "temperature": 1, "seed": 5, "n": 3, "stop": ["\n###"]}
+    tokens = tokens_of(api, messages, **ONWARD)
+    same = api.complete(prompt=tokens, **body).json()
+    answer = create(api, messages=messages, extra_body=ONWARD, **body)
+    assert [one.message.content for one in answer.choices] == [one["text"] for one in same["choices"]]
+    assert answer.usage.model_dump()["completion_tokens"] == same["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("served", ["api", "instructed", "templated"])
+def test_an_answer_of_which_nothing_is_said_yet(served: str, request: pytest.FixtureRequest) -> None:
+    api: ServedApi = request.getfixturevalue(served)
+    empty = [*MESSAGES, {"role": "assistant", "content": ""}]
+    body = {"max_tokens": 6, "temperature": 0}
+    assert tokens_of(api, empty, **ONWARD) == tokens_of(api, MESSAGES)
+    answer = create(api, messages=empty, extra_body=ONWARD, **body)
+    assert answer.choices[0].message == create(api, **body).choices[0].message
+
+
+def test_a_chat_that_asks_for_nothing(api: ServedApi, templated: ServedApi) -> None:
+    unasked = {"add_generation_prompt": False}
+    for served, end in ((api, "\n###"), (templated, "Return a list.")):
+        tokens = tokens_of(served, MESSAGES, **unasked)
+        assert served.engine.tokenizer.decode(tokens).endswith(end)
+        body = {"max_tokens": 6, "temperature": 0}
+        same = served.complete(prompt=tokens, **body).json()["choices"][0]["text"]
+        assert create(served, extra_body=unasked, **body).choices[0].message.content == same
+
+
+def test_an_assistant_that_spoke_last_is_answered_where_the_template_can(api: ServedApi, templated: ServedApi) -> None:
+    """vLLM lets it speak again. A named form cannot, and says how to go on."""
+    messages = [*MESSAGES, {"role": "assistant", "content": "[]"}]
+    tokens = tokens_of(templated, messages)
+    assert templated.engine.tokenizer.decode(tokens).endswith("[assistant][][assistant]")
+    assert create(templated, messages=messages, max_tokens=2).usage.prompt_tokens == len(tokens)
+    answer = api.chat(messages=messages)
+    assert assert_error(answer, 400, "continue_final_message", "must be from the user")["param"] == "messages"
 
 
 def test_a_message_may_be_sent_back_as_it_came(api: ServedApi) -> None:
@@ -172,6 +350,17 @@ def test_tokens_and_back(api: ServedApi, tiny_engine: Driver) -> None:
     info = api.client.get("/tokenizer_info").json()
     for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         assert api.client.post("/tokenize", json={"prompt": info[name]}).json()["tokens"] == [token]
+
+
+def test_clients_are_told_the_template(api: ServedApi, instructed: ServedApi, templated: ServedApi) -> None:
+    chat = [Message("user", "Hi"), Message("assistant", "a"), Message("user", "b")]
+    for served in (api, instructed, templated):
+        form = served.app.state.server.form
+        info = served.client.get("/tokenizer_info").json()
+        variables = {"messages": [{"role": one.role, "content": one.content} for one in chat]}
+        names = {name: info[name] for name in ("bos_token", "eos_token")}
+        text = render(info["chat_template"], {**variables, **names, "add_generation_prompt": True}).text
+        assert text == "".join(segment.text for segment in form.segments(chat, ask=True))
 
 
 def test_metrics_count_what_happens(api: ServedApi, tiny_engine: Driver) -> None:

@@ -74,7 +74,8 @@ def serving(
 
 
 def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
-    with serving(folder, environment={"ACCESSORY_API_KEY": "secret\n"}, ready=False) as served:
+    pages = ("--cors", "HTTPS://Example.org:443", "http://[::1]:3000")
+    with serving(folder, *pages, environment={"ACCESSORY_API_KEY": "secret\n"}, ready=False) as served:
         program = served.program
         seen: list[int] = []
         while 200 not in seen:
@@ -85,6 +86,11 @@ def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
         assert set(seen) == {503, 200}  # it listens, and says so, before the model is loaded
         assert served.post(prompt="The list", max_tokens=4, temperature=0).status_code == 200
         assert_error(httpx.post(f"{served.url}/v1/completions", json={"prompt": "a"}), 401)
+        for origin, status in (("https://example.org", 200), ("http://[::1]:3000", 200), ("https://example.com", 400)):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = httpx.options(f"{served.url}/v1/completions", headers=asked)
+            assert answer.status_code == status
+            assert answer.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
         assert len(program.processes()) == 3
         lines: list[str] = []
         begun = threading.Event()
@@ -174,7 +180,7 @@ def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytes
 
     monkeypatch.setattr(server, "SECONDS_TO_COME_BACK" if restarts else "SECONDS_OF_FAREWELL", 0.3)
     engine: Any = Lost()
-    settings = ServerSettings(chat_template="default")
+    settings = ServerSettings(form=engine)  # nobody asks for it
     program = server.ApiServer(server.listen("127.0.0.1", 0), lambda: engine, settings, restarts=restarts)
     with pytest.raises(RankLost, match="rank 1 was killed"):
         program.run()
@@ -184,7 +190,19 @@ def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--chat-template", "llama"), "--chat-template 'llama' is unknown: take one of default, alpaca"),
+        (
+            ("--chat-template", "llama"),
+            "'llama' is no file and unknown as a name: take a file or one of default, alpaca",
+        ),
+        (("--cors", "example.org"), "--cors 'example.org' is no origin: give a scheme and a host, such as https://ex"),
+        (("--cors", "https://example.org/"), "is no origin"),
+        (("--cors", "*", "https://example.org/page"), "--cors 'https://example.org/page' is no origin"),
+        (("--cors", "https://user@example.org"), "is no origin"),
+        (("--cors", "https://example.org:http"), "is no origin"),
+        (("--cors", "https://*.example.org"), "is no origin"),
+        (("--cors", "https://"), "is no origin"),
+        (("--cors", "null"), "is no origin"),
+        (("--cors", "https://example.org\n"), "is no origin"),
         (("--api-key", " "), "the API key is empty"),
         (("--api-key", "my secret"), "the API key holds spaces"),
         (("--body-limit", "0"), "--body-limit"),
@@ -195,9 +213,10 @@ def test_settings_that_make_no_sense(
     folder: Path, arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", str(folder), *arguments]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    *logged, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert says in line
+    assert not [other for other in logged if "chats are put into the form" not in other]
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from http_api import ServedApi
+from http_api import ServedApi, assert_error
 from models import completions, load
 
 from accessory.model.meta import MetaModel
@@ -179,6 +179,51 @@ def test_echo_scores_the_prompt_too(api: ServedApi, model: MetaModel, as_tokens:
         assert scores.token_logprobs[place + 1] == pytest.approx(expected[place, token].item(), abs=1e-4)
     for token, offset in zip(scores.tokens[1:], scores.text_offset[1:], strict=True):
         assert choice.text[offset:].startswith(token)
+
+
+def test_a_prompt_can_be_scored_alone(api: ServedApi, model: MetaModel) -> None:
+    tokens = model.tokenizer.encode(PROMPT, bos=True, eos=False)
+    for prompt in (PROMPT, tokens):
+        settings = {"prompt": [prompt, prompt], "echo": True, "logprobs": 2}
+        answer = create(api, **settings, max_tokens=0)
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens == 2 * len(tokens)
+        assert answer.usage.completion_tokens == 0
+        longer = create(api, **settings, max_tokens=1)
+        for choice, other in zip(answer.choices, longer.choices, strict=True):
+            assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+            scores, both = choice.logprobs, other.logprobs
+            assert scores.tokens == both.tokens[:-1]
+            assert scores.text_offset == both.text_offset[:-1]
+            assert [scores.token_logprobs[0], scores.top_logprobs[0]] == [None, None]
+            assert scores.token_logprobs[1:] == pytest.approx(both.token_logprobs[1:-1], abs=1e-4)
+            assert [len(top) for top in scores.top_logprobs[1:]] == [len(top) for top in both.top_logprobs[1:-1]]
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(api: ServedApi, model: MetaModel) -> None:
+    tokens = [model.tokenizer.bos_id, *range(5, 132)]
+    assert len(tokens) == 128
+    (choice,) = create(api, prompt=tokens, max_tokens=0, echo=True, logprobs=0).choices
+    expected = logprobs_of(model, tokens)[range(127), tokens[1:]].tolist()
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert choice.text == model.tokenizer.decode(tokens)
+    assert_error(api.complete(prompt=[*tokens, 5], max_tokens=0, echo=True), 400, "the prompt's 129 with 0 of")
+    assert_error(api.complete(prompt=tokens, max_tokens=1, echo=True), 400, "the prompt's 128 with 1 of")
+
+
+def test_a_prompt_alone_in_every_other_way(api: ServedApi, model: MetaModel) -> None:
+    nothing = {"max_tokens": 0, "echo": True}
+    for prompt in (PROMPT, "", model.tokenizer.encode("caf\u2603", bos=True, eos=False)[:-1]):
+        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)  # it ends within a character
+        answer = create(api, **nothing, prompt=prompt, n=2)
+        assert [(choice.text, choice.logprobs, choice.finish_reason) for choice in answer.choices] == [
+            (text, None, "length")
+        ] * 2
+        parts = list(create(api, **nothing, prompt=prompt, stream=True, stream_options={"include_usage": True}))
+        assert [part.choices[0].text for part in parts[:-1]] == [text]
+        assert parts[0].choices[0].finish_reason == "length"
+        assert parts[-1].usage.completion_tokens == 0
+    expected = text_of(model, *greedy(model, PROMPT, 8))
+    assert create(api, max_tokens=8, temperature=0).choices[0].text == expected  # in a slot that only read
 
 
 def test_a_stream_says_what_the_whole_answer_does(api: ServedApi) -> None:

@@ -14,6 +14,7 @@ from accessory.generation.sampling import Sampling
 from accessory.serve.driver import Driver
 
 JSON = {"content-type": "application/json"}
+ONWARD = {"continue_final_message": True, "add_generation_prompt": False}
 MESSAGES = [{"role": "user", "content": "Hi"}]
 MEGABYTE = 2**20
 
@@ -41,8 +42,10 @@ def locked(tiny_engine: Driver) -> Iterator[ServedApi]:
         ({"prompt": ["a"] * 3000}, "prompt", "2048"),
         ({"prompt": ["a"] * 100, "n": 100}, "n", "2048"),
         ({"prompt": [[5] * 100] * 16, "n": 128, "echo": True, "logprobs": 20}, "logprobs", "4300800 scores"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "set echo to true"),
+        ({"prompt": "a", "max_tokens": 0, "echo": False}, "max_tokens", "set echo to true"),
+        ({"prompt": [1] * 129, "max_tokens": 0, "echo": True}, "prompt", "the prompt's 129 with 0 of the answer"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens", "integer"),
@@ -100,7 +103,29 @@ def test_completions_that_make_no_sense(api: ServedApi, body: Any, param: str | 
             "messages.0.content.0",
             "parts of type image_url",
         ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]},
+            "messages.0.content.0",
+            "parts of type refusal",
+        ),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages", "valid dictionary"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "at least 1"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": None}]}, "messages", "string"),
+        ({"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages.0.name", "string"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, "messages", "set continue_final_message"),
+        ({"messages": MESSAGES, **ONWARD}, "messages", "must be from the assistant"),
+        ({"messages": MESSAGES, "continue_final_message": True}, "continue_final_message", "begins another"),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "set add_generation_prompt to false",
+        ),
+        ({"messages": MESSAGES, "add_generation_prompt": "no"}, "add_generation_prompt", "boolean"),
+        ({"messages": MESSAGES, "chat_template": "{{ 1 }}"}, "chat_template", "see --chat-template"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "see --chat-template"),
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens", "its own special tokens"),
         ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "not support"),
+        ({"messages": MESSAGES, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice", "not support"),
         ({"messages": MESSAGES, "functions": [{}]}, "functions", "not support"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "not support"),
@@ -153,7 +178,18 @@ def test_tokens_that_make_no_sense(api: ServedApi) -> None:
         ({}, "missing"),
     ):
         assert_error(api.client.post("/detokenize", json=body), 400, says)
-    assert_error(api.client.post("/tokenize", json={"prompt": 5}), 400, "string")
+    for body, param, says in (
+        ({"prompt": 5}, "prompt", "string"),
+        ({}, "prompt", "either prompt"),
+        ({"prompt": "a", "messages": MESSAGES}, "prompt", "either prompt"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens", "its own special tokens"),
+        ({"messages": MESSAGES, "continue_final_message": True}, "continue_final_message", "begins another"),
+        ({"messages": MESSAGES, **ONWARD}, "messages", "must be from the assistant"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
+    ):
+        answer = api.client.post("/tokenize", content=json.dumps(body), headers=JSON)
+        assert assert_error(answer, 400, says)["param"] == param
     assert len(api.client.post("/tokenize", json={"prompt": "a " * 5000}).json()["tokens"]) > 5000
 
 
@@ -312,3 +348,97 @@ def test_what_nobody_foresaw_tells_nothing(tiny_engine: Driver, monkeypatch: pyt
         answer = httpx.post(f"{api.url}/v1/completions", json={"prompt": "a"})
         assert "secret" not in assert_error(answer, 500)["message"]
         assert api.metric('accessory_requests_total{endpoint="/v1/completions",status="500"}') == 1
+
+
+PAGE, OTHER = "https://example.org", "https://elsewhere.example"
+
+
+def preflight(
+    api: ServedApi, path: str = "/v1/chat/completions", origin: str = PAGE, method: str = "POST"
+) -> httpx.Response:
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+    return api.client.options(path, headers=headers)
+
+
+def test_pages_of_other_origins_get_nothing_unless_told(api: ServedApi) -> None:
+    for answer in (
+        preflight(api),
+        api.client.get("/v1/models", headers={"Origin": PAGE}),
+        api.client.get("/x", headers={"Origin": PAGE}),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control-") or name == "vary"]
+    assert_error(preflight(api), 405, "takes no OPTIONS")
+
+
+@pytest.fixture(scope="module")
+def visited(tiny_engine: Driver) -> Iterator[ServedApi]:
+    with ServedApi(tiny_engine, api_key="k", body_limit=1000, origins=(PAGE, "http://localhost:3000")) as api:
+        yield api
+
+
+@pytest.mark.parametrize("origin", [PAGE, "http://localhost:3000"])
+def test_a_browser_may_ask_before_it_has_a_key(visited: ServedApi, origin: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/models", "/health"):
+        answer = preflight(visited, path, origin)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert answer.headers["access-control-allow-methods"] == "GET, POST, OPTIONS"
+        assert answer.headers["access-control-allow-headers"] == "authorization,content-type,x-stainless-lang"
+        assert int(answer.headers["access-control-max-age"]) > 0
+        assert "Origin" in answer.headers["vary"]
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_other_pages_may_not(visited: ServedApi) -> None:
+    for origin in (OTHER, "null", PAGE + ":444", "http://example.org", PAGE + ".evil.example"):
+        refused = preflight(visited, origin=origin)
+        assert refused.status_code == 400
+        answer = visited.client.get("/health", headers={"Origin": origin})
+        assert answer.status_code == 200
+        for one in (refused, answer):
+            assert "access-control-allow-origin" not in one.headers
+            assert "Origin" in one.headers["vary"]
+    assert preflight(visited, method="DELETE").status_code == 400
+    assert_error(visited.client.options("/v1/models", headers={"Authorization": "Bearer k"}), 405, "takes no OPTIONS")
+
+
+def test_a_page_may_read_every_answer(visited: ServedApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = {"Origin": PAGE, "Authorization": "Bearer k"}
+
+    def ask(status: int, method: str, path: str, **more: Any) -> httpx.Response:
+        answer = visited.client.request(method, path, **{"headers": headers, **more})
+        assert answer.status_code == status, answer.text
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        assert answer.headers["access-control-expose-headers"] == "Retry-After"
+        assert answer.headers["vary"] == "Origin"
+        return answer
+
+    ask(200, "GET", "/v1/models")
+    ask(200, "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    stream = ask(200, "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True})
+    assert stream.text.endswith("data: [DONE]\n\n")
+    ask(400, "POST", "/v1/completions", json={})
+    ask(401, "GET", "/v1/models", headers={"Origin": PAGE})
+    ask(404, "GET", "/x")
+    ask(405, "GET", "/v1/completions")
+    ask(413, "POST", "/v1/completions", json={"prompt": "a" * 1000})
+    ask(415, "POST", "/v1/completions", content=b"a")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(Driver, "submit", broken)
+    assert_error(ask(500, "POST", "/v1/completions", json={"prompt": "a"}), 500)
+
+
+def test_any_page_where_the_operator_says_so() -> None:
+    with ServedApi(None, origins=("*",)) as api:
+        assert preflight(api, origin=OTHER).headers["access-control-allow-origin"] == "*"
+        answer = api.client.get("/v1/models", headers={"Origin": OTHER})
+        assert_error(answer, 503, "being loaded")
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "Retry-After" in answer.headers["access-control-expose-headers"]

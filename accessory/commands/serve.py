@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+import re
 from typing import Any
 
 from accessory.arguments import given_name
+from accessory.errors import shown
 from accessory.serve.options import (
     LOOPBACK,
     add_batch_arguments,
@@ -19,6 +21,8 @@ from accessory.serve.options import (
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "ACCESSORY_API_KEY"
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}
 
 
 def add_commands(commands: Any) -> None:
@@ -48,6 +52,8 @@ def add_commands(commands: Any) -> None:
     server.add_argument(
         "--body-limit", "--body_limit", type=float, default=4, metavar="MB", help="largest request body (default 4)"
     )
+    help_text = "answer scripts of web pages from there, such as https://example.org; *: from anywhere (default: none)"
+    server.add_argument("--cors", nargs="+", type=given_name, default=[], metavar="ORIGIN", help=help_text)
     server.add_argument("--restart", action="store_true", help="bring the ranks back when one is lost")
     alone = "accessory serve starts its ranks itself: give --nproc N in place of torchrun"
     serve.set_defaults(run=_serve, alone=alone)
@@ -61,6 +67,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None:
         key = _usable_key(key)
+    origins = tuple(map(_origin, arguments.cors))
     if not 0.001 <= arguments.body_limit <= 1024:
         raise ValueError(f"--body-limit {arguments.body_limit} is no size from 0.001 to 1024 MB")
     driver = driver_settings(arguments)
@@ -69,6 +76,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         form=form_of(arguments),
         model_name=arguments.model_name,
         body_limit=int(arguments.body_limit * MEGABYTE),
+        origins=origins,
     )
     listener = listen(arguments.host, arguments.port)
     if key is None and arguments.host not in LOOPBACK:
@@ -88,6 +96,17 @@ def _usable_key(text: str) -> str:
     if not key.isprintable() or " " in key:
         raise ValueError(f"the API key holds spaces or control characters: choose another (--api-key, {KEY_VARIABLE})")
     return key
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers name it: in small letters, without the port that its scheme has anyway."""
+    if text == "*":
+        return text
+    parts = _ORIGIN.fullmatch(text.lower())
+    if parts is None:
+        raise ValueError(f"--cors {shown(text)} is no origin: give a scheme and a host, such as https://example.org")
+    scheme, host, port = parts.groups()
+    return f"{scheme}://{host}" + ("" if port in (None, _PORTS.get(scheme)) else f":{port}")
 
 
 def _port(text: str) -> int:

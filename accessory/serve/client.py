@@ -74,6 +74,7 @@ class Client:
         tokens: Sequence[int],
         sampling: Sampling,
         *,
+        reads_only: bool = False,
         seed: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -90,6 +91,7 @@ class Client:
         request = Request(
             tokens=tuple(tokens),
             sampling=sampling,
+            reads_only=reads_only,
             seed=seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -195,7 +197,9 @@ def check_request(request: Request, *, vocab_size: int, max_seq_len: int) -> Non
     tokens, room = request.tokens, max_seq_len - request.sampling.max_gen_len
     if not tokens:
         raise ValueError("the prompt has no tokens: give it at least one")
-    if len(tokens) > room:
+    if request.reads_only and len(tokens) > max_seq_len:
+        raise ValueError(f"the prompt has {len(tokens)} tokens, more than max_seq_len {max_seq_len}: shorten it")
+    if len(tokens) > room and not request.reads_only:
         raise ValueError(
             f"the prompt has {len(tokens)} tokens and max_gen_len is {request.sampling.max_gen_len}, together more "
             f"than max_seq_len {max_seq_len}: shorten it, or ask for at most {max_seq_len - len(tokens)} tokens"

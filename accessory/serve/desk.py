@@ -166,6 +166,10 @@ class Desk:
                 scores = tuple(token_scores(logits_RV[row : row + 1], [token], asked.logprobs))
             if asked.prompt_logprobs is not None and not sequence.written:
                 prompt_scores, sequence.prompt_scores = tuple(sequence.prompt_scores), []
+            if asked.reads_only:
+                self._tally.finished += 1
+                self._end(sequence, Event(prompt_scores=prompt_scores, finish="length"))
+                continue
             text = sequence.push(token)
             event = Event(
                 text=text,

@@ -111,6 +111,7 @@ class Driver:
         tokens: Sequence[int],
         sampling: Sampling,
         *,
+        reads_only: bool = False,
         seed: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -120,7 +121,7 @@ class Driver:
         """Ask for an answer to a prompt; returns at once.
 
         Args:
-            seed, logprobs, prompt_logprobs, routes: as `Request` has them.
+            reads_only, seed, logprobs, prompt_logprobs, routes: as `Request` has them.
             on_event: is given each event, or the exception that ends them, from the engine's thread: it must not
                 block. None: the stream is to be iterated.
 
@@ -132,6 +133,7 @@ class Driver:
         return self._client.submit(
             tokens,
             sampling,
+            reads_only=reads_only,
             seed=seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,

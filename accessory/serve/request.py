@@ -50,6 +50,7 @@ class Request:
 
     Attributes:
         tokens: the prompt; at least one, and with ``sampling.max_gen_len`` at most the model's max_seq_len.
+        reads_only: read the prompt, which may fill the context then, and write nothing.
         seed: equal seeds give equal answers, in float32 whatever runs beside them; None: from the system.
         logprobs: score every new token, with so many alternatives; None: do not.
         prompt_logprobs: the same for the tokens of the prompt.
@@ -58,6 +59,7 @@ class Request:
 
     tokens: tuple[int, ...]
     sampling: Sampling
+    reads_only: bool = False
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -139,6 +141,7 @@ class Engine(Protocol):
         tokens: Sequence[int],
         sampling: Sampling,
         *,
+        reads_only: bool = False,
         seed: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,

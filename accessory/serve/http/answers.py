@@ -137,7 +137,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str
     eos_token: str
     vocab_size: int
-    chat_template: str | None
+    chat_template: str
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:

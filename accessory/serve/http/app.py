@@ -1,8 +1,11 @@
 """The API as an ASGI application: routes, errors and the gate before them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from accessory.serve.http import about, chat, completions, errors, tokenizing
 from accessory.serve.http.gate import Counted, Gate
@@ -36,7 +39,30 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     _document(app)
     app.add_middleware(Gate, key=settings.api_key, limit=settings.body_limit)
     app.add_middleware(Counted, metrics=state.metrics, paths=["/openapi.json", *app.openapi()["paths"]])
+    if settings.origins:
+        _let_in(app, settings.origins)
     return app
+
+
+def _let_in(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let scripts of other origins' pages read the answers.
+
+    This goes around everything else, the handler of the last errors among it: a browser sends no key with its question
+    whether it may ask, and shows a script only what says that it may be seen.
+    """
+    made = app.build_middleware_stack
+
+    def build() -> ASGIApp:
+        return CORSMiddleware(
+            made(),
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "OPTIONS"),
+            allow_headers=("*",),  # OpenAI's client in a browser sends some of its own
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
+
+    app.build_middleware_stack = build  # type: ignore[method-assign]  # add_middleware's are inside of that handler
 
 
 def _document(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages, put into the model's own template, are answered."""
+"""POST /v1/chat/completions: messages, put into the model's own form, are answered."""
 
 import time
 import uuid
@@ -10,17 +10,14 @@ from starlette.responses import JSONResponse, Response
 
 from accessory.serve.http.answers import ChatCompletion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
-from accessory.serve.http.errors import bad_request
 from accessory.serve.http.generation import Generation, Job, unless_gone
-from accessory.serve.http.jobs import Prompt, check_characters, jobs_of, prepared, room
-from accessory.serve.http.schema import ChatMessage, ChatRequest
+from accessory.serve.http.jobs import Prompt, jobs_of, prompt_of_chat, room
+from accessory.serve.http.schema import ChatRequest
 from accessory.serve.http.state import ServerState, state_of
 from accessory.serve.http.streams import EventStream
 from accessory.serve.http.texts import AnswerText, ChatScores, ScoredToken
-from accessory.text.chat import Message
 
 router = APIRouter(tags=["OpenAI"])
-_SIZE_OF_A_MESSAGE = 40  # in characters of text: what a message costs that is put into a template
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=with_stream(FAILURES))
@@ -28,14 +25,14 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a chat."""
     state = state_of(request)
     state.check_model(body.model)
-    size = sum(len(message.text) + _SIZE_OF_A_MESSAGE for message in body.messages)
-    tokens = await prepared(size, _prompt, state, body.messages)
+    limit = state.engine.args.max_seq_len
+    tokens, ends = await prompt_of_chat(state.form, body.messages, body, limit=limit)
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     length = room(state.engine, tokens, wanted, usual=None, param="messages")
     jobs = jobs_of(
         body,
         [Prompt(tokens=tokens, room=length)],
-        ends=state.form.ends,
+        ends=ends,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     generation = state.generations.begin(state.engine, jobs)
@@ -49,30 +46,13 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         generation.close()
 
 
-def _prompt(state: ServerState, messages: Sequence[ChatMessage]) -> list[int]:
-    limit = state.engine.args.max_seq_len
-    check_characters([message.text for message in messages], limit, "messages")
-    if len(messages) > limit:
-        why = f"there are {len(messages)} messages, more than this model's context of {limit} tokens can hold"
-        raise bad_request(why, "messages", "context_length_exceeded")
-    # OpenAI's newer models call the system the developer.
-    chat = [
-        Message("system" if message.role in ("system", "developer") else message.role, message.text)  # type: ignore[arg-type]
-        for message in messages
-    ]
-    try:
-        return state.form.prompt(chat)
-    except ValueError as error:
-        raise bad_request(f"messages: {error}", "messages") from error
-
-
 class _Answer:
     """Turns what an engine writes into objects of the API."""
 
     def __init__(self, state: ServerState, body: ChatRequest, jobs: Sequence[Job]) -> None:
         self._body, self._prompt_tokens = body, len(jobs[0].tokens)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.name}
-        # The mark of a turn's end is the template's, not the answer's: neither its text nor its tokens are shown.
+        # The mark of a turn's end is the form's, not the answer's: neither its text nor its tokens are shown.
         self._follow = [AnswerText(state.texts, state.engine.tokenizer, job, show_end=False) for job in jobs]
         self._scored = [ChatScores(state.texts) for _ in self._follow]
 

@@ -63,7 +63,8 @@ def _prompts(state: ServerState, body: CompletionRequest, given: Sequence[str | 
             text, tokens = "", prompt
         length = room(engine, tokens, body.max_tokens, usual=USUAL_TOKENS, param="prompt")
         if not isinstance(prompt, str) and body.echo:
-            text = settled_text(tokenizer, prompt)  # the answer's text goes on from there
+            # An answer's text goes on from what is settled.
+            text = settled_text(tokenizer, prompt) if length else tokenizer.decode(prompt)
         prompts.append(Prompt(tokens=tokens, room=length, text=text))
     return prompts
 

@@ -28,6 +28,7 @@ class Job:
 
     tokens: Sequence[int]
     sampling: Sampling
+    reads_only: bool = False
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -164,6 +165,7 @@ class Generation:
         stream = self._engine.submit(
             job.tokens,
             job.sampling,
+            reads_only=job.reads_only,
             seed=job.seed,
             logprobs=job.logprobs,
             prompt_logprobs=job.prompt_logprobs,

@@ -1,7 +1,7 @@
 """What a request's fields mean to the engine: prompts as tokens, room for the answer, a seed for each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -9,15 +9,18 @@ from starlette.concurrency import run_in_threadpool
 from accessory.generation.sampling import Sampling
 from accessory.serve.http.errors import bad_request
 from accessory.serve.http.generation import Job
-from accessory.serve.http.schema import MOST_PROMPTS, Answering
+from accessory.serve.http.schema import MOST_PROMPTS, Answering, ChatMessage, Ending
 from accessory.serve.request import Engine
-from accessory.text.chat import Ends
+from accessory.text.chat import Ends, Message, Segment, ids_of
+from accessory.text.forms import Form
+from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
 # No vocabulary has longer tokens: what cannot fit for its characters alone need not be tokenised to be refused.
 MOST_CHARACTERS_OF_A_TOKEN = 128
 # What has more characters or tokens is prepared in a thread, so that other clients' streams go on.
 LONG_TEXT = 4_000
+SIZE_OF_A_MESSAGE = 40  # in characters of text: what a message costs that is put into a form
 # Of prompts' tokens in one answer, alternatives counted: some 200 bytes each. One prompt may always have its own.
 MOST_SCORES = 2_000_000
 
@@ -30,7 +33,7 @@ class Prompt:
     """One prompt of a request.
 
     Attributes:
-        room: tokens that its answer may have.
+        room: tokens that its answer may have; 0: the prompt is only read.
         text: what stands before the answer's where the client asks for both.
     """
 
@@ -59,6 +62,53 @@ def encode_text(tokenizer: Tokenizer, text: str, *, bos: bool, limit: int, param
         return tokenizer.encode(text, bos=bos, eos=False)
     except ValueError as error:
         raise bad_request(f"{param}: {error}", param) from error
+
+
+async def prompt_of_chat(
+    form: Form, messages: Sequence[ChatMessage], ending: Ending, *, limit: int
+) -> tuple[list[int], Ends]:
+    """Token ids of a chat, and where the answer to it ends.
+
+    Raises:
+        ApiError: it cannot fit into ``limit`` tokens, or the form cannot say it.
+    """
+    size = sum(len(message.text) + len(message.name or "") + SIZE_OF_A_MESSAGE for message in messages)
+    if isinstance(form, TemplateForm):
+        size = max(size, LONG_TEXT)  # another process renders it, which may take its time
+    return await prepared(size, _prompt_of_chat, form, messages, ending, limit)
+
+
+def _prompt_of_chat(form: Form, messages: Sequence[ChatMessage], ending: Ending, limit: int) -> tuple[list[int], Ends]:
+    check_characters([f"{message.text}{message.name or ''}" for message in messages], limit, "messages")
+    if len(messages) > limit:
+        why = f"there are {len(messages)} messages, more than this model's context of {limit} tokens can hold"
+        raise bad_request(why, "messages", "context_length_exceeded")
+    chat = [_message(message) for message in messages]
+    try:
+        segments, ends = _segments(form, chat, ending)
+        return ids_of(segments, form.tokenizer), ends
+    except ValueError as error:
+        advice = ""
+        if chat[-1].role == "assistant" and not ending.continue_final_message:
+            advice = "; to go on with the assistant's, set continue_final_message true, add_generation_prompt false"
+        raise bad_request(f"messages: {error}{advice}", "messages") from error
+
+
+def _message(message: ChatMessage) -> Message:
+    # OpenAI's newer models call the system the developer.
+    return Message("system" if message.role == "developer" else message.role, message.text, name=message.name)
+
+
+def _segments(form: Form, chat: Sequence[Message], ending: Ending) -> tuple[list[Segment], Ends]:
+    """The text of a chat. What leads an answer in is only looked for where the model is to begin one."""
+    within = replace(form.ends, lead="")
+    if ending.continue_final_message:
+        segments = form.continued(chat)
+        begun = chat[-1].content != "" or segments != form.segments(chat[:-1], ask=True)
+        return segments, within if begun else form.ends
+    if ending.add_generation_prompt is False:
+        return form.unasked(chat), within
+    return form.segments(chat, ask=True), form.ends
 
 
 def check_characters(texts: Sequence[str], limit: int, param: str) -> None:
@@ -93,7 +143,7 @@ def room(engine: Engine, tokens: Sequence[int], wanted: int | None, *, usual: in
         ApiError: prompt and answer do not fit into the context.
     """
     limit, length = engine.args.max_seq_len, len(tokens)
-    if length + (wanted or 1) > limit:
+    if length + (1 if wanted is None else wanted) > limit:
         asked = "at least 1 of the answer" if wanted is None else f"{wanted} of the answer"
         raise bad_request(
             f"this model's context is {limit} tokens, and the prompt's {length} with {asked} are more: "
@@ -137,7 +187,8 @@ def jobs_of(
     return [
         Job(
             tokens=prompt.tokens,
-            sampling=Sampling.of(prompt.room, temperature, top_p, body.stops).with_ends(ends),
+            sampling=Sampling.of(max(1, prompt.room), temperature, top_p, body.stops).with_ends(ends),
+            reads_only=prompt.room == 0,
             # Answers to one prompt differ, and each is the same when it is asked for again.
             seed=None if body.seed is None else (body.seed + choice) % 2**63,
             logprobs=logprobs,

@@ -26,10 +26,14 @@ Number = int | float
 
 
 class WithoutEffect:
-    """Marks a field that this server lacks: it takes null, or a value that asks for nothing."""
+    """Marks a field that this server lacks: it takes null, or a value that asks for nothing.
 
-    def __init__(self, *values: Any) -> None:
-        self.values = values
+    Args:
+        advice: what else to do.
+    """
+
+    def __init__(self, *values: Any, advice: str = "leave it out") -> None:
+        self.values, self.advice = values, advice
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, core_schema.any_schema())
@@ -38,10 +42,16 @@ class WithoutEffect:
         return {"enum": [None, *self.values]}
 
     def _check(self, given: Any) -> Any:
-        if given is None or any(type(given) is not bool and given == value for value in self.values):
+        # To Python True is 1.
+        if given is None or any((type(given) is bool, given) == (type(value) is bool, value) for value in self.values):
             return given
-        raise PydanticCustomError("unsupported_parameter", "this server does not support it: leave it out")
+        raise PydanticCustomError(
+            "unsupported_parameter", "this server does not support it: {advice}", {"advice": self.advice}
+        )
 
+
+_OWN_FORM = "chats are put into the form that it was started with, see --chat-template"
+_OWN_TOKENS = "a chat's form has its own special tokens"
 
 NoPenalty = Annotated[Any, WithoutEffect(0)]
 NoList = Annotated[Any, WithoutEffect([])]
@@ -111,10 +121,17 @@ class CompletionRequest(Answering):
     """POST /v1/completions."""
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: int | None = None
     suffix: Annotated[Any, WithoutEffect("")] = None
+
+    @model_validator(mode="after")
+    def _nothing_new_needs_echo(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise _inconsistent("max_tokens", "max_tokens is 0: ask for at least 1, or set echo to true for the prompt")
+        return self
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionRequest":
@@ -134,7 +151,7 @@ class CompletionRequest(Answering):
 
 
 class TextPart(Body):
-    """A piece of a message."""
+    """A piece of a message; a string is one, too."""
 
     type: Literal["text"]
     text: str
@@ -142,6 +159,8 @@ class TextPart(Body):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, part: Any) -> Any:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
         if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
             message = "this model reads text only: leave parts of type {type} out"
             raise PydanticCustomError("unsupported_parameter", message, {"type": part["type"]})
@@ -154,7 +173,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     type: Literal["text"] | None = None
-    name: Nothing = None
+    name: str | None = None
     refusal: Nothing = None
     audio: Nothing = None
     annotations: NoList = None
@@ -163,13 +182,37 @@ class ChatMessage(Body):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        # Parts are lines, as vLLM has them.
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-class ChatRequest(Answering):
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
+class Ending(Body):
+    """How the text of a chat ends, in vLLM's words. The form that it is put into is the server's."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Annotated[Any, WithoutEffect(advice=_OWN_FORM)] = None
+    chat_template_kwargs: Annotated[Any, WithoutEffect({}, advice=_OWN_FORM)] = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "Ending":
+        if self.continue_final_message and self.add_generation_prompt is not False:
+            raise _inconsistent(
+                "continue_final_message",
+                "continue_final_message goes on with the last message, and add_generation_prompt (true unless told) "
+                "begins another: set add_generation_prompt to false",
+            )
+        return self
+
+
+class ChatRequest(Answering, Ending):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Messages
+    add_special_tokens: Annotated[Any, WithoutEffect(False, advice=_OWN_TOKENS)] = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -202,12 +245,25 @@ class ChatRequest(Answering):
         return self
 
 
-class TokenizeRequest(Body):
-    """POST /tokenize, in vLLM's form."""
+class TokenizeRequest(Ending):
+    """POST /tokenize, in vLLM's form: a text or a chat.
 
-    prompt: str
+    Attributes:
+        add_special_tokens: whether a text begins with the beginning-of-sequence token, as it does unless told.
+    """
+
+    prompt: str | None = None
+    messages: Messages | None = None
     model: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _text_or_chat(self) -> "TokenizeRequest":
+        if (self.prompt is None) is (self.messages is None):
+            raise _inconsistent("prompt", "give either prompt, a text, or messages, a chat")
+        if self.messages is not None and self.add_special_tokens:
+            raise _inconsistent("add_special_tokens", f"add_special_tokens: {_OWN_TOKENS}, leave it out")
+        return self
 
 
 class DetokenizeRequest(Body):

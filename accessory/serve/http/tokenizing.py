@@ -5,9 +5,13 @@ from starlette.responses import JSONResponse, Response
 
 from accessory.serve.http.answers import Text, TokenizerInfo, Tokens
 from accessory.serve.http.documented import failures
-from accessory.serve.http.jobs import check_ids, encode_text, prepared
+from accessory.serve.http.jobs import check_ids, encode_text, prepared, prompt_of_chat
 from accessory.serve.http.schema import DetokenizeRequest, TokenizeRequest
 from accessory.serve.http.state import state_of
+from accessory.text.equivalents import equivalent_template
+from accessory.text.forms import AlpacaForm, DefaultForm, Form, MistralForm
+from accessory.text.template import TemplateForm
+from accessory.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"])
 _FAILURES = failures(400, 401, 404, 408, 413, 415, 503)
@@ -17,25 +21,26 @@ _MOST_TOKENS = 2**20
 
 @router.post("/tokenize", response_model=Tokens, responses=_FAILURES)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-    """The tokens of a text.
+    """The tokens of a text, or of a chat as it is put to the model.
 
     A text is taken literally. But clients find the begin and end tokens by asking for their names alone, so these
     stand for the tokens.
     """
     state = state_of(request)
     state.check_model(body.model)
-    tokenizer = state.engine.tokenizer
-    names = {tokenizer.name(token): token for token in (tokenizer.bos_id, tokenizer.eos_id)}
-
-    def encode() -> list[int]:
-        if body.prompt in names:
-            return [names[body.prompt]]
-        bos = body.add_special_tokens
-        return encode_text(tokenizer, body.prompt, bos=bos, limit=_MOST_TOKENS, param="prompt")
-
-    tokens = await prepared(len(body.prompt), encode)
+    if body.messages is not None:
+        tokens, _ = await prompt_of_chat(state.form, body.messages, body, limit=_MOST_TOKENS)
+    else:
+        assert body.prompt is not None
+        bos = body.add_special_tokens is not False
+        tokens = await prepared(len(body.prompt), _encode, state.engine.tokenizer, body.prompt, bos)
     limit = state.engine.args.max_seq_len
     return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+
+def _encode(tokenizer: Tokenizer, text: str, bos: bool) -> list[int]:
+    names = {tokenizer.name(token): token for token in (tokenizer.bos_id, tokenizer.eos_id)}
+    return [names[text]] if text in names else encode_text(tokenizer, text, bos=bos, limit=_MOST_TOKENS, param="prompt")
 
 
 @router.post("/detokenize", response_model=Text, responses=_FAILURES)
@@ -55,14 +60,22 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 
 @router.get("/tokenizer_info", response_model=TokenizerInfo, responses=failures(401, 503))
 async def tokenizer_info(request: Request) -> Response:
-    """What the tokenizer calls its begin and end tokens. Chats are put into a template here, not by clients."""
-    tokenizer = state_of(request).engine.tokenizer
+    """What the tokenizer calls its begin and end tokens, and the form of chats as a chat template."""
+    state = state_of(request)
+    tokenizer = state.engine.tokenizer
     return JSONResponse(
         {
             "tokenizer_class": type(tokenizer).__name__,
             "bos_token": tokenizer.name(tokenizer.bos_id),
             "eos_token": tokenizer.name(tokenizer.eos_id),
             "vocab_size": tokenizer.n_words,
-            "chat_template": None,
+            "chat_template": _template(state.form),
         }
     )
+
+
+def _template(form: Form) -> str:
+    if isinstance(form, TemplateForm):
+        return form.template
+    assert isinstance(form, DefaultForm | AlpacaForm | MistralForm)
+    return equivalent_template(form)
