@@ -127,7 +127,8 @@ def test_a_step_of_other_examples_is_refused(ranks: Pools, setting: Setting, sto
     for changes, says in (
         ({"batch_size": 3}, "choose the three so that their product is 8"),
         ({"seed": 1}, "keep --seed"),
-        ({"data_config": fewer.folder / "data.yaml"}, "give the same data and --max_words"),
+        ({"data_config": fewer.folder / "data.yaml"}, "give the same data, --max_words and --chat_template"),
+        ({"chat_template": "default", "max_words": 160}, "give the same data, --max_words and --chat_template"),
     ):
         arguments = setting.arguments(output, **{**layout(1, 2), "auto_resume": True, **changes})
         for kind, text in ranks(2).run(error_on_rank, setting, arguments):
