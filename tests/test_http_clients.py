@@ -22,8 +22,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from talking import DIALOGUES
 
 from accessory.serve.driver import Driver
+from accessory.text.chat import Message, ids_of
+from accessory.text.form_files import find_form
 
 LM_EVAL = Path(sys.executable).with_name("lm_eval")
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
@@ -109,6 +112,42 @@ def test_a_client_that_leaves_an_answer_that_is_no_stream(api: ServedApi, tiny_e
         httpx.post(f"{api.url}/v1/completions", json={"prompt": "a", "max_tokens": 120, "n": 100}, timeout=0.1)
     wait_until(lambda: tiny_engine.load.cancelled > cancelled and tiny_engine.load.running == 0)
     wait_until(lambda: api.metric(left) == before + 1)
+
+
+def test_the_official_client_goes_on_with_an_answer(talking: Path) -> None:
+    """A model that was taught an answer says the rest of it, with nothing lost or doubled where it was cut."""
+    question, answer = DIALOGUES[0][0]
+    chat: list[Any] = [{"role": "user", "name": "Ann", "content": [{"type": "text", "text": question}]}]
+    onward = {"continue_final_message": True, "add_generation_prompt": False}
+    with Driver(talking, slots=2, dtype="fp32", device="cpu", max_seq_len=256) as engine:
+        form = find_form(engine.tokenizer, [talking])
+        with ServedApi(engine, form=form) as api:
+
+            def said(messages: list[Any], **more: Any) -> Any:
+                settings = {"model": engine.name, "temperature": 0, **more}
+                return api.openai.chat.completions.create(messages=messages, **settings)
+
+            whole = said(chat).choices[0]
+            assert (whole.message.content, whole.finish_reason) == (answer, "stop")
+            begun = said(chat, max_tokens=5).choices[0].message
+            assert 0 < len(begun.content) < len(answer)
+            assert answer.startswith(begun.content)
+            rest = said([*chat, begun], extra_body=onward)
+            assert begun.content + rest.choices[0].message.content == answer
+            messages = [Message("user", question), Message("assistant", begun.content)]
+            tokens = ids_of(form.continued(messages), engine.tokenizer)
+            assert rest.usage.prompt_tokens == len(tokens)
+            same = api.openai.completions.create(
+                model=engine.name, prompt=tokens, max_tokens=64, temperature=0, stop=list(form.ends.stop)
+            )
+            assert same.choices[0].text.removesuffix(form.ends.tail) == rest.choices[0].message.content
+            both = [*tokens, *engine.tokenizer.cont(same.choices[0].text)]
+            scored = api.openai.completions.create(model=engine.name, prompt=both, max_tokens=0, echo=True, logprobs=1)
+            assert min(scored.choices[0].logprobs.token_logprobs[len(tokens) :]) > -1  # as it was taught
+            told = said([{"role": "developer", "content": "Be brief."}, *chat], max_tokens=1)
+            assert told.usage.prompt_tokens == len(
+                form.prompt([Message("system", "Be brief."), Message("user", question)])
+            )
 
 
 def fuzz(api: ServedApi, examples: int) -> None:
