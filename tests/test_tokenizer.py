@@ -273,3 +273,45 @@ def test_begin_and_end_must_be_named(key: str, value: Any, tmp_path: Path) -> No
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ValueError, match=f"{path}.* {key}"):
         Tokenizer(folder)
+
+
+def test_all_that_ends_a_text_is_known(tmp_path: Path) -> None:
+    folder = train_json("byte_level", tmp_path / "json")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5, 10**9, "x"]}))
+    assert Tokenizer(folder).eos_ids == {2, 5}
+    folder = copy_model(tmp_path / "model")
+    added = {"32000": {"content": "<|im_end|>", "special": True}, "32001": {"content": "<think>", "special": False}}
+    config = {"added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.eos_ids, tokenizer.n_words) == (32000, {2, 32000}, 32002)
+    assert tokenizer.encode("a<think><|im_end|>", False, False)[:2] == [264, 32001]
+    assert 32000 not in tokenizer.encode("<|im_end|>", False, False)
+    assert tokenizer.decode([1, 264, 32001, 32000]) == "a<think>"
+
+
+def test_control_tokens_take_the_white_space_that_they_ask_for(tmp_path: Path) -> None:
+    folder = train_json("byte_level", tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens([tokenizers.AddedToken("<l>", lstrip=True), tokenizers.AddedToken("<r>", rstrip=True)])
+    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder)
+    left, right = tokenizer.controls["<l>"], tokenizer.controls["<r>"]
+    found = tokenizer.split_controls("a <r> \n b \t<l> c<r> <l>")
+    assert found == [
+        ("a ", None), ("<r> \n ", right), ("b", None), (" \t<l>", left), (" c", None), ("<r> ", right), ("<l>", left)
+    ]  # fmt: skip
+    made.no_truncation()
+    made.no_padding()
+    theirs = made.encode("a <r> \n b \t<l> c<r> <l>", add_special_tokens=False).ids
+    ours = [[token] if token is not None else tokenizer.after_control(piece) for piece, token in found]
+    assert [token for ids in ours for token in ids] == theirs
+    assert tokenizer.split_controls(" " * 200_000) == [(" " * 200_000, None)]  # in no time
+
+
+def test_a_text_that_goes_on_has_no_prefix(loaded: dict[str, Tokenizer]) -> None:
+    for kind, tokenizer in loaded.items():
+        for before, text in (("the dog", " is"), ("the", "re"), ("a\n", "  b"), ("the dog", "")):
+            ids = tokenizer.encode(before, False, False) + tokenizer.cont(text)
+            assert tokenizer.decode(ids) == before + text or kind == "metaspace", (kind, before, text)

@@ -30,6 +30,11 @@ class Message:
     def text(self) -> str:
         return f"{self.content}\n{self.given}" if self.given.strip() else self.content
 
+    @property
+    def taught(self) -> bool:
+        """Whether training learns it: an answer that says something."""
+        return self.role == "assistant" and self.learned and bool(self.content.strip())
+
 
 @dataclass(frozen=True, slots=True)
 class Ends:
@@ -104,11 +109,11 @@ def encode_example(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example
 
 def _check_learned(segments: Sequence[Segment], parts: Sequence[list[int]], tokenizer: Tokenizer) -> None:
     before: list[int] = []
-    said = ""
     for segment, part in zip(segments, parts, strict=True):
+        text = segment.text
+        if segment.learned and segment.control is None:
+            said = tokenizer.decode(before)
+            if tokenizer.decode([*before, *part]) != said + text:
+                cut = f"{text[:40]!r}..." if len(text) > 40 else repr(text)
+                raise ValueError(f"its answer {cut} does not come back from the tokenizer's ids: it cannot be learned")
         before += part
-        now = tokenizer.decode(before)
-        if segment.learned and segment.control is None and segment.text and now != said + segment.text:
-            cut = f"{segment.text[:40]!r}..." if len(segment.text) > 40 else repr(segment.text)
-            raise ValueError(f"its answer {cut} does not come back from the tokenizer's ids: it could not be learned")
-        said = now

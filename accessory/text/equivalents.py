@@ -33,13 +33,13 @@ _MISTRAL = r"""{{- bos_token -}}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
         {%- set ns.asked = ns.asked + 1 -%}
-        {{- (BETWEEN if ns.asked > 1 else '') + '[INST] ' -}}
-        {{- system + '\n\n' if system and ns.asked == PLACE else '' -}}
-        {{- message.content + CLOSING -}}
+        {%- set said = (system + '\n\n' if system and ns.asked == PLACE else '') + message.content -%}
+        {{- (BETWEEN if ns.asked > 1 else '') + '[INST]' + (' ' if said else EMPTY) + said + CLOSING -}}
     {%- elif message.role == 'assistant' -%}
-        {{- ' ' + ANSWER + eos_token -}}
+        {%- set said = ANSWER -%}
+        {{- (' ' if said else '') + said + eos_token -}}
     {%- elif OWN_SYSTEM -%}
-        {{- '[SYSTEM_PROMPT] ' + message.content + '[/SYSTEM_PROMPT]' -}}
+        {{- '[SYSTEM_PROMPT]' + (' ' if message.content else '') + message.content + '[/SYSTEM_PROMPT]' -}}
     {%- endif -%}
 {%- endfor -%}
 """
@@ -54,12 +54,17 @@ def equivalent_template(form: DefaultForm | AlpacaForm | MistralForm) -> str:
         opening, asking = instruction_prompt("\0", sys_name=kind).split("\0")
         behind, _ = instruction_prompt("\0", sys_name=kind, system="").split("\0")
         return _SYSTEM + _filled(
-            _ALPACA, OPENING=_quoted(opening), BEHIND_SYSTEM=_quoted(behind), ASKING=_quoted(asking)
+            _ALPACA,
+            OPENING=_quoted(opening),
+            BEHIND_SYSTEM=_quoted(behind),
+            QUESTION="message.content" + ("" if kind == "None" else ".strip()"),
+            ASKING=_quoted(asking),
         )
     word = form.version == 1
     return _SYSTEM + _filled(
         _MISTRAL,
         BETWEEN="' '" if word else "''",
+        EMPTY="' '" if word else "''",
         CLOSING="' [/INST]'" if word else "'[/INST]'",
         ANSWER="message.content" if word else "message.content.rstrip(' ')",
         PLACE={1: "1", 3: "questions | length", 7: "0"}[form.version],

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from accessory.errors import shown
 from accessory.files import write_json
 from accessory.text.equivalents import equivalent_template
 from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
+from accessory.text.instruction import PROMPT_NAMES
+from accessory.text.jinja import TemplateError
 from accessory.text.template import TEMPLATE_NAME, TemplateForm
 from accessory.text.tokenizer import BESIDE_NAMES, CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME, Tokenizer
 
@@ -44,8 +47,12 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
     elif asked in FORMS:
         form = form_of_record(tokenizer, recorded if recorded and recorded["name"] == asked else {"name": asked})
     else:
-        templates = next((found for place in places if (found := templates_of(place))), {})
-        form = _templated(tokenizer, templates, asked, places[0])
+        folder, templates = next(
+            ((place, found) for place in places if (found := templates_of(place))), (places[0], {})
+        )
+        if asked is None and recorded is not None and "default" not in templates:
+            raise ValueError(f"{folder} has no {TEMPLATE_NAME}, the form that its {META_NAME} names: copy it there")
+        form = _templated(tokenizer, templates, asked, folder)
     logger.info('chats are put into the form "%s"', form.name)
     return form
 
@@ -89,7 +96,7 @@ def templates_of(folder: Path) -> dict[str, tuple[str, str]]:
             if isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str):
                 found[one["name"]] = (one["template"], CONFIG_NAME)
     for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
-        found[file.stem] = (_read(file), file.name)
+        found[file.stem] = (_read(file), f"{MORE_TEMPLATES}/{file.name}")
     if (file := folder / TEMPLATE_NAME).is_file():
         found["default"] = (_read(file), TEMPLATE_NAME)
     return found
@@ -151,19 +158,25 @@ def form_of_record(tokenizer: Tokenizer, recorded: dict[str, Any]) -> Form:
 
 
 def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, str]], asked: str | None, folder: Path) -> Form:
-    if asked in (None, MODELS_OWN):
-        if "default" in templates:
-            return TemplateForm(tokenizer, *templates["default"])
-        if asked is None:
-            return DefaultForm(tokenizer, learns_end=False)
+    key = "default" if asked in (None, MODELS_OWN) else str(asked)
+    if key in templates:
+        template, place = templates[key]
+        name, file = place if key == "default" else key, str(folder / place)
+    elif asked is None:
+        return DefaultForm(tokenizer, learns_end=False)
+    elif asked == MODELS_OWN:
         raise ValueError(f"--chat_template model: no chat template lies in {folder}: give a file or a name")
-    assert asked is not None
-    if asked in templates:
-        return TemplateForm(tokenizer, templates[asked][0], asked)
-    if Path(asked).is_file():
-        return TemplateForm(tokenizer, _read(Path(asked)), asked)
-    known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
-    raise ValueError(f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}")
+    elif isfile(asked):  # False for a name that is too long, as of a whole template
+        template, name, file = _read(Path(asked)), asked, asked
+    else:
+        known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
+        raise ValueError(
+            f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}"
+        )
+    try:
+        return TemplateForm(tokenizer, template, name)
+    except TemplateError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
@@ -178,9 +191,11 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     said = meta.get(FORM_KEY) if isinstance(meta, dict) else None
     if said is None:
         return None
-    if not isinstance(said, dict) or said.get("name") not in (*FORMS, TEMPLATE_NAME):
+    known = isinstance(said, dict) and said.get("name") in (*FORMS, TEMPLATE_NAME)
+    types = said.get("prompt_types", ["alpaca"]) if known else None
+    if not isinstance(types, list) or not types or not all(one in PROMPT_NAMES for one in types):
         raise ValueError(f"{file}: {FORM_KEY} is {shown(said)}, and no form is known by that: correct or remove it")
-    return said
+    return dict(said)
 
 
 def _read(file: Path) -> str:

@@ -48,11 +48,16 @@ class Form:
         """The text of a chat whose last message, the assistant's, is to be gone on with."""
         if not messages or messages[-1].role != "assistant":
             raise ValueError("the last message, which is to be gone on with, must be from the assistant")
-        return [*self.segments(messages[:-1], ask=True), Segment(self.ends.lead + messages[-1].content)]
+        return [*self.segments(messages[:-1], ask=True), *self._begun(messages)]
+
+    def _begun(self, messages: Sequence[Message]) -> list[Segment]:
+        """What stands behind the prompt of a last message that is to be gone on with."""
+        content = messages[-1].content
+        return [Segment(self.ends.lead + content)] if content else []
 
     def unasked(self, messages: Sequence[Message]) -> list[Segment]:
         """The text of a chat without that which asks for an answer."""
-        *before, last = self.segments(messages, ask=messages[-1:] != [] and messages[-1].role == "user")
+        *before, last = self.segments(messages, ask=bool(messages) and messages[-1].role == "user")
         return [*before, Segment(last.text.removesuffix(self.asks), False, last.how, last.control)]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -69,27 +74,31 @@ class Form:
             ValueError: as above.
         """
         messages = _answered(messages)
-        places = [place for place, message in enumerate(messages) if message.role == "assistant"]
-        if not any(messages[place].learned for place in places):
+        places = [place for place, message in enumerate(messages) if message.taught]
+        if not places:
             return []
         whole = self.segments(messages, ask=False)
-        if self.nests or all(self._asked(messages, place, whole) for place in places):
+        if self.nests or self._teaches(messages, places, whole):
             return [whole]
         parts = []
         for place in places:
-            if not messages[place].learned:
-                continue
             part = self.segments(messages[: place + 1], ask=False)
-            if not self._asked(messages, place, part):
-                raise ValueError("the chat template asks a question otherwise than it writes the question's answer")
+            if not self._teaches(messages, [place], part):
+                raise ValueError("the chat template changes an answer, or writes it otherwise than it asks for it")
             asked = len(self.segments(messages[:place], ask=True))
             parts.append([*(one.unlearned for one in part[:asked]), *part[asked:]])
         return parts
 
-    def _asked(self, messages: Sequence[Message], place: int, whole: Sequence[Segment]) -> bool:
-        """Whether a chat begins with the prompt that its message at `place` answers."""
-        prompt = self.segments(messages[:place], ask=True)
-        return [one.unlearned for one in whole[: len(prompt)]] == [one.unlearned for one in prompt]
+    def _teaches(self, messages: Sequence[Message], places: Sequence[int], whole: Sequence[Segment]) -> bool:
+        """Whether each of these answers is learned in a chat, behind the prompt that asks for it."""
+        end = len(whole)
+        for place in reversed(places):
+            asked = [one.unlearned for one in self.segments(messages[:place], ask=True)]
+            said = whole[len(asked) : end]
+            if [one.unlearned for one in whole[: len(asked)]] != asked or not any(one.learned for one in said):
+                return False
+            end = len(asked)
+        return True
 
     def recorded(self) -> dict[str, Any]:
         """What meta.json says of a model that was trained in this form."""
@@ -143,7 +152,7 @@ def _merged(run: list[Message]) -> Message:
     if len(run) == 1:
         return run[0]
     learned = all(message.learned for message in run)
-    return Message(run[0].role, "\n\n".join(message.text for message in run), learned=learned)
+    return Message(run[0].role, "\n\n".join(message.text for message in run if message.text), learned=learned)
 
 
 class DefaultForm(_Turns):
@@ -174,7 +183,7 @@ class DefaultForm(_Turns):
             answer = turn.content.rstrip()
             if turn.learned and END + HUMAN in answer:
                 raise ValueError(f"its answer holds {END + HUMAN!r}, at which answers end in this form")
-            learned, last = turn.learned and bool(answer), number == len(turns)
+            learned, last = turn.taught, number == len(turns)
             made.append(Segment(f" {answer}{END}{'' if last else HUMAN}", learned))
             text, how = "", "cont"
             if last:
@@ -209,8 +218,7 @@ class AlpacaForm(_Turns):
                 text = instruction_prompt(question, turn.given, self.prompt_types[0], system)
                 made += [self._bos(), Segment(text, how="start")]
             else:
-                learned = turn.learned and bool(turn.content)
-                made += [Segment(turn.content, learned), self._eos(learned)]
+                made += [Segment(turn.content, turn.taught), self._eos(turn.taught)]
         return made
 
     def recorded(self) -> dict[str, Any]:
@@ -241,7 +249,8 @@ class MistralForm(_Turns):
         if self.version != 7:
             return super().segments(messages, ask=ask)
         # What the system says may stand anywhere.
-        merged = [_merged(list(run)) for _, run in groupby(messages, key=lambda message: message.role)]
+        runs = [list(run) for _, run in groupby(messages, key=lambda message: message.role)]
+        merged = [one for run in runs for one in (run if run[0].role == "system" else [_merged(run)])]
         others = [message for message in merged if message.role != "system"]
         if not others or others[0].role != "user" or (ask and merged[-1].role != "user"):
             raise ValueError("the first message (behind the system's) and the last must be from the user")
@@ -256,7 +265,7 @@ class MistralForm(_Turns):
                 answer = turn.content if self.version == 1 else turn.content.rstrip(" ")
                 if not turn.content:
                     raise ValueError("a message of the assistant is empty, and this form takes none")
-                made += [*_spaced(answer, turn.learned), self._eos(turn.learned)]
+                made += [*_spaced(answer, turn.taught), self._eos(turn.taught)]
             elif turn.role == "system":
                 made += self._between("[SYSTEM_PROMPT]", turn.text, "[/SYSTEM_PROMPT]")
             else:

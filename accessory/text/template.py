@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice, zip_longest
+from posixpath import commonprefix
 from typing import Any
 
 from accessory.text.chat import Before, Ends, Message, Segment
@@ -17,9 +19,9 @@ from accessory.text.tokenizer import Tokenizer
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF8FF)]
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
 # Behind these Mistral's tokenizer puts a space, whether its template wrote one or not.
-_MISTRALS = re.compile(r"(<s>|</s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]) ?")
+_MISTRALS = re.compile(r"<s>|</s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]")
 
-Places = Sequence[tuple[int, int]] | None
+Places = Sequence[tuple[int, int, bool]] | None
 
 
 class TemplateForm(Form):
@@ -44,11 +46,15 @@ class TemplateForm(Form):
         self.ends = self._found_ends()
         # Mistral's own tokenizers are known to mistral-common, whose tokens those of its templates are to be.
         self._mistral = MistralForm(tokenizer) if "[INST]" in template and not tokenizer.is_json else None
-        question = [Message("user", "Q")]
-        if self._mistral is None or self._as_mistral(question, True, self.text(question, ask=True)) is None:
+        chat = [Message("user", "Q"), Message("assistant", "A"), Message("user", "R")]
+        try:
+            known = self._as_mistral(chat, True, self.text(chat, ask=True))
+        except TemplateError:
+            known = None
+        if known is None:
             self._mistral = None
         else:
-            self.ends = self._mistral.ends
+            self.ends = MistralForm.ends
 
     def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
         whole, places, guard = self._rendered(messages, ask)
@@ -64,19 +70,27 @@ class TemplateForm(Form):
             at = end
         return [replace(one, text=one.text.replace(guard, "")) for one in made]
 
-    def continued(self, messages: Sequence[Message]) -> list[Segment]:
-        before, last = messages[:-1], messages[-1]
-        asked = self.segments(before, ask=True)
+    def _begun(self, messages: Sequence[Message]) -> list[Segment]:
         if self._mistral is not None:
-            return super().continued(messages)
+            return super()._begun(messages)
+        *before, last = messages
         mark = _unused(messages)
-        marked = replace(last, content=f"{last.text}{mark} ", given="")
-        text, found, rest = self._rendered([*before, marked], False)[0].text.partition(mark)
+        whole, _, guard = self._rendered([*before, replace(last, content=f"{last.text}{mark} ", given="")], False)
+        text, found, rest = whole.text.rpartition(mark)
         if not found:
             raise TemplateError("the chat template leaves out the message that is to be gone on with")
-        text = text if rest.startswith(" ") else text.rstrip()
-        prompt = "".join(one.text for one in asked)
-        return [*asked, *self._pieces(text[len(prompt) :], "cont")] if text.startswith(prompt) else self._pieces(text)
+        text = text if rest.startswith(" ") else text.rstrip()  # as transformers has it
+        plain, prompt = text.replace(guard, ""), self.text(before, ask=True)
+        if not plain.startswith(prompt) and not prompt.startswith(plain):  # the latter where nothing was said yet
+            raise TemplateError("the chat template asks a question otherwise than it writes the question's answer")
+        begun: list[Segment] = []
+        left = len(prompt)
+        for one in self._pieces(text):
+            said = one.text.replace(guard, "")
+            left, said = max(left - len(said), 0), said[left:]
+            if said:
+                begun.append(replace(one, text=said, how=one.how if begun else "cont"))
+        return begun
 
     def unasked(self, messages: Sequence[Message]) -> list[Segment]:
         return self.segments(messages, ask=False)
@@ -98,53 +112,87 @@ class TemplateForm(Form):
     def _rendered(self, messages: Sequence[Message], ask: bool) -> tuple[Rendered, Places, str]:
         """The text, with a mark within each control token that was typed; where answers stand in it; the mark."""
         guard, mark = _unused(messages), _unused(messages, 1)
-        guarded = [replace(one, content=self._guarded(one.text, guard), given="") for one in messages]
-        answers = [one.content for one in guarded if one.role == "assistant"]
+        guarded = [
+            replace(
+                one, content=self._guarded(one.text, guard), name=self._guarded(one.name or "", guard) or None, given=""
+            )
+            for one in messages
+        ]
+        answers = [one.content for one in guarded if _answers(one)]
         cases = [guarded]
         if answers:
-            cases.append([replace(one, content=mark) if one.role == "assistant" else one for one in guarded])
-        typed = any(guard in one.content for one in guarded)
+            cases.append([replace(one, content=mark) if _answers(one) else one for one in guarded])
+        typed = any(guard in f"{one.name}{one.content}" for one in guarded)
         if typed:
             cases.append(list(messages))
         whole, *others = render_each(self.template, [self._case(case, ask) for case in cases])
         if typed and others[-1].text != whole.text.replace(guard, ""):
             raise TemplateError("the chat template looks into a message that holds the name of a control token")
-        return whole, _places(others[0].text.split(mark), answers, whole.text) if answers else [], guard
+        return whole, self._places(others[0].text.split(mark), answers, whole.text) if answers else [], guard
 
     def _guarded(self, text: str, guard: str) -> str:
         """A message in which no control token's name stands, nor arises with what a template puts around it."""
         while self._typed.search(text):
             text = self._typed.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", text)
-        names = self.tokenizer.controls
-        if any(text.endswith(name[:size]) for name in names for size in range(1, len(name))):
-            text += guard
-        if any(text.startswith(name[size:]) for name in names for size in range(1, len(name))):
-            text = guard + text
-        return text
+        body = text.strip()  # as a template may have it
+        begin = text.find(body)
+        starts, ends, sizes = self._halves
+        before = guard if any(body[:size] in ends for size in sizes) else ""
+        behind = guard if any(body[-size:] in starts for size in sizes) else ""
+        return f"{text[:begin]}{before}{body}{behind}{text[begin + len(body) :]}"
 
     @cached_property
     def _typed(self) -> re.Pattern[str]:
         names = sorted((name for name in self.tokenizer.controls if len(name) > 1), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
+    @cached_property
+    def _halves(self) -> tuple[set[str], set[str], range]:
+        """How the names of control tokens begin and end, and the lengths that this has."""
+        cut = [(name[:at], name[at:]) for name in self.tokenizer.controls for at in range(1, len(name))]
+        return {start for start, _ in cut}, {end for _, end in cut}, range(1, max(map(len, self.tokenizer.controls)))
+
     def _answers(self, whole: Rendered, places: Places, messages: Sequence[Message]) -> list[tuple[int, int, bool]]:
         """Begin and end of what the model writes or has written, and whether it learns that."""
-        said = [one.learned and bool(one.content.strip()) for one in messages if one.role == "assistant"]
         if whole.generated:
-            known = said if len(said) == len(whole.generated) else [True] * len(whole.generated)
+            said = [one for one in messages if one.role == "assistant"]
+            known = [one.taught for one in said]
+            if len(said) != len(whole.generated):  # so no block is an answer's for certain
+                known = [all(one.learned for one in said)] * len(whole.generated)
             return [(begin, end, learned) for (begin, end), learned in zip(whole.generated, known, strict=True)]
         found = []
-        for number, (begin, end) in enumerate(places or (), start=1):
-            if whole.text[:begin].endswith(self._lead):
-                begin -= len(self._lead)
-            behind = self._end if whole.text.startswith(self._end, end) else ""
-            if number == len(said) and messages[-1].role == "assistant":
-                behind = whole.text[end:]
-            pieces = self.tokenizer.split_controls(behind)
-            while pieces and pieces[-1][1] is None and any(token is not None for _, token in pieces):
-                pieces.pop()  # behind the token that ends an answer nothing is asked of the model
-            found.append((begin, end + sum(len(piece) for piece, _ in pieces), said[number - 1]))
+        for one, (begin, end, kept) in zip(filter(_answers, messages), places or (), strict=False):
+            behind = whole.text[end:] if one is messages[-1] else self._end
+            end += len(self._ending(behind)) if whole.text.startswith(behind, end) else 0
+            found.append((begin, end, one.taught and kept))
         return found
+
+    def _ending(self, text: str) -> str:
+        """What of the text behind an answer is the model's to say: up to the first control token, else all."""
+        pieces = self.tokenizer.split_controls(text)
+        count = next((count for count, (_, token) in enumerate(pieces, start=1) if token is not None), len(pieces))
+        return "".join(piece for piece, _ in pieces[:count])
+
+    def _places(self, parts: Sequence[str], answers: Sequence[str], text: str) -> Places:
+        """Where answers, with what the template writes before each, stand in a text that has these parts around them.
+
+        And whether they are whole. None where that is not known: one that a template changes, but for white space at
+        its ends, is found where what follows has a control token.
+        """
+        parts = [*(part.removesuffix(self._lead) for part in parts[:-1]), parts[-1]]
+        if len(parts) != len(answers) + 1 or not text.startswith(parts[0]):
+            return None
+        places = []
+        at = len(parts[0])
+        for answer, part in zip(answers, parts[1:], strict=True):
+            known = (f"{lead}{trim(answer)}" for lead in (self._lead, "") for trim in _TRIMS)
+            ends = (at + len(said) for said in known if text.startswith(said + part, at))
+            end = next(ends, text.find(part, at) if self._typed.search(part) else -1)
+            if end < 0:
+                return None
+            places.append((at, end, "".join(answer.split()) in "".join(text[at:end].split())))
+            at = end + len(part)
+        return places if at == len(text) else None
 
     def _pieces(self, text: str, how: Before = "start", learned: bool = False) -> list[Segment]:
         """A text as control tokens and what stands between them."""
@@ -155,23 +203,29 @@ class TemplateForm(Form):
         return made
 
     def _found_ends(self) -> Ends:
-        tail = ""
-        for piece, token in self.tokenizer.split_controls(self._end):
-            if token is not None:
-                return Ends(stop_ids=(token,), lead=self._lead, tail=tail)
-            tail += piece
-        return Ends(lead=self._lead)
+        *before, (_last, token) = self.tokenizer.split_controls(self._end) or [("", None)]
+        if token is not None:
+            return Ends(stop_ids=(token,), lead=self._lead, tail="".join(piece for piece, _ in before))
+        stop = self._end.rstrip()
+        return Ends(stop=(stop,) if stop else (), lead=self._lead)
 
     def _as_mistral(self, messages: Sequence[Message], ask: bool, text: str) -> list[Segment] | None:
         """The segments of Mistral's own form, where it says the same but for spaces that its tokenizer makes."""
         if self._mistral is None:
             return None
-        try:
-            made = self._mistral.segments(messages, ask=ask)
-        except ValueError:
-            return None
-        theirs = "".join(one.text for one in made)
-        return made if _MISTRALS.sub(r"\1 ", text) == _MISTRALS.sub(r"\1 ", theirs) else None
+        for trim in _TRIMS:
+            said = [replace(one, content=trim(one.content)) if one.role == "assistant" else one for one in messages]
+            try:
+                made = self._mistral.segments(said, ask=ask)
+            except ValueError:
+                return None
+            written = ["".join(one.text for one in made), text]
+            if any(one.content.endswith(" ") for one in said):  # the form may leave such a space out
+                written = [re.sub(" +</s>", "</s>", one) for one in written]
+            pairs = zip_longest(*map(_MISTRALS.split, written))
+            if all(our in (other, f" {other}") or (our, other) == ("", " ") for our, other in pairs):
+                return made
+        return None
 
     def _probed(self) -> tuple[str, str]:
         """What the template writes between a prompt and its answer, and what behind every answer.
@@ -193,8 +247,12 @@ class TemplateForm(Form):
             return "", ""  # it knows no answers
         lead = said.removeprefix(asked).partition(mark)[0] if said.startswith(asked) else ""
         last, mid = said.partition(mark)[2], more.partition(mark)[2]
-        alike = (size for size in range(len(last), -1, -1) if mid.startswith(last[:size]))
-        return lead, last[: next(alike)]
+        end = ""
+        for (piece, token), (other, same) in zip(*map(self.tokenizer.split_controls, (last, mid)), strict=False):
+            end += commonprefix([piece, other]) if token == same else ""
+            if token is not None or piece != other:
+                break
+        return lead, end
 
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -202,18 +260,11 @@ TEMPLATE_NAME = "chat_template.jinja"
 
 def _unused(messages: Sequence[Message], number: int = 0) -> str:
     """A character that stands nowhere in a chat."""
-    used = {character for one in messages for character in one.text if character >= _PRIVATE[0]}
-    return [character for character in _PRIVATE if character not in used][number]
+    used = {character for one in messages for character in f"{one.name}{one.text}" if character >= _PRIVATE[0]}
+    for character in islice((one for one in _PRIVATE if one not in used), number, None):
+        return character
+    raise TemplateError("a chat that holds all of Unicode's private characters is not put into a chat template")
 
 
-def _places(parts: Sequence[str], answers: Sequence[str], text: str) -> Places:
-    """Where answers stand in a text that has these parts around them; None where the template changes more of them
-    than the white space at their ends."""
-    for trim in _TRIMS if len(parts) == len(answers) + 1 else ():
-        places, made = [], parts[0]
-        for answer, part in zip(map(trim, answers), parts[1:], strict=True):
-            places.append((len(made), len(made) + len(answer)))
-            made += answer + part
-        if made == text:
-            return places
-    return None
+def _answers(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.content.strip())

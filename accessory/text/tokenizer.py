@@ -26,6 +26,7 @@ GENERATION_NAME = "generation_config.json"
 # What else of Hugging Face's folders says which tokens there are.
 BESIDE_NAMES = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", GENERATION_NAME)
 
+_SPACES = re.compile(r"\s*")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Appended to a sentencepiece model: its normalizer (field 3) gets add_dummy_prefix (field 3) false, as protobuf merges
 # a message that is given twice.
@@ -98,19 +99,18 @@ class Tokenizer:
         pieces: list[tuple[str, int | None]] = []
         at = 0
         for match in self._control_pattern.finditer(text):
-            name = match[0] if match[0] in self.controls else match[0].strip()
-            pieces += [(text[at : match.start()], None), (match[0], self.controls[name])]
-            at = match.end()
+            left, right = self._backend.stripping.get(match[0], (False, False))  # some take the white space around them
+            begin, end = match.span()
+            begin = at + len(text[at:begin].rstrip()) if left else begin
+            end = _SPACES.match(text, end).end() if right else end  # type: ignore[union-attr]
+            pieces += [(text[at:begin], None), (text[begin:end], self.controls[match[0]])]
+            at = end
         return [piece for piece in (*pieces, (text[at:], None)) if piece[0]]
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        def pattern(name: str) -> str:  # some take the white space around them
-            left, right = self._backend.stripping.get(name, (False, False))
-            return r"\s*" * left + re.escape(name) + r"\s*" * right
-
         # Of two that begin at one place the longer one counts.
-        return re.compile("|".join(map(pattern, sorted(self.controls, key=len, reverse=True))) or "(?!)")
+        return re.compile("|".join(map(re.escape, sorted(self.controls, key=len, reverse=True))) or "(?!)")
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids that `encode` gives without begin and end, and the characters that each stands for.
