@@ -41,7 +41,7 @@ def teach(base: Path, folder: Path) -> Path:
     schedule = CosineSchedule(steps=_STEPS, lr=3e-3, min_lr=1e-4, warmup=5)
     for step in range(_STEPS):
         result = train_step(model, optimizer, [batch], lr=schedule(step), clip_grad=1.0)
-        if result.loss < 0.02:
+        if result.loss < 0.003:
             break
     torch.set_num_threads(threads)
     assert result.loss < 0.1, f"it has not learned its dialogues: loss {result.loss}"

@@ -23,6 +23,7 @@ from accessory.generation.sampling import Sampling
 from accessory.serve.driver import Driver
 from accessory.serve.request import Engine
 from accessory.serve.terminal import HELP, Terminal, printable
+from accessory.text.form_files import find_form
 
 (QUESTION, ANSWER), (NEXT_QUESTION, NEXT_ANSWER) = DIALOGUES[0]
 pytestmark = pytest.mark.alone
@@ -38,7 +39,8 @@ def engine(talking: Path) -> Iterator[Engine]:
 def chat(engine: Engine, *lines: str, length: int = 60) -> list[str]:
     """What a terminal without a person shows for these lines."""
     source, sink = io.StringIO("".join(f"{line}\n" for line in lines)), io.StringIO()
-    Terminal(engine, Sampling(max_gen_len=length), source=source, sink=sink).run()
+    form = find_form(engine.tokenizer, [])
+    Terminal(engine, Sampling(max_gen_len=length), form=form, source=source, sink=sink).run()
     return sink.getvalue().splitlines()
 
 

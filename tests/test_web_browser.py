@@ -27,6 +27,7 @@ from accessory.serve.request import Engine
 from accessory.serve.web.multi_turn import MultiTurnPage
 from accessory.serve.web.page import served
 from accessory.serve.web.single_turn import SingleTurnPage
+from accessory.text.form_files import find_form
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -61,7 +62,9 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture(scope="module")
 def dialogue_address(engine: Engine) -> Iterator[str]:
-    with served(MultiTurnPage(engine).blocks, engine, server_port=free_port()) as address:
+    with served(
+        MultiTurnPage(engine, find_form(engine.tokenizer, [])).blocks, engine, server_port=free_port()
+    ) as address:
         yield address
 
 
@@ -100,14 +103,15 @@ def page(tab: "Page", engine: Engine) -> "Page":
     return tab
 
 
-def says(engine: Engine, tokens: tuple[int, ...], length: int, stop: tuple[str, ...] = ()) -> str:
-    """What the model answers, asked directly."""
-    return "".join(event.text for event in engine.submit(tokens, Sampling(max_gen_len=length, stop=stop)))
+def says(engine: Engine, tokens: tuple[int, ...], sampling: Sampling) -> str:
+    return "".join(event.text for event in engine.submit(tokens, sampling))
 
 
 def replies(engine: Engine, turns: list[Turn], question: str, length: int) -> str:
-    prompt = dialogue_prompt(engine.tokenizer, turns, question, room=CONTEXT - length)
-    return says(engine, prompt.tokens, length, prompt.stop).strip()
+    """What the model answers behind these turns."""
+    form = find_form(engine.tokenizer, [])
+    prompt = dialogue_prompt(form, turns, question, room=CONTEXT - length)
+    return says(engine, prompt.tokens, Sampling(max_gen_len=length).with_ends(form.ends))
 
 
 def set_length(page: "Page", length: int) -> None:
@@ -297,11 +301,19 @@ def colours_of(page: "Page") -> list[str]:
 
 
 def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> None:
-    with served(SingleTurnPage(engine).blocks, engine, server_port=free_port()) as address:
+    with served(
+        SingleTurnPage(engine, find_form(engine.tokenizer, [])).blocks, engine, server_port=free_port()
+    ) as address:
         page = open_tab(address)
         instruction, given, output = (page.locator(f"#{name} textarea") for name in ("instruction", "given", "answer"))
         page.get_by_role("button", name="Submit").click()
         page.locator(".status.error", has_text="The instruction is empty: write one").wait_for()
+        question, answer = DIALOGUES[0][0]
+        instruction.fill(question)
+        page.get_by_role("button", name="Submit").click()
+        finished(page)
+        assert output.input_value() == answer, "it is asked in the form that it was trained on"
+        page.get_by_role("radio", name="alpaca").check()
         instruction.fill("What is a list?")
         given.fill("In Python.")
         set_length(page, 40)
@@ -332,14 +344,16 @@ def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> N
 
 
 def expected(engine: Engine, prompt: str, length: int = 40) -> str:
-    return says(engine, tuple(engine.tokenizer.encode(prompt, bos=True, eos=False)), length).lstrip()
+    return says(engine, tuple(engine.tokenizer.encode(prompt, bos=True, eos=False)), Sampling(max_gen_len=length))
 
 
 def test_a_dead_rank_is_said(open_tab: Callable[[str], "Page"], talking: Path) -> None:
     before = workers()
     with Driver(talking, max_seq_len=CONTEXT, slots=1, device="cpu", dtype="fp32") as engine:
         (rank,) = workers() - before
-        with served(MultiTurnPage(engine).blocks, engine, server_port=free_port()) as address:
+        with served(
+            MultiTurnPage(engine, find_form(engine.tokenizer, [])).blocks, engine, server_port=free_port()
+        ) as address:
             page = open_tab(address)
             with slowed([rank]):
                 ask(page, COUNT, 300)
@@ -379,7 +393,9 @@ def test_a_page_takes_no_files_and_no_large_bodies(dialogue_address: str) -> Non
 
 def test_who_has_no_password_stays_out(engine: Engine) -> None:
     account = Account(user="ann", password="secret")
-    with served(MultiTurnPage(engine).blocks, engine, server_port=free_port(), auth=account) as address:
+    with served(
+        MultiTurnPage(engine, find_form(engine.tokenizer, [])).blocks, engine, server_port=free_port(), auth=account
+    ) as address:
         assert httpx.get(f"{address}config").status_code == 401
         for user, password in (("ann", "Secret"), ("bob", "secret"), ("", "")):
             login = httpx.post(f"{address}login", data={"username": user, "password": password})

@@ -65,10 +65,8 @@ def _single_turn(arguments: argparse.Namespace) -> None:
     def program(engine: Engine) -> None:
         from accessory.serve.web.page import serve_page
         from accessory.serve.web.single_turn import SingleTurnPage
-        from accessory.text.form_files import find_form
 
-        form = find_form(engine.tokenizer, arguments.pretrained_path, arguments.chat_template)
-        serve_page(SingleTurnPage(engine, form).blocks, engine, **_page_settings(arguments))
+        serve_page(SingleTurnPage(engine, arguments.form).blocks, engine, **_page_settings(arguments))
 
     serve_on_ranks(program, arguments.pretrained_path, say=say, **serve_settings(arguments))
 
@@ -76,12 +74,11 @@ def _single_turn(arguments: argparse.Namespace) -> None:
 def _multi_turn(arguments: argparse.Namespace) -> None:
     from accessory.serve.driver import Driver
 
-    settings, form = driver_settings(arguments), form_of(arguments)
-    with Driver(arguments.pretrained_path, **settings) as engine:
+    with Driver(arguments.pretrained_path, **driver_settings(arguments)) as engine:
         from accessory.serve.web.multi_turn import MultiTurnPage
         from accessory.serve.web.page import serve_page
 
-        serve_page(MultiTurnPage(engine, form).blocks, engine, **_page_settings(arguments))
+        serve_page(MultiTurnPage(engine, arguments.form).blocks, engine, **_page_settings(arguments))
 
 
 def _page_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,13 +97,15 @@ def _run(
     try:
         arguments = parser.parse_args(given)
         if launch.rank == 0:
+            # A large model takes minutes to load: what is wrong is said before.
             _check_address(arguments.server_name, arguments.server_port)
+            arguments.form = form_of(arguments)
             if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):
                 logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
-    except (SystemExit, OSError) as error:
-        if isinstance(error, OSError):
+    except (SystemExit, OSError, ValueError) as error:
+        if not isinstance(error, SystemExit):
             say(error)
-        code = 1 if isinstance(error, OSError) else int(error.code or 0)
+        code = int(error.code or 0) if isinstance(error, SystemExit) else 1
         if code and launch.world_size > 1:
             from accessory.parallel.rendezvous import refuse_together
 
@@ -116,7 +115,7 @@ def _run(
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Raise OSError where nothing can listen: a large model takes minutes to load, and then it would be too late."""
+    """Raise OSError where nothing can listen."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
