@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
@@ -12,6 +11,7 @@ from typing import Any
 
 import mistral_common
 import pytest
+import sentencepiece
 import tokenizers
 from chat_templates import TEMPLATES
 from hypothesis import HealthCheck, given, settings
@@ -22,10 +22,12 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from accessory.text import template
 from accessory.text.chat import Ends, Message, encode_example, ids_of
 from accessory.text.equivalents import equivalent_template
 from accessory.text.form_files import find_form
 from accessory.text.forms import AlpacaForm, DefaultForm, Form, MistralForm, raw_segments
+from accessory.text.jinja import render_each
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus
@@ -199,8 +201,8 @@ def test_what_is_learned_stands_behind_the_prompt_that_asks_for_it(name: str, lo
             assert text.startswith(tokenizer.decode(prompt))
             assert squeezed(messages[place].content) in squeezed(text[len(tokenizer.decode(prompt)) :])
             ends = {*tokenizer.eos_ids, *form.ends.stop_ids}
-            stop = form.ends.stop[0] if form.ends.stop else ""
-            assert example.tokens[end - 1] in ends or stop in text[len(tokenizer.decode(prompt)) :]
+            stops = [stop for stop in form.ends.stop if stop in text[len(tokenizer.decode(prompt)) :]]
+            assert example.tokens[end - 1] in ends or stops or place < taught[-1]
 
     check()
 
@@ -519,13 +521,77 @@ def test_answers_that_a_template_changes_are_refused(loaded: dict[str, Tokenizer
             form_of(name, tokenizer).parts([Message("user", "Q"), Message("assistant", f"{thought} stop")])
 
 
-def test_a_long_chat_is_quickly_a_prompt(loaded: dict[str, Tokenizer]) -> None:
-    chat = [Message(role, f"{number} " * 9) for number in range(200) for role in ("user", "assistant")]
-    for kind, name in (("bytes", "chatml"), ("v7", "mistral-v7"), ("v3", "qwen3")):
+def test_a_chat_is_rendered_in_one_round_trip(loaded: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what training makes of it too, but where each answer is an example of its own."""
+    asked = []
+    monkeypatch.setattr(template, "render_each", lambda *job: asked.append(len(job[1])) or render_each(*job))
+    chat = [Message(role, f"{number} " * 9) for number in range(30) for role in ("user", "assistant")]
+    for kind, name, trips in (("bytes", "chatml", 1), ("v7", "mistral-v7", 1), ("v3", "qwen3", 1)):
         form = form_of(name, loaded[kind])
-        begin = time.process_time()
+        form.parts(chat[:2])  # and the tokenizer is tried
+        asked.clear()
         form.prompt(chat[:-1])
-        assert time.process_time() - begin < 1
+        assert asked == [2]
+        asked.clear()
+        assert form.parts(chat)
+        assert len(asked) == trips
+
+
+def test_a_template_that_ends_no_answer_is_learned_with_the_end_token(loaded: dict[str, Tokenizer]) -> None:
+    chat = [Message("user", "Q"), Message("assistant", "A"), Message("user", "R"), Message("assistant", "B")]
+    for source in (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ):
+        form = TemplateForm(loaded["v1"], source, "none")
+        (example,) = (encode_example(part, loaded["v1"]) for part in form.parts(chat))
+        assert (example.tokens[-1], example.learned[-1]) == (loaded["v1"].eos_id, True)
+        assert loaded["v1"].eos_id not in form.prompt(chat[:-1])
+
+
+def test_an_answer_that_holds_what_ends_answers_is_refused(loaded: dict[str, Tokenizer]) -> None:
+    form = TemplateForm(loaded["v1"], "{% for m in messages %}{{ m.role }}: {{ m.content }}\n###{% endfor %}", "text")
+    assert form.ends.stop == ("\n###",)
+    with pytest.raises(ValueError, match=r"its answer holds '\\n###', at which answers end in this chat template"):
+        form.parts([Message("user", "Q"), Message("assistant", "A\n### Title")])
+
+
+def test_a_tokenizer_that_changes_texts_is_named_and_not_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(  # its own defaults
+        sentence_iterator=iter(corpus()), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        character_coverage=0.99, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"the tokenizer .*tokenizer\.model changes the texts.*form \"default\""):
+        DefaultForm(Tokenizer(path)).parts([Message("user", "Q"), Message("assistant", "A")])
+
+
+def test_a_chat_that_mistrals_form_cannot_say_has_its_spaces(loaded: dict[str, Tokenizer]) -> None:
+    """A template that writes a system message where the tokenizer knows none, on the same model as all others."""
+    form = form_of("mistral-v7", loaded["v3"])
+    chat = [Message("system", "S"), Message("user", "Q"), Message("assistant", "A")]
+    for messages in (chat, chat[1:]):
+        (part,) = form.parts(messages)
+        assert next(one.text for one in part if one.learned) == " A"
+    assert form.ends.lead == " "
+
+
+def test_the_last_folder_that_says_something_rules(tmp_path: Path, small_tokenizer: Path) -> None:
+    base, adapter, elsewhere = (tmp_path / name for name in ("base", "adapter", "elsewhere"))
+    for folder in (base, adapter, elsewhere):
+        folder.mkdir()
+    (elsewhere / "tokenizer.model").write_bytes(small_tokenizer.read_bytes())
+    alpaca = json.dumps({"prompt_form": {"name": "alpaca"}})
+    (elsewhere / "meta.json").write_text(alpaca)
+    tokenizer = Tokenizer(elsewhere)
+    assert find_form(tokenizer, [base]).name == "default", "how another model was trained says nothing"
+    (elsewhere / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert find_form(tokenizer, [base]).name == "chat_template.jinja", "but its tokenizer's template does"
+    (base / "meta.json").write_text(alpaca)
+    assert find_form(tokenizer, [base]).name == "alpaca"
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert find_form(tokenizer, [base, adapter]).name == "chat_template.jinja"
+    assert find_form(tokenizer, [adapter, base]).name == "alpaca"
 
 
 @pytest.fixture

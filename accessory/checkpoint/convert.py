@@ -14,7 +14,7 @@ from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
-from accessory.text.form_files import copy_text
+from accessory.text.form_files import META_NAME, copy_text
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def write_beside(
     if not source.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.folder)
     write_json(folder / "config.json", args.to_dict())
-    write_json(folder / "meta.json", {"llama_type": llama_type, **form})
+    write_json(folder / META_NAME, {"llama_type": llama_type, **form})
 
 
 def _write_shard(path: Path, targets: list[Source], weights: StoredWeights) -> None:

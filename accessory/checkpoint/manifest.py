@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
-from accessory.text.form_files import MORE_TEMPLATES, TEXT_NAMES
+from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES
 from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
 
 _CONVERTED = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
@@ -16,7 +16,7 @@ _RELEASED = re.compile(r"consolidated\.(\d+)\.pth")
 _COMPANIONS = frozenset(
     {
         "config.json",
-        "meta.json",
+        META_NAME,
         "params.json",
         *TEXT_NAMES,
         MORE_TEMPLATES,
@@ -81,7 +81,7 @@ class Manifest:
             form="converted" if converted else "consolidated",
             shards=shards,
             config=configs[0] if configs else None,
-            llama_type=_llama_type(folder / "meta.json"),
+            llama_type=_llama_type(folder / META_NAME),
             odd=tuple(name for name in names if name not in known),
         )
 

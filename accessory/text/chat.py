@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from accessory.text.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 Before = Literal["start", "cont", "behind"]
+_WINDOW = 256  # tokens; nothing in a text reaches further back
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,12 @@ def encode_example(segments: Sequence[Segment], tokenizer: Tokenizer) -> Example
     parts = [segment.encode(tokenizer) for segment in segments]
     tokens = [token for part in parts for token in part]
     learned = [segment.learned for segment, part in zip(segments, parts, strict=True) for _ in part]
-    text = "".join(segment.text for segment in segments if segment.control is None)
-    if tokenizer.decode(tokens) not in (text, text.removeprefix(" ")):
-        _check_learned(segments, parts, tokenizer)  # some tokenizers change more of a text than its first space
+    begins = [place for place, segment in enumerate(segments) if segment.how == "start"]
+    for begin, end in pairwise([0, *begins[1:], len(segments)]):  # each of these texts begins with a prefix
+        text = "".join(segment.text for segment in segments[begin:end] if segment.control is None)
+        said = tokenizer.decode([token for part in parts[begin:end] for token in part])
+        if said not in (text, text.removeprefix(" ")):  # some tokenizers change more of a text than its first space
+            _check_learned(segments[begin:end], parts[begin:end], tokenizer)
     return Example(tokens, learned)
 
 
@@ -112,6 +117,7 @@ def _check_learned(segments: Sequence[Segment], parts: Sequence[list[int]], toke
     for segment, part in zip(segments, parts, strict=True):
         text = segment.text
         if segment.learned and segment.control is None:
+            before = before[-_WINDOW:]  # so that long chats cost no more for each answer
             said = tokenizer.decode(before)
             if tokenizer.decode([*before, *part]) != said + text:
                 cut = f"{text[:40]!r}..." if len(text) > 40 else repr(text)

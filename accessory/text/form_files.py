@@ -40,21 +40,30 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
     Raises:
         ValueError, FileNotFoundError: naming the setting or the file.
     """
-    places = [*(Path(folder) for folder in reversed(folders)), tokenizer.path.parent]
-    recorded = next((found for place in places if (found := _recorded(place)) is not None), None)
-    if asked is None and recorded is not None and recorded["name"] in FORMS:
-        form: Form = form_of_record(tokenizer, recorded)
+    own = tokenizer.path.parent  # another model's, perhaps, which says nothing of how this one was trained
+    places = [Path(folder) for folder in reversed(folders)] or [own]
+    records = [_recorded(place) for place in places]
+    if asked is None:
+        form = next((form for pair in zip(places, records, strict=True) if (form := _lying(tokenizer, *pair))), None)
+        form = form or _lying(tokenizer, own, None) or DefaultForm(tokenizer, learns_end=False)
     elif asked in FORMS:
-        form = form_of_record(tokenizer, recorded if recorded and recorded["name"] == asked else {"name": asked})
+        alike = (record for record in records if record and record["name"] == asked)
+        form = form_of_record(tokenizer, next(alike, {"name": asked}))
     else:
-        folder, templates = next(
-            ((place, found) for place in places if (found := templates_of(place))), (places[0], {})
-        )
-        if asked is None and recorded is not None and "default" not in templates:
-            raise ValueError(f"{folder} has no {TEMPLATE_NAME}, the form that its {META_NAME} names: copy it there")
-        form = _templated(tokenizer, templates, asked, folder)
+        templates = next((found for place in (*places, own) if (found := templates_of(place))), {})
+        form = _templated(tokenizer, templates, asked, places[0])
     logger.info('chats are put into the form "%s"', form.name)
     return form
+
+
+def _lying(tokenizer: Tokenizer, folder: Path, record: dict[str, Any] | None) -> Form | None:
+    """The form that a folder says: its meta.json, else its template."""
+    if record is not None and record["name"] in FORMS:
+        return form_of_record(tokenizer, record)
+    template = templates_of(folder).get("default")
+    if record is not None and template is None:
+        raise ValueError(f"{folder} has no {TEMPLATE_NAME}, the form that its {META_NAME} names: copy it there")
+    return None if template is None else _made(tokenizer, *template)
 
 
 def form_for_training(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str) -> Form:
@@ -78,7 +87,7 @@ def trained_form(
     return None if isinstance(found, DefaultForm) and not found.learns_end else found
 
 
-def templates_of(folder: Path) -> dict[str, tuple[str, str]]:
+def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
     """A folder's chat templates by name, each with the file that it is from. "default" is the one for chats.
 
     Raises:
@@ -94,11 +103,11 @@ def templates_of(folder: Path) -> dict[str, tuple[str, str]]:
         listed = [{"name": "default", "template": said}] if isinstance(said, str) else said
         for one in listed if isinstance(listed, list) else ():
             if isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str):
-                found[one["name"]] = (one["template"], CONFIG_NAME)
+                found[one["name"]] = (one["template"], config)
     for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
-        found[file.stem] = (_read(file), f"{MORE_TEMPLATES}/{file.name}")
+        found[file.stem] = (_read(file), file)
     if (file := folder / TEMPLATE_NAME).is_file():
-        found["default"] = (_read(file), TEMPLATE_NAME)
+        found["default"] = (_read(file), file)
     return found
 
 
@@ -157,24 +166,22 @@ def form_of_record(tokenizer: Tokenizer, recorded: dict[str, Any]) -> Form:
     return MistralForm(tokenizer)
 
 
-def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, str]], asked: str | None, folder: Path) -> Form:
-    key = "default" if asked in (None, MODELS_OWN) else str(asked)
-    if key in templates:
-        template, place = templates[key]
-        name, file = place if key == "default" else key, str(folder / place)
-    elif asked is None:
-        return DefaultForm(tokenizer, learns_end=False)
-    elif asked == MODELS_OWN:
+def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, Path]], asked: str, folder: Path) -> Form:
+    """The chat template that was asked for by its name, or by its file."""
+    name = "default" if asked == MODELS_OWN else asked
+    if name in templates:
+        return _made(tokenizer, *templates[name], name=None if asked == MODELS_OWN else asked)
+    if asked == MODELS_OWN:
         raise ValueError(f"--chat_template model: no chat template lies in {folder}: give a file or a name")
-    elif isfile(asked):  # False for a name that is too long, as of a whole template
-        template, name, file = _read(Path(asked)), asked, asked
-    else:
-        known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
-        raise ValueError(
-            f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}"
-        )
+    if isfile(asked):  # False for a name that is too long, as of a whole template
+        return _made(tokenizer, _read(Path(asked)), Path(asked), name=asked)
+    known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
+    raise ValueError(f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}")
+
+
+def _made(tokenizer: Tokenizer, template: str, file: Path, *, name: str | None = None) -> Form:
     try:
-        return TemplateForm(tokenizer, template, name)
+        return TemplateForm(tokenizer, template, name or file.name)
     except TemplateError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from accessory.text.chat import Before, Ends, Message, Segment, ids_of
+from accessory.text.chat import Before, Ends, Message, Segment, encode_example, ids_of
 from accessory.text.conversation import ASSISTANT, END, HUMAN, SYSTEM
 from accessory.text.instruction import PROMPT_NAMES, instruction_prompt
+from accessory.text.jinja import TemplateError
 from accessory.text.tokenizer import Tokenizer
 
 
@@ -22,16 +23,15 @@ class Form:
     Attributes:
         name: as --chat_template takes it.
         ends: where an answer ends, and what of the model's text is not the answer's.
-        nests: whether a chat always begins with the prompts of its earlier questions.
     """
 
     name: str
     ends: Ends = Ends()
-    nests = True
     asks = ""  # with which a prompt ends that a model is to answer
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._tried = False
 
     def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
         """The text of a chat in segments; answers with their ends are `learned` where the message is.
@@ -77,28 +77,42 @@ class Form:
         places = [place for place, message in enumerate(messages) if message.taught]
         if not places:
             return []
-        whole = self.segments(messages, ask=False)
-        if self.nests or self._teaches(messages, places, whole):
+        self._refuse_changing_tokenizer()
+        if self._nests(messages):
+            return [self.segments(messages, ask=False)]
+        whole, *prompts = self._prefixes(messages, [(len(messages), False), *((place, True) for place in places)])
+        if _teaches(prompts, whole):
             return [whole]
-        parts = []
-        for place in places:
-            part = self.segments(messages[: place + 1], ask=False)
-            if not self._teaches(messages, [place], part):
+        wholes = self._prefixes(messages, [(place + 1, False) for place in places])
+        for asked, part in zip(prompts, wholes, strict=True):
+            if not _teaches([asked], part):
                 raise ValueError("the chat template changes an answer, or writes it otherwise than it asks for it")
-            asked = len(self.segments(messages[:place], ask=True))
-            parts.append([*(one.unlearned for one in part[:asked]), *part[asked:]])
-        return parts
+        return [
+            [*(one.unlearned for one in part[: len(asked)]), *part[len(asked) :]]
+            for asked, part in zip(prompts, wholes, strict=True)
+        ]
 
-    def _teaches(self, messages: Sequence[Message], places: Sequence[int], whole: Sequence[Segment]) -> bool:
-        """Whether each of these answers is learned in a chat, behind the prompt that asks for it."""
-        end = len(whole)
-        for place in reversed(places):
-            asked = [one.unlearned for one in self.segments(messages[:place], ask=True)]
-            said = whole[len(asked) : end]
-            if [one.unlearned for one in whole[: len(asked)]] != asked or not any(one.learned for one in said):
-                return False
-            end = len(asked)
+    def _prefixes(self, messages: Sequence[Message], cuts: Sequence[tuple[int, bool]]) -> list[list[Segment]]:
+        """The segments of a chat's first so many messages, each with whether they ask."""
+        return [self.segments(messages[:count], ask=ask) for count, ask in cuts]
+
+    def _nests(self, messages: Sequence[Message]) -> bool:
+        """Whether the chat is known to begin with the prompts of its earlier questions."""
         return True
+
+    def _refuse_changing_tokenizer(self) -> None:
+        """Raise ValueError, once for all records, where the tokenizer would not give the form's own text back."""
+        if not self._tried:
+            try:
+                encode_example(
+                    self.segments([Message("user", "Q"), Message("assistant", "A")], ask=False), self.tokenizer
+                )
+            except TemplateError:  # the template asks for other messages
+                pass
+            except ValueError as error:
+                reason = f"the tokenizer {self.tokenizer.path} changes the texts that it reads"
+                raise ValueError(f'{reason}, so the form "{self.name}" cannot be learned with it') from error
+            self._tried = True
 
     def recorded(self) -> dict[str, Any]:
         """What meta.json says of a model that was trained in this form."""
@@ -112,6 +126,20 @@ class Form:
 
     def _eos(self, learned: bool = False) -> Segment:
         return self._control(self.tokenizer.eos_id, learned)
+
+
+def _teaches(prompts: Sequence[Sequence[Segment]], whole: Sequence[Segment]) -> bool:
+    """Whether a chat begins with each of these prompts, and something is learned behind each."""
+    keys = [(one.text, one.how, one.control) for one in whole]
+    end = len(whole)
+    for asked in reversed(prompts):
+        begin = len(asked)
+        if keys[:begin] != [(one.text, one.how, one.control) for one in asked]:
+            return False
+        if not any(one.learned for one in whole[begin:end]):
+            return False
+        end = begin
+    return True
 
 
 def _answered(messages: Sequence[Message]) -> Sequence[Message]:
@@ -243,7 +271,9 @@ class MistralForm(_Turns):
             for token in [tokenizer.controls.get(name)]
         }
         self.version = 1 if self._marks["[INST]"] is None else 3 if self._marks["[SYSTEM_PROMPT]"] is None else 7
-        self.nests = self.version != 3
+
+    def _nests(self, messages: Sequence[Message]) -> bool:
+        return self.version != 3 or not any(message.role == "system" and message.content for message in messages)
 
     def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
         if self.version != 7:

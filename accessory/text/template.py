@@ -15,6 +15,7 @@ from accessory.text.forms import Form, MistralForm
 from accessory.text.jinja import Rendered, TemplateError, render_each
 from accessory.text.tokenizer import Tokenizer
 
+TEMPLATE_NAME = "chat_template.jinja"
 # Of the characters that Unicode leaves to private use: whichever a chat does not hold becomes a mark.
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF8FF)]
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
@@ -37,8 +38,6 @@ class TemplateForm(Form):
         TemplateError: it cannot even render a question.
     """
 
-    nests = False
-
     def __init__(self, tokenizer: Tokenizer, template: str, name: str) -> None:
         super().__init__(tokenizer)
         self.template, self.name = template, name
@@ -57,16 +56,40 @@ class TemplateForm(Form):
             self.ends = MistralForm.ends
 
     def segments(self, messages: Sequence[Message], *, ask: bool) -> list[Segment]:
-        whole, places, guard = self._rendered(messages, ask)
-        found = self._as_mistral(messages, ask, whole.text.replace(guard, ""))
-        if found is not None:
-            return found
+        return self._prefixes(messages, [(len(messages), ask)])[0]
+
+    def parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
+        for stop in self.ends.stop:
+            if any(one.taught and stop in one.content for one in messages):
+                raise ValueError(f"its answer holds {stop!r}, at which answers end in this chat template")
+        parts = super().parts(messages)
+        # Where a template writes nothing at which the model could end, the end token does.
+        ended = self._mistral is not None or self.ends.stop or self.ends.stop_ids
+        return parts if ended else [[*part, self._eos(learned=True)] for part in parts]
+
+    def _prefixes(self, messages: Sequence[Message], cuts: Sequence[tuple[int, bool]]) -> list[list[Segment]]:
+        guard, rendered = self._rendered(messages, cuts)
+        made = []
+        for (count, ask), (whole, places) in zip(cuts, rendered, strict=True):
+            plain = whole.text.replace(guard, "")
+            found = self._as_mistral(messages[:count], ask, plain)
+            made.append(self._cut(messages[:count], whole, places, guard) if found is None else found)
+        return made
+
+    def _nests(self, messages: Sequence[Message]) -> bool:
+        return False
+
+    def _cut(self, messages: Sequence[Message], whole: Rendered, places: Places, guard: str) -> list[Segment]:
+        """A text in segments, of which answers with their ends are some."""
         made: list[Segment] = []
         at = 0
         for begin, end, learned in [*self._answers(whole, places, messages), (len(whole.text), len(whole.text), False)]:
             how: Before = "behind" if made and made[-1].control is not None else "cont" if made else "start"
             made += self._pieces(whole.text[at:begin], how)
-            made += self._pieces(whole.text[begin:end], "cont", learned)
+            answer = self._pieces(whole.text[begin:end], "cont", learned)
+            if answer and self._mistral is not None and not answer[0].text.startswith(" "):
+                answer[0] = replace(answer[0], text=f" {answer[0].text}")  # as in the chats that its own form knows
+            made += answer
             at = end
         return [replace(one, text=one.text.replace(guard, "")) for one in made]
 
@@ -75,7 +98,8 @@ class TemplateForm(Form):
             return super()._begun(messages)
         *before, last = messages
         mark = _unused(messages)
-        whole, _, guard = self._rendered([*before, replace(last, content=f"{last.text}{mark} ", given="")], False)
+        marked = [*before, replace(last, content=f"{last.text}{mark} ", given="")]
+        guard, [(whole, _)] = self._rendered(marked, [(len(marked), False)])
         text, found, rest = whole.text.rpartition(mark)
         if not found:
             raise TemplateError("the chat template leaves out the message that is to be gone on with")
@@ -109,8 +133,13 @@ class TemplateForm(Form):
         ]
         return {"messages": said, "add_generation_prompt": ask, **self.tokenizer.names}
 
-    def _rendered(self, messages: Sequence[Message], ask: bool) -> tuple[Rendered, Places, str]:
-        """The text, with a mark within each control token that was typed; where answers stand in it; the mark."""
+    def _rendered(
+        self, messages: Sequence[Message], cuts: Sequence[tuple[int, bool]]
+    ) -> tuple[str, list[tuple[Rendered, Places]]]:
+        """The texts of a chat's first messages, and where the answers stand in each.
+
+        Within a control token's name that was typed there is a mark, which is returned as well.
+        """
         guard, mark = _unused(messages), _unused(messages, 1)
         guarded = [
             replace(
@@ -118,17 +147,18 @@ class TemplateForm(Form):
             )
             for one in messages
         ]
-        answers = [one.content for one in guarded if _answers(one)]
-        cases = [guarded]
-        if answers:
-            cases.append([replace(one, content=mark) if _answers(one) else one for one in guarded])
+        marked = [replace(one, content=mark) if _answers(one) else one for one in guarded]
         typed = any(guard in f"{one.name}{one.content}" for one in guarded)
-        if typed:
-            cases.append(list(messages))
-        whole, *others = render_each(self.template, [self._case(case, ask) for case in cases])
-        if typed and others[-1].text != whole.text.replace(guard, ""):
-            raise TemplateError("the chat template looks into a message that holds the name of a control token")
-        return whole, self._places(others[0].text.split(mark), answers, whole.text) if answers else [], guard
+        lists = [guarded, marked, *([messages] if typed else [])]
+        texts = iter(render_each(self.template, [self._case(one[:count], ask) for count, ask in cuts for one in lists]))
+        found = []
+        for count, _ in cuts:
+            whole, parts = next(texts), next(texts).text.split(mark)
+            if typed and next(texts).text != whole.text.replace(guard, ""):
+                raise TemplateError("the chat template looks into a message that holds the name of a control token")
+            answers = [one.content for one in guarded[:count] if _answers(one)]
+            found.append((whole, self._places(parts, answers, whole.text) if answers else []))
+        return guard, found
 
     def _guarded(self, text: str, guard: str) -> str:
         """A message in which no control token's name stands, nor arises with what a template puts around it."""
@@ -253,9 +283,6 @@ class TemplateForm(Form):
             if token is not None or piece != other:
                 break
         return lead, end
-
-
-TEMPLATE_NAME = "chat_template.jinja"
 
 
 def _unused(messages: Sequence[Message], number: int = 0) -> str:
