@@ -9,7 +9,9 @@ import pickle
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mistral_common
@@ -203,6 +205,21 @@ def test_what_the_examples_depend_on_makes_another_cache(tokenizer: Tokenizer, t
     assert len(folders(cache_dir)) == len(calls) + 1
 
 
+def test_a_template_that_writes_the_day_makes_a_cache_of_each_day(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = "{{ bos_token }}{% for one in messages %}[{{ one.role }}]{{ one.content }}{{ eos_token }}{% endfor %}"
+    dated = TemplateForm(tokenizer, "{{ strftime_now('%Y') }}" + plain, "a")
+    found: dict[str, list[Path]] = {}
+    for day in ("2024-12-31", "2025-01-01", "2025-01-01"):
+        monkeypatch.setattr(cache, "date", SimpleNamespace(today=lambda day=day: date.fromisoformat(day)))
+        for name, form in (("dated", dated), ("plain", TemplateForm(tokenizer, plain, "b"))):
+            found.setdefault(name, []).append(load(tmp_path, ALPACA, tokenizer, form=form).folder)
+    first, second, again = found["dated"]
+    assert first != second == again
+    assert len(set(found["plain"])) == 1
+
+
 @pytest.mark.parametrize("damage", ["tokens.bin", "labels.bin", "offsets.bin", "meta.json", "folder"])
 def test_half_a_cache_is_made_again(damage: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole = load(tmp_path, ALPACA, tokenizer)
@@ -254,7 +271,9 @@ def test_data_that_change_while_they_are_tokenised(
         return check(*given, **settings)
 
     monkeypatch.setattr(cache, "check_source", changed_first)
-    with pytest.raises(ValueError, match=rf"the data changed while they were tokenised \({path}\): start again"):
+    with pytest.raises(
+        ValueError, match=rf"the data, or the day, changed while they were tokenised \({path}\): start again"
+    ):
         load(tmp_path, ALPACA, tokenizer)
     assert not folders(cache_dir)
 
@@ -363,6 +382,23 @@ def test_records_without_an_answer_are_left_out(tokenizer: Tokenizer, tmp_path: 
         load(tmp_path, [{"instruction": "a", "output": ""}], tokenizer)
     with pytest.raises(ValueError, match=r"1 bad records, 0 without an answer; the first bad one: record 1: it is 3"):
         load(tmp_path, [3], tokenizer, skip_bad_records=True)
+
+
+def test_an_input_that_the_prompt_leaves_out_is_told_once(tokenizer: Tokenizer, tmp_path: Path, log: Any) -> None:
+    records = [*ALPACA, *({**one, "input": "In French."} for one in ALPACA[:3]), {**ALPACA[0], "input": " \n"}]
+    path = data_file(tmp_path, records)
+    for kind, count in (("qg", 3), ("shortqa", 3), ("None", 3), ("alpaca", 0)):
+        log.clear()
+        config(tmp_path, {"path": str(path), "prompt_type": kind})
+        data = load_finetune_data(tmp_path / "data.yaml", tokenizer, max_words=512, progress=False)
+        told = f"{path}: the input of {count} records is left out by their prompt_type"
+        assert [r.levelname for r in log.records if r.getMessage() == told] == ["WARNING"] * bool(count)
+        assert ("the input of" in log.text) == bool(count)
+        assert data.reports[0].uninput == count
+    config(tmp_path, {"path": str(path), "prompt_type": "qg"})
+    for settings in ({"form": DefaultForm(tokenizer)}, {"ignore_fields": ["input"]}):  # it is said; it is not wanted
+        data = load_finetune_data(tmp_path / "data.yaml", tokenizer, max_words=512, progress=False, **settings)
+        assert data.reports[0].uninput == 0
 
 
 @pytest.mark.parametrize(

@@ -319,9 +319,9 @@ def test_what_is_no_dialogue(record: Any, reason: str, tokenizers: dict[str, Tok
     [
         (None, "it is None, not an object"),
         ("a" * 999, r"it is 'a+\.\.\., not an object"),
-        ({"instruction": "a"}, r"of no known form, having \['instruction'\]"),
+        ({"instruction": "a"}, r"of no known shape, having \['instruction'\]"),
         ({"instruction": "a", "output": 3}, "it has 3 under 'output', not a string"),
-        ({"output": "a"}, r"of no known form, having \['output'\]"),
+        ({"output": "a"}, r"of no known shape, having \['output'\]"),
         ({"instruction": "a", "input": 3, "output": "b"}, "it has 3 under 'input', not a string"),
         ({"instruction": "a", "output": "b", "notes": "c"}, r"unknown \['notes'\]: pass --ignore_fields notes"),
     ],
@@ -344,21 +344,54 @@ def test_what_is_no_alpaca_record(record: Any, reason: str, tokenizers: dict[str
 def test_a_large_record_is_not_said_as_a_whole(record: Any, tokenizers: dict[str, Tokenizer]) -> None:
     with pytest.raises(ValueError, match=r"\.\.\.") as raised:
         parts_of(record, tokenizers["v1"])
-    assert len(str(raised.value)) < 600
+    assert len(str(raised.value)) < 1300
 
 
 def test_single_turn_llava(tokenizers: dict[str, Tokenizer]) -> None:
-    llava = {"preprocess": "single_turn_llava"}
-    (part,) = parts_of(dialogue([("a", "b"), ("c", "d")]), tokenizers["v1"], prompt_type="None", **llava)
+    """A dialogue's first question and answer, put into the prompt of an instruction."""
+    llava: dict[str, Any] = {"preprocess": "single_turn_llava"}
+    two = dialogue([("a", "b"), ("c", "d")])
+    (part,) = parts_of(two, tokenizers["v1"], prompt_type="None", **llava)
     assert [(one.text, one.learned) for one in part[1:]] == [("a", False), ("b", True), ("</s>", True)]
-    for record in ({"conversations": [{}]}, {"instruction": "a", "output": "b"}, 3):
-        with pytest.raises(ValueError, match="single_turn_llava needs"):
-            parts_of(record, tokenizers["v1"], **llava)
-    wrong = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}
-    with pytest.raises(ValueError, match="turn 2 of its conversations has no string under 'value'"):
-        parts_of(wrong, tokenizers["v1"], **llava)
-    with pytest.raises(ValueError, match="it has an image, and only text"):
-        parts_of({**dialogue([("a", "b")]), "image": "a.jpg"}, tokenizers["v1"], **llava)
+    alpaca = {"instruction": "a", "output": "b"}
+    for kind in PROMPT_NAMES:
+        for more in ({}, {"system": "Be."}):
+            asked = parts_of({**two, **more, "id": "7"}, tokenizers["v1"], prompt_type=kind, **llava)
+            assert asked == parts_of({**alpaca, **more}, tokenizers["v1"], prompt_type=kind)
+    for more in ({"form": DefaultForm(tokenizers["v1"])}, {"dialog": True}):
+        source = Source(Path("a.json"), **llava)
+        asked, form = Recipe(tokenizers["v1"], 999, **more).read(two, source)
+        whole, _ = Recipe(tokenizers["v1"], 999).read(
+            two if "dialog" in more else dialogue([("a", "b")]), Source(Path())
+        )
+        assert (asked, type(form)) == (whole, DefaultForm)
+
+
+def test_what_single_turn_llava_does_not_learn(tokenizers: dict[str, Tokenizer]) -> None:
+    question, answer, *more = dialogue([("a", "b"), ("c", "d")])["conversations"]
+    for turns in ([question, {**answer, "weight": 0}, *more], [question, {**answer, "value": " "}, *more], [question]):
+        assert parts_of({"conversations": turns}, tokenizers["v1"], preprocess="single_turn_llava") == []
+    assert parts_of({"conversations": [question, {**answer, "weight": 1}]}, tokenizers["v1"])
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"instruction": "a", "output": "b"}, "single_turn_llava needs a dialogue, and it is {'instruction'"),
+        ({"text": "a"}, "single_turn_llava needs a dialogue, and it is {'text'"),
+        (3, "it is 3, not an object"),
+        ({"conversations": [{}]}, "turn 1 of its conversations has none of from"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]},
+            "turn 2 .* has 3, and only",
+        ),
+        ({**dialogue([("a", "b")]), "image": "a.jpg"}, "it has 'a.jpg' under 'image': only text can be trained on"),
+        ({**dialogue([("a", "b")]), "notes": "c"}, r"it has the unknown \['notes'\]: pass --ignore_fields notes"),
+    ],
+)
+def test_what_single_turn_llava_refuses(record: Any, reason: str, tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parts_of(record, tokenizers["v1"], preprocess="single_turn_llava")
 
 
 def test_collate_pads_on_the_right() -> None:

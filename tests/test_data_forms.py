@@ -137,6 +137,35 @@ def test_unknown_fields_are_refused_by_name_unless_they_are_ignored(skip: bool, 
         assert ignored.reports[0].bad == 0
 
 
+@pytest.mark.parametrize("name", ["0.jsonl", "0.json"])
+def test_all_unknown_fields_of_a_source_are_named_at_once(name: str, tmp_path: Path) -> None:
+    """Those of other records and of turns, behind records with other faults, and of a cut-off file too."""
+    turn = {**OPENAI[0]["messages"][0], "mood": "glad"}
+    records = [
+        SHAREGPT[0],
+        {**SHAREGPT[0], "foo": "a", "bar": 5},
+        3,
+        {"instruction": "a", "foo": "b"},
+        {"messages": [{**turn, "from": "x"}, {**OPENAI[0]["messages"][1], "style": "plain"}], "foo": "c", "baz": "d"},
+        {"messages": [turn, {**OPENAI[0]["messages"][1], "style": "plain"}]},
+        *SHAREGPT,
+    ]
+    text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)[:-1]
+    (tmp_path / name).write_text(text)
+    (tmp_path / "data.yaml").write_text(json.dumps({"META": [{"path": str(tmp_path / name)}]}))
+    listed = re.escape("(or what follows it) has the unknown ['foo', 'bar', 'baz', 'mood', 'style']")
+    with pytest.raises(ValueError, match=rf"{name}, (line|record) 2: it {listed}: pass --.* foo,bar,baz,mood,style$"):
+        load_finetune_data(tmp_path / "data.yaml", TOKENIZER, max_words=9, progress=False, cache_dir=tmp_path)
+
+
+def test_unknown_fields_without_end_are_not_all_looked_for(tmp_path: Path) -> None:
+    turns = [{"from": ("human", "gpt")[n % 2], "value": "a", f"field {n}": "b"} for n in range(4000)]
+    with pytest.raises(
+        ValueError, match=r"line 1: turn 1 of its conversations .* pass --ignore_fields field 0,field 1,"
+    ):
+        load(tmp_path, [{"conversations": turns}])
+
+
 def test_an_ignored_field_may_be_one_of_a_form(tmp_path: Path) -> None:
     records = [{**ALPACA[0], "text": 3, "messages": "none"}]
     assert len(load(tmp_path, records, ignore_fields=["messages", "text"])) == 1

@@ -1,4 +1,4 @@
-"""What records say: each form, each refusal, and that forms and kinds of files say the same."""
+"""What records say: each shape, each refusal, and that shapes and kinds of files say the same."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ WEIGHED = [
     {"role": "user", "content": "c"},
     {"role": "assistant", "content": "d", "weight": 1},
 ]
-FORMS: list[tuple[Record, Said]] = [
+SHAPES: list[tuple[Record, Said]] = [
     (sharegpt(*QA), ASKED),
     (sharegpt((" HUMAN", "Why?"), ("ChatGPT ", " So.\n")), ASKED),
     (sharegpt(("user", "Why?"), ("bard", " So.\n"), id="7"), ASKED),
@@ -101,14 +101,14 @@ FORMS: list[tuple[Record, Said]] = [
     ({"prompt": [*WEIGHED[2:], WEIGHED[0]], "completion": [WEIGHED[3]]}, talk("c", ("d", False), "a", "d")),
     ({"text": "a", "url": "https://b", "meta": {"c": 1}}, Text("", "a")),
     ({"content": "a"}, Text("", "a")),
-    # a table of several forms' records
+    # a table of several shapes' records
     ({"conversations": [], "messages": None, "instruction": "a", "output": "b", "text": ""}, Instruction("a", "", "b")),
     ({"conversations": "", "text": "a"}, Text("", "a")),
 ]
 
 
-@pytest.mark.parametrize(("record", "said"), FORMS)
-def test_a_form(record: Record, said: Said) -> None:
+@pytest.mark.parametrize(("record", "said"), SHAPES)
+def test_a_shape(record: Record, said: Said) -> None:
     assert read_said(record) == said
     assert read_said({**record, "ID": 3, "unheard_of": None, "unseen": ""}) == said
     assert read_said({**record, "notes": "a"}, ignore=frozenset({"notes"})) == said
@@ -128,6 +128,15 @@ HUB: list[Record] = [
             {"from": "gpt", "value": "a", "weight": 1.0},
         ]
     },  # SlimOrca
+    {
+        "conversation": [
+            {"role": role, "content": role, "header": {"user-agent": "Mozilla"}, "turn_identifier": 7, "toxic": False,
+             "redacted": False, "state": "Texas", "country": "United States", "hashed_ip": "3f", "language": "English"}
+            for role in ("user", "assistant")
+        ],
+        "turn": 1, "toxic": False, "redacted": False, "openai_moderation": [{"flagged": False}], "model": "gpt-4",
+        "detoxify_moderation": [{"toxicity": 0.1}], "header": {"user-agent": "Mozilla"}, "conversation_hash": "4e",
+    },  # WildChat
     {"instruction": "i", "input": "", "output": "a", "text": "i a"},  # alpaca-gpt4
     sharegpt(("human", "q"), ("gpt", "a"), idx="5"),  # WizardLM_evol_instruct_V2
     openai(("user", "q"), ("assistant", "a"), source="Airoboros", num_turns=1),  # Capybara, as TRL has it
@@ -147,13 +156,13 @@ def test_the_datasets_of_the_hub(record: Record) -> None:
 TURN = {"from": "human", "value": "a"}
 ALPACA = {"instruction": "a", "output": "b"}
 REFUSED: list[tuple[Any, str]] = [
-    (None, "it is None, not an object of a known form, which are {.*"),
-    (["a" * 10**6], r"it is .*\.\.\., not an object of a known form, .*"),
-    ({}, r"it is of no known form, having \[\]; known are {.*}"),
-    ({f"key {n}": n for n in range(10**5)}, r"it is of no known form, having .*\.\.\.\]; known are .*"),
-    ({"chosen": "a", "rejected": "b", "prompt": "c"}, "it is of no known form, having .*'chosen', 'prompt'.*"),
-    ({"instruction": "a", "context": "", "response": "b"}, "it is of no known form, having .*"),
-    ({"instruction": "a", "output": None}, r"it is of no known form, having \['instruction'\]; .*"),
+    (None, "it is None, not an object of a known shape, which are {.*"),
+    (["a" * 10**6], r"it is .*\.\.\., not an object of a known shape, .*"),
+    ({}, r"it is of no known shape, having \[\]; known are {.*}"),
+    ({f"key {n}": n for n in range(10**5)}, r"it is of no known shape, having .*\.\.\.\]; known are .*"),
+    ({"chosen": "a", "rejected": "b", "prompt": "c"}, "it is of no known shape, having .*'chosen', 'prompt'.*"),
+    ({"instruction": "a", "context": "", "response": "b"}, "it is of no known shape, having .*"),
+    ({"instruction": "a", "output": None}, r"it is of no known shape, having \['instruction'\]; .*"),
     ({"conversations": []}, r"its 'conversations' is \[\], not a list of turns nor the JSON of one"),
     ({"conversations": "[{"}, "its 'conversations' is .*, not a list of turns nor the JSON of one"),
     ({"conversations": "[" * 10**5}, "its 'conversations' is .*, not a list of turns nor the JSON of one"),
@@ -238,6 +247,23 @@ def test_an_unknown_field(record: Record, names: str) -> None:
     assert read_said(record, ignore=frozenset(names.split(",")))
 
 
+DOUBTFUL = "custom_instruction full_topic header markdown redacted subject task tokens toxic turn turns type"
+
+
+@pytest.mark.parametrize("name", DOUBTFUL.split())
+def test_a_field_that_may_be_text_passes_where_it_is_none(name: str) -> None:
+    turn = {"from": "human", "value": "Why?"}
+    for value in (None, False, True, 0, 3, 2.5, "", [], "7", "-0.5", "1e-3", "TRUE", "false"):
+        assert read_said(sharegpt(*QA, **{name: value})) == ASKED
+        assert read_said({"conversations": [{**turn, name: value}, {"from": "gpt", "value": " So.\n"}]}) == ASKED
+    for value in ("Be brief.", "x", "3 apples", ["Why?", "So."]):
+        for record in (sharegpt(*QA, **{name: value}), {**ALPACA, name: value}, {"text": "a", name.upper(): value}):
+            with pytest.raises(UnknownField, match=rf"(?i)it has the unknown \['{name}'\]"):
+                read_said(record)
+        with pytest.raises(UnknownField, match=rf"turn 1 of its conversations has the unknown \['{name}'\]"):
+            read_said({"conversations": [{**turn, name: value}]})
+
+
 def test_an_unknown_field_of_a_turn() -> None:
     record = {"conversations": [TURN, {"from": "gpt", "value": "b", "train": False}]}
     with pytest.raises(UnknownField, match=r"^turn 2 of its conversations has the unknown \['train'\]: pass --ignore"):
@@ -285,17 +311,17 @@ WRITERS: dict[str, Callable[[Chat], Record]] = {
 }
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("shape", WRITERS)
 @settings(max_examples=60, deadline=None)
 @given(chat=chats)
-def test_a_chat_is_the_same_in_each_form(form: str, chat: Chat) -> None:
-    record = WRITERS[form](chat)
+def test_a_chat_is_the_same_in_each_shape(shape: str, chat: Chat) -> None:
+    record = WRITERS[shape](chat)
     said = said_of(chat)
     assert read_said(record) == said
     *before, last = said.messages
     unlearned = [Message(m.role, m.content, learned=m.role != "assistant") for m in before]
     assert read_said({**record, "only_last": True}) == Talk((*unlearned, last))
-    if form == "openai":
+    if shape == "openai":
         *prompt, completion = record["messages"]
         assert read_said({"prompt": prompt, "completion": [completion]}) == Talk((*unlearned, last))
 
@@ -320,12 +346,12 @@ def files_of(records: list[Record], folder: Path) -> list[Path]:
     return [*named, saved(folder / "saved", records)]
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("shape", WRITERS)
 @settings(max_examples=8, deadline=None)
 @given(drawn=st.lists(chats, min_size=2, max_size=3))
-def test_a_chat_is_the_same_in_each_kind_of_file(form: str, drawn: list[Chat]) -> None:
+def test_a_chat_is_the_same_in_each_kind_of_file(shape: str, drawn: list[Chat]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for path in files_of([WRITERS[form](chat) for chat in drawn], Path(folder)):
+        for path in files_of([WRITERS[shape](chat) for chat in drawn], Path(folder)):
             assert [read_said(record.value) for record in read_records(path)] == list(map(said_of, drawn))
 
 

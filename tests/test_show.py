@@ -141,13 +141,29 @@ def test_what_is_left_out_is_told_with_the_reason(show: Show) -> None:
     told = show([*bad, WHY, chat("Why?", " "), chat("Why?")])
     assert told.index(SHOWN) < told.index("--- left out: data.json, record 1: it is 3, not an object")
     for line in (
-        "--- left out: data.json, record 2: it is of no known form, having ['instruction']; ",
+        "--- left out: data.json, record 2: it is of no known shape, having ['instruction']; ",
         "--- left out: data.json, record 3: its answer holds '\\n### Human:', at which answers end in this form\n",
         "--- left out: data.json, record 4: it holds a lone surrogate",
         "--- left out: 2 records of data.json without an answer to learn\n",
     ):
         assert line in told
     assert "--- left out: 3 more bad records of data.json\n" in show([WHY, *[3] * 8])
+
+
+def test_faults_before_an_unknown_field_are_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = yaml_of(tmp_path, [3, WHY, {**WHY, "foo": 1}, {**WHY, "baz": 2}], "data.jsonl")
+    assert main(["show", str(file), "--model", str(MODEL)]) == 1
+    told = capsys.readouterr()
+    assert told.out.index(SHOWN) < told.out.index("--- left out: data.jsonl, line 1: it is 3, not an object")
+    fix = "(or what follows it) has the unknown ['foo', 'baz']: pass --ignore_fields foo,baz"
+    assert told.err == f"error: {tmp_path}/data.jsonl, line 3: it {fix}\n"
+
+
+def test_an_input_that_the_prompt_leaves_out_is_told(show: Show) -> None:
+    alpaca = {"instruction": "Name one.", "input": "In French.", "output": "Bleu."}
+    line = '--- left out: the "input" of 2 records of data.json, by their prompt_type\n'
+    assert line in show([alpaca, {**alpaca, "input": ""}, alpaca], prompt_type="qg")
+    assert "--- left out" not in show([alpaca])
 
 
 def test_an_answer_that_would_not_come_back_is_told(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,15 +60,23 @@ def _show(arguments: argparse.Namespace) -> None:
     marks = _COLOURS if sys.stdout.isatty() else _BRACKETS
     reports = [SourceReport(str(source.path)) for source in sources]
     for source, report in zip(sources, reports, strict=True):
-        for line in islice(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit):
-            show(line)
-        for fault in report.listed:
-            show(f"--- left out: {source.path.name}, {fault}\n")
-        if report.bad > len(report.listed):
-            show(f"--- left out: {report.bad - len(report.listed)} more bad records of {source.path.name}\n")
-        if report.unanswered:
-            show(f"--- left out: {report.unanswered} records of {source.path.name} without an answer to learn\n")
+        try:
+            for line in islice(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit):
+                show(line)
+        finally:  # where the file has an unknown field too, or is malformed further on
+            for line in _left_out(source.path.name, report):
+                show(f"--- left out: {line}\n")
     refuse_several_forms(reports)
+
+
+def _left_out(name: str, report: "SourceReport") -> Iterator[str]:
+    yield from (f"{name}, {fault}" for fault in report.listed)
+    if report.bad > len(report.listed):
+        yield f"{report.bad - len(report.listed)} more bad records of {name}"
+    if report.unanswered:
+        yield f"{report.unanswered} records of {name} without an answer to learn"
+    if report.uninput:
+        yield f'the "input" of {report.uninput} records of {name}, by their prompt_type'
 
 
 def _examples(

@@ -5,8 +5,8 @@
                          meta.json                the sizes, and what became of the records
     <cache folder>/<key>.lock                     held by the one process that writes
 
-The key is a digest of all that the files depend on: the bytes of the data and of the tokenizer, the templates,
-the settings. So nothing has to be deleted by hand when data change.
+The key is a digest of all that the files depend on: the bytes of the data and of the tokenizer, the templates and
+the day where one writes it, the settings. So nothing has to be deleted by hand when data change.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,16 @@ from typing import Any
 import numpy as np
 
 from accessory.data.examples import Recipe
-from accessory.data.finetune_data import META_NAME, FinetuneData, is_complete
+from accessory.data.finetune_data import INDEX_NAME, FinetuneData, is_complete
 from accessory.data.readers import data_files
 from accessory.data.sources import Source, read_data_config
-from accessory.data.tokenise import SourceReport, as_json, check_source, token_dtype, write_source
+from accessory.data.tokenise import SourceReport, check_source, token_dtype, write_source
 from accessory.files import locked, sync
 from accessory.text.forms import Form
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
-_FORMAT = 3  # raise it when records become other examples than before
+_FORMAT = 4  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,8 @@ def _write(
     folder: Path, sources: Sequence[Source], recipe: Recipe, *, skip_bad_records: bool, progress: bool, alone: bool
 ) -> None:
     """Write the cache aside, then move it to `folder`; `alone`: nobody else writes here."""
-    reports = [check_source(source, recipe, skip_bad_records=skip_bad_records, progress=progress) for source in sources]
+    how = {"skip_bad_records": skip_bad_records, "progress": progress}
+    reports = [check_source(source, recipe, **how) for source in sources]
     refuse_several_forms(reports)
     host = socket.gethostname()
     if alone:  # of the processes here: some file systems lock for one host only
@@ -109,15 +112,13 @@ def _write(
             lengths: list[int] = []
             with (aside / "tokens.bin").open("wb") as tokens, (aside / "labels.bin").open("wb") as labels:
                 for order, (source, report) in enumerate(zip(sources, reports, strict=True)):
-                    files = (tokens, labels)
-                    how = {"skip_bad_records": skip_bad_records, "progress": progress}
-                    lengths += write_source(source, recipe, report, files, order=order, **how)
+                    lengths += write_source(source, recipe, report, (tokens, labels), order=order, **how)
                 _flush(tokens)
                 _flush(labels)
             if _key(sources, recipe) != folder.name:
                 paths = ", ".join(str(source.path) for source in sources)
-                raise ValueError(f"the data changed while they were tokenised ({paths}): start again")
-            _finish(aside, lengths, {"reports": as_json(reports), "dtype": token_dtype(recipe.tokenizer).str})
+                raise ValueError(f"the data, or the day, changed while they were tokenised ({paths}): start again")
+            _finish(aside, lengths, {"reports": list(map(asdict, reports)), "dtype": token_dtype(recipe.tokenizer).str})
             if not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # half of one, from a host that lost power
                 try:
@@ -133,7 +134,7 @@ def _write(
 def _finish(aside: Path, lengths: Sequence[int], meta: dict[str, Any]) -> None:
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype("<i8")
     sizes = {"examples": len(lengths), "tokens": int(offsets[-1])}
-    for name, content in (("offsets.bin", offsets.tobytes()), (META_NAME, json.dumps(sizes | meta).encode())):
+    for name, content in (("offsets.bin", offsets.tobytes()), (INDEX_NAME, json.dumps(sizes | meta).encode())):
         with (aside / name).open("wb") as file:
             file.write(content)
             _flush(file)
@@ -149,6 +150,7 @@ def _key(sources: Sequence[Source], recipe: Recipe) -> str:
         "format": _FORMAT,
         "dialog": recipe.dialog,
         "form": None if form is None else [form.recorded(), template],
+        "day": date.today().isoformat() if "strftime_now" in (template or "") else None,  # which it then writes
         "ignore": sorted(recipe.ignore),
         "max_words": recipe.max_words,
         "seed": recipe.seed if drawn else None,

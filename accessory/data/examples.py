@@ -14,6 +14,7 @@ from accessory.data.sources import Source
 from accessory.errors import shown
 from accessory.text.chat import Message, Segment, encode_example
 from accessory.text.forms import AlpacaForm, DefaultForm, Form, raw_segments
+from accessory.text.instruction import TAKES_INPUT
 from accessory.text.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -38,30 +39,36 @@ class Recipe:
     ignore: frozenset[str] = frozenset()
     _made: dict[str, Form] = field(default_factory=dict, compare=False)
 
-    def _form_of(self, said: Talk | Instruction, source: Source) -> Form:
-        if self.form is not None and not (isinstance(said, Instruction) and isinstance(self.form, AlpacaForm)):
-            return self.form
-        name = DefaultForm.name if isinstance(said, Talk) else source.prompt_type
-        if name not in self._made:
-            made = DefaultForm(self.tokenizer) if isinstance(said, Talk) else AlpacaForm(self.tokenizer, (name,))
-            self._made[name] = made
-        return self._made[name]
-
     def read(self, value: Any, source: Source) -> tuple[list[list[Segment]], Form | None]:
         """A record's examples as segments, none where it says nothing that is learned; and the form they have.
 
         Raises:
             ValueError: the reason, without file or line.
         """
-        if source.preprocess == "single_turn_llava" and not self.dialog:
-            value = _first_turn(value)
         said = read_said(value, ignore=self.ignore)
+        cut = source.preprocess == "single_turn_llava" and not self.dialog
+        if cut and not isinstance(said, Talk):
+            raise ValueError(f"single_turn_llava needs a dialogue, and it is {shown(value)}")
         if self.dialog and isinstance(said, Instruction):
             raise ValueError("it has no dialogue: an Alpaca record is read without --dialog")
         if isinstance(said, Text):
             return raw_segments(self.tokenizer, said.prompt, said.completion), None
-        form = self._form_of(said, source)
-        return form.parts(_messages(said)), form
+        messages = _messages(said)
+        if cut:  # behind the first answer
+            answers = (place for place, message in enumerate(messages) if message.role == "assistant")
+            messages = messages[: next(answers, -1) + 1]
+        form, instructs = self.form, cut or isinstance(said, Instruction)
+        if form is None or (instructs and isinstance(form, AlpacaForm)):
+            name = source.prompt_type if instructs else DefaultForm.name
+            if name not in self._made:
+                self._made[name] = AlpacaForm(self.tokenizer, (name,)) if instructs else DefaultForm(self.tokenizer)
+            form = self._made[name]
+        return form.parts(messages), form
+
+    def leaves_input_out(self, value: Any, form: Form | None) -> bool:
+        """Whether a record that `read` put into the form has an "input" that stands nowhere in it."""
+        takes_none = isinstance(form, AlpacaForm) and form.prompt_types[0] != TAKES_INPUT
+        return takes_none and "input" not in self.ignore and bool((value.get("input") or "").strip())
 
     def encode(self, segments: Sequence[Segment]) -> tuple[Ids, Ids, bool]:
         """Token ids and labels, of equal length, at most `max_words`; and whether they were cut there, on the right.
@@ -84,16 +91,3 @@ def _messages(said: Talk | Instruction) -> Sequence[Message]:
     for question, answer in said.history:
         messages += [Message("user", question), Message("assistant", answer, learned=not said.only_last)]
     return [*messages, Message("user", said.instruction, given=said.given), Message("assistant", said.output)]
-
-
-def _first_turn(record: Any) -> Any:
-    """An Alpaca record of a dialogue's first question and answer."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns[:2]):
-        raise ValueError(f"single_turn_llava needs two or more turns under 'conversations', and it is {shown(record)}")
-    if record.get("image"):
-        raise ValueError("it has an image, and only text can be trained on")
-    for number, turn in enumerate(turns[:2], start=1):
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {number} of its conversations has no string under 'value', and it is {shown(turn)}")
-    return {"instruction": turns[0]["value"], "output": turns[1]["value"]}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from accessory.data.tokenise import SourceReport
 
-META_NAME = "meta.json"
+INDEX_NAME = "meta.json"
 
 
 class FinetuneData:
@@ -71,7 +71,7 @@ def is_complete(folder: Path) -> bool:
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     """The content of meta.json, if the files beside it have the sizes that it tells."""
     try:
-        meta = json.loads((folder / META_NAME).read_bytes())
+        meta = json.loads((folder / INDEX_NAME).read_bytes())
         width = np.dtype(meta["dtype"]).itemsize
         expected = {
             "tokens.bin": width * meta["tokens"],

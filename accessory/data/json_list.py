@@ -40,9 +40,8 @@ def json_list(file: IO[str], path: Path, *, chunk: int = _CHUNK) -> Iterator[Any
                 break
             if after != ",":
                 window.at -= 1
-                raise window.error(
-                    "it ends inside the list" if not after else f"',' or ']' must stand before {after!r}"
-                )
+                reason = f"',' or ']' must stand before {after!r}" if after else "it ends inside the list"
+                raise window.error(reason)
     if rest := window.peek():
         raise window.error(f"{rest!r} stands after the list")
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accessory.data.json_list import json_list
 
@@ -108,7 +108,7 @@ def _listed(file: Path, name: str) -> list[str]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    with _open_text(path) as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         for number, value in enumerate(json_list(file, path), start=1):
             yield Record(f"record {number}", value)
 
@@ -132,7 +132,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's own limit is 128 KiB, less than long answers
-    with _open_text(path) as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             header = file.readline()
         except UnicodeDecodeError as error:
@@ -227,10 +227,6 @@ def _refuse_twins(path: Path, names: Sequence[str]) -> None:
     twin = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twin is not None:  # a record would hold the last of the two
         raise ValueError(f"the data file {path} has two columns {twin!r}: rename or remove one")
-
-
-def _open_text(path: Path) -> IO[str]:
-    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:

@@ -1,4 +1,4 @@
-"""What a record of a data file says, whatever form it has; its fields tell which, so that no setting need name it.
+"""What a record of a data file says, whatever shape it has; its fields tell which, so that no setting need name it.
 
 Nothing is stripped or put into a prompt here. Every refusal is a ValueError with the reason, without file or line.
 """
@@ -6,25 +6,25 @@ Nothing is stripped or put into a prompt here. Every refusal is a ValueError wit
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accessory.errors import shown, shown_keys
 from accessory.text.chat import Message, Role
 
-FORMS = (
+SHAPES = (
     '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}, {"interactions": '
     '[{"is_user", "text"}]}, {"instruction", "input", "output"}, {"prompt", "completion"} and {"text"}'
 )
-_RAW = (("text",), ("content",))  # a form is told by fields that have to be there
+_RAW = (("text",), ("content",))  # a shape is told by fields that have to be there
 _CHATS = (("conversations",), ("messages",), ("interactions",), ("conversation",))
 _INSTRUCTION, _COMPLETION = ("instruction", "output"), ("prompt", "completion")
 _SYSTEM = ("system", "system_prompt")
-# Beside a form's own; some say once more what it says: the first question in ultrachat, the whole in alpaca-gpt4.
+# Beside a shape's own; some say once more what it says: the first question in ultrachat, the whole in alpaca-gpt4.
 _BESIDE = {("messages",): ("prompt",), _INSTRUCTION: ("input", "history", "text")}
 _SPEAKER, _CONTENT = ("from", "role", "is_user"), ("value", "content", "text")  # of a turn
 _NOTHING: tuple[Any, ...] = ("", [], {}, "null", "[]", "{}")  # also as a CSV file has it
@@ -41,13 +41,15 @@ _REFUSED = dict.fromkeys(_TOOLS.split(), "the use of tools cannot be trained on"
 _REFUSED |= dict.fromkeys(_MEDIA.split(), "only text can be trained on")
 _BOOKKEEPING = """
     __index_level_0__ _id avatarurl categories category conversation_hash conversation_id country created created_at
-    created_date custom_instruction dataset dataset_name date detoxify_moderation difficulty domain dump file_path
-    full_topic hash hashed_ip header id idx index lang language language_score length license markdown message_id meta
-    metadata model model_name num_tokens num_turns openai_moderation origin original_index parent_id prompt_id quality
-    redacted score skip_prompt_formatting source source_dataset split state subject subset synthetic tags task task_id
-    task_name task_type time timestamp title token_count tokens topic toxic turn turn_identifier turns type updated_at
-    url user_id uuid version views"""
-_PASSED_OVER = frozenset(_BOOKKEEPING.split())
+    created_date dataset dataset_name date detoxify_moderation difficulty domain dump file_path hash hashed_ip id idx
+    index lang language language_score length license message_id meta metadata model model_name num_tokens num_turns
+    openai_moderation origin original_index parent_id prompt_id quality score skip_prompt_formatting source
+    source_dataset split state subset synthetic tags task_id task_name task_type time timestamp title token_count topic
+    turn_identifier updated_at url user_id uuid version views"""
+# Under these others have text to learn or to ask: a switch or a number passes, and the headers of a request.
+_DOUBTFUL = "custom_instruction full_topic header markdown redacted subject task tokens toxic turn turns type"
+_BOOKS, _UNLESS_TEXT = frozenset(_BOOKKEEPING.split()), frozenset(_DOUBTFUL.split())
+_NUMBER = re.compile(r"true|false|[-+.\d]+(e[-+]?\d+)?", re.IGNORECASE)  # as a CSV file has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +82,42 @@ class Text:
 Said = Talk | Instruction | Text
 
 
+@dataclass(eq=False)
 class UnknownField(ValueError):
-    """A record has fields with values that are none of its form's and no bookkeeping; the message names them."""
+    """A record has fields with values that are none of its shape's and no bookkeeping."""
+
+    where: str
+    names: Sequence[str]
+
+    def __str__(self) -> str:
+        flag = shown(",".join(self.names), most=1000)[1:-1]
+        return f"{self.where} has the unknown {shown(self.names, most=200)}: pass --ignore_fields {flag}"
 
 
 def read_said(value: Any, *, ignore: frozenset[str] = frozenset()) -> Said:
     """What the record `value` says; the fields named in `ignore` are passed over, in its turns as well.
 
-    Raises UnknownField, and ValueError for a record of no known form and for one with a fault.
+    Raises UnknownField, and ValueError for a record of no known shape and for one with a fault.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"it is {shown(value)}, not an object of a known form, which are {FORMS}")
+        raise ValueError(f"it is {shown(value)}, not an object of a known shape, which are {SHAPES}")
     record = _given(value, ignore)
-    present = [form for form in (*_CHATS, _INSTRUCTION, _COMPLETION, *_RAW) if record.keys() >= set(form)]
+    present = [shape for shape in (*_CHATS, _INSTRUCTION, _COMPLETION, *_RAW) if record.keys() >= set(shape)]
     if not present:
-        raise ValueError(f"it is of no known form, having {shown_keys(record)}; known are {FORMS}")
-    # A table of several forms' records has the columns of all, empty where a record is of another form.
-    form = next((form for form in present if any(map(record.get, form))), present[0])
-    if form in _RAW or (form == _COMPLETION and all(isinstance(record[name], str) for name in form)):
-        _refuse_unknown(record, form, "it")
-        return Text(_string(record, "prompt"), _string(record, form[-1]))
-    _refuse_unknown(record, (*form, *_BESIDE.get(form, ()), *_SYSTEM, "only_last"), "it")
+        raise ValueError(f"it is of no known shape, having {shown_keys(record)}; known are {SHAPES}")
+    # A table of several shapes' records has the columns of all, empty where a record is of another shape.
+    shape = next((shape for shape in present if any(map(record.get, shape))), present[0])
+    if shape in _RAW or (shape == _COMPLETION and all(isinstance(record[name], str) for name in shape)):
+        _refuse_unknown(record, shape, "it")
+        return Text(_string(record, "prompt"), _string(record, shape[-1]))
+    _refuse_unknown(record, (*shape, *_BESIDE.get(shape, ()), *_SYSTEM, "only_last"), "it")
     only_last = str(record.get("only_last") or False).lower()  # a CSV file's is a string
     if only_last not in ("true", "false"):
         raise ValueError(f"its 'only_last' is {shown(record['only_last'])}: give true or false")
-    if form == _INSTRUCTION:
+    if shape == _INSTRUCTION:
         instruction, given, output = (_string(record, name) for name in ("instruction", "input", "output"))
         return Instruction(instruction, given, output, _system(record), _history(record), only_last == "true")
-    placed = [turn for name in form for turn in _turns(record, name, ignore)]
+    placed = [turn for name in shape for turn in _turns(record, name, ignore)]
     _refuse_disorder(placed)
     messages = _with_system([message for _, message in placed], _system(record))
     while messages and messages[-1].role != "assistant":  # a question that nobody answers
@@ -129,7 +139,7 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def _unlearned(message: Message) -> Message:
-    return dataclasses.replace(message, learned=message.role != "assistant")
+    return replace(message, learned=message.role != "assistant")
 
 
 def _turns(record: dict[str, Any], name: str, ignore: frozenset[str]) -> list[tuple[str, Message]]:
@@ -181,14 +191,19 @@ def _refuse_disorder(placed: Sequence[tuple[str, Message]]) -> None:
 
 
 def _refuse_unknown(fields: dict[str, Any], known: Sequence[str], where: str) -> None:
-    said = [name for name, value in fields.items() if value not in _NOTHING]
-    unknown = [name for name in said if name not in known and name.lower() not in _PASSED_OVER]
+    said = [name for name, value in fields.items() if value not in _NOTHING and name not in known]
+    unknown = [name for name in said if not _keeps_books(name.lower(), fields[name])]
     for name in unknown:
         if name in _REFUSED:
             raise ValueError(f"{where} has {shown(fields[name])} under {name!r}: {_REFUSED[name]}")
     if unknown:
-        flag = shown(",".join(unknown), most=200)[1:-1]
-        raise UnknownField(f"{where} has the unknown {shown(unknown, most=200)}: pass --ignore_fields {flag}")
+        raise UnknownField(where, unknown)
+
+
+def _keeps_books(name: str, value: Any) -> bool:
+    if name not in _UNLESS_TEXT:
+        return name in _BOOKS
+    return _NUMBER.fullmatch(value) is not None if isinstance(value, str) else not isinstance(value, list)
 
 
 def _given(fields: dict[str, Any], ignore: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -1,19 +1,20 @@
 """Two passes over the data files: look at every record, then write the examples of the usable ones.
 
-The first finds a bad record within seconds to minutes, where tokenising takes many times that, and counts the
-usable records, of which a source's ratio is a share.
+The first finds a bad record before any is written, and counts the usable ones, of which a source's ratio is a share.
+It tokenises nothing, which is most of the work; a chat template's rendering, as much again, takes place in both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from accessory.data.examples import Ids, Recipe
 from accessory.data.readers import Record, read_records
-from accessory.data.records import UnknownField
+from accessory.data.records import UnknownField, read_said
 from accessory.data.sources import Source
 from accessory.text.chat import Segment
 from accessory.text.forms import Form
@@ -30,6 +31,7 @@ from accessory.text.tokenizer import Tokenizer
 _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not
 _AT_ONCE = 256  # records that are held in memory
+_NAMED = 100  # unknown fields of a file that are looked for
 _SAID_EVERY = 10.0  # seconds between lines of progress
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,9 @@ class SourceReport:
     """What became of one file's records.
 
     `usable` have an answer that is learned, in the forms `forms` (as meta.json has them); `bad` could not be used, the
-    first few of them stand in `listed`; `unanswered` have nothing to learn; `emptied` examples lost all that is learned
-    where max_words cut them. The usable ones that were taken made `examples`, with `tokens` in all, `learned` of them;
-    `cut` were shortened.
+    first few of them stand in `listed`; `unanswered` have nothing to learn; the input of `uninput` usable ones is left
+    out; `emptied` examples lost all that is learned where max_words cut them. The usable ones that were taken made
+    `examples`, with `tokens` in all, `learned` of them; `cut` were shortened.
     """
 
     path: str
@@ -60,6 +62,7 @@ class SourceReport:
     bad: int = 0
     listed: list[str] = field(default_factory=list)
     unanswered: int = 0
+    uninput: int = 0
     emptied: int = 0
     examples: int = 0
     cut: int = 0
@@ -76,6 +79,8 @@ class SourceReport:
                 yield logging.WARNING, f"  and {self.bad - len(self.listed)} more"
         if self.unanswered:
             yield logging.WARNING, f"{self.path}: {self.unanswered} records without an answer to learn are left out"
+        if self.uninput:
+            yield logging.WARNING, f"{self.path}: the input of {self.uninput} records is left out by their prompt_type"
         if self.emptied:
             where = f"no answer within --max_words {max_words}"
             yield logging.WARNING, f"{self.path}: {self.emptied} examples with {where} are left out"
@@ -95,8 +100,7 @@ def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, prog
         report.usable += 1
     if not report.usable:
         found = f"{report.bad} bad records, {report.unanswered} without an answer"
-        if report.bad:
-            found += f"; the first bad one: {report.listed[0]}"
+        found += f"; the first bad one: {report.listed[0]}" if report.bad else ""
         raise ValueError(f"the data file {source.path} holds no record to learn from ({found}): correct it")
     return report
 
@@ -138,10 +142,8 @@ def write_source(
             report.learned += learned
     report.examples, report.tokens = len(lengths), sum(lengths)
     if not lengths:
-        raise ValueError(
-            f"no example of the data file {source.path} has an answer within its first {recipe.max_words} tokens: "
-            "raise --max_words"
-        )
+        where = f"the data file {source.path} has an answer within its first {recipe.max_words} tokens"
+        raise ValueError(f"no example of {where}: raise --max_words")
     return lengths
 
 
@@ -150,22 +152,20 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<i4")
 
 
-def as_json(reports: Sequence[SourceReport]) -> list[dict[str, Any]]:
-    """The reports as they are kept beside the data."""
-    return [asdict(report) for report in reports]
-
-
 def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip_bad_records: bool) -> Iterator[Usable]:
     """The records that have something to learn, in the file's order; `report` counts the others, and gets the forms.
 
-    Raises ValueError at a bad record unless `skip_bad_records`, and at an unknown field in any case: it would be in
-    most of them.
+    Raises ValueError at a bad record unless `skip_bad_records`, and at an unknown field in any case, with those of all
+    that follows: it would be in most of them.
     """
-    for record in read_records(source.path):
+    records = read_records(source.path)
+    for record in records:
         try:
             usable = _read(record, recipe, source)
         except UnknownField as error:
-            raise ValueError(f"{source.path}, {record.place}: {error}") from None
+            more = _unknown(itertools.chain([record], records), recipe.ignore.union(error.names))
+            where = f"{source.path}, {record.place}: {error.where}{' (or what follows it)' if more else ''}"
+            raise ValueError(str(UnknownField(where, [*error.names, *more]))) from None
         except ValueError as error:
             _refuse(source, record.place, str(error), report, skip_bad_records)
             continue
@@ -174,7 +174,24 @@ def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip
             continue
         if usable.form is not None and (said := usable.form.recorded()) not in report.forms:
             report.forms.append(said)
+        report.uninput += recipe.leaves_input_out(record.value, usable.form)
         yield usable
+
+
+def _unknown(records: Iterable[Record], ignore: frozenset[str]) -> list[str]:
+    """The names of the records' unknown fields beside those of `ignore`, of a great many the first."""
+    names: list[str] = []
+    with contextlib.suppress(ValueError):  # the file may be malformed further on
+        for record in records:
+            while len(names) < _NAMED:
+                try:
+                    read_said(record.value, ignore=ignore.union(names))
+                    break
+                except UnknownField as error:
+                    names += error.names
+                except ValueError:
+                    break
+    return names
 
 
 def _read(record: Record, recipe: Recipe, source: Source) -> Usable:
@@ -217,18 +234,15 @@ def _encoded(
 def _chosen(count: int, ratio: float, seed: list[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which of `count` records are a share of `ratio`, at least one."""
     chosen = np.zeros(count, dtype=bool)
-    wanted = max(1, round(ratio * count))
-    chosen[np.random.default_rng(seed).permutation(count)[:wanted]] = True
+    chosen[np.random.default_rng(seed).permutation(count)[: max(1, round(ratio * count))]] = True
     return chosen
 
 
 def _bar(records: Iterator[Usable], name: str, progress: bool, total: int | None = None) -> Iterator[Usable]:
     """The records, with a bar on a terminal and now and then a line elsewhere."""
-    if not progress:
-        return records
-    if sys.stderr.isatty():
+    if progress and sys.stderr.isatty():
         return iter(tqdm(records, desc=name, unit=" records", total=total, leave=False))
-    return _said(records, name, total)
+    return _said(records, name, total) if progress else records
 
 
 def _said(records: Iterator[Usable], name: str, total: int | None) -> Iterator[Usable]:

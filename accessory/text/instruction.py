@@ -16,6 +16,7 @@ _WISHES = {
     "shortqa": "completes the request using a single word or phrase.",
 }
 PROMPT_NAMES = ("alpaca", "None", "shortqa", "qg")
+TAKES_INPUT = "alpaca"  # the one that has a place for the input
 
 
 def format_prompt(format_dict: Mapping[str, Any], sys_name: str = "alpaca") -> str:
@@ -31,7 +32,7 @@ def format_prompt(format_dict: Mapping[str, Any], sys_name: str = "alpaca") -> s
         raise ValueError(f"unknown sys_name {sys_name!r}: take one of {', '.join(PROMPT_NAMES)}")
     if not isinstance(format_dict, Mapping):
         raise ValueError(f'format_dict takes a dictionary {{"instruction": ..., "input": ...}}, not {format_dict!r}')
-    given = _string(format_dict, "input") if sys_name == "alpaca" and format_dict.get("input") is not None else ""
+    given = _string(format_dict, "input") if sys_name == TAKES_INPUT and format_dict.get("input") is not None else ""
     return instruction_prompt(_string(format_dict, "instruction"), given, sys_name)
 
 
@@ -42,7 +43,7 @@ def instruction_prompt(instruction: str, given: str = "", sys_name: str = "alpac
         return opening + instruction
     if sys_name == "qg":
         return f"{opening}Generate a question whose answer is:\n{instruction}\n\nQuestion:\n"
-    has_input = sys_name == "alpaca" and bool(given.strip())
+    has_input = sys_name == TAKES_INPUT and bool(given.strip())
     if system is None:
         setting = ", paired with an input that provides further context" if has_input else ""
         wish = _WISHES[sys_name]
