@@ -312,7 +312,7 @@ def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> N
         instruction.fill(question)
         page.get_by_role("button", name="Submit").click()
         finished(page)
-        assert output.input_value() == answer, "it is asked in the form that it was trained on"
+        wait_until(lambda: output.input_value() == answer)  # it is asked in the form that it was trained on
         page.get_by_role("radio", name="alpaca").check()
         instruction.fill("What is a list?")
         given.fill("In Python.")
@@ -320,7 +320,7 @@ def test_one_instruction(open_tab: Callable[[str], "Page"], engine: Engine) -> N
         page.get_by_role("button", name="Submit").click()
         finished(page)
         prompt = format_prompt({"instruction": "What is a list?", "input": "In Python."}, "alpaca")
-        assert output.input_value() == expected(engine, prompt)
+        wait_until(lambda: output.input_value() == expected(engine, prompt))
         keep(page, "single_turn")
         page.get_by_label("None").check()
         page.get_by_role("button", name="Submit").click()
