@@ -495,7 +495,7 @@ def test_skipped_records_are_counted_and_listed(size, good, ranks, tmp_path):
     log = (tmp_path / "out" / "output.log").read_text()
     assert f"{tmp_path}/data.json: 7 examples" in log
     assert f"WARNING: {tmp_path}/data.json: 10 bad records are left out" in log
-    assert "WARNING:   record 2: it is of no known form, having ['instruction']; " in log
+    assert "WARNING:   record 2: it is of no known shape, having ['instruction']; " in log
     assert "WARNING:   record 4: it is 7, not an object" in log
     assert "WARNING:   and 5 more" in log
     assert f"WARNING: {tmp_path}/data.json: 1 records without an answer to learn are left out" in log

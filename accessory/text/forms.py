@@ -103,10 +103,11 @@ class Form:
     def _refuse_changing_tokenizer(self) -> None:
         """Raise ValueError, once for all records, where the tokenizer would not give the form's own text back."""
         if not self._tried:
+            known = (one for one in "aAe0" if self.tokenizer.decode(self.tokenizer.cont(one)) == one)
+            word = next(known, "a")
             try:
-                encode_example(
-                    self.segments([Message("user", "Q"), Message("assistant", "A")], ask=False), self.tokenizer
-                )
+                chat = self.segments([Message("user", word), Message("assistant", word)], ask=False)
+                encode_example(chat, self.tokenizer)
             except TemplateError:  # the template asks for other messages
                 pass
             except ValueError as error:
