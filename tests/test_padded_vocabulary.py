@@ -46,6 +46,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Pools = Callable[[int], RankPool]
 
 TOKENS = 371
+# Of a vocabulary to which a token is added that lies further on.
+LAST = TOKENS + 5
+GAPS = list(range(TOKENS, LAST))
 NEW_TOKENS = 12
 LOGITS = {"atol": 1e-4, "rtol": 0.0}
 
@@ -73,15 +76,27 @@ class Padded(NamedTuple):
         return tokens[len(prompt) :]
 
 
+class Gapped(Padded):
+    """One whose tokenizer has ids that are no tokens."""
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        return without_gaps(hf_logits(self.hf, tokens))
+
+
+def without_gaps(logits: Tensor) -> Tensor:
+    ids = torch.arange(LAST + 1)
+    return logits[..., : LAST + 1].masked_fill((ids >= TOKENS) & (ids < LAST), float("-inf"))
+
+
 class Limited:
     """A transformers model of whose logits the plain loop takes those of tokens."""
 
-    def __init__(self, hf: Any) -> None:
-        self.hf, self.config = hf, hf.config
+    def __init__(self, hf: Any, limit: Callable[[Tensor], Tensor] = lambda logits: logits[..., :TOKENS]) -> None:
+        self.hf, self.config, self.limit = hf, hf.config, limit
 
     def __call__(self, tokens: Tensor, **settings: Any) -> Any:
         output = self.hf(tokens, **settings)
-        output.logits = output.logits[..., :TOKENS]
+        output.logits = self.limit(output.logits)
         return output
 
 
@@ -92,7 +107,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def padded_model(seed: int, where: Path, tokenizer: Path) -> Padded:
+def padded_model(seed: int, where: Path, tokenizer: Path, added: int | None = None) -> Padded:
+    """One of random sizes; ``added`` is a token among the rows behind the tokenizer's."""
     random = Random(seed)
     multiple = random.choice([64, 128])
     rows = -(-TOKENS // multiple) * multiple + random.choice([0, multiple])
@@ -106,8 +122,9 @@ def padded_model(seed: int, where: Path, tokenizer: Path) -> Padded:
     hf = random_mixtral(seed, **sizes)
     with torch.no_grad():
         # Of both signs, so that some of their logits are large whatever comes in.
-        hf.lm_head.weight[TOKENS:].mul_(100)
-        hf.model.embed_tokens.weight[TOKENS:].fill_(1e4)
+        beyond = [row for row in range(TOKENS, rows) if row != added]
+        hf.lm_head.weight[beyond] *= 100
+        hf.model.embed_tokens.weight[beyond] = 1e4
     form = random.choice(["base", "sparse"])
     return Padded(hf, write_checkpoint(where, hf, tokenizer, files=random.choice([1, 2]), form=form), rows)
 
@@ -123,6 +140,16 @@ def models(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     for model in found:
         assert hf_logits(model.hf, [1, 5, 9]).argmax(-1).min() >= TOKENS, "a leak would not show"
     return found
+
+
+@pytest.fixture(scope="module")
+def gapped(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Gapped:
+    case = Gapped(*padded_model(7, tmp_path_factory.mktemp("gapped") / "model", tokenizer, LAST))
+    added = {str(LAST): {"content": "<added>", "special": False}}
+    (case.folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert hf_logits(case.hf, [1, 5, 9])[:, GAPS].amax(-1).min() > case.logits([1, 5, 9]).max(), "a leak would not show"
+    assert case.rows > LAST + 1
+    return case
 
 
 class Outcome(NamedTuple):
@@ -206,6 +233,25 @@ def test_chance_never_reaches_a_row_beyond(models: list[Padded]) -> None:
         assert last.max() < TOKENS
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_ids_that_are_no_tokens_have_no_chance(size: int, gapped: Gapped, ranks: Pools) -> None:
+    prompts, batch = gapped.prompts(), batch_of(0)
+    truth = [gapped.logits(prompt) for prompt in prompts]
+    with torch.no_grad():
+        loss, _ = reference_loss(Limited(gapped.hf, without_gaps), batch, 0.0)
+    outcome = alike(on_ranks(ranks, size, outcome_on_rank, gapped.folder, "auto", prompts, batch))
+    for ours, theirs in zip(outcome.logits, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, **LOGITS)
+    torch.testing.assert_close(outcome.forward, truth[-1], **LOGITS)
+    torch.testing.assert_close(outcome.first, truth[-1][-1], **LOGITS)
+    assert outcome.greedy == [gapped.greedy(prompt) for prompt in prompts]
+    assert not {token for answer in outcome.wild for token in answer}.intersection(GAPS)
+    for ours, tokens, logits in zip(outcome.scores["log_likelihood"], prompts[1:], truth[1:], strict=True):
+        theirs = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None]).sum()
+        assert ours == pytest.approx(theirs.item(), abs=1e-3)
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
 # --- training
 
 
@@ -262,6 +308,23 @@ def test_a_step_is_that_of_a_plain_loop_over_the_tokens(
         torch.testing.assert_close(step.weights["output.weight"][TOKENS:], before * (1 - 1e-2 * 0.1))
         assert_same_rows(output, case.rows)
         assert torch.equal(dict(load(output).llma.named_parameters())["output.weight"], step.weights["output.weight"])
+
+
+@pytest.mark.parametrize(("dp_size", "mp_size", "kind"), [(1, 1, "sdp"), (1, 2, "sdp"), (2, 1, "fsdp"), (2, 1, "ddp")])
+def test_a_step_teaches_ids_that_are_no_tokens_nothing(
+    dp_size: int, mp_size: int, kind: str, gapped: Gapped, ranks: Pools, tmp_path: Path
+) -> None:
+    batch, output = batch_of(1), tmp_path / "output"
+    step = alike(ranks(dp_size * mp_size).run(step_on_rank, gapped.folder, mp_size, kind, batch, output))
+    gapped.hf.zero_grad()
+    loss, balance = reference_loss(Limited(gapped.hf, without_gaps), batch, 0.1)
+    (loss + balance).backward()
+    assert step.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert_gradients(released_names(step.gradients), whole_gradients(gapped.hf))
+    ours = step.gradients["output.weight"]
+    assert ours[GAPS].eq(0).all()
+    assert ours[LAST].ne(0).any()
+    assert load(output).llma.gaps == load(gapped.folder).llma.gaps == tuple(GAPS)
 
 
 def test_the_batch_has_rows_that_are_padded() -> None:
@@ -377,3 +440,17 @@ def test_a_server_names_tokens_alone(size: int, models: list[Padded]) -> None:
             assert list(found.values()) == pytest.approx(expected.values.tolist(), abs=1e-4)
             assert len(found) == len({names.name(token) for token in expected.indices.tolist()})
             assert_error(api.complete(prompt=[1, TOKENS], max_tokens=1), 400, str(TOKENS))
+
+
+def test_a_server_never_names_what_is_no_token(gapped: Gapped) -> None:
+    prompt = gapped.prompts()[-1]
+    with Driver(gapped.folder, ranks=1, slots=4, dtype="fp32", device="cpu", max_seq_len=64) as engine:
+        settings = Sampling(max_gen_len=40, temperature=2.0, top_p=1.0)
+        events = list(engine.submit(prompt, settings, seed=1, logprobs=20, prompt_logprobs=20))
+        seen = [score for event in events for score in (*event.scores, *event.prompt_scores) if score]
+        named = {token for score in seen for token, _ in score.top} | {score.token for score in seen}
+        assert named
+        assert not named.intersection(GAPS)
+        with ServedApi(engine) as api:
+            answer = api.complete(prompt=prompt, max_tokens=5, temperature=1, logprobs=5).json()
+            assert "<unused" not in json.dumps(answer)

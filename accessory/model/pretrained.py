@@ -70,7 +70,10 @@ class Pretrained:
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         configs = None if llama_config is None else _several(llama_config, "llama_config")
         args = _quantized(last.load_args(configs, llama_type), quant, manifests)
-        tokenizer = Tokenizer(_find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path))
+        tokenizer = Tokenizer(
+            _find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path),
+            beside=[manifest.folder for manifest in manifests],
+        )
         if args.vocab_size == -1:
             args = args.replace(vocab_size=_vocabulary(manifests, tokenizer))
         args = _settle(args, tokenizer, max_seq_len)
@@ -116,17 +119,19 @@ def load_transformer(
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained`.
     """
 
-    n_tokens = pretrained.tokenizer.n_words
+    n_tokens, gaps = pretrained.tokenizer.n_words, pretrained.tokenizer.gaps
 
     def build() -> Transformer:
-        return build_transformer(
+        llma = build_transformer(
             pretrained.args, state, expert_placement=expert_placement, dtype=dtype, n_tokens=n_tokens
         )
+        llma.leave_out(gaps)
+        return llma
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         # Paths may differ between hosts; what was found there must not.
-        llma = agreed(state, build, (pretrained.args, n_tokens, dtype, expert_placement))
+        llma = agreed(state, build, (pretrained.args, n_tokens, gaps, dtype, expert_placement))
         boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
         fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
     return llma

@@ -82,6 +82,9 @@ class ParallelOutput(nn.Module):
         vocab_size: this rank's own rows.
         n_tokens: of all rows, those that are tokens, the first ones; the scores of the others, which pad the
             vocabulary, never leave. None: every row is one.
+
+    Attributes:
+        gaps: int64; which of the first rows are no tokens after all: their scores are -infinity.
     """
 
     def __init__(
@@ -89,12 +92,15 @@ class ParallelOutput(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.n_tokens = state.mp_group, n_tokens
+        self.gaps: Tensor | None = None
         self.weight = place.matrix(vocab_size, dim, head=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""
         logits_TV = gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)
-        return logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
+        logits_TV = logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
+        # In place, since logits may be the largest tensor of all; no backward pass needs what stood there.
+        return logits_TV if self.gaps is None else logits_TV.index_fill_(-1, self.gaps, float("-inf"))
 
 
 class _CastLinear(torch.autograd.Function):

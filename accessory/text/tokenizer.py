@@ -11,7 +11,6 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-SENTENCEPIECE_NAME = "tokenizer.model"
-JSON_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
-GENERATION_NAME = "generation_config.json"
-# What else of Hugging Face's folders says which tokens there are.
-BESIDE_NAMES = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", GENERATION_NAME)
+from accessory.text.added_tokens import BESIDE_NAMES as BESIDE_NAMES
+from accessory.text.added_tokens import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME, AddedToken, TokenSettings, read_file
 
 _SPACES = re.compile(r"\s*")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -37,28 +32,33 @@ class Tokenizer:
     """The tokenizer of a checkpoint.
 
     `path` is a sentencepiece model under any name, a `tokenizer.json` with its `tokenizer_config.json` beside
-    it, or a folder that holds one of the two (`tokenizer.model` wins). Attributes: `path`, the file that was
-    read; `files`, all that were; `n_words`, the number of token ids, 0 to n_words - 1; `bos_id` and `eos_id`, the ids
-    that begin and end a sequence; `eos_ids`, all that end one, those of generation_config.json among them;
-    `controls`, the control tokens by name; `names`, what the settings call "bos_token", "eos_token" and so on.
+    it, or a folder that holds one of the two (`tokenizer.model` wins). `beside` are the folders of its model: the last
+    one whose generation_config.json says what ends a text rules over the tokenizer's own.
+
+    Attributes: `path`, the file that was read; `files`, all that were; `n_words`, the number of token ids, 0 to
+    n_words - 1; `gaps`, those of them that are no token; `bos_id` and `eos_id`, the ids that begin and end a sequence;
+    `eos_ids`, all that end one, those of generation_config.json among them; `controls`, the control tokens by name;
+    `names`, what the settings call "bos_token", "eos_token" and so on.
 
     Raises FileNotFoundError where a file is absent and ValueError where one cannot be read; both name it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, beside: Sequence[str | Path] = ()) -> None:
         given = Path(path)
         found = self.find(given) if given.is_dir() else given
         if found is None:
             raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}")
         self.path: Path = found
-        settings = _Settings.beside(found)
+        self._beside = tuple(Path(folder).absolute() for folder in beside)
+        settings = TokenSettings.beside(found, self._beside)
         self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
         self.files: tuple[Path, ...] = (found, *settings.files)
         self.n_words: int = self._backend.n_words
         self.bos_id: int = self._backend.bos_id
         self.eos_id: int = self._backend.eos_id
-        self.eos_ids = frozenset({self.eos_id, *filter(self._backend.has, settings.ends)})
-        known = filter(self._backend.has, range(self.n_words))
+        self.gaps: tuple[int, ...] = self._backend.gaps
+        known = sorted(set(range(self.n_words)).difference(self.gaps))
+        self.eos_ids = frozenset({self.eos_id, *set(known).intersection(settings.ends)})
         self.controls: Mapping[str, int] = {self.name(token): token for token in known if self.is_control(token)}
         self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
 
@@ -122,14 +122,14 @@ class Tokenizer:
         return self._backend.encode_with_spans(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Control tokens vanish, bytes that form no character become U+FFFD.
+        """The text of `ids`. Control tokens and gaps vanish, bytes that form no character become U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
         return self._backend.decode([self._checked(token_id) for token_id in ids])
 
     def is_control(self, token_id: int) -> bool:
-        """Whether the token has no text: begin, end and the like. ValueError outside the vocabulary."""
+        """Whether the token has no text: begin, end and the like, and gaps. ValueError outside the vocabulary."""
         return self._backend.is_control(self._checked(token_id))
 
     def joins_next(self, token_id: int) -> bool:
@@ -146,69 +146,22 @@ class Tokenizer:
 
     def _checked(self, token_id: int) -> int:
         number = operator.index(token_id)
-        if not self._backend.has(number):
+        if not 0 <= number < self.n_words:
             raise ValueError(f"token id {number} is outside 0 to {self.n_words - 1}, those of {self.path}")
         return number
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        return Tokenizer, (self.path.absolute(),)  # `tokenizers` does not pickle encode_special_tokens
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, tuple[Path, ...]]]:
+        return Tokenizer, (self.path.absolute(), self._beside)  # `tokenizers` does not pickle encode_special_tokens
 
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, n_words={self.n_words})"
 
 
-@dataclass(frozen=True)
-class _Added:
-    """A token that was added to a vocabulary: control tokens are never read in a text."""
-
-    id: int
-    name: str
-    control: bool
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What Hugging Face's files beside a tokenizer say of its tokens."""
-
-    files: tuple[Path, ...]
-    names: dict[str, str]
-    added: tuple[_Added, ...]
-    ends: tuple[int, ...]
-
-    @classmethod
-    def beside(cls, tokenizer: Path) -> _Settings:
-        files = tuple(file for name in BESIDE_NAMES if (file := tokenizer.with_name(name)).is_file())
-        read = {file.name: _read_json(file) for file in files}
-        config, special, plain, generation = (read.get(name, {}) for name in BESIDE_NAMES)
-        names = {
-            key: content
-            for key, value in (*special.items(), *config.items())
-            if key.endswith("_token") and isinstance(content := _content(value), str)
-        }
-        added = {
-            token_id: _Added(token_id, name, control=False) for name, token_id in plain.items() if type(token_id) is int
-        }
-        decoder = config.get("added_tokens_decoder")
-        for key, value in decoder.items() if isinstance(decoder, dict) else ():
-            if key.isdecimal() and isinstance(value, dict) and isinstance(value.get("content"), str):
-                flags = (value.get(flag) is True for flag in ("special", "lstrip", "rstrip"))
-                added[int(key)] = _Added(int(key), value["content"], *flags)
-        ends = generation.get("eos_token_id")
-        ends = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
-        return cls(files, names, tuple(added[key] for key in sorted(added)), tuple(ends))
-
-
-def _content(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
-
-
 class _SentencePiece:
     """A sentencepiece model, with the tokens that Hugging Face's files add to it."""
 
-    def __init__(self, path: Path, settings: _Settings) -> None:
-        data = _read_file(path)
+    def __init__(self, path: Path, settings: TokenSettings) -> None:
+        data = read_file(path)
         advice = f"{path} is not a whole sentencepiece model: copy or download it again"
         # The format ends without a mark: a file cut off between two pieces still parses, as a smaller
         # vocabulary with default settings. The settings, fields 2 and 3, come after the pieces, field 1.
@@ -220,26 +173,34 @@ class _SentencePiece:
         except Exception as error:  # its type differs between versions of the library
             raise ValueError(f"{advice} ({error})") from error
         size = int(self._processor.vocab_size())
-        named = set(settings.names.values())
+        settings.check(size)
         self._added = {
             added.id: added
             for added in settings.added
             if added.id >= size or self._processor.id_to_piece(added.id) != added.name
         }
         self._control = {token for token in range(size) if self._processor.is_control(token)}
-        self._control |= {token.id for token in self._added.values() if token.control or token.name in named}
-        self._known = set(range(size)) | set(self._added)
-        self.n_words = max(self._known) + 1
+        self._control |= {token.id for token in self._added.values() if settings.controls(token.name)}
+        self.n_words = max([size - 1, *self._added]) + 1
+        self.gaps = tuple(token for token in range(size, self.n_words) if token not in self._added)
         ids = {token.name: token.id for token in self._added.values()}
-        self.bos_id = ids.get(settings.names.get("bos_token", ""), int(self._processor.bos_id()))
-        self.eos_id = ids.get(settings.names.get("eos_token", ""), int(self._processor.eos_id()))
+        own = {"bos_token": int(self._processor.bos_id()), "eos_token": int(self._processor.eos_id())}
+        for key, name in settings.names.items():
+            if key in own:
+                own[key] = ids.get(name, int(self._processor.piece_to_id(name)))  # that of <unk> for what is none
+                if self.name(own[key]) != name:
+                    raise ValueError(f"{settings.homes[key]}: correct {key}, {name!r} is no token of {path.name}")
+        self.bos_id, self.eos_id = own.values()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} has no begin or no end token: train it with bos_id and eos_id set")
+        self._control |= {self.bos_id, self.eos_id}
         self._read = {name: token for name, token in ids.items() if token not in self._control}
         names = sorted(self._read, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.stripping = {token.name: (token.lstrip, token.rstrip) for token in self._added.values()}
         self._anchor = self._processor.encode("a")
+        self._added |= {gap: AddedToken(gap, _unused(gap), path) for gap in self.gaps}
+        self._control |= set(self.gaps)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_with_spans(text)[0] if self._read else list(self._processor.encode(text))
@@ -287,9 +248,6 @@ class _SentencePiece:
                 text += self._added[token].name
         return text
 
-    def has(self, token_id: int) -> bool:
-        return token_id in self._known
-
     def is_control(self, token_id: int) -> bool:
         return token_id in self._control
 
@@ -304,10 +262,10 @@ class _SentencePiece:
 class _Json:
     """A `tokenizer.json`, whose begin and end tokens `tokenizer_config.json` names."""
 
-    def __init__(self, path: Path, settings: _Settings) -> None:
+    def __init__(self, path: Path, settings: TokenSettings) -> None:
         self._advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
         self._settings = settings
-        data = _read_file(path)
+        data = read_file(path)
         try:
             self._content = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -316,16 +274,21 @@ class _Json:
         self._names = {token_id: name for name, token_id in self._tokenizer.get_vocab().items()}
         if not self._names:
             raise ValueError(self._advice)
+        last = max(self._names)
+        settings.check(len(self._names), AddedToken(last, self._names[last], path))
         for token in settings.added:
             if self._names.get(token.id) != token.name:
-                raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {CONFIG_NAME} says")
-        self.n_words = max(self._names) + 1
+                raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {token.file.name} says")
+        self.n_words = last + 1
+        self.gaps = tuple(token for token in range(self.n_words) if token not in self._names)
         config = path.with_name(CONFIG_NAME)
-        _read_file(config)
+        read_file(config)
         self.bos_id, self.eos_id = (self._id_of(key, config) for key in ("bos_token", "eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
         self.stripping = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
+        self._names |= {gap: _unused(gap) for gap in self.gaps}
+        self._control |= set(self.gaps)
 
     def _made(self, content: Any) -> Any:
         try:
@@ -335,8 +298,12 @@ class _Json:
         known = made.get_vocab()
         for token in self._settings.added:  # in order of their ids, as the library counts on
             if token.name not in known:
-                flags = {"special": token.control, "lstrip": token.lstrip, "rstrip": token.rstrip}
-                made.add_tokens([tokenizers.AddedToken(token.name, normalized=False, **flags)])
+                flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False}
+                made.add_tokens([tokenizers.AddedToken(token.name, **flags)])
+        for added in made.get_added_tokens_decoder().values():
+            if not added.special and self._settings.controls(added.content):
+                added.special = True
+                made.add_special_tokens([added])
         # A file may have been saved with the limits of the run that made it, and its post-processor often
         # adds the begin token itself (it would stand there twice) or takes white space out of the spans.
         made.no_truncation()
@@ -351,7 +318,8 @@ class _Json:
             raise ValueError(f"{config} names no {key}: add one of the tokens of {JSON_NAME} there")
         token_id = self._tokenizer.token_to_id(name)
         if token_id is None:
-            raise ValueError(f"{config}: correct {key}, {name!r} is no token of the {JSON_NAME} beside it")
+            home = self._settings.homes[key]
+            raise ValueError(f"{home}: correct {key}, {name!r} is no token of the {JSON_NAME} beside it")
         return int(token_id)
 
     @cached_property
@@ -395,9 +363,6 @@ class _Json:
         visible = [token_id for token_id in ids if token_id not in self._control]
         return str(self._tokenizer.decode(visible, skip_special_tokens=False))
 
-    def has(self, token_id: int) -> bool:
-        return token_id in self._names
-
     def is_control(self, token_id: int) -> bool:
         return token_id in self._control
 
@@ -409,6 +374,10 @@ class _Json:
         return token_id in self._control or _BYTE_TOKEN.fullmatch(self._names[token_id]) is not None
 
 
+def _unused(gap: int) -> str:
+    return f"<unused {gap}>"
+
+
 def _check_text(text: str) -> None:
     if not isinstance(text, str):
         raise TypeError(f"encode takes a string, not {type(text).__name__}")
@@ -417,31 +386,6 @@ def _check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         at = f"{text[error.start]!r} at character {error.start}"
         raise ValueError(f"the text holds a lone surrogate, {at}: decode its source with errors='replace'") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of settings holds."""
-    try:
-        found = json.loads(_read_file(path))
-    except (ValueError, RecursionError) as error:
-        if path.read_bytes()[:1] in (b"", b"v"):
-            raise
-        raise ValueError(f"{path} is not valid JSON: copy or download it again ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object: copy or download it again")
-    return found
-
-
-def _read_file(path: Path) -> bytes:
-    """The bytes of a file that may be there in name only."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer file {path}: check the path")
-    data = path.read_bytes()
-    if not data:
-        raise ValueError(f"{path} is empty: copy or download it again")
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder")
-    return data
 
 
 def _top_level_fields(data: bytes) -> Iterator[int]:

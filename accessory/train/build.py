@@ -48,7 +48,7 @@ def build_for_training(
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained` and `shard_model`, on all
             ranks alike.
     """
-    everyone, n_tokens = over_all_ranks(state), pretrained.tokenizer.n_words
+    everyone, n_tokens, gaps = over_all_ranks(state), pretrained.tokenizer.n_words, pretrained.tokenizer.gaps
 
     def build() -> Transformer:
         meta = torch.device("meta")
@@ -62,6 +62,7 @@ def build_for_training(
             device=meta,
             n_tokens=n_tokens,
         )
+        llma.leave_out(gaps)
         if before_sharding is not None:
             before_sharding(llma)
         shard_model(llma, mesh, data_parallel=data_parallel, compute_dtype=compute_dtype)
@@ -79,7 +80,7 @@ def build_for_training(
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        model = (pretrained.args, n_tokens, bool(pretrained.manifests))
+        model = (pretrained.args, n_tokens, gaps, bool(pretrained.manifests))
         llma = agreed(everyone, build, (*model, data_parallel, compute_dtype, expert_placement, seed))
         if fill:
             give_weights()

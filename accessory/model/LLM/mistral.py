@@ -59,6 +59,7 @@ class Transformer(nn.Module):
             logit that leaves the model belongs.
 
     Attributes:
+        gaps: of the tokens' ids, those that are none.
         cuda_graphs: on a GPU `decode` may capture a step and replay it; what a hook sees of one is then seen once.
 
     Raises:
@@ -79,6 +80,7 @@ class Transformer(nn.Module):
         self.args, self.state = args, state
         self.n_tokens = args.vocab_size if n_tokens is None else n_tokens
         assert self.n_tokens <= args.vocab_size
+        self.gaps: tuple[int, ...] = ()
         self.cuda_graphs = True
         self.placement = resolve_placement(args, expert_placement, state.mp_size)
         own = local_sizes(args, state.mp_size, self.placement)
@@ -97,6 +99,12 @@ class Transformer(nn.Module):
             scaling=args.rope_scaling,
             device=state.device,
         )
+
+    def leave_out(self, gaps: Sequence[int]) -> None:
+        """Give ids that are no tokens a logit of -infinity, so that they are never sampled, counted or scored."""
+        assert all(0 <= gap < self.n_tokens for gap in gaps)
+        self.gaps = tuple(gaps)
+        self.output.gaps = torch.tensor(self.gaps, device=self.state.device) if gaps else None
 
     @property
     def dtype(self) -> torch.dtype:
