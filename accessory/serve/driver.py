@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -71,7 +70,7 @@ class Driver:
         self._place = Placement.of(
             ranks, gpu_ids, device=settings.get("device"), master_addr=master_addr, master_port=master_port
         )
-        _check_model(given, self._place.size)
+        self.tokenizer = _check_model(given, self._place.size)
         self._setup = Setup(
             settings={"pretrained_path": pretrained_path, **settings},
             slots=slots,
@@ -83,7 +82,7 @@ class Driver:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         ready = self._load_ranks()
-        self.args, self.tokenizer = ready.args, Tokenizer(Path(ready.tokenizer_path))
+        self.args = ready.args
         self._serve()
 
     def __enter__(self) -> Self:
@@ -239,8 +238,8 @@ class Driver:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _check_model(given: Mapping[str, Any], ranks: int) -> None:
-    """Refuse what so many ranks cannot load, before a process is started for each of them.
+def _check_model(given: Mapping[str, Any], ranks: int) -> Tokenizer:
+    """Refuse what so many ranks cannot load, before a process is started for each of them; returns the tokenizer.
 
     Args:
         given: arguments of `MetaModel.from_pretrained`.
@@ -253,3 +252,4 @@ def _check_model(given: Mapping[str, Any], ranks: int) -> None:
         **{name: given[name] for name in names if name in given}, quant=QuantArgs.of(given.get("quant"))
     )
     resolve_placement(found.args, given.get("expert_placement", "auto"), ranks)
+    return found.tokenizer

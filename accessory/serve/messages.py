@@ -75,7 +75,6 @@ class Ready:
     """From the first rank: the model is loaded."""
 
     args: ModelArgs
-    tokenizer_path: str
 
 
 @dataclass(frozen=True)

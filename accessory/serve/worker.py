@@ -57,14 +57,13 @@ def _work(link: Any, inbox: "queue.SimpleQueue[Any]", say: Any) -> None:
     with process_group_of_launcher(setup.settings.get("device"), say=say, timeout=limit) as group:
         model = MetaModel.from_pretrained(mp_group=group, **setup.settings)
         if model.llma.state.is_first:
-            args, path = model.llma.args, str(model.tokenizer.path)
             serve_first(
                 model,
                 setup.slots,
                 inbox=inbox,
                 report=link.send,
                 prefill_tokens=setup.prefill_tokens,
-                ready=lambda: link.send(Ready(args, path)),
+                ready=lambda: link.send(Ready(model.llma.args)),
             )
         else:
             follow_first(model, setup.slots)

@@ -38,6 +38,7 @@ def quantized_copy(model: Transformer, quant: QuantArgs) -> Transformer:
     """The same model with its matrices quantized."""
     args = model.args.replace(quant=quant)
     copy = Transformer(args, model.state, dtype=model.dtype, n_tokens=model.n_tokens).eval()
+    copy.leave_out(model.gaps)
     plain = dict(model.named_parameters())
     for name, module in copy.named_modules():
         if isinstance(module, QuantizedParameter):

@@ -130,6 +130,8 @@ def check_ids(tokenizer: Tokenizer, tokens: Sequence[int], param: str) -> None:
         except (ValueError, OverflowError) as error:
             message = f"{param} has the token {token}, and the vocabulary's are 0 to {tokenizer.n_words - 1}"
             raise bad_request(message, param) from error
+        if token in tokenizer.gaps:
+            raise bad_request(f"{param} has the token {token}, which is none of the vocabulary's", param)
 
 
 def room(engine: Engine, tokens: Sequence[int], wanted: int | None, *, usual: int | None, param: str) -> int:
