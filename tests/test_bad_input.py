@@ -785,7 +785,7 @@ def test_a_file_that_one_rank_may_not_read(good, ranks):
 def forbidden_load_error(folder: Path) -> tuple[str, str]:
     import accessory.model.pretrained as pretrained
 
-    def refuse(path: Path) -> Any:
+    def refuse(path: Path, **settings: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
     original = pretrained.Tokenizer
@@ -855,18 +855,19 @@ def test_random_damage_is_refused_or_harmless(good, ranks, tmp_path):
 # -- what a loaded model is asked
 
 CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "prompts a bare string": ("generate", {"prompts": "Hello"}, ("'Hello'", "non-empty list of strings")),
+    "prompts a bare string": ("generate", {"prompts": "Hello"}, ("'Hello'", "non-empty list of texts")),
     "prompts a long text": ("generate", {"prompts": "Hello " * 99}, ("not 'Hello Hello", "...")),
-    "prompts empty": ("generate", {"prompts": []}, ("prompts", "[]", "non-empty list of strings")),
-    "prompts missing": ("generate", {"prompts": None}, ("prompts", "None", "non-empty list of strings")),
-    "prompts a number": ("generate", {"prompts": 3}, ("prompts", "3", "non-empty list of strings")),
-    "prompts a dict": ("generate", {"prompts": {"a": 1}}, ("prompts", "{'a': 1}", "non-empty list of strings")),
-    "a prompt of bytes": ("generate", {"prompts": ["a", b"b"]}, ("prompts[1]", "b'b'", "must be a string")),
-    "a prompt of None": ("generate", {"prompts": [None]}, ("prompts[0]", "None", "must be a string")),
-    "a prompt of tokens": ("generate", {"prompts": [[1, 2]]}, ("prompts[0]", "[1, 2]", "must be a string")),
+    "prompts empty": ("generate", {"prompts": []}, ("prompts", "[]", "non-empty list of texts")),
+    "prompts missing": ("generate", {"prompts": None}, ("prompts", "None", "non-empty list of texts")),
+    "prompts a number": ("generate", {"prompts": 3}, ("prompts", "3", "non-empty list of texts")),
+    "prompts a dict": ("generate", {"prompts": {"a": 1}}, ("prompts", "{'a': 1}", "non-empty list of texts")),
+    "a prompt of bytes": ("generate", {"prompts": ["a", b"b"]}, ("prompts[1]", "b'b'", "must be a text")),
+    "a prompt of None": ("generate", {"prompts": [None]}, ("prompts[0]", "None", "must be a text")),
+    "a prompt of no tokens": ("generate", {"prompts": [[]]}, ("prompts[0]", "has no tokens")),
+    "a prompt of other tokens": ("generate", {"prompts": [[1, 10**6]]}, ("prompts[0]", "outside the vocabulary")),
     "a prompt without UTF-8": ("generate", {"prompts": ["a\udce4"]}, ("lone surrogate", "errors='replace'")),
-    "stream of a list": ("stream_generate", {"prompt": ["a"]}, ("['a']", "must be a string")),
-    "stream of None": ("stream_generate", {"prompt": None}, ("None", "must be a string")),
+    "stream of a list": ("stream_generate", {"prompt": ["a"]}, ("['a']", "must be a text")),
+    "stream of None": ("stream_generate", {"prompt": None}, ("None", "must be a text")),
     "max_gen_len 0": ("generate", {"max_gen_len": 0}, ("max_gen_len", "not 0", "at least 1")),
     "max_gen_len -1": ("generate", {"max_gen_len": -1}, ("max_gen_len", "not -1", "at least 1")),
     "max_gen_len True": ("generate", {"max_gen_len": True}, ("max_gen_len", "not True", "at least 1")),
@@ -952,13 +953,13 @@ DIFFERING: list[tuple[str, dict[int, dict[str, Any]], tuple[str, ...]]] = [
     ("generate", {0: {"max_gen_len": 5}}, ("different arguments", "same prompts and settings")),
     ("generate", {1: {"temperature": 0.5}}, ("different arguments", "same prompts and settings")),
     ("generate", {1: {"additional_stop_symbols": ["#"]}}, ("different arguments", "same prompts and settings")),
-    ("generate", {0: {"prompts": "a"}}, ("'a'", "non-empty list of strings")),
-    ("generate", {1: {"prompts": [3]}}, ("prompts[0]", "must be a string")),
+    ("generate", {0: {"prompts": "a"}}, ("'a'", "non-empty list of texts")),
+    ("generate", {1: {"prompts": [3]}}, ("prompts[0]", "must be a text")),
     ("generate", {1: {"prompts": ["\ud800"]}}, ("lone surrogate", "errors='replace'")),
-    ("generate", {0: {"prompts": []}, 1: {"top_p": 2}}, ("prompts", "non-empty list of strings")),
+    ("generate", {0: {"prompts": []}, 1: {"top_p": 2}}, ("prompts", "non-empty list of texts")),
     ("generate", {1: {"images": ["cat.png"]}}, ("image", "pass None")),
     ("stream_generate", {1: {"prompt": "b"}}, ("different arguments", "same prompts")),
-    ("stream_generate", {1: {"prompt": 7}}, ("7", "must be a string")),
+    ("stream_generate", {1: {"prompt": 7}}, ("7", "must be a text")),
     ("compute_logits", {1: {"examples": ["b"]}}, ("different arguments", "rank(s) [1]")),
     ("compute_logits", {0: {"examples": [[400]]}}, ("outside the vocabulary",)),
     ("evaluate_examples", {1: {"contexts": ["a"]}}, ("different arguments", "rank(s) [1]")),

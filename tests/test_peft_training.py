@@ -297,7 +297,9 @@ def test_adapters_alone_on_disk(whole_run: Path, adapter_run: Path, setting: Set
     assert all(
         name.startswith("model.") and name.endswith((*FROZEN, ".w13", ".w2", "wk.weight", "wv.weight")) for name in left
     )
-    assert json.loads((adapter_run / MODEL / "meta.json").read_text()) == {"llama_type": "mistral_peft"}
+    form = {"name": "alpaca", "prompt_types": ["None"]}
+    meta = json.loads((adapter_run / MODEL / "meta.json").read_text())
+    assert meta == {"llama_type": "mistral_peft", "prompt_form": form}
     config = json.loads((adapter_run / MODEL / "config.json").read_text())
     assert (config["lora_rank"], config["lora_alpha"], config["norm_tuning"]) == (8, 6, True)
 

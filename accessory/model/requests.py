@@ -132,7 +132,7 @@ def _tokens_of(examples: Examples, tokenizer: Tokenizer, *, bos: bool, eos: bool
     for index, example in enumerate(examples):
         if isinstance(example, str):
             tokens = tokenizer.encode(example, bos=bos, eos=eos)
-        elif isinstance(example, Sequence) and all(type(token) is int for token in example):
+        elif isinstance(example, Sequence) and not isinstance(example, bytes) and set(map(type, example)) <= {int}:
             tokens = [int(token) for token in example]
         else:
             raise ValueError(f"{name}[{index}] must be a text or a list of token ids, not {shown(example)}")
