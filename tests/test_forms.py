@@ -544,8 +544,11 @@ def test_a_template_that_ends_no_answer_is_learned_with_the_end_token(loaded: di
         "{% for m in messages %}{{ m.content }}{% endfor %}",
     ):
         form = TemplateForm(loaded["v1"], source, "none")
-        (example,) = (encode_example(part, loaded["v1"]) for part in form.parts(chat))
-        assert (example.tokens[-1], example.learned[-1]) == (loaded["v1"].eos_id, True)
+        parts = form.parts(chat)
+        assert len(parts) == 2, "behind an answer in mid-chat there is no end to learn"
+        for example in (encode_example(part, loaded["v1"]) for part in parts):
+            assert (example.tokens[-1], example.learned[-1]) == (loaded["v1"].eos_id, True)
+        assert form.ends.tail == source.partition("content }}")[2].partition("{%")[0].replace("\\n", "\n")
         assert loaded["v1"].eos_id not in form.prompt(chat[:-1])
 
 
@@ -629,7 +632,7 @@ def test_the_form_that_lies_beside_a_model(folder: Path) -> None:
     assert isinstance(form, AlpacaForm)
     assert form.prompt_types == ("qg",)
     assert form.recorded() == {"name": "alpaca", "prompt_types": ["qg"]}
-    assert find(folder, "model").name == "chat_template.jinja"
+    assert find(folder, "model").name == "alpaca", "the equivalent template is for other programs"
     assert find(folder, "mixtral-instruct").name == "mixtral-instruct"
     assert find(folder, meta={"prompt_form": {"name": "chat_template.jinja"}}).name == "chat_template.jinja"
 

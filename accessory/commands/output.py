@@ -1,5 +1,7 @@
 """What commands write, their results from rank 0 alone and errors as one line, and how they end."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,10 +16,14 @@ def say(error: Exception) -> None:
 
 
 def show(text: str) -> None:
-    """Text on standard output, at once; from rank 0 alone."""
+    """Text on standard output, at once; from rank 0 alone. Where nobody reads it any more (`head`) the command ends."""
     if global_rank() == 0:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def ended(program: Callable[[], None]) -> int:

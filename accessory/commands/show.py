@@ -46,6 +46,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from accessory.data.examples import Recipe
     from accessory.data.sources import read_data_config
     from accessory.data.tokenise import SourceReport
+    from accessory.serve.terminal import printable
     from accessory.text.form_files import form_for_training
     from accessory.text.tokenizer import Tokenizer
 
@@ -65,7 +66,9 @@ def _show(arguments: argparse.Namespace) -> None:
                 show(line)
         finally:  # where the file has an unknown field too, or is malformed further on
             for line in _left_out(source.path.name, report):
-                show(f"--- left out: {line}\n")
+                show(printable(f"--- left out: {line}\n"))
+            if report.bad:
+                show("--- training stops at the first bad record, unless it is told --skip_bad_records\n")
     refuse_several_forms(reports)
 
 
@@ -83,14 +86,16 @@ def _examples(
     source: "Source", recipe: "Recipe", report: "SourceReport", marks: tuple[str, str], *, tokens: bool
 ) -> Iterator[str]:
     from accessory.data.tokenise import usable_records
+    from accessory.serve.terminal import printable
 
+    file = printable(source.path.name)
     for record in usable_records(source, recipe, report, skip_bad_records=True):
         name = "raw text" if record.form is None else f'form "{record.form.name}"'
         for number, part in enumerate(record.parts, start=1):
             try:
                 ids, labels, _ = recipe.encode(part)
             except ValueError as error:
-                yield f"--- left out: {source.path.name}, {record.place}: {error}\n"
+                yield f"--- left out: {file}, {record.place}: {error}\n"
                 continue
             whole = sum(len(segment.encode(recipe.tokenizer)) for segment in part)
             which = f", example {number} of {len(record.parts)}" if len(record.parts) > 1 else ""
@@ -99,7 +104,7 @@ def _examples(
             head = f"{len(ids)} tokens, {int((labels != 0).sum())} learned{cut}{lost}"
             text = "".join(_marked(part, recipe, marks))
             listed = "".join(_listed(ids.tolist(), labels.tolist(), recipe, marks)) if tokens else ""
-            yield f"--- {source.path.name}, {record.place}{which}: {head}; {name}\n{text}\n{listed}"
+            yield f"--- {file}, {record.place}{which}: {head}; {name}\n{text}\n{listed}"
 
 
 def _marked(part: "Sequence[Segment]", recipe: "Recipe", marks: tuple[str, str]) -> Iterator[str]:
@@ -135,4 +140,4 @@ def _words(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    return given_number(text, 1, None, "a whole number of at least 1")
+    return given_number(text, 1, sys.maxsize, "a whole number of at least 1")

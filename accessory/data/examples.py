@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from accessory.data.records import Instruction, Talk, Text, read_said
 from accessory.data.sources import Source
 from accessory.errors import shown
-from accessory.text.chat import Message, Segment, encode_example
+from accessory.text.chat import Segment, encode_example
 from accessory.text.forms import AlpacaForm, DefaultForm, Form, raw_segments
 from accessory.text.instruction import TAKES_INPUT
 from accessory.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class Recipe:
             raise ValueError("it has no dialogue: an Alpaca record is read without --dialog")
         if isinstance(said, Text):
             return raw_segments(self.tokenizer, said.prompt, said.completion), None
-        messages = _messages(said)
+        messages = said.messages
         if cut:  # behind the first answer
             answers = (place for place, message in enumerate(messages) if message.role == "assistant")
             messages = messages[: next(answers, -1) + 1]
@@ -82,12 +82,3 @@ class Recipe:
         tokens = np.array(example.tokens, dtype=np.int64)
         labels = np.where(np.array(example.learned, dtype=bool), tokens, 0)
         return tokens[: self.max_words], labels[: self.max_words], len(tokens) > self.max_words
-
-
-def _messages(said: Talk | Instruction) -> Sequence[Message]:
-    if isinstance(said, Talk):
-        return said.messages
-    messages = [] if said.system is None else [Message("system", said.system)]
-    for question, answer in said.history:
-        messages += [Message("user", question), Message("assistant", answer, learned=not said.only_last)]
-    return [*messages, Message("user", said.instruction, given=said.given), Message("assistant", said.output)]

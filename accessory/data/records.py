@@ -70,6 +70,14 @@ class Instruction:
     history: tuple[tuple[str, str], ...] = ()
     only_last: bool = False
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The same as a talk."""
+        said = [] if self.system is None else [Message("system", self.system)]
+        for question, answer in self.history:
+            said += [Message("user", question), Message("assistant", answer, learned=not self.only_last)]
+        return (*said, Message("user", self.instruction, given=self.given), Message("assistant", self.output))
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -191,7 +199,7 @@ def _refuse_disorder(placed: Sequence[tuple[str, Message]]) -> None:
 
 
 def _refuse_unknown(fields: dict[str, Any], known: Sequence[str], where: str) -> None:
-    said = [name for name, value in fields.items() if value not in _NOTHING and name not in known]
+    said = [name for name, value in fields.items() if not _is_nothing(value) and name not in known]
     unknown = [name for name in said if not _keeps_books(name.lower(), fields[name])]
     for name in unknown:
         if name in _REFUSED:
@@ -200,9 +208,14 @@ def _refuse_unknown(fields: dict[str, Any], known: Sequence[str], where: str) ->
         raise UnknownField(where, unknown)
 
 
+def _is_nothing(value: Any) -> bool:
+    """Also a struct of a table, whose parts are all empty."""
+    return value in _NOTHING or value is None or (isinstance(value, dict) and all(map(_is_nothing, value.values())))
+
+
 def _keeps_books(name: str, value: Any) -> bool:
     if name not in _UNLESS_TEXT:
-        return name in _BOOKS
+        return name in _BOOKS or not name  # the column that pandas numbers rows in
     return _NUMBER.fullmatch(value) is not None if isinstance(value, str) else not isinstance(value, list)
 
 

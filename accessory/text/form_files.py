@@ -34,8 +34,8 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
 
     Args:
         folders: of the checkpoint; the last one that says something rules, and then the tokenizer's own.
-        asked: a name of FORMS or of a template in the folders, a template's file, or "model" for the template of the
-            folders; None: what meta.json names, else the template, else the default form.
+        asked: a name of FORMS or of a template in the folders, a template's file, or "model" for what the folders
+            say; None: the same, else the default form. That is what meta.json names, else the template.
 
     Raises:
         ValueError, FileNotFoundError: naming the setting or the file.
@@ -43,15 +43,18 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
     own = tokenizer.path.parent  # another model's, perhaps, which says nothing of how this one was trained
     places = [Path(folder) for folder in reversed(folders)] or [own]
     records = [_recorded(place) for place in places]
-    if asked is None:
+    if asked in (None, MODELS_OWN):
         form = next((form for pair in zip(places, records, strict=True) if (form := _lying(tokenizer, *pair))), None)
-        form = form or _lying(tokenizer, own, None) or DefaultForm(tokenizer, learns_end=False)
+        form = form or _lying(tokenizer, own, None)
+        if form is None and asked == MODELS_OWN:
+            raise ValueError(f"--chat_template model: no chat template lies in {places[0]}: give a file or a name")
+        form = form or DefaultForm(tokenizer, learns_end=False)
     elif asked in FORMS:
         alike = (record for record in records if record and record["name"] == asked)
         form = form_of_record(tokenizer, next(alike, {"name": asked}))
     else:
         templates = next((found for place in (*places, own) if (found := templates_of(place))), {})
-        form = _templated(tokenizer, templates, asked, places[0])
+        form = _templated(tokenizer, templates, asked)
     logger.info('chats are put into the form "%s"', form.name)
     return form
 
@@ -81,10 +84,14 @@ def trained_form(
         asked: of `form_for_training`; None: the records' own.
         recorded: what is said of the records' form; None: they were raw text.
     """
-    if recorded is not None:
-        return form_of_record(tokenizer, recorded) if recorded["name"] in FORMS else asked
     found = find_form(tokenizer, folders)
-    return None if isinstance(found, DefaultForm) and not found.learns_end else found
+    known = not (isinstance(found, DefaultForm) and not found.learns_end)
+    if recorded is None:
+        return found if known else None
+    if known and asked is None and recorded["name"] != found.recorded()["name"]:
+        change = f'the checkpoint was trained on the form "{found.name}", and these records have "{recorded["name"]}"'
+        logger.warning("%s: --chat_template model would keep it", change)
+    return form_of_record(tokenizer, recorded) if recorded["name"] in FORMS else asked
 
 
 def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
@@ -166,13 +173,10 @@ def form_of_record(tokenizer: Tokenizer, recorded: dict[str, Any]) -> Form:
     return MistralForm(tokenizer)
 
 
-def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, Path]], asked: str, folder: Path) -> Form:
+def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, Path]], asked: str) -> Form:
     """The chat template that was asked for by its name, or by its file."""
-    name = "default" if asked == MODELS_OWN else asked
-    if name in templates:
-        return _made(tokenizer, *templates[name], name=None if asked == MODELS_OWN else asked)
-    if asked == MODELS_OWN:
-        raise ValueError(f"--chat_template model: no chat template lies in {folder}: give a file or a name")
+    if asked in templates:
+        return _made(tokenizer, *templates[asked], name=asked)
     if isfile(asked):  # False for a name that is too long, as of a whole template
         return _made(tokenizer, _read(Path(asked)), Path(asked), name=asked)
     known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])

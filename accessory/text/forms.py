@@ -81,7 +81,7 @@ class Form:
         if self._nests(messages):
             return [self.segments(messages, ask=False)]
         whole, *prompts = self._prefixes(messages, [(len(messages), False), *((place, True) for place in places)])
-        if _teaches(prompts, whole):
+        if self._joins() and _teaches(prompts, whole):
             return [whole]
         wholes = self._prefixes(messages, [(place + 1, False) for place in places])
         for asked, part in zip(prompts, wholes, strict=True):
@@ -98,6 +98,10 @@ class Form:
 
     def _nests(self, messages: Sequence[Message]) -> bool:
         """Whether the chat is known to begin with the prompts of its earlier questions."""
+        return True
+
+    def _joins(self) -> bool:
+        """Whether several answers may be learned in one example."""
         return True
 
     def _refuse_changing_tokenizer(self) -> None:

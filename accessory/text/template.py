@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from accessory.text.chat import Before, Ends, Message, Segment
 from accessory.text.forms import Form, MistralForm
 from accessory.text.jinja import Rendered, TemplateError, render_each
 from accessory.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_NAME = "chat_template.jinja"
 # Of the characters that Unicode leaves to private use: whichever a chat does not hold becomes a mark.
@@ -41,6 +44,7 @@ class TemplateForm(Form):
     def __init__(self, tokenizer: Tokenizer, template: str, name: str) -> None:
         super().__init__(tokenizer)
         self.template, self.name = template, name
+        self._warned = False
         self._lead, self._end = self._probed()
         self.ends = self._found_ends()
         # Mistral's own tokenizers are known to mistral-common, whose tokens those of its templates are to be.
@@ -63,9 +67,21 @@ class TemplateForm(Form):
             if any(one.taught and stop in one.content for one in messages):
                 raise ValueError(f"its answer holds {stop!r}, at which answers end in this chat template")
         parts = super().parts(messages)
+        self._say_what_is_left_out(messages, parts)
         # Where a template writes nothing at which the model could end, the end token does.
-        ended = self._mistral is not None or self.ends.stop or self.ends.stop_ids
-        return parts if ended else [[*part, self._eos(learned=True)] for part in parts]
+        return parts if self._ends_answers else [[*part, self._eos(learned=True)] for part in parts]
+
+    def _say_what_is_left_out(self, messages: Sequence[Message], parts: Sequence[Sequence[Segment]]) -> None:
+        """Warn, once, of what the system says and the template does not."""
+        for one in messages if parts and not self._warned else ():
+            said = "".join(one.content.split())
+            if one.role == "system" and said not in "".join("".join(two.text for two in parts[-1]).split()):
+                logger.warning("the chat template %s leaves out what the system says: it is not trained", self.name)
+                self._warned = True
+
+    @property
+    def _ends_answers(self) -> bool:
+        return self._mistral is not None or bool(self.ends.stop or self.ends.stop_ids)
 
     def _prefixes(self, messages: Sequence[Message], cuts: Sequence[tuple[int, bool]]) -> list[list[Segment]]:
         guard, rendered = self._rendered(messages, cuts)
@@ -78,6 +94,9 @@ class TemplateForm(Form):
 
     def _nests(self, messages: Sequence[Message]) -> bool:
         return False
+
+    def _joins(self) -> bool:
+        return self._ends_answers  # else each answer is an example, with the end token behind it
 
     def _cut(self, messages: Sequence[Message], whole: Rendered, places: Places, guard: str) -> list[Segment]:
         """A text in segments, of which answers with their ends are some."""
@@ -237,7 +256,7 @@ class TemplateForm(Form):
         if token is not None:
             return Ends(stop_ids=(token,), lead=self._lead, tail="".join(piece for piece, _ in before))
         stop = self._end.rstrip()
-        return Ends(stop=(stop,) if stop else (), lead=self._lead)
+        return Ends(stop=(stop,), lead=self._lead) if stop else Ends(lead=self._lead, tail=self._end)
 
     def _as_mistral(self, messages: Sequence[Message], ask: bool, text: str) -> list[Segment] | None:
         """The segments of Mistral's own form, where it says the same but for spaces that its tokenizer makes."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from accessory.arguments import given_name
 from accessory.data.readers import READERS, Record, read_records
-from accessory.data.records import Talk, read_said
+from accessory.data.records import Instruction, Talk, read_said
 from accessory.files import replacing
 from accessory.log import setup_logging
 from accessory.text.chat import Message
@@ -34,7 +34,7 @@ _SPLIT = "train_sft"
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 Messages = tuple[Message, ...]
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 logger = logging.getLogger("accessory.tools.prepare_data")  # __name__ is __main__ when it runs
 
 
@@ -113,34 +113,37 @@ def _dialogue(record: Record, read: Callable[[dict[str, Any]], Messages]) -> Tur
     if not isinstance(record.value, dict):
         raise ValueError("it is not an object")
     messages = read(record.value)
-    if not any(message.role == "assistant" and message.learned for message in messages):
+    if not any(message.taught for message in messages):
         raise ValueError("it has no answer")
     try:
-        "".join(message.content for message in messages).encode()
+        "".join(message.text for message in messages).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds a lone surrogate, which is no character") from None
-    return [{"from": _SPEAKERS[message.role], "value": message.content} for message in messages]
+    return [_turn(message) for message in messages]
 
 
-def _messages(record: dict[str, Any]) -> Messages:
-    said = read_said(record)
-    return said.messages if isinstance(said, Talk) else ()
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"from": _SPEAKERS[message.role], "value": message.text}
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn if message.learned or not message.content.strip() else {**turn, "weight": 0}
 
 
 def _ultrachat(record: dict[str, Any]) -> Messages:
     """ultrachat_200k: {"messages": [{"role", "content"}, ...]}, beside a prompt that repeats the first one."""
     if record.get("messages") is None:
         raise ValueError("it has no 'messages'")
-    return _messages({"messages": record["messages"]})
+    said = read_said(record)
+    return said.messages if isinstance(said, Talk) else ()
 
 
 def _evol_codealpaca(record: dict[str, Any]) -> Messages:
-    """evol-codealpaca-v1: {"instruction", "output"}."""
+    """evol-codealpaca-v1: {"instruction", "output"}, and what else an Alpaca record may say."""
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str):
             raise ValueError(f"it has no string under {key!r}")
-    turns = [{"from": "human", "value": record["instruction"]}, {"from": "gpt", "value": record["output"]}]
-    return _messages({"conversations": turns})
+    said = read_said(record)
+    return said.messages if isinstance(said, Instruction | Talk) else ()
 
 
 DATASETS: dict[str, Callable[[dict[str, Any]], Messages]] = {
