@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +32,7 @@ from accessory.text.jinja import render_each
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus
+from accessory.train.finetune import _refuse_another_form
 
 MISTRAL = Path(mistral_common.__file__).parent / "data"
 MISTRALS = {
@@ -482,6 +484,41 @@ def test_tokens_that_were_added_are_transformers(loaded: dict[str, Tokenizer]) -
         ids = other.apply_chat_template(plain(chat), add_generation_prompt=True, return_dict=False)
         assert form_of("chatml", tokenizer).prompt(chat) == ids
         assert tokenizer.decode(tokenizer.encode(f"a{text}", True, False)) == f"a{text}"
+
+
+def test_both_files_of_a_tokenizer_give_the_ids_of_transformers(tmp_path: Path) -> None:
+    """ChatML over Mistral's first tokenizer, as finetuned models have it, with a legacy tokenizer.json beside it."""
+    model = (MISTRAL / MISTRALS["v1"]).read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    marks = ["<|im_end|>", "<|im_start|>"]
+    listed = [
+        {"id": 32000 + place, "content": mark, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+         "single_word": False}
+        for place, mark in enumerate(marks)
+    ]  # fmt: skip
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": listed, "normalizer": prepend}))
+    tokenizer = Tokenizer(tmp_path)
+    form = TemplateForm(tokenizer, TEMPLATES["chatml"], "chatml")
+    named = [tokenizer.name(token) for token in form.prompt([Message("user", "Hi you")])]
+    # As transformers' one pass has it: a prefix before each text that control tokens part.
+    asked = ["▁user", "<0x0A>", "Hi", "▁you", "<|im_end|>", "▁", "<0x0A>", "<|im_start|>", "▁assistant", "<0x0A>"]
+    assert named[-len(asked) :] == asked
+
+
+def test_a_state_of_another_form_is_refused(loaded: dict[str, Tokenizer]) -> None:
+    """Be its examples as long as those of this one."""
+    spaced = TEMPLATES["chatml"].replace("\\n", "\\t")
+    first, other = (TemplateForm(loaded["bytes"], source, "x") for source in (TEMPLATES["chatml"], spaced))
+    for form, saved, refused in (
+        (first, first.digest, False),
+        (first, None, False),  # of an older run
+        (first, other.digest, True),
+        (None, first.digest, True),
+        (DefaultForm(loaded["v1"]), DefaultForm(loaded["v1"], learns_end=False).digest, True),
+    ):
+        with pytest.raises(ValueError, match="another prompt form: give") if refused else nullcontext():
+            _refuse_another_form(form, saved, Path("state"))
 
 
 def test_the_default_form(loaded: dict[str, Tokenizer]) -> None:

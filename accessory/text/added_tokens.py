@@ -39,7 +39,8 @@ class AddedToken:
 class TokenSettings:
     """What Hugging Face's files beside a tokenizer say of its tokens.
 
-    `names` are those of "bos_token" and so on, `homes` the files that say them; `special` all that are called special.
+    `names` are those of "bos_token" and so on, `homes` the files that say them; `special` all that are called special;
+    `prefixes` whether Hugging Face's tokenizer puts a space before a text behind a control token too.
     """
 
     files: tuple[Path, ...]
@@ -48,6 +49,7 @@ class TokenSettings:
     special: frozenset[str]
     added: tuple[AddedToken, ...]
     ends: tuple[int, ...]
+    prefixes: bool
 
     @classmethod
     def beside(cls, tokenizer: Path, folders: Sequence[Path]) -> TokenSettings:
@@ -79,6 +81,7 @@ class TokenSettings:
             homes=homes,
             special=frozenset({*special, *names.values()}),
             added=tuple(added[token] for token in sorted(added)),
+            prefixes=_prefixes(read.get(tokenizer.with_name(JSON_NAME), {})),
             ends=tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int),
         )
 
@@ -93,6 +96,20 @@ class TokenSettings:
                 raise ValueError(
                     f"{token.file}: correct the id of {token.name!r}, {token.id}: ids are 0 to {size + _MOST_ADDED - 1}"
                 )
+
+
+def _prefixes(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts its prefix before each piece of a text that control tokens part."""
+    for place, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        whole = content.get(place)
+        parts = whole.get(nested, [whole]) if isinstance(whole, dict) else []
+        for part in parts if isinstance(parts, list) else ():
+            if not isinstance(part, dict) or part.get("add_prefix_space") is False:
+                continue
+            always = part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") == "always"
+            if always or part.get("type") == "Prepend":
+                return True
+    return False
 
 
 def _tokens(file: Path, content: dict[str, Any]) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ A finetuned model answers well only to the text that it was trained on, so train
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -122,6 +123,11 @@ class Form:
     def recorded(self) -> dict[str, Any]:
         """What meta.json says of a model that was trained in this form."""
         return {"name": self.name}
+
+    @property
+    def digest(self) -> str:
+        """By which a form is known again."""
+        return json.dumps(self.recorded())
 
     def _control(self, token: int, learned: bool = False) -> Segment:
         return Segment(self.tokenizer.name(token), learned, control=token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -144,6 +145,10 @@ class TemplateForm(Form):
 
     def recorded(self) -> dict[str, Any]:
         return {"name": TEMPLATE_NAME}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
 
     def _case(self, messages: Sequence[Message], ask: bool) -> dict[str, Any]:
         said = [

@@ -199,6 +199,7 @@ class _SentencePiece:
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.stripping = {token.name: (token.lstrip, token.rstrip) for token in self._added.values()}
         self._anchor = self._processor.encode("a")
+        self._prefixes = settings.prefixes
         self._added |= {gap: AddedToken(gap, _unused(gap), path) for gap in self.gaps}
         self._control |= set(self.gaps)
 
@@ -208,7 +209,8 @@ class _SentencePiece:
     def cont(self, text: str) -> list[int]:
         return self._spans(text, self._continuing)[0] if self._read else list(self._continuing.encode(text))
 
-    after_control = cont
+    def after_control(self, text: str) -> list[int]:
+        return self.encode(text) if self._prefixes else self.cont(text)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         return self._spans(text, self._processor)

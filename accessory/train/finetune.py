@@ -91,6 +91,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         )
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
+            agreed(world, lambda: _refuse_another_form(form, progress.get("form"), resumed))
         agreed(
             world, lambda: write_json(output / "options.json", dataclasses.asdict(options)) if world.is_first else None
         )
@@ -178,6 +179,14 @@ def _asked_form(options: FinetuneOptions, pretrained: Pretrained) -> Form | None
     if options.chat_template is None:
         return None
     return form_for_training(pretrained.tokenizer, options.pretrained_path, options.chat_template)
+
+
+def _refuse_another_form(form: Form | None, saved: str | None, resumed: Path | None) -> None:
+    """The same number of tokens in each example does not make them the same."""
+    if saved is not None and (form is None or form.digest != saved):
+        raise ValueError(
+            f"{resumed} was saved by a run with another prompt form: give its --chat_template, or begin anew"
+        )
 
 
 def _data(

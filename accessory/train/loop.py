@@ -220,6 +220,7 @@ class FinetuneLoop:
             "step": self.done,
             "sampler": self.sampler.state(self.epoch, self.step_of_epoch),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "form": None if self.form is None else self.form.digest,
         }
         name = f"step-{self.done:08d}"
         self.store.save(self.model, self.optimizer, progress, name, asynchronous=asynchronous)
