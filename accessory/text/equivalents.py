@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from accessory.text.conversation import SYSTEM
-from accessory.text.forms import AlpacaForm, DefaultForm, MistralForm
+from accessory.text.forms import AlpacaForm, DefaultForm, Form, MistralForm
 from accessory.text.instruction import instruction_prompt
+from accessory.text.template import TemplateForm
 
 _SYSTEM = "{%- set system = messages[0].content if messages[0].role == 'system' else none -%}\n"
 _DEFAULT = r"""{{- bos_token + (system if system is not none else OPENING) + '\n\n###' -}}
@@ -45,8 +46,10 @@ _MISTRAL = r"""{{- bos_token -}}
 """
 
 
-def equivalent_template(form: DefaultForm | AlpacaForm | MistralForm) -> str:
-    """The chat template of a form. It takes messages in turn, with what the system says first."""
+def equivalent_template(form: Form) -> str:
+    """The chat template of a form, a template's own. A named form's takes messages in turn, the system's first."""
+    if isinstance(form, TemplateForm):
+        return form.template
     if isinstance(form, DefaultForm):
         return _SYSTEM + _filled(_DEFAULT, OPENING=_quoted(SYSTEM))
     if isinstance(form, AlpacaForm):
@@ -60,6 +63,7 @@ def equivalent_template(form: DefaultForm | AlpacaForm | MistralForm) -> str:
             QUESTION="message.content" + ("" if kind == "None" else ".strip()"),
             ASKING=_quoted(asking),
         )
+    assert isinstance(form, MistralForm)
     word = form.version == 1
     return _SYSTEM + _filled(
         _MISTRAL,

@@ -84,14 +84,22 @@ def trained_form(
         asked: of `form_for_training`; None: the records' own.
         recorded: what is said of the records' form; None: they were raw text.
     """
-    found = find_form(tokenizer, folders)
-    known = not (isinstance(found, DefaultForm) and not found.learns_end)
     if recorded is None:
-        return found if known else None
-    if known and asked is None and recorded["name"] != found.recorded()["name"]:
-        change = f'the checkpoint was trained on the form "{found.name}", and these records have "{recorded["name"]}"'
-        logger.warning("%s: --chat_template model would keep it", change)
+        found = find_form(tokenizer, folders)
+        return None if found.assumed else found
+    if asked is None:
+        # By name: a template that this run does not use need not be one that can be rendered.
+        names = (name for folder in reversed(folders) if (name := _name_of_lying(Path(folder))) is not None)
+        before = next(names, recorded["name"])
+        if before != recorded["name"]:
+            change = f'the checkpoint has the form "{before}", and these records have "{recorded["name"]}"'
+            logger.warning("%s: --chat_template model would keep it", change)
     return form_of_record(tokenizer, recorded) if recorded["name"] in FORMS else asked
+
+
+def _name_of_lying(folder: Path) -> str | None:
+    record = _recorded(folder)
+    return record["name"] if record else TEMPLATE_NAME if "default" in templates_of(folder) else None
 
 
 def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
@@ -133,12 +141,7 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
     if config.is_file():  # its template is of the model before
         settings = json.loads(config.read_bytes())
         write_json(config, {key: value for key, value in settings.items() if key != "chat_template"})
-    if isinstance(form, TemplateForm):
-        template = form.template
-    else:
-        assert isinstance(form, DefaultForm | AlpacaForm | MistralForm)
-        template = equivalent_template(form)
-    (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    (folder / TEMPLATE_NAME).write_text(equivalent_template(form), encoding="utf-8")
     return {FORM_KEY: form.recorded()}
 
 

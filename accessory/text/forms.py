@@ -24,10 +24,12 @@ class Form:
     Attributes:
         name: as --chat_template takes it.
         ends: where an answer ends, and what of the model's text is not the answer's.
+        assumed: nothing is known of how the model was trained, and this is as good a guess as any.
     """
 
     name: str
     ends: Ends = Ends()
+    assumed = False
     asks = ""  # with which a prompt ends that a model is to answer
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -209,6 +211,7 @@ class DefaultForm(_Turns):
     def __init__(self, tokenizer: Tokenizer, *, learns_end: bool = True) -> None:
         super().__init__(tokenizer)
         self.learns_end = learns_end
+        self.assumed = not learns_end
         self.ends = Ends(stop=(END + HUMAN,), lead=" ", tail=END) if learns_end else Ends(stop=(END,), lead=" ")
 
     def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:

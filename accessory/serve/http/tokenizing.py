@@ -9,8 +9,6 @@ from accessory.serve.http.jobs import check_ids, encode_text, prepared, prompt_o
 from accessory.serve.http.schema import DetokenizeRequest, TokenizeRequest
 from accessory.serve.http.state import state_of
 from accessory.text.equivalents import equivalent_template
-from accessory.text.forms import AlpacaForm, DefaultForm, Form, MistralForm
-from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"])
@@ -69,13 +67,6 @@ async def tokenizer_info(request: Request) -> Response:
             "bos_token": tokenizer.name(tokenizer.bos_id),
             "eos_token": tokenizer.name(tokenizer.eos_id),
             "vocab_size": tokenizer.n_words,
-            "chat_template": _template(state.form),
+            "chat_template": equivalent_template(state.form),
         }
     )
-
-
-def _template(form: Form) -> str:
-    if isinstance(form, TemplateForm):
-        return form.template
-    assert isinstance(form, DefaultForm | AlpacaForm | MistralForm)
-    return equivalent_template(form)

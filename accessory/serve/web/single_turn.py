@@ -22,7 +22,7 @@ from accessory.serve.web.parts import (
 )
 from accessory.serve.web.session import Session
 from accessory.text.chat import Message
-from accessory.text.forms import AlpacaForm, DefaultForm, Form
+from accessory.text.forms import AlpacaForm, Form
 
 SYSTEM_PROMPTS = ("alpaca", "None")
 
@@ -42,7 +42,7 @@ class SingleTurnPage:
         self._forms: dict[str, Form] = {}
         if isinstance(form, AlpacaForm):
             self._forms = {name: AlpacaForm(engine.tokenizer, (name,)) for name in form.prompt_types}
-        elif not (isinstance(form, DefaultForm) and not form.learns_end):
+        elif not form.assumed:
             self._forms = {form.name: form}
         for name in SYSTEM_PROMPTS:
             self._forms.setdefault(name, AlpacaForm(engine.tokenizer, (name,)))
