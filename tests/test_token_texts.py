@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mistral_common
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import HUGGING_FACE, train_json
 
@@ -107,6 +107,7 @@ few = st.text(st.sampled_from("ab \n\u00e9#"), max_size=3)
 
 
 @settings(max_examples=600, deadline=None)
+@example(written="#", cuts=("#", "#a", ""), prompt="none", ended=True)
 @given(
     written=st.text(letters, min_size=1, max_size=20),
     cuts=st.tuples(few, few | st.just(" "), few),

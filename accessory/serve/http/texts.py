@@ -71,17 +71,19 @@ class AnswerText:
         begin = len(self._written)
         lead = self._lead[begin:] if self._lead[:begin] == self._written else b""
         made = self._texts.leading(token) if not self._begun else self._texts[token]
+        own = b"" if token in self._ends else bytes(made.size) if made.data is None else made.data
         if score is not None:
             scored = ScoredToken(token, score, first=not self._begun, lead=lead)
-            self._pending.append((scored, begin, begin + made.size))
+            self._pending.append((scored, begin, begin + len(own)))
         self._begun = self._begun or self._texts[token].size > 0
-        self._written += bytes(made.size) if made.data is None else made.data
+        self._written += own
 
     def _release(self, event: Event) -> list[ScoredToken]:
         start = len(self._lead) if self._written.startswith(self._lead) else 0
         stop = start + self._shown
         ended = event.finish == "stop" and bool(event.tokens) and event.tokens[-1] in self._ends
-        everything = ended or event.finish == "length"
+        # An end token may come while text is held back of which a stop string is found only then.
+        everything = (ended or event.finish == "length") and stop >= len(self._written)
         if ended and self._tail and self._written.endswith(self._tail, start):
             everything, stop = False, min(stop, len(self._written) - len(self._tail))
         released = []
