@@ -1,7 +1,64 @@
-"""Kinds of arguments that several programs take, for argparse's ``type``: each refuses what cannot be meant."""
+"""The parser of all programs, and kinds of arguments that several take, each refusing what cannot be meant."""
 
 import argparse
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+from accessory.errors import nearest
+from accessory.log import global_rank
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line, once, however many ranks were started with it.
+
+    An unknown option or command is said first, with the known one that is nearest: what argparse would complain of, a
+    required option, is then mostly the one that was misspelt.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self._refuse_unknown(sys.argv[1:] if args is None else list(args))
+        return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        if global_rank() == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2; rank 0 says why."""
+        where = f"; see {self.prog} --help" if message.startswith(("unknown option", "the following", "unrec")) else ""
+        text = f"{self.prog}: error: {message}{where}\n"
+        self.exit(2, text if global_rank() == 0 else None)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            what = "unknown command" if isinstance(action, argparse._SubParsersAction) else "unknown value"
+            message = f"{what} {value!r}{nearest(value, known)}: choose from {', '.join(known)}"
+            raise argparse.ArgumentError(action if what == "unknown value" else None, message)
+
+    def _refuse_unknown(self, given: Sequence[str]) -> None:
+        known = list(self._option_string_actions)
+        for option, before in self._options_among(given):
+            if option in known or sum(name.startswith(option) for name in known) == 1:
+                continue
+            if sum(name.startswith(option) for name in known) == 0:
+                takes = self._option_string_actions.get(before)
+                value = f"; a value that begins so is given as {before}={option}" if takes and takes.nargs != 0 else ""
+                self.error(f"unknown option {option}{nearest(option, known)}{value}")
+
+    def _options_among(self, given: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """What argparse reads as options, without their values, and what stands before each.
+
+        Behind the first word that is none it is a command's own, if this parser has commands.
+        """
+        commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        for before, text in zip(("", *given), given, strict=False):
+            if text == "--" or (commands and not text.startswith("-")):
+                return
+            if len(text) > 1 and text[0] == "-" and " " not in text and not self._negative_number_matcher.match(text):
+                yield text.partition("=")[0], before
 
 
 def given_name(text: str) -> str:

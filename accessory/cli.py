@@ -7,22 +7,28 @@ standard error and exit code 1 on every rank.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
+from accessory.arguments import Parser
 from accessory.commands import chat, checkpoints, generate, serve, show
 from accessory.commands.output import ended, say
-from accessory.launch import Launch
-from accessory.log import RankParser, setup_logging
+from accessory.launch.launcher import Launch
+from accessory.log import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     setup_logging()
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parser.parse_args(argv)
     except SystemExit as error:
         if error.code and "RANK" in os.environ and Launch.find().world_size > 1:
-            from accessory.parallel.rendezvous import refuse_together
+            from accessory.launch.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")
         raise
@@ -36,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """
     alone: str | None = getattr(arguments, "alone", None)
     if alone is not None and "RANK" in os.environ and Launch.find().world_size > 1:
-        from accessory.parallel.rendezvous import process_group_of_launcher
+        from accessory.launch.rendezvous import process_group_of_launcher
         from accessory.parallel.state import on_all_ranks
 
         with process_group_of_launcher("cpu", say=say):
@@ -45,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = RankParser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
+    parser = Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (checkpoints, generate, chat, serve, show):
         part.add_commands(commands)

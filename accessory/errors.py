@@ -1,8 +1,9 @@
 """Exceptions that users meet, and others' put briefly."""
 
+import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # How PyTorch begins to say it, of a GPU and of the host.
@@ -48,6 +49,31 @@ def shown(value: Any, *, most: int = 60) -> str:
     brief.maxstring = brief.maxother = brief.maxlong = 3 * most  # it cuts in the middle
     text = brief.repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """What somebody may have meant by an unknown name, to be put behind it; "" where no known one is near.
+
+    Example: nearest("ratoi", ["path", "ratio"]) is " (did you mean ratio?)".
+    """
+    # Capitals and the two ways to join words are no other names.
+    plain = {_plain(other): other for other in known}
+    found = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1)
+    return f" (did you mean {plain[found[0]]}?)" if found else ""
+
+
+def unknown(what: str, name: Any, known: Iterable[str]) -> str:
+    """That a name is none of those which are known, for a message.
+
+    Example: unknown("quant", "int3", ["int8", "nf4"]) is "quant 'int3' is unknown (did you mean int8?): choose from
+    int8, nf4".
+    """
+    known = list(known)
+    return f"{what} {shown(name)} is unknown{nearest(name, known)}: choose from {', '.join(known)}"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def shown_keys(record: Mapping[Any, Any]) -> str:

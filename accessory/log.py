@@ -4,13 +4,11 @@ Modules log through ``logging.getLogger(__name__)``. Programs call `setup_loggin
 INFO and the other ranks only at WARNING, each of their lines marked with its rank.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
 
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 
 
 def global_rank() -> int:
@@ -53,16 +51,3 @@ def say_once(logger: logging.Logger, level: int, message: str) -> None:
 
 
 _said: set[str] = set()
-
-
-class RankParser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments, or the help, once, however many ranks were started with them."""
-
-    def print_help(self, file: Any = None) -> None:
-        if global_rank() == 0:
-            super().print_help(file)
-
-    def error(self, message: str) -> NoReturn:
-        if global_rank() != 0:
-            sys.exit(2)
-        super().error(message)

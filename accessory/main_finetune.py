@@ -14,7 +14,7 @@ if __name__ == "__main__" and __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from accessory.errors import out_of_memory
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
 from accessory.train.interruption import Interruption, Stop
 
@@ -47,7 +47,7 @@ def _run(arguments: Sequence[str] | None, launch: Launch, interruption: Interrup
     except (ValueError, SystemExit) as error:
         return _refuse(error, launch)
     try:
-        from accessory.parallel.rendezvous import process_group_of_launcher
+        from accessory.launch.rendezvous import process_group_of_launcher
         from accessory.train.finetune import COLLECTIVE_TIMEOUT, finetune
 
         with process_group_of_launcher(options.device, say=_say, even_alone=True, timeout=COLLECTIVE_TIMEOUT):
@@ -74,7 +74,7 @@ def _refuse(wrong: ValueError | SystemExit, launch: Launch) -> int:
     if launch.rank == 0 and isinstance(wrong, ValueError):  # argparse has said its own
         _say(wrong)
     if code and launch.world_size > 1:
-        from accessory.parallel.rendezvous import refuse_together
+        from accessory.launch.rendezvous import refuse_together
 
         refuse_together(str(wrong) if isinstance(wrong, ValueError) else "its arguments are wrong")
     return code

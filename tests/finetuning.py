@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import accessory
 from accessory.data.cache import CACHE_VARIABLE
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
 from accessory.train.finetune import finetune
 from accessory.train.interruption import Stop

@@ -110,7 +110,7 @@ def _(folder, good):
     return {"model_parallel_size": 2, **sizes_of(folder, n_kv_heads=1)}
 
 
-@case("placement", 'expert_placement "row" is unknown', "choose from auto, expert, tensor")
+@case("placement", "expert_placement 'row' is unknown", "choose from auto, expert, tensor")
 def _(folder, good):
     return {"expert_placement": "row"}
 

@@ -22,7 +22,8 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|launch)"),
+    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|launch|launch\.launcher)"),
+    ("launch", r"accessory\.launch\..*"),
     ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),
     ("text", r"accessory\.text(\..*)?"),
@@ -45,6 +46,7 @@ BELOW: dict[str, set[str]] = {
     "ground": set(),
     "quant": {"kernels", "ground"},
     "parallel": {"kernels", "ground", "quant"},
+    "launch": {"ground", "parallel"},
     "text": {"ground"},
     "checkpoint": {"ground", "quant", "parallel", "text"},
     "generation": {"ground", "parallel", "text"},  # what a Transformer promises, but no class of the model

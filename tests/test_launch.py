@@ -2,7 +2,7 @@
 
 import pytest
 
-from accessory.launch import Launch, first_host
+from accessory.launch.launcher import Launch, first_host
 
 TORCHRUN = {
     "RANK": "5",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import small_config, write_folder
 
+from accessory.arguments import Parser
 from accessory.config import QuantArgs
 from accessory.serve.options import (
     Account,
@@ -25,7 +26,7 @@ from accessory.text.forms import Form
 
 
 def demo() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_model_arguments(parser)
     add_batch_arguments(parser, slots=4)
     add_page_arguments(parser)
@@ -70,7 +71,7 @@ def test_quantization_and_cards() -> None:
 
 
 def test_a_command_that_starts_ranks_itself() -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_model_arguments(parser, positional=True)
     add_nproc_argument(parser)
     assert driver_settings(parser.parse_args(["base", "--nproc", "2"]))["ranks"] == 2
@@ -81,7 +82,7 @@ def test_a_form(small_tokenizer: Path, tmp_path: Path) -> None:
     """What the checkpoint says, unless a name or a template's file is given; no weights are read for it."""
     config = small_config()
     folder = write_folder(tmp_path / "base", {}, config, files=1, tokenizer=small_tokenizer)
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_model_arguments(parser, positional=True)
     add_template_argument(parser)
 
@@ -114,7 +115,7 @@ def test_a_form(small_tokenizer: Path, tmp_path: Path) -> None:
         ("--n_gpus 0", "'0' given: give a whole number of at least 1"),
         ("--n_gpus 2 --gpu_ids 0 1", "not allowed with argument"),
         ("--max_seq_len many", "'many' given"),
-        ("--dtype fp64", "invalid choice: 'fp64'"),
+        ("--dtype fp64", "unknown value 'fp64' (did you mean fp16?)"),
         ("--auth ann", "give a name and a password as USER:PASSWORD"),
     ],
 )

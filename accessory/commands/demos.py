@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from accessory.arguments import Parser
 from accessory.commands.output import ended, say
-from accessory.launch import Launch
-from accessory.log import RankParser, setup_logging
+from accessory.launch.launcher import Launch
+from accessory.log import setup_logging
 from accessory.serve.options import (
     LOOPBACK,
     add_batch_arguments,
@@ -50,7 +51,7 @@ def end(code: int) -> NoReturn:
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = RankParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     add_model_arguments(parser)
     add_batch_arguments(parser, slots=_SLOTS)
     add_template_argument(parser)
@@ -107,7 +108,7 @@ def _run(
             say(error)
         code = int(error.code or 0) if isinstance(error, SystemExit) else 1
         if code and launch.world_size > 1:
-            from accessory.parallel.rendezvous import refuse_together
+            from accessory.launch.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")
         return code

@@ -36,8 +36,8 @@ def add_commands(commands: Any) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.model.meta import MetaModel
-    from accessory.parallel.rendezvous import process_group_of_launcher
     from accessory.parallel.state import ParallelState, agreed
 
     with process_group_of_launcher(arguments.device, say=say) as mp_group:

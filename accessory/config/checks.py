@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accessory.errors import nearest
+
 Part = TypeVar("Part")
 
 # No size of a model comes near it, and PyTorch fails in its own words on what its integers cannot hold.
@@ -40,7 +42,8 @@ def part_of_config(name: str, kind: type[Part], values: Any) -> Part:
         raise ValueError(f"{name} must be an object with {', '.join(known[:-1])} and {known[-1]}, not {values!r}")
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"unknown key(s) in {name}: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        said = ", ".join(key + nearest(key, known) for key in unknown)
+        raise ValueError(f"unknown key(s) in {name}: {said}; known are {', '.join(sorted(known))}")
     return kind(**values)
 
 

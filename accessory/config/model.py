@@ -9,6 +9,7 @@ from typing import Any, Self
 from accessory.config.checks import is_number, part_of_config, read_json, require_ints
 from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
 from accessory.config.quant import QuantArgs
+from accessory.errors import nearest
 
 # Keys that some releases write and that do not change this architecture: Mixtral attends to the whole context
 # whatever window its file names, and the length of the context is the caller's choice.
@@ -117,8 +118,9 @@ class ModelArgs:
         given = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
         unknown = sorted(set(given) - known - adapters)
         if unknown:
+            said = ", ".join(key + nearest(key, {*known, *adapters}) for key in unknown)
             raise ValueError(
-                f"unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}, "
+                f"unknown key(s) {said}; known are {', '.join(sorted(known))}, "
                 f"and with adapters {', '.join(sorted(adapters))}"
             )
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - {"moe"}

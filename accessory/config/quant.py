@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from accessory.errors import unknown
+
 QuantForm = Literal["int8", "int4", "nf4"]
 QUANT_FORMS: tuple[QuantForm, ...] = get_args(QuantForm)
 DEFAULT_FORM: QuantForm = "nf4"
@@ -27,7 +29,7 @@ class QuantArgs:
 
     def __post_init__(self) -> None:
         if self.type not in QUANT_FORMS:
-            raise ValueError(f"quant {self.type!r} is unknown: choose from {', '.join(QUANT_FORMS)}")
+            raise ValueError(unknown("quant", self.type, QUANT_FORMS))
         if self.group_size not in GROUP_SIZES or not isinstance(self.group_size, int):  # 64.0 is among them
             raise ValueError(f"the group size of quantization must be 32 or 64, not {self.group_size!r}")
         if self.type != "int4" and self.group_size != 64:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from accessory.data.readers import check_data_file
-from accessory.errors import shown
+from accessory.errors import shown, unknown
 from accessory.text.instruction import PROMPT_NAMES
 
 PREPROCESSORS = ("alpaca", "single_turn_llava")
@@ -66,8 +66,9 @@ def _entries(config: Path) -> list[Any]:
         raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "META" not in content:
         raise ValueError(f"{config} has no META: list the data files under it, as in `META: [{{path: data.json}}]`")
-    if unknown := sorted(str(key) for key in content if key != "META"):
-        raise ValueError(f"{config} has the unknown key {unknown[0]!r}: only META is known, remove it")
+    for key in content:
+        if key != "META":
+            raise ValueError(f"{config}: {unknown('key', key, ('META',))}")
     if not isinstance(content["META"], list) or not content["META"]:
         raise ValueError(f"META of {config} is {shown(content['META'])}: give a list of entries with a path")
     return content["META"]
@@ -92,8 +93,9 @@ def _source(entry: Any, where: str, config: Path) -> Source:
         entry = {"path": entry[0], "type": entry[1]}
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {shown(entry)}: give a mapping with the keys {', '.join(_KEYS)}")
-    if unknown := [key for key in entry if key not in _KEYS]:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}: the known ones are {', '.join(_KEYS)}")
+    for key in entry:
+        if key not in _KEYS:
+            raise ValueError(f"{where}: {unknown('key', key, _KEYS)}")
     # An absent value is the default, so `preprocess:` with nothing after it is as good as no line.
     given = {key: value for key, value in entry.items() if value is not None}
     if not isinstance(given.get("path"), str) or not given["path"]:
@@ -105,10 +107,10 @@ def _source(entry: Any, where: str, config: Path) -> Source:
         raise ValueError(f"{where} has ratio {ratio!r}: give a share over 0 and up to 1")
     preprocess = given.get("preprocess", "alpaca")
     if preprocess not in PREPROCESSORS:
-        raise ValueError(f"{where} has preprocess {preprocess!r}: take one of {', '.join(PREPROCESSORS)}")
+        raise ValueError(f"{where}: {unknown('preprocess', preprocess, PREPROCESSORS)}")
     prompt_type = given.get("prompt_type", "alpaca")
     if prompt_type not in PROMPT_NAMES:
-        raise ValueError(f"{where} has prompt_type {prompt_type!r}: take one of {', '.join(PROMPT_NAMES)}")
+        raise ValueError(f"{where}: {unknown('prompt_type', prompt_type, PROMPT_NAMES)}")
     return Source(_located(given["path"], config), float(ratio), preprocess, prompt_type)
 
 

@@ -15,6 +15,7 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
 from accessory.checkpoint.reader import embedding_rows, open_shard
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
+from accessory.errors import unknown
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.LLM.mistral_peft import build_transformer
 from accessory.model.lora import begin_adapters
@@ -202,7 +203,7 @@ def _known_type(llama_type: str | None) -> str:
     if llama_type is None:
         return LLAMA_TYPES[0]
     if llama_type not in LLAMA_TYPES:
-        raise ValueError(f'llama_type "{llama_type}" is unknown; known are {", ".join(LLAMA_TYPES)}')
+        raise ValueError(unknown("llama_type", llama_type, LLAMA_TYPES))
     return llama_type
 
 

@@ -6,6 +6,7 @@ What is split how stands in `plan`; here is only whether it divides.
 import math
 
 from accessory.config import ModelArgs
+from accessory.errors import unknown
 from accessory.parallel.plan import PLACEMENTS, TABLE, Placement, is_quantized, sizes
 
 
@@ -16,7 +17,7 @@ def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
         ValueError: an unknown placement, or sizes that do not divide; lists the rank counts that work.
     """
     if placement not in PLACEMENTS:
-        raise ValueError(f'expert_placement "{placement}" is unknown; choose from {", ".join(PLACEMENTS)}')
+        raise ValueError(unknown("expert_placement", placement, PLACEMENTS))
     obstacles = _obstacles(args, placement, size)
     if obstacles:
         works = ", ".join(map(str, supported_sizes(args, placement))) or "none; int8 has no groups"

@@ -16,11 +16,11 @@ from typing import Any
 import torch.distributed as dist
 
 from accessory.errors import out_of_memory
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
+from accessory.launch.peers import accepted, listening_address, published_host
+from accessory.launch.rendezvous import is_lost_peer, process_group_of_launcher
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths
-from accessory.parallel.peers import accepted, listening_address, published_host
-from accessory.parallel.rendezvous import is_lost_peer, process_group_of_launcher
 from accessory.parallel.state import ParallelState
 from accessory.serve.client import Client
 from accessory.serve.desk import Desk, lost

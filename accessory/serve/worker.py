@@ -48,8 +48,8 @@ def main() -> None:
 
 def _work(link: Any, inbox: "queue.SimpleQueue[Any]", say: Any) -> None:
     setup = inbox.get()
+    from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.model.meta import MetaModel
-    from accessory.parallel.rendezvous import process_group_of_launcher
     from accessory.serve.messages import Ready
     from accessory.serve.ranks import follow_first, serve_first
 

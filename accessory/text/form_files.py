@@ -10,7 +10,7 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from accessory.errors import shown
+from accessory.errors import nearest, shown
 from accessory.files import write_json
 from accessory.text.equivalents import equivalent_template
 from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
@@ -182,8 +182,11 @@ def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, Path]], ask
         return _made(tokenizer, *templates[asked], name=asked)
     if isfile(asked):  # False for a name that is too long, as of a whole template
         return _made(tokenizer, _read(Path(asked)), Path(asked), name=asked)
-    known = ", ".join([*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)])
-    raise ValueError(f"--chat_template {shown(asked)} is no file and unknown as a name: take a file or one of {known}")
+    known = [*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)]
+    raise ValueError(
+        f"--chat_template {shown(asked)} is no file and unknown as a name{nearest(asked, known)}: "
+        f"take a file or one of {', '.join(known)}"
+    )
 
 
 def _made(tokenizer: Tokenizer, template: str, file: Path, *, name: str | None = None) -> Form:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accessory.errors import shown, shown_keys
+from accessory.errors import shown, shown_keys, unknown
 
 _WISHES = {
     "alpaca": "completes the request.",
@@ -29,7 +29,7 @@ def format_prompt(format_dict: Mapping[str, Any], sys_name: str = "alpaca") -> s
     Raises ValueError for another name, and for an instruction that is absent or not a string.
     """
     if sys_name not in PROMPT_NAMES:
-        raise ValueError(f"unknown sys_name {sys_name!r}: take one of {', '.join(PROMPT_NAMES)}")
+        raise ValueError(unknown("sys_name", sys_name, PROMPT_NAMES))
     if not isinstance(format_dict, Mapping):
         raise ValueError(f'format_dict takes a dictionary {{"instruction": ..., "input": ...}}, not {format_dict!r}')
     given = _string(format_dict, "input") if sys_name == TAKES_INPUT and format_dict.get("input") is not None else ""

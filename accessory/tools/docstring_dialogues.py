@@ -6,7 +6,6 @@ writes train.json and data.yaml, ready for main_finetune.py --dialog, held_out.j
 train.json, and questions.txt: four questions of the first, then two of the second.
 """
 
-import argparse
 import ast
 import inspect
 import json
@@ -16,7 +15,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from accessory.arguments import given_path
+from accessory.arguments import Parser, given_path
 from accessory.files import new_folder
 from accessory.tools.corpus import library_trees
 
@@ -28,7 +27,7 @@ _LONGEST_ANSWER = 100  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=given_path, help="folder to write; must not exist, or be empty")
     parser.add_argument("--limit", type=int, default=400, help="dialogues at most (default 400)")
     options = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ Records that are no dialogue, or have no answer, are left out and counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from accessory.arguments import given_name
+from accessory.arguments import Parser, given_name
 from accessory.data.readers import READERS, Record, read_records
 from accessory.data.records import Instruction, Talk, read_said
 from accessory.files import replacing
@@ -154,7 +153,7 @@ DATASETS: dict[str, Callable[[dict[str, Any]], Messages]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="accessory.tools.prepare_data", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="accessory.tools.prepare_data", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dataset", choices=DATASETS, help="which dataset SRC holds")
     parser.add_argument("source", metavar="SRC", type=given_name, help="its file, or the folder of its files")
     parser.add_argument("target", metavar="DST", type=given_name, help="the .json file to write")

@@ -8,11 +8,11 @@ Put this file beside consolidated.00.pth, params.json and tokenizer.model and ru
 It is `accessory split . converted --mp N`, so the package must be installed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 try:
+    from accessory.arguments import Parser
     from accessory.checkpoint.convert import split
 except ImportError as error:
     sys.exit(f"split.py needs the accessory package ({error}): run it with the Python where it is installed")
@@ -20,7 +20,7 @@ except ImportError as error:
 
 def main() -> int:
     """Split; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Split consolidated.00.pth into converted/.")
+    parser = Parser(description="Split consolidated.00.pth into converted/.")
     parser.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
     arguments = parser.parse_args()
     here = Path.cwd()

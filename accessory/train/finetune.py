@@ -17,7 +17,7 @@ from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.files import write_json
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from accessory.arguments import Parser
 from accessory.config import QuantArgs
 from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.errors import shown
-from accessory.log import RankParser
 from accessory.train.recompute import RecomputePolicy
 from accessory.train.sharding import DataParallel
 
@@ -129,7 +129,7 @@ class FinetuneOptions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = RankParser(
+    parser = Parser(
         prog="main_finetune.py",
         usage="%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)",
         description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",

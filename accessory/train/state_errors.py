@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from accessory.errors import CheckpointError
-from accessory.parallel.rendezvous import is_lost_peer
+from accessory.launch.rendezvous import is_lost_peer
 
 Result = TypeVar("Result")
 

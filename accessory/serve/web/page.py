@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 from accessory.serve.options import Account
 from accessory.serve.request import Engine, RankLost
 from accessory.serve.web.gate import MOST_BYTES, Gate

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 
 # Seconds for the ring to close, once all ranks are known to be there.
 _CONNECT = 50.0

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from accessory.launch import Launch
+from accessory.launch.launcher import Launch
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from accessory.errors import first_line
-from accessory.launch import Launch
-from accessory.parallel.peers import PeerWatch, own_address
-from accessory.parallel.run_store import ALL_THERE, SAY_AFTER, run_store
+from accessory.launch.launcher import Launch
+from accessory.launch.peers import PeerWatch, own_address
+from accessory.launch.run_store import ALL_THERE, SAY_AFTER, run_store
 from accessory.parallel.state import ParallelState, on_all_ranks, raised_on_all_ranks
 
 try:
