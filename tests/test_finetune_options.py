@@ -26,6 +26,14 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "quant": (None, "int8", "int8"),
     "group_size": (64, "64", 64),
     "quant_head": (False, None, False),
+    "lora_rank": (None, "8", 8),
+    "lora_alpha": (None, "16", 16.0),
+    "lora_dropout": (None, "0.1", 0.1),
+    "lora_targets": ((), "experts attention", ("experts", "attention")),
+    "bias_tuning": (None, "", True),
+    "no_bias_tuning": (..., None, ...),
+    "norm_tuning": (None, "true", True),
+    "no_norm_tuning": (..., None, ...),
     "data_config": (None, "d.yaml", "d.yaml"),
     "dialog": (False, "", True),
     "max_words": (1024, "4096", 4096),
@@ -108,6 +116,12 @@ def test_choices(name, values):
         assert parse(f"--{name}", value)[name] == value
 
 
+def test_each_way_to_switch_a_tuning_off():
+    for given in ("--no_bias_tuning", "--no-bias_tuning", "--bias_tuning False", "--bias_tuning --no_bias_tuning"):
+        assert parse(*given.split()) == {**parse(), "bias_tuning": False}, given
+    assert parse("--no_norm_tuning", "--norm_tuning", "TRUE") == {**parse(), "norm_tuning": True}
+
+
 def test_a_policy_rules_over_checkpointing():
     """The experiments pass --checkpointing; what follows may refine it."""
     assert parse("--checkpointing", "--grad_ckpt_policy", "moe")["grad_ckpt_policy"] == "moe"
@@ -151,6 +165,10 @@ def test_a_users_script_as_it_is():
         (f"--epochs {-(10**400)}", f"--epochs is -1{'0' * 55}...: give 1 or more"),
         (f"--keep_last {10**400}", f"--keep_last is 1{'0' * 56}...: give {2**48} at most"),
         ("--lr 1e-5 --min_lr 2e-5", "--min_lr 2e-05 is above --lr 1e-05"),
+        ("--lora_rank 0", "--lora_rank must be a whole number above 0, not 0"),
+        ("--lora_alpha 0", "--lora_alpha must be a number above 0, not 0.0"),
+        ("--lora_dropout 1", "--lora_dropout must be a number from 0 to below 1, not 1.0"),
+        ("--lora_rank 8 --llama_type mistral", "--lora_rank is about adapters, which --llama_type mistral does not"),
         ("--quant fp4", "quant 'fp4' is unknown (did you mean nf4?): choose from int8, int4, nf4"),
         ("--quant nf4 --group_size 32", "group size 32 is for int4: nf4 has none to choose"),
         ("--quant_head", "--group-size and --quant-head say how to quantize"),
@@ -179,6 +197,9 @@ def test_options_out_of_range(wrong, says):
         ("--pretrained_type meta_ori", "argument --pretrained_type: unknown value 'meta_ori': choose from "),
         ("--device cuda:1", "argument --device: unknown value 'cuda:1' (did you mean cuda?): choose from "),
         ("--pretrained_path", "argument --pretrained_path: expected at least one argument"),
+        ("--lora_rank 1.5", "argument --lora_rank: invalid int value: '1.5'"),
+        ("--lora_targets expert", "argument --lora_targets: unknown value 'expert' (did you mean experts?): choose"),
+        ("--bias_tuning maybe", "argument --bias_tuning: 'maybe' given: give true or false"),
         ("stray", "unrecognized arguments: stray"),
     ],
 )

@@ -25,6 +25,8 @@ from test_gradients import Batch, reference_loss
 from test_training import CLIP_GRAD, step_rows
 from torch import Tensor
 
+from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.merge import merge
 from accessory.config import PeftArgs
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
@@ -327,6 +329,83 @@ def test_a_model_whose_experts_fit_no_file_exports_adapters(
         run(ranks, setting, tmp_path / f"{only}", 1, 2, max_steps=1, only_save_trainable=only or None)
     model = "epoch0-iter2"
     assert_same(loaded(setting.model, tmp_path / "True" / model), loaded(tmp_path / "False" / model))
+
+
+def by_flags(setting: Setting, output: Path, *flags: str, **changes: Any) -> list[str]:
+    return [*setting.arguments(output, **{"max_steps": 1, "only_save_trainable": True, **changes}), *flags]
+
+
+def config_of(output: Path) -> dict[str, Any]:
+    (folder,) = output.glob("epoch*")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_a_rank_alone_is_lora_alone_and_goes_through_all_tools(setting: Setting, ranks: Pools, tmp_path: Path) -> None:
+    """What --lora_rank trains merges, and exports to a library that knows no biases."""
+    flags = ("--lora_rank", "4", "--lora_alpha", "8", "--lora_targets", "attention")
+    ranks(2).run(finetune_on_rank, setting, by_flags(setting, tmp_path / "out", *flags))
+    config = config_of(tmp_path / "out")
+    adapters = {name: value for name, value in config.items() if name.startswith("lora") or name.endswith("_tuning")}
+    expected = {"lora_rank": 4, "lora_alpha": 8, "lora_targets": ["attention"]}
+    assert adapters == {**expected, "bias_tuning": False, "norm_tuning": False}
+    log = (tmp_path / "out" / "output.log").read_text()
+    assert "INFO: --lora_rank: adapters are trained above frozen weights (llama_type mistral_peft)" in log
+    assert "WARNING" not in log
+    given = json.loads((tmp_path / "out" / "options.json").read_text())
+    assert (given["lora_rank"], given["lora_targets"], given["bias_tuning"]) == (4, ["attention"], None)
+    (model,) = (tmp_path / "out").glob("epoch*")
+    export_adapter(model, tmp_path / "hf")
+    theirs = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
+    assert (theirs["r"], theirs["lora_alpha"], "w1" in theirs["target_modules"]) == (4, 8, False)
+    merge(setting.model, model, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "meta.json").read_text())["llama_type"] == "mistral"
+    # Going on with another adapter is refused, as it is with another config.
+    other = by_flags(setting, tmp_path / "out", "--lora_rank", "8", *flags[2:], auto_resume=True, max_steps=2)
+    ((kind, message),) = ranks(1).run(error_on_rank, setting, other)
+    assert kind == "CheckpointError"
+    assert "holds the state of another model: lora_rank 4 (here 8)" in message
+
+
+def test_flags_rule_over_config_files(setting: Setting, ranks: Pools, tmp_path: Path) -> None:
+    configs = ("--llama_config", str(setting.model / "config.json"), str(setting.folder / "peft.json"))
+    flags = ("--llama_type", "mistral_peft", *configs, "--lora_rank", "2", "--no_norm_tuning")
+    ranks(1).run(finetune_on_rank, setting, by_flags(setting, tmp_path / "out", *flags))
+    config = config_of(tmp_path / "out")
+    kept = {name: config.get(name) for name in ("lora_alpha", "bias_tuning")}
+    assert kept == {"lora_alpha": PEFT["lora_alpha"], "bias_tuning": True}, "which the file names"
+    assert (config["lora_rank"], config["norm_tuning"]) == (2, False)
+    # Of an adapter that is trained on, the folder says what it is.
+    (model,) = (tmp_path / "out").glob("epoch*")
+    more = ("--pretrained_path", str(setting.model), str(model), "--norm_tuning", "--lora_alpha", "12")
+    ranks(1).run(finetune_on_rank, setting, by_flags(setting, tmp_path / "more", *more, pretrained_path=None))
+    config = config_of(tmp_path / "more")
+    named = (config["lora_rank"], config["lora_alpha"], config["bias_tuning"], config["norm_tuning"])
+    assert named == (2, 12, True, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "trains"),
+    [
+        (("--llama_type", "mistral_peft"), "biases"),
+        (("--bias_tuning",), "biases"),
+        (("--norm_tuning", "--lora_alpha", "16"), "biases and norms"),
+    ],
+)
+def test_adapters_without_a_matrix_are_warned_of(
+    flags: tuple[str, ...], trains: str, setting: Setting, ranks: Pools, tmp_path: Path
+) -> None:
+    ranks(1).run(finetune_on_rank, setting, by_flags(setting, tmp_path / "out", *flags))
+    expected = f"WARNING: no adapter matrix trains (lora_rank is -1), only {trains} do: give --lora_rank 8, or another"
+    assert expected in (tmp_path / "out" / "output.log").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--lora_alpha", "16"), ("--no_bias_tuning",), ("--lora_rank", "-1")])
+def test_how_without_what_is_refused(flags: tuple[str, ...], setting: Setting, ranks: Pools, tmp_path: Path) -> None:
+    ((kind, message),) = ranks(1).run(error_on_rank, setting, by_flags(setting, tmp_path / "out", *flags))
+    name = flags[0].replace("no_", "")
+    assert kind == "ValueError"
+    assert message.startswith(f"{name} says how adapters are trained, and none are: give --lora_rank R, or leave it")
 
 
 def test_nothing_to_train_is_an_error(setting: Setting, ranks: Pools, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def export_adapter(
         more = f" and {len(biased) - 1} more" if biased[1:] else ""
         raise ValueError(
             f"{manifest.folder}: {biased[0]}{more} is not zero, and Hugging Face's Mixtral has no biases: train "
-            'with "bias_tuning": false, or merge the adapter and keep the format'
+            "with bias_tuning false, or merge the adapter and keep the format"
         )
     if not any("lora_" in name for name in tensors):
         raise ValueError(f"{manifest.folder} holds no lora_a and lora_b: it is a base, not an adapter")

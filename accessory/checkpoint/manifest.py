@@ -1,10 +1,11 @@
 """What lies in a checkpoint folder, found from names alone: no weight is read here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
@@ -91,11 +92,17 @@ class Manifest:
         pair = (self.folder / JSON_NAME, self.folder / CONFIG_NAME)
         return (self.folder / SENTENCEPIECE_NAME).exists() or all(file.exists() for file in pair)
 
-    def load_args(self, llama_config: Sequence[str | Path] | None = None, llama_type: str | None = None) -> ModelArgs:
+    def load_args(
+        self,
+        llama_config: Sequence[str | Path] | None = None,
+        llama_type: str | None = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> ModelArgs:
         """The model's sizes from the given config files, else from the folder's own.
 
         Args:
             llama_type: in place of what meta.json says; it decides whether there are adapters.
+            adapters: keys about adapters, which rule over the files.
 
         Raises:
             CheckpointError: there is none.
@@ -106,7 +113,7 @@ class Manifest:
                 f"{self.folder} has neither config.json nor params.json: add it, or pass llama_config=PATH"
             )
         files = [self.config] if llama_config is None and self.config is not None else list(llama_config or ())
-        return ModelArgs.load(files, llama_type or self.llama_type)
+        return ModelArgs.load(files, llama_type or self.llama_type, adapters)
 
     def load_quant(self) -> QuantArgs | None:
         """How the folder's matrices are quantized, as its config says; None: they are not.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from accessory.config.checks import is_number, part_of_config, read_json, require_ints
-from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
+from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
 from accessory.config.quant import QuantArgs
 from accessory.errors import nearest
 
@@ -138,11 +138,17 @@ class ModelArgs:
         return cls(**given, peft=peft_from_dict(peft) if peft else None)
 
     @classmethod
-    def load(cls, paths: Sequence[str | Path], llama_type: str | None = None) -> Self:
+    def load(
+        cls,
+        paths: Sequence[str | Path],
+        llama_type: str | None = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Read one or several JSON files; where several set a key, the last rules.
 
         Args:
             llama_type: what `for_type` is to make of them; None: they stand for themselves.
+            adapters: keys about adapters, which rule over all files.
 
         Raises:
             FileNotFoundError: a file that is absent.
@@ -151,6 +157,8 @@ class ModelArgs:
         merged: dict[str, Any] = {}
         for path in paths:
             merged.update(read_json(path))
+        if adapters:
+            merged = with_adapters(merged, adapters)
         try:
             args = cls.from_dict(merged)
             return args if llama_type is None else args.for_type(llama_type)

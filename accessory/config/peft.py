@@ -1,5 +1,6 @@
 """Settings of parameter-efficient finetuning."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,15 @@ class PeftArgs:
         if self.lora_targets != LORA_TARGETS:
             values["lora_targets"] = list(self.lora_targets)
         return values
+
+
+def with_adapters(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json with those that were asked for in their place.
+
+    Whoever asks for a rank means LoRA: biases, which a config has by default, then train only where it names them.
+    """
+    biases = {"bias_tuning": False} if asked.get("lora_rank", -1) > 0 else {}
+    return {**biases, **values, **asked}
 
 
 def peft_from_dict(values: dict[str, Any]) -> PeftArgs:

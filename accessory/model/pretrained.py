@@ -57,11 +57,13 @@ class Pretrained:
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
         quant: QuantArgs | None = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> "Pretrained":
         """Find what is not given in the last folder.
 
         Args:
             quant: how to quantize; None: as the folders are.
+            adapters: keys about adapters, which rule over the config files.
 
         Raises:
             FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
@@ -70,7 +72,7 @@ class Pretrained:
         last = manifests[-1]
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         configs = None if llama_config is None else _several(llama_config, "llama_config")
-        args = _quantized(last.load_args(configs, llama_type), quant, manifests)
+        args = _quantized(last.load_args(configs, llama_type, adapters), quant, manifests)
         tokenizer = Tokenizer(
             _find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path),
             beside=[manifest.folder for manifest in manifests],
@@ -89,6 +91,7 @@ class Pretrained:
         tokenizer_path: str | Path | None = None,
         max_seq_len: int = 4096,
         quant: QuantArgs | None = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> "Pretrained":
         """The same for a model that is trained from nothing: no folders, everything given.
 
@@ -101,7 +104,7 @@ class Pretrained:
         if quant is not None:
             raise ValueError("quantization was asked for without a pretrained_path: there are no weights to quantize")
         llama_type = _known_type(llama_type)
-        args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type)
+        args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type, adapters)
         tokenizer = Tokenizer(_one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(manifests=(), llama_type=llama_type, args=args, tokenizer=tokenizer)

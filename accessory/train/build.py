@@ -91,11 +91,11 @@ def refuse_nothing_to_train(args: ModelArgs) -> None:
     """Raise ValueError where adapters are asked for and every one of them is switched off, or weights are quantized."""
     if args.peft is None and args.quant is not None:
         raise ValueError(
-            f"quantized weights ({args.quant.type}) cannot train: train adapters above them with --llama_type "
-            "mistral_peft, or leave --quant out and start from weights that are not quantized"
+            f"quantized weights ({args.quant.type}) cannot train: train adapters above them with --lora_rank 8, or "
+            "leave --quant out and start from weights that are not quantized"
         )
     if args.peft is not None and not args.peft.trains:
         raise ValueError(
-            "nothing would train: lora_rank is below 1, bias_tuning and norm_tuning are false; "
-            "set one of them in a --llama_config, or train all weights with --llama_type mistral"
+            "nothing would train: lora_rank is below 1, bias_tuning and norm_tuning are false: give --lora_rank 8, or "
+            "--bias_tuning or --norm_tuning, or train all weights with --llama_type mistral"
         )

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
+from accessory.config import PEFT_TYPES
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
@@ -32,7 +34,7 @@ from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import adamw
 from accessory.train.options import FinetuneOptions
 from accessory.train.output_folder import held, refuse_earlier_run
-from accessory.train.parameters import describe_trainable
+from accessory.train.parameters import describe_trainable, warning_without_matrix
 from accessory.train.precision import COMPUTE_DTYPES, matmul_precision
 from accessory.train.recompute import recompute_activations
 from accessory.train.run_log import RunLog
@@ -102,6 +104,9 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
         loop = FinetuneLoop(options, model, optimizer, data, sampler, store, form)
         logger.info("%s", describe_trainable(model))
+        without_matrix = warning_without_matrix(pretrained.args)
+        if without_matrix is not None and world.is_first:
+            logger.warning("%s", without_matrix)
         # 4. Steps, from where an earlier run stopped.
         if resumed is not None:
             loop.resume(resumed)
@@ -145,10 +150,11 @@ def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None
 def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
     """Checkpoint, sizes and tokenizer, with the options' weights of the losses."""
     settings: dict[str, Any] = {
-        "llama_type": options.llama_type,
+        "llama_type": _llama_type(options),
         "llama_config": options.llama_config or None,
         "tokenizer_path": options.tokenizer_path,
         "max_seq_len": options.max_words,
+        "adapters": options.adapters,
     }
     if options.pretrained_path:
         found = Pretrained.resolve(options.pretrained_path, **settings, quant=options.quant_args)
@@ -163,6 +169,27 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
     refuse_shared_heads(found.args, state.mp_size)
     resolve_placement(found.args, options.expert_placement, state.mp_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
+
+
+def _llama_type(options: FinetuneOptions) -> str | None:
+    """The architecture to train: whoever asks for an adapter gets one, whatever the checkpoint's meta.json says.
+
+    Raises:
+        ValueError: it is said how to train adapters, and not that they are to be trained.
+    """
+    if options.llama_type is not None or not options.adapters:
+        return options.llama_type
+    stored = Manifest.read(options.pretrained_path[-1]).llama_type if options.pretrained_path else None
+    if stored in PEFT_TYPES:
+        return stored
+    if not options.asks_for_adapters:
+        raise ValueError(
+            f"--{next(iter(options.adapters))} says how adapters are trained, and none are: give --lora_rank R, or "
+            "leave it out to train all weights"
+        )
+    asked = next(f"--{name}" for name in ("lora_rank", "bias_tuning", "norm_tuning") if getattr(options, name))
+    logger.info("%s: adapters are trained above frozen weights (llama_type %s)", asked, PEFT_TYPES[0])
+    return PEFT_TYPES[0]
 
 
 def _check_weights(pretrained: Pretrained) -> None:

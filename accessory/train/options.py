@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from accessory.arguments import Parser
-from accessory.config import QuantArgs
+from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
 from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.errors import shown
 from accessory.train.recompute import RecomputePolicy
@@ -34,6 +34,12 @@ class FinetuneOptions:
     quant: str | None = None
     group_size: int = 64
     quant_head: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    bias_tuning: bool | None = None
+    norm_tuning: bool | None = None
     max_words: int = 1024
     dialog: bool = False
     chat_template: str | None = None
@@ -81,6 +87,7 @@ class FinetuneOptions:
             if whole and value > (most := _MOST_SEED if name == "seed" else _MOST):
                 raise ValueError(f"--{name} is {shown(value)}: give {most} at most")
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
+        self._check_adapters()
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         for name in (
@@ -99,6 +106,18 @@ class FinetuneOptions:
             self.output_dir.encode()
         except UnicodeEncodeError as error:  # PyTorch would find it out when the first model is written
             raise ValueError(f"--output_dir {self.output_dir!r} is not UTF-8: give another name") from error
+
+    def _check_adapters(self) -> None:
+        given = self.adapters
+        try:
+            PeftArgs(**given)
+        except ValueError as error:  # it begins with the setting's name
+            raise ValueError(f"--{error}") from None
+        if given and self.llama_type is not None and self.llama_type not in PEFT_TYPES:
+            raise ValueError(
+                f"--{next(iter(given))} is about adapters, which --llama_type {self.llama_type} does not have: leave "
+                "--llama_type out"
+            )
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:
@@ -123,6 +142,17 @@ class FinetuneOptions:
         return quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
 
     @property
+    def adapters(self) -> dict[str, Any]:
+        """What is said of adapters, by the keys of config.json, over whose files it rules."""
+        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "bias_tuning", "norm_tuning")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+
+    @property
+    def asks_for_adapters(self) -> bool:
+        """Whether a flag alone says that adapters are to train, and not only how."""
+        return (self.lora_rank or 0) > 0 or self.bias_tuning is True or self.norm_tuning is True
+
+    @property
     def checkpoints(self) -> Path:
         """Where the training states lie."""
         return Path(self.output_dir).absolute() / "checkpoints"
@@ -136,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_adapter_flags(parser.add_argument_group("adapters"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_optimizer_flags(parser.add_argument_group("optimization"))
     _add_parallel_flags(parser.add_argument_group("parallelism and memory"))
@@ -155,6 +186,26 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")
     group.add_argument("--no_visual", action="store_true", help="accepted; Mixtral reads no images")
     add_quant_flags(group)
+
+
+def _add_adapter_flags(group: argparse._ArgumentGroup) -> None:
+    help_text = "train low-rank updates (LoRA) of this width above frozen weights, and nothing else unless asked for"
+    group.add_argument("--lora_rank", type=int, metavar="R", help=help_text)
+    group.add_argument("--lora_alpha", type=float, metavar="A", help="the updates are scaled by A / R; by default R")
+    group.add_argument("--lora_dropout", type=float, metavar="P", help="share of an update's inputs that is set to 0")
+    help_text, names = "matrices that get updates (default: both)", "|".join(LORA_TARGETS)
+    group.add_argument("--lora_targets", nargs="+", choices=LORA_TARGETS, metavar=names, help=help_text)
+    for name, what in (("bias_tuning", "a bias for every matrix"), ("norm_tuning", "the norms")):
+        help_text = f"train {what}"
+        group.add_argument(f"--{name}", nargs="?", const=True, type=_truth, metavar="true|false", help=help_text)
+        help_text = f"do not {help_text}"
+        group.add_argument(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", help=help_text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} given: give true or false")
+    return text.lower() == "true"
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+from accessory.config import ModelArgs
 from accessory.model.meta import MetaModel
 from accessory.parallel.plan import parameter_shapes
 
@@ -29,3 +30,15 @@ def describe_trainable(model: MetaModel) -> str:
             trained[next(group for group, part in _GROUPS.items() if part in name)] += parameter.numel()
     groups = ", ".join(f"{group} {count:,}" for group, count in trained.most_common())
     return f"training {trained.total():,} of {total:,} parameters: {groups}"
+
+
+def warning_without_matrix(args: ModelArgs) -> str | None:
+    """What to say where adapters were asked for and no matrix gets one, which learns little; None elsewhere."""
+    if args.peft is None or args.peft.lora_rank > 0:
+        return None
+    others = (("biases", args.peft.bias_tuning), ("norms", args.peft.norm_tuning))
+    trains = " and ".join(what for what, given in others if given)
+    return (
+        f"no adapter matrix trains (lora_rank is {args.peft.lora_rank}), only {trains} do: give "
+        "--lora_rank 8, or another width, for LoRA"
+    )
