@@ -1,14 +1,15 @@
 """The command line: ``accessory COMMAND``.
 
-Under torchrun `generate` shares a model among the ranks; results come from rank 0 alone. The other commands work in one
-process, or start their ranks themselves, and refuse to be started many times over. Bad input ends with one line on
-standard error and exit code 1 on every rank.
+A command works on the ranks that torchrun or srun has started, or on `--nproc` ranks of its own; results come from
+rank 0 alone. One that is no work for several ranks, or starts them in another way, says so (`alone`) and refuses to
+be started many times over. Bad input ends with one line on standard error and exit code 1 on every rank.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from accessory.arguments import Parser
 from accessory.commands import chat, checkpoints, generate, serve, show
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     setup_logging()
     parser = _parser()
-    if not (sys.argv[1:] if argv is None else argv):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
         parser.print_help(sys.stderr)
         return 2
     try:
@@ -32,22 +34,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             refuse_together("its arguments are wrong")
         raise
-    return ended(lambda: _run(arguments))
+    return ended(lambda: _run(arguments, argv))
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    """Run the command; one that is no work for several ranks is refused, once, where torchrun started several.
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Run the command, here or on ranks that are started for it.
 
-    A batch script of SLURM has the variables of a rank as well, though it is one process.
+    One that is no work for several ranks is refused, once, where torchrun started several. A batch script of SLURM has
+    the variables of a rank as well, though it is one process.
     """
     alone: str | None = getattr(arguments, "alone", None)
-    if alone is not None and "RANK" in os.environ and Launch.find().world_size > 1:
-        from accessory.launch.rendezvous import process_group_of_launcher
-        from accessory.parallel.state import on_all_ranks
+    ranks = getattr(arguments, "ranks", None) or 1
+    if alone is not None:
+        if "RANK" in os.environ and Launch.find().world_size > 1:
+            _refuse(ValueError(alone))
+    elif ranks > 1:
+        from accessory.launch.local import run_on_ranks, starts_ranks
 
-        with process_group_of_launcher("cpu", say=say):
-            raise on_all_ranks(ValueError(alone))
+        try:
+            starts = starts_ranks(ranks)
+        except ValueError as error:
+            _refuse(error)
+        if starts:
+            raise SystemExit(run_on_ranks(ranks, argv, device=arguments.device))
     arguments.run(arguments)
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    """Raise the error; on the ranks of a launcher once for all, after they have met."""
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        raise error
+    from accessory.launch.rendezvous import process_group_of_launcher
+    from accessory.parallel.state import on_all_ranks
+
+    with process_group_of_launcher("cpu", say=say):
+        raise on_all_ranks(error)
+    raise error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from accessory.launch import peers
 from accessory.launch.launcher import Launch
 from accessory.launch.peers import PeerWatch
-from accessory.parallel import peers
 
 
 class Ring:

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 from ranks import free_port
 
+from accessory.launch import run_store as module
 from accessory.launch.launcher import Launch
 from accessory.launch.run_store import run_store
-from accessory.parallel import run_store as module
 
 
 def launch(rank: int, port: int, **changes: Any) -> Launch:

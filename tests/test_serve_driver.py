@@ -21,8 +21,8 @@ from programs import Program
 
 from accessory.errors import CheckpointError, OutOfMemory
 from accessory.generation.sampling import Sampling
+from accessory.launch.placement import Placement, environment_of
 from accessory.serve.driver import Driver
-from accessory.serve.processes import Placement, environment_of
 from accessory.serve.request import Event, RankLost
 
 pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
@@ -283,7 +283,6 @@ PROGRAM = """
 import sys, time
 from accessory.generation.sampling import Sampling
 from accessory.serve.driver import Driver
-from accessory.serve.processes import Placement, environment_of
 with Driver(sys.argv[1], ranks=2, max_seq_len=512, dtype="fp32", device="cpu", slots=2) as driver:
     while True:
         for event in driver.submit([1, 5], Sampling(max_gen_len=500, temperature=1.0)):

@@ -1,10 +1,20 @@
-"""Who started this process, and as which of how many: read from the environment of torchrun or of SLURM."""
+"""Who started this process, and as which of how many: read from the environment of torchrun or of SLURM.
 
+What a launcher is told of a failure has its place here too.
+"""
+
+import contextlib
+import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
+
+# By which ranks that a command of ours has started (`--nproc`) know it: its process id.
+PARENT_VARIABLE = "ACCESSORY_LAUNCHER"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for a rank's last words
 
 _DEFAULT_PORT = 29500
 # Ports for the jobs of a cluster: below those that Linux gives to outgoing connections (32768 and up).
@@ -21,6 +31,7 @@ class Launch:
         local_rank, local_size: among those of this host.
         address, port: where rank 0 waits for the others.
         run: tells this run from others that may come to the same port; empty where the launcher gives no name.
+        parent: process id of the command of ours that started the ranks of this host; None: it was none of ours.
     """
 
     launcher: Literal["torchrun", "slurm", "alone"] = "alone"
@@ -31,6 +42,7 @@ class Launch:
     address: str = "127.0.0.1"
     port: int = _DEFAULT_PORT
     run: str = ""
+    parent: int | None = None
 
     @classmethod
     def find(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -61,6 +73,7 @@ class Launch:
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", default=_DEFAULT_PORT, least=1, below=2**16),
             run=environment.get("TORCHELASTIC_RESTART_COUNT", ""),
+            parent=_number(environment, PARENT_VARIABLE) if PARENT_VARIABLE in environment else None,
         )
 
     @classmethod
@@ -81,6 +94,24 @@ class Launch:
             port=_number(environment, "MASTER_PORT", default=made, least=1, below=2**16),
             run="" if job < 0 else f"{job}.{step}",
         )
+
+
+def report_failure(message: str) -> None:
+    """Let torchrun's report end with the reason why this rank fails; without a torchrun, nothing.
+
+    Of several ranks it shows the one that reports the earliest second, and of those the first: whoever fails with the
+    others says the same. A later report of a process takes the place of an earlier one.
+    """
+    file = os.environ.get(_ERROR_FILE)
+    if not file:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    aside = f"{file}.{os.getpid()}"
+    # torchrun may look at any time, and fails over a file that is half written.
+    with contextlib.suppress(OSError):
+        with open(aside, "w", encoding="utf-8") as written:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, written)
+        os.replace(aside, file)
 
 
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")

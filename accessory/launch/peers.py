@@ -32,6 +32,9 @@ _EXPLAIN = 5.0
 # A host that lost power closes nothing: it is asked after 10 s of silence, then every 5 s, and given up after 7 times.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 7}
 
+# What is known of a rank that ended without a word. An error would have been told, also one about memory.
+HOW_RANKS_GO = "ended by a signal, or its host cut off"
+
 _WORD = struct.Struct(">i")  # the number of a lost rank, or
 _FAREWELL = -1
 
@@ -121,9 +124,9 @@ class PeerWatch:
         if lost == _FAREWELL:
             return
         self._tell(lost)
-        if len(word) < _WORD.size:
-            cause = "killed, out of memory, or its host cut off?"
-            self._say(RuntimeError(f"rank {lost} on {self._name_before} is gone ({cause}): the others end too"))
+        # A launcher of ours sees how a rank ends, and says it.
+        if len(word) < _WORD.size and self._launch.parent is None:
+            self._say(RuntimeError(f"rank {lost} on {self._name_before} is gone ({HOW_RANKS_GO}): the others end too"))
         self._lost.set()
         if not self._over.wait(_GRACE):
             os._exit(1)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accessory.errors import first_line
 from accessory.launch.launcher import Launch
 from accessory.launch.peers import PeerWatch, own_address
+from accessory.launch.placement import too_few_cards
 from accessory.launch.run_store import ALL_THERE, SAY_AFTER, run_store
 from accessory.parallel.state import ParallelState, on_all_ranks, raised_on_all_ranks
 
@@ -149,10 +150,9 @@ def _join(launch: Launch, store: dist.Store, device: str | None, timeout: timede
     bound = launch.launcher == "slurm" and cards == 1
     on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
     if not on_gpus and (device == "cuda" or (device is None and cards > 0)):
-        what = f"{launch.local_size} ranks on this host and {cards} GPUs"
         if device == "cuda":
-            raise OSError(f"{what}: start as many ranks as there are GPUs, or give the device cpu")
-        logger.warning("%s: computing on the CPU", what)
+            raise OSError(too_few_cards(launch.local_size))
+        logger.warning("%d ranks on this host and %d GPUs: computing on the CPU", launch.local_size, cards)
     if on_gpus:
         torch.cuda.set_device(launch.local_rank % cards)
     with _explained(launch, _CHECK_CARD):

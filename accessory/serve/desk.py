@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from accessory.generation.sampling import not_finite, sample_each
+from accessory.launch.peers import HOW_RANKS_GO
 from accessory.parallel.state import raised_on_all_ranks
 from accessory.serve.batch import Batch, Reading, Sequence, Writing
 from accessory.serve.messages import (
@@ -225,7 +226,7 @@ class Desk:
 
 def lost(rank: int) -> str:
     """What is said of a rank that went without a word."""
-    return f"rank {rank} is gone (killed, out of memory, or its host cut off?)"
+    return f"rank {rank} is gone ({HOW_RANKS_GO})"
 
 
 def _on_cpu(result: object) -> object:

@@ -11,12 +11,13 @@ from typing import Any, Self
 
 from accessory.config import QuantArgs
 from accessory.generation.sampling import Sampling
+from accessory.launch.placement import Placement
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Paths, Pretrained
 from accessory.parallel.placement import resolve_placement
 from accessory.serve.client import Client
 from accessory.serve.messages import Failed, Link, Ready, Setup
-from accessory.serve.processes import Placement, RankProcesses
+from accessory.serve.processes import RankProcesses
 from accessory.serve.ranks import PREFILL_TOKENS, check_settings, name_of
 from accessory.serve.request import Load, OnEvent, RankLost
 from accessory.serve.stream import AnswerStream
