@@ -15,7 +15,8 @@ from accessory.model.pretrained import Pretrained, fill_parameters
 from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState, agreed
 from accessory.train.init import init_weights
-from accessory.train.sharding import DataParallel, own_boxes, shard_model
+from accessory.train.options import DataParallel
+from accessory.train.sharding import own_boxes, shard_model
 from accessory.train.snapshot import over_all_ranks
 
 

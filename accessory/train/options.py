@@ -1,4 +1,4 @@
-"""What main_finetune.py is told: names as users' scripts have them, checked before any work."""
+"""What a finetuning run is told: names as users' scripts have them, checked before any work; without torch."""
 
 import argparse
 import dataclasses
@@ -12,10 +12,10 @@ from accessory.arguments import Parser
 from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
 from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.errors import shown
-from accessory.train.recompute import RecomputePolicy
-from accessory.train.sharding import DataParallel
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+DataParallel = Literal["fsdp", "sdp", "ddp"]
+RecomputePolicy = Literal["full", "moe", "none"]
 
 # The first is far beyond any run: sizes near 2^63 overflow in PyTorch. Of a seed it takes 64 bits.
 _MOST, _MOST_SEED = 2**48, 2**64 - 1
@@ -23,7 +23,7 @@ _MOST, _MOST_SEED = 2**48, 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
-    """The options of a finetuning run; each is a flag of main_finetune.py, whose help explains it."""
+    """The options of a finetuning run; each is a flag of the command, whose help explains it."""
 
     data_config: str
     llama_config: tuple[str, ...] = ()
@@ -126,7 +126,12 @@ class FinetuneOptions:
         Raises:
             ValueError: a value out of range, or an option that this version cannot serve.
         """
-        given = vars(_parser().parse_args(arguments))
+        return cls.of(_parser().parse_args(arguments))
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Self:
+        """What a parser with the flags of `add_finetune_flags` has read; ValueError as above."""
+        given = dict(vars(arguments))
         checkpointing = given.pop("checkpointing")
         if given["grad_ckpt_policy"] is None:
             given["grad_ckpt_policy"] = "full" if checkpointing else "none"
@@ -158,13 +163,9 @@ class FinetuneOptions:
         return Path(self.output_dir).absolute() / "checkpoints"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="main_finetune.py",
-        usage="%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)",
-        description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the flags of a run, for `FinetuneOptions.of`; a flag that is not given has the field's default."""
+    parser.usage = "%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)"
     _add_model_flags(parser.add_argument_group("model"))
     _add_adapter_flags(parser.add_argument_group("adapters"))
     _add_data_flags(parser.add_argument_group("data"))
@@ -174,6 +175,15 @@ def _parser() -> argparse.ArgumentParser:
     defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
     del defaults["data_config"], defaults["grad_ckpt_policy"]  # the one is required, --checkpointing sets the other
     parser.set_defaults(**defaults)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="main_finetune.py",
+        description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_finetune_flags(parser)
     return parser
 
 

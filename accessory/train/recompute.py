@@ -7,15 +7,14 @@ other experts: nothing would be raised, and gradients would be those of experts 
 
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from accessory.model.LLM.mistral import Transformer
-
-RecomputePolicy = Literal["full", "moe", "none"]
+from accessory.train.options import RecomputePolicy
 
 # Values and places of the chosen experts: the products that follow and top-k's own backward pass read these.
 _KEPT = [torch.ops.aten.topk.default]

@@ -6,7 +6,7 @@ data-parallel axis is there as well, with every rank of it holding the same.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -20,8 +20,7 @@ from accessory.parallel.box import Box
 from accessory.parallel.placement import refuse_shared_heads
 from accessory.parallel.plan import local_boxes, split_of
 from accessory.parallel.state import ParallelState
-
-DataParallel = Literal["fsdp", "sdp", "ddp"]
+from accessory.train.options import DataParallel
 
 
 def device_mesh(state: ParallelState) -> DeviceMesh:
