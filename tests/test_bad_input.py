@@ -404,12 +404,12 @@ def _(folder):
     (folder / "meta.json").write_text("{}")
 
 
-@case("llama_type unknown", ValueError, '"llama"', "known are mistral, mixtral")
+@case("llama_type unknown", ValueError, "'llama'", "choose from mistral, mixtral")
 def _(folder):
     (folder / "meta.json").write_text('{"llama_type": "llama"}')
 
 
-@case("llama_type unknown where given", ValueError, '"gpt"', "known are mistral, mixtral")
+@case("llama_type unknown where given", ValueError, "'gpt'", "choose from mistral, mixtral")
 def _(folder):
     return {"llama_type": "gpt"}
 
@@ -551,7 +551,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dtype a number": ({"dtype": 16}, ("dtype 16", "bf16, fp16, fp32, auto")),
     "placement unknown": (
         {"expert_placement": "data"},
-        ('expert_placement "data"', "auto, expert, tensor"),
+        ("expert_placement 'data'", "auto, expert, tensor"),
     ),
     "max_seq_len 0": ({"max_seq_len": 0}, ("max_seq_len", "not 0", "at least 3")),
     "max_seq_len beyond 64 bits": ({"max_seq_len": 2**63}, ("max_seq_len is 9223372036854775808", "below 2^31")),
@@ -763,7 +763,7 @@ def differing_load_error(folder: Path, changes: dict[int, dict[str, Any]]) -> tu
         ({1: {"expert_placement": "tensor"}}, ValueError, ("different arguments", "rank(s) [1]")),
         ({1: {"dtype": "fp23"}}, ValueError, ("'fp23'", "bf16, fp16, fp32, auto")),
         ({1: {"device": "abacus"}}, ValueError, ("'abacus'", 'give "cpu"')),
-        ({0: {"llama_type": "gpt"}}, ValueError, ('"gpt"', "known are")),
+        ({0: {"llama_type": "gpt"}}, ValueError, ("'gpt'", "choose from")),
         ({1: {"tokenizer_path": "absent.model"}}, FileNotFoundError, ("absent.model", "check the path")),
         ({1: {"pretrained_path": "absent"}}, FileNotFoundError, ("absent", "check the path")),
         ({1: {"quant": True}, 0: {"with_visual": True}}, ValueError, ("with_visual", "leave it False")),

@@ -206,7 +206,7 @@ def test_initial_weights_of_a_single_process_are_what_they_were(config: Path, to
     [
         ({"llama_config": None}, "llama_config is not given"),
         ({"tokenizer_path": None}, "tokenizer_path is not given"),
-        ({"llama_type": "gpt"}, '"gpt" is unknown'),
+        ({"llama_type": "gpt"}, "'gpt' is unknown"),
         ({"max_seq_len": 2}, "max_seq_len must be"),
     ],
 )

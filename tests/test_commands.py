@@ -313,9 +313,14 @@ def asked(*prompts: str) -> list[str]:
     return [part for prompt in prompts for part in ("--prompt", prompt)] + ["--max-gen-len", "16"]
 
 
+def labelled(texts: list[str]) -> str:
+    pairs = enumerate(zip(PROMPTS, texts, strict=True), start=1)
+    return "".join(f"--- {number} of {len(PROMPTS)}: {prompt}\n{text}\n" for number, (prompt, text) in pairs)
+
+
 def test_generate_one_prompt_and_several(folder, texts):
     assert good(*SCRIPT, "generate", folder, *asked(PROMPTS[0])) == f"{texts[0]}\n"
-    assert good(*MODULE, "generate", folder, *asked(*PROMPTS)) == "".join(f"{text}\n" for text in texts)
+    assert good(*MODULE, "generate", folder, *asked(*PROMPTS)) == labelled(texts)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -325,7 +330,7 @@ def test_torchrun_prints_the_same_once(processes, folder, texts):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "error:" not in done.stderr
-    assert done.stdout == "".join(f"{text}\n" for text in texts[: len(prompts)])
+    assert done.stdout == (f"{texts[0]}\n" if processes == 2 else labelled(texts))
 
 
 def test_generate_takes_the_settings(folder, texts, small_tokenizer, tmp_path):

@@ -92,35 +92,20 @@ def test_questions_are_asked_as_they_were_learned(
     file.write_text("\n\n".join(QUESTIONS) + "\n")
     command = ["generate", str(folder), "--dtype", "fp32", "--dialog", "--max-gen-len", "12"]
     assert main([*command, "--prompt-file", str(file)]) == 0
-    expected = "".join(f"{q}\n  {a.strip()}\n" for q, a in zip(QUESTIONS, answers, strict=True))
+    expected = "".join(
+        f"--- {number} of {len(QUESTIONS)}: {question}\n{answer.strip()}\n"
+        for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True), start=1)
+    )
     assert capsys.readouterr().out == expected
     assert main([*command, "--prompt", QUESTIONS[1]]) == 0
     assert capsys.readouterr().out == f"{answers[1].lstrip()}\n"
 
 
-def test_a_line_of_a_file_is_one_prompt(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = ["one\u2028line\x85of\x0bthe\x0cfile\x1c\x1d\x1e", " two ", "日本\rthree", "four"]
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\r\n \n".join(lines).encode("utf-8-sig"))
-    asked: list[str] = []
-
-    class Echo:
-        def generate(self, prompts: list[str], **settings: Any) -> list[str]:
-            asked.extend(prompts)
-            return prompts
-
-    monkeypatch.setattr(MetaModel, "from_pretrained", lambda *arguments, **settings: Echo())
-    assert main(["generate", str(folder), "--prompt-file", str(file)]) == 0
-    assert asked == lines
-    assert capsys.readouterr().out == "".join(f"{line}\n" for line in lines)
-
 
 @pytest.mark.parametrize(
     ("content", "settings", "says"),
     [
-        (b"\n \n", [], "prompts.txt has no line to complete: write some into it"),
+        (b"\n \n", [], "prompts.txt has no line with a prompt: write some into it"),
         (None, [], "prompts.txt cannot be read (No such file or directory): check the path"),
         (b"a caf\xe9\n", [], "prompts.txt is not UTF-8 (at byte 5): save it as UTF-8"),
         (b"a\n", ["--temperature", "-1"], "temperature must be 0 or a positive number, not -1.0"),

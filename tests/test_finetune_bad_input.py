@@ -115,7 +115,7 @@ def _(folder, good):
     return {"expert_placement": "row"}
 
 
-@case("no CUDA", 'device "cuda" was asked for, but PyTorch sees no CUDA device', 'use device="cpu"')
+@case("no CUDA", "the device cuda was asked for, but PyTorch sees no CUDA device", "give the device cpu")
 def _(folder, good):
     return {"device": "cuda"}
 
@@ -144,7 +144,7 @@ def _(folder, good):
     return sizes_of(folder, n_heads=4, n_kv_heads=4)
 
 
-@case("llama_type", 'llama_type "llama" is unknown', "known are mistral")
+@case("llama_type", "llama_type 'llama' is unknown", "choose from mistral")
 def _(folder, good):
     return {"llama_type": "llama"}
 
@@ -196,7 +196,7 @@ def _(folder, good):
     return yaml_of(folder, "- path: data.json\n")
 
 
-@case("unknown key of an entry", "data.yaml: entry 1 of META has the unknown key 'weight'", "the known ones are path")
+@case("unknown key of an entry", "data.yaml: entry 1 of META: key 'weight' is unknown", "choose from path")
 def _(folder, good):
     return data_of(folder, [GOOD], weight=2)
 

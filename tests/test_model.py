@@ -140,7 +140,7 @@ def test_a_parameter_without_a_row_is_an_error() -> None:
         ({"hidden_dim": 6}, "tensor", 4, r"hidden_dim 6 is not a multiple of 4.*work: 1, 2$"),
         ({"hidden_dim": 6}, "auto", 24, r"neither 8 experts nor hidden_dim 6 are a multiple of 24.*work: 1, 2, 4, 8$"),
         ({"vocab_size": 97}, "auto", 2, r"vocab_size 97 is not a multiple of 2.*work: 1$"),
-        ({}, "somewhere", 2, r'expert_placement "somewhere" is unknown; choose from auto, expert, tensor$'),
+        ({}, "somewhere", 2, r"expert_placement 'somewhere' is unknown: choose from auto, expert, tensor$"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_what_can(

@@ -44,7 +44,7 @@ def test_pick_device():
             with pytest.raises(ValueError, match="PyTorch sees no CUDA device"):
                 pick_device(device)
     for device in ("abacus", "meta", 1.5):
-        with pytest.raises(ValueError, match='is unknown; give "cpu", "cuda" or "cuda:N"'):
+        with pytest.raises(ValueError, match="is unknown: give cpu, cuda or cuda:N"):
             pick_device(device)
 
 

@@ -138,8 +138,9 @@ def test_every_door_gives_every_trained_answer(trained: Path, capsys: pytest.Cap
     questions = [said[0][0] for said in plain]
     asked = [word for question in questions for word in ("--prompt", question)]
     settings = ["--dtype", "fp32", "--device", "cpu", "--max_seq_len", "512", "--max-gen-len", str(LENGTH)]
-    assert main(["generate", str(trained), "--dialog", *settings, *asked]) == 0
-    assert capsys.readouterr().out == "".join(f"{said[0][0]}\n  {said[0][1]}\n" for said in plain)
+    assert main(["generate", str(trained), "--json", *settings, *asked]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [(one["prompt"], one["completion"]) for one in found] == [said[0] for said in plain]
     with Driver(trained, slots=4, max_seq_len=512, dtype="fp32", device="cpu") as engine:
         form = find_form(engine.tokenizer, [trained])
         with ServedApi(engine) as api:

@@ -12,6 +12,7 @@ from accessory.serve.options import (
     add_template_argument,
     driver_settings,
     form_of,
+    say_form,
 )
 
 
@@ -46,6 +47,6 @@ def _chat(arguments: argparse.Namespace) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
-    settings, form = driver_settings(arguments), form_of(arguments)
+    settings, form = driver_settings(arguments), say_form(form_of(arguments))
     with Driver(arguments.pretrained_path, slots=1, **settings) as engine:
         Terminal(engine, sampling, form=form, seed=arguments.seed).run()

@@ -21,6 +21,7 @@ from accessory.serve.options import (
     add_template_argument,
     driver_settings,
     form_of,
+    say_form,
     serve_settings,
 )
 
@@ -100,7 +101,7 @@ def _run(
         if launch.rank == 0:
             # A large model takes minutes to load: what is wrong is said before.
             _check_address(arguments.server_name, arguments.server_port)
-            arguments.form = form_of(arguments)
+            arguments.form = say_form(form_of(arguments))
             if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):
                 logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
     except (SystemExit, OSError, ValueError) as error:

@@ -1,99 +1,197 @@
-"""The command generate: complete prompts on one rank or many."""
+"""The command generate: complete prompts, or ask questions, on one rank or many."""
 
 import argparse
+import json
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_path, given_seed
 from accessory.commands.output import say, show
+from accessory.files import replacing
+from accessory.log import global_rank
 from accessory.serve.options import add_model_arguments, add_template_argument, form_of, model_settings
 
+if TYPE_CHECKING:
+    from accessory.generation.engine import Progress
+    from accessory.generation.sampling import Sampling
+
 logger = logging.getLogger(__name__)
+
+_STANDARD_INPUT = "-"
+_JSON_SUFFIXES = (".json", ".jsonl")
+_LABEL = 100  # characters of a prompt above its answer
 
 
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the command."""
-    generate = commands.add_parser("generate", help="complete prompts")
-    add_model_arguments(generate, positional=True)
-    prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", help="text to complete; may be repeated")
-    prompts.add_argument(
-        "--prompt-file", "--prompt_file", type=given_path, help="file with a text to complete on each line"
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts, or ask questions",
+        description="Complete prompts. A model whose folder says in which form it is asked gets them as questions in "
+        "that form; any other, and every one with --raw, continues the texts as they are.",
+        epilog='example: accessory generate runs/tiny/converted --prompt "The list method" --max-gen-len 64',
     )
-    generate.add_argument("--dialog", action="store_true", help="prompts are questions, asked in the model's form")
+    add_model_arguments(generate, positional=True)
+    prompts = generate.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="may be repeated; -: each line of standard input")
+    help_text = "file with a prompt on each line; -: standard input"
+    prompts.add_argument("--prompt-file", "--prompt_file", type=given_path, metavar="FILE", help=help_text)
+    generate.add_argument("--raw", action="store_true", help="continue the prompts as they are, in no form")
+    generate.add_argument("--dialog", action="store_true", help="ask in the default form where the folder names none")
     add_template_argument(generate)
     generate.add_argument("--max-gen-len", "--max_gen_len", type=int, default=512, help="tokens at most (default 512)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
     generate.add_argument("--top-p", "--top_p", type=float, default=0.95, help="nucleus of the sampling (default 0.95)")
     generate.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     generate.add_argument("--seed", type=given_seed, default=0, help="seed of the sampling (default 0)")
+    output = generate.add_argument_group("output")
+    help_text = "write a JSON object on a line for each prompt: prompt, completion, finish_reason, tokens"
+    output.add_argument("--json", action="store_true", help=help_text)
+    help_text = "write into this file; as JSON where its name ends in .json or .jsonl"
+    output.add_argument("--output", type=given_path, metavar="FILE", help=help_text)
     generate.set_defaults(run=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from accessory.generation.engine import complete
     from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.model.meta import MetaModel
-    from accessory.parallel.state import ParallelState, agreed
+    from accessory.model.requests import prompt_tokens
+    from accessory.parallel.state import ParallelState, agreed, on_first
 
     with process_group_of_launcher(arguments.device, say=say) as mp_group:
         # Loading a large model takes minutes: what is wrong is said before, and once for all ranks.
         members = ParallelState.from_group(mp_group)
-        loading, (texts, prompts, settings) = agreed(members, lambda: (model_settings(arguments), _asked(arguments)))
-        torch.manual_seed(arguments.seed)
-        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
-        if len(prompts) == 1:
-            _print_stream(model.stream_generate(prompts[0], **settings))
-        else:
-            for text, answer in zip(texts, model.generate(prompts, **settings), strict=True):
-                show(f"{text}\n  {answer}\n" if arguments.dialog else f"{answer}\n")
+        texts = on_first(members, lambda: _texts(arguments))
+        loading, (prompts, sampling) = agreed(members, lambda: (model_settings(arguments), _asked(arguments, texts)))
+        with ExitStack() as stack:
+            write = agreed(members, lambda: stack.enter_context(_sink(arguments.output)))
+            torch.manual_seed(arguments.seed)
+            model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
+            tokens = prompt_tokens(model.llma, model.tokenizer, prompts, sampling, images=None)
+            as_json = arguments.json or (arguments.output is not None and arguments.output.suffix in _JSON_SUFFIXES)
+            for text in _answers(complete(model.llma, model.tokenizer, tokens, sampling), texts, as_json=as_json):
+                write(text)
 
 
-def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[str] | list[list[int]], dict[str, Any]]:
-    """The texts that were given, the prompts that they become, and the settings of `MetaModel.generate`.
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts that were given, of which there is a place to write the answers to.
+
+    Raises:
+        ValueError, OSError: naming the setting or the file.
+    """
+    if (file := arguments.output) is not None and (file.is_dir() or not file.parent.is_dir()):
+        wrong = "is a folder" if file.is_dir() else "lies in no folder that is there"
+        raise OSError(f"--output {file} {wrong}: name a file to write")
+    if arguments.prompt is None:
+        return _lines_of(arguments.prompt_file)
+    if _STANDARD_INPUT not in arguments.prompt:
+        return list(arguments.prompt)
+    if len(arguments.prompt) > 1:
+        raise ValueError("--prompt - stands for all lines of standard input: give no other prompt beside it")
+    return _lines_of(Path(_STANDARD_INPUT))
+
+
+def _asked(arguments: argparse.Namespace, texts: list[str]) -> "tuple[Sequence[str] | Sequence[list[int]], Sampling]":
+    """The prompts that the texts become, and how they go on.
 
     Raises:
         ValueError, OSError: naming the setting or the file.
     """
     from accessory.generation.sampling import Sampling
-    from accessory.text.chat import Ends, Message
+    from accessory.text.chat import Message
 
-    texts = arguments.prompt or _lines_of(arguments.prompt_file)
-    how = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, arguments.stop)
-    how.check(arguments.max_seq_len)
-    settings = {"max_gen_len": how.max_gen_len, "temperature": how.temperature, "top_p": how.top_p}
-    prompts, ends = texts, Ends()
-    if arguments.dialog:
-        form = form_of(arguments)
-        prompts, ends = [form.prompt([Message("user", text)]) for text in texts], form.ends
-    elif arguments.chat_template is not None:
-        raise ValueError("--chat_template is about questions: give --dialog as well")
-    return texts, prompts, {**settings, "additional_stop_symbols": how.stop, "ends": ends}
+    sampling = Sampling.of(arguments.max_gen_len, arguments.temperature, arguments.top_p, arguments.stop)
+    sampling.check(arguments.max_seq_len)
+    wanted = arguments.dialog or arguments.chat_template is not None
+    if arguments.raw:
+        if wanted:
+            raise ValueError("--raw continues the prompts in no form: leave out --dialog and --chat_template")
+        return texts, sampling
+    form = form_of(arguments)
+    if form.assumed and not wanted:
+        return texts, sampling
+    logger.info('asking in the form "%s"%s', form.name, "" if wanted else "; --raw continues the prompts as they are")
+    return [form.prompt([Message("user", text)]) for text in texts], sampling.with_ends(form.ends)
 
 
 def _lines_of(file: Path) -> list[str]:
     """The lines that are not empty. A line ends at a line feed alone: others of Unicode's ends are part of a text."""
+    standard = str(file) == _STANDARD_INPUT
+    name = "standard input" if standard else f"--prompt-file {file}"
+    if standard and sys.stdin.isatty():
+        logger.info("reading prompts from standard input, one on each line; Ctrl-D ends them")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if standard else file.read_bytes()).decode("utf-8-sig")
     except OSError as error:
-        raise OSError(f"--prompt-file {file} cannot be read ({error.strerror}): check the path") from None
+        raise OSError(f"{name} cannot be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {file} is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
+        raise ValueError(f"{name} is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
     lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"--prompt-file {file} has no line to complete: write some into it")
+        raise ValueError(f"{name} has no line with a prompt: write some into it")
     return lines
 
 
-def _print_stream(stream: Iterator[dict[str, Any]]) -> None:
-    start, shown, tokens = time.perf_counter(), 0, 0
-    for progress in stream:
-        show(progress["text"][shown:])
-        shown, tokens = len(progress["text"]), tokens + 1
-    show("\n")
+def _answers(steps: "Iterator[list[Progress]]", texts: list[str], *, as_json: bool) -> Iterator[str]:
+    """What to write, in the prompts' order: answers as they are whole, and a single one to read as it grows."""
+    start, tokens, due = time.perf_counter(), 0, 0
+    whole: dict[int, Progress] = {}
+    shown = 0 if len(texts) == 1 and not as_json else None
+    for step in steps:
+        tokens += len(step)
+        for progress in step:
+            if shown is not None:
+                yield progress.text[shown:]
+                shown = len(progress.text)
+            if progress.finish is not None:
+                whole[progress.index] = progress
+        while due in whole:
+            yield _answer(whole.pop(due), texts, as_json=as_json)
+            due += 1
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+
+
+def _answer(progress: "Progress", texts: list[str], *, as_json: bool) -> str:
+    """An answer that is whole; of a single one that was shown as it grew the line's end."""
+    from accessory.serve.terminal import printable
+
+    text = texts[progress.index]
+    if as_json:
+        why = {"finish_reason": progress.finish, "tokens": progress.tokens}
+        return json.dumps({"prompt": text, "completion": progress.text, **why}, ensure_ascii=False) + "\n"
+    if len(texts) == 1:
+        return "\n"
+    line = next(iter(text.strip().splitlines()), "")[:_LABEL]
+    more = "" if line == text.strip() else " ..."
+    return f"--- {progress.index + 1} of {len(texts)}: {printable(line)}{more}\n{progress.text}\n"
+
+
+@contextmanager
+def _sink(file: Path | None) -> Iterator[Callable[[str], object]]:
+    """How rank 0 writes: to standard output, or to a file that takes its name, or another's place, when it is whole.
+
+    What was written before an interruption is kept beside it.
+    """
+    if file is None or global_rank() != 0:
+        yield show
+        return
+    with replacing(file) as aside, aside.open("w", encoding="utf-8") as sink:
+        try:
+            yield sink.write
+        except BaseException:
+            sink.flush()
+            if aside.stat().st_size:
+                part = file.with_name(f"{file.name}.partial")
+                aside.rename(part)
+                logger.warning("the answers up to here are in %s", part)
+            raise
+    logger.info("wrote %s", file)

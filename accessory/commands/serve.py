@@ -16,6 +16,7 @@ from accessory.serve.options import (
     add_template_argument,
     driver_settings,
     form_of,
+    say_form,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     driver = driver_settings(arguments)
     settings = ServerSettings(
         api_key=key,
-        form=form_of(arguments),
+        form=say_form(form_of(arguments)),
         model_name=arguments.model_name,
         body_limit=int(arguments.body_limit * MEGABYTE),
         origins=origins,

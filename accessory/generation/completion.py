@@ -7,6 +7,8 @@ from accessory.generation.detokenizer import StreamableTokenizer
 from accessory.generation.sampling import Sampling
 from accessory.generation.stopping import TextStream
 
+Finish = Literal["stop", "length"]
+
 
 class EndingTokenizer(StreamableTokenizer, Protocol):
     """A tokenizer that knows the tokens at which a text ends."""
@@ -31,7 +33,7 @@ class Completion:
     def __init__(self, prompt: Sequence[int], tokenizer: EndingTokenizer, sampling: Sampling) -> None:
         self.written = 0
         self.last_token = -1
-        self.finish: Literal["stop", "length"] | None = None
+        self.finish: Finish | None = None
         self._most, self._ends = sampling.max_gen_len, end_ids(tokenizer, sampling)
         self._stream = TextStream(tokenizer, sampling.stop, after=prompt, lead=sampling.lead, tail=sampling.tail)
         self._told = 0

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accessory.config import ModelArgs
-from accessory.generation.completion import Completion, EndingTokenizer
+from accessory.generation.completion import Completion, EndingTokenizer, Finish
 from accessory.generation.sampling import Sampling, not_finite, sample
 from accessory.parallel.state import ParallelState, agreed, on_all_ranks
 
@@ -54,11 +54,19 @@ class Model(Protocol[C]):
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of one completion after a step."""
+    """What is known of one completion after a step.
+
+    Attributes:
+        index: of its prompt.
+        text: all so far.
+        tokens: all so far, the one that ended it among them.
+        finish: why it ended: a token or a stop string ("stop"), or its length; None while it goes on.
+    """
 
     index: int
     text: str
-    finished: bool
+    tokens: int
+    finish: Finish | None
 
 
 class _Sequence(Completion):
@@ -71,7 +79,7 @@ class _Sequence(Completion):
     def advance(self, token: int) -> Progress:
         """Take the next token; says how far it is now."""
         self.push(token)
-        return Progress(self.index, self.text, self.finish is not None)
+        return Progress(self.index, self.text, self.written, self.finish)
 
 
 def complete(

@@ -187,7 +187,7 @@ class MetaModel(nn.Module):
         texts = [""] * len(tokens)
         for step in complete(self.llma, self.tokenizer, tokens, sampling):
             for progress in step:
-                if progress.finished:
+                if progress.finish:
                     texts[progress.index] = progress.text
         return texts
 
@@ -211,7 +211,7 @@ class MetaModel(nn.Module):
         sampling = Sampling.of(max_gen_len, temperature, top_p, additional_stop_symbols).with_ends(ends)
         tokens = prompt_tokens(self.llma, self.tokenizer, [prompt], sampling, images=image)
         return (
-            {"text": progress.text, "end_of_content": progress.finished}
+            {"text": progress.text, "end_of_content": progress.finish is not None}
             for step in complete(self.llma, self.tokenizer, tokens, sampling)
             for progress in step
         )

@@ -201,6 +201,14 @@ def agreed(state: ParallelState, step: Callable[[], Result], request: Any = None
     return result  # type: ignore[return-value]
 
 
+def on_first(state: ParallelState, step: Callable[[], Result]) -> Result:
+    """Run a step on the model's first rank; every rank has its result, which must be picklable, or raises its error."""
+    found = [agreed(state, lambda: step() if state.is_first else None)]
+    if state.mp_size > 1:
+        dist.broadcast_object_list(found, group_src=0, group=state.mp_group, device=state.device)
+    return found[0]  # type: ignore[return-value]
+
+
 @functools.cache
 def _outlive_gloo() -> None:
     """Let gloo's threads come to rest before Python ends.
@@ -232,10 +240,10 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
     except (RuntimeError, TypeError):
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f'device {device!r} is unknown; give "cpu", "cuda" or "cuda:N"') from None
+        raise ValueError(f"device {device!r} is unknown: give cpu, cuda or cuda:N") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f'device "{device}" was asked for, but PyTorch sees no CUDA device; use device="cpu"')
+            raise ValueError(f"the device {device} was asked for, but PyTorch sees no CUDA device: give the device cpu")
         if chosen.index is None:
             chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen

@@ -5,6 +5,7 @@ dictionaries are keyword arguments. Names are spelled with underscores, as users
 """
 
 import argparse
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from accessory.config.quant import add_quant_flags, quant_of_flags
 
 if TYPE_CHECKING:
     from accessory.text.forms import Form
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEFAULT_MASTER_ADDR = "127.0.0.1"
@@ -149,6 +152,14 @@ def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "quant": quant_of_flags(arguments.quant, group_size=arguments.group_size, head=arguments.quant_head),
         "expert_placement": arguments.expert_placement,
     }
+
+
+def say_form(form: "Form") -> "Form":
+    """Say in which form chats are asked; returns it."""
+    logger.info(
+        'chats are put into the form "%s"%s', form.name, ", for the checkpoint names none" if form.assumed else ""
+    )
+    return form
 
 
 def form_of(arguments: argparse.Namespace) -> "Form":

@@ -55,7 +55,6 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
     else:
         templates = next((found for place in (*places, own) if (found := templates_of(place))), {})
         form = _templated(tokenizer, templates, asked)
-    logger.info('chats are put into the form "%s"', form.name)
     return form
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-Finish = Literal["stop", "length"]
+from accessory.generation.completion import Finish
 
 
 class Usage(BaseModel):
