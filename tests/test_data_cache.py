@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,8 @@ import mistral_common
 import numpy as np
 import pytest
 
-from accessory import files
-from accessory.data import cache, tokenise
+from accessory import files, progress
+from accessory.data import cache
 from accessory.data.cache import load_finetune_data
 from accessory.data.examples import Ids, Recipe
 from accessory.data.finetune_data import FinetuneData, is_complete
@@ -85,16 +86,17 @@ def folders(cache_dir: Path) -> list[str]:
 def test_without_a_terminal_progress_is_said_in_lines(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tokenise, "_SAID_EVERY", 0.0)
-    with caplog.at_level(logging.INFO, logger="accessory.data.tokenise"):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    with caplog.at_level(logging.INFO, logger="accessory.progress"):
         load(tmp_path, ALPACA, tokenizer, progress=True)
-    said = [record.getMessage() for record in caplog.records]
-    assert said[:8] == [f"checking a.json: {n} records" for n in range(1, 9)]
-    assert said[8:] == [f"tokenising a.json: {n} of 8 records" for n in range(1, 9)]
-    monkeypatch.setattr(tokenise, "_SAID_EVERY", 3600.0)
+    said = [record.getMessage() for record in caplog.records if record.name == "accessory.progress"]
+    counts = [re.split(r"[,;] | in ", line)[0] for line in said]
+    assert counts[:8] == [f"checking a.json: {n} records" for n in range(1, 9)]
+    assert counts[9:-1] == [f"tokenising a.json: {n} of 8 records" for n in range(1, 8)]
+    monkeypatch.setattr(progress, "INTERVAL", 3600.0)
     caplog.clear()
     load(tmp_path, ALPACA[:7], tokenizer, progress=True)
-    assert not [record for record in caplog.records if record.name == "accessory.data.tokenise"]
+    assert not [record for record in caplog.records if record.name == "accessory.progress"]
 
 
 @pytest.mark.parametrize("dialog", [False, True])

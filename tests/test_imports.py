@@ -22,7 +22,7 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|launch|launch\.launcher)"),
+    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|progress|launch|launch\.launcher)"),
     ("launch", r"accessory\.launch\..*"),
     ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),

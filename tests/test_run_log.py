@@ -27,7 +27,7 @@ from accessory.log import setup_logging
 from accessory.train import appended_file
 from accessory.train.heatmap import draw
 from accessory.train.metrics import StepMetrics, expert_shares, peak_memory_gib
-from accessory.train.progress import ProgressLines, duration
+from accessory.train.progress import ProgressLines
 from accessory.train.run_log import RunLog
 
 LAYERS, EXPERTS = 3, 4
@@ -488,14 +488,6 @@ def test_lines_and_not_a_bar_where_nobody_sits_at_a_terminal(
     write(tmp_path, range(1, 4), total=3)
     assert [line.split(":")[0] for line in said(log)] == ["step 1/3 (epoch 0.12)", "step 3/3 (epoch 0.38)"]
     assert "|" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0 s"), (59.7, "1 min 0 s"), (200, "3 min 20 s"), (7800, "2 h 10 min"), (97300, "1 d 3 h")],
-)
-def test_durations_are_rounded_to_two_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 class Terminal:

@@ -1,15 +1,22 @@
 """The tiny model's recipe, cut short: it learns, its experts share the work, and what it writes is a release."""
 
 import json
+import signal
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.manifest import Manifest
+from accessory.files import locked
 from accessory.model.meta import MetaModel
 from accessory.text.tokenizer import Tokenizer
+from accessory.tools import tiny as recipe
+from accessory.tools import unfinished
 from accessory.tools.corpus import documentation_corpus
 from accessory.tools.tiny import HELD_BACK, LEAST_SHARE, make_tiny, random_windows, token_stream
 
@@ -83,3 +90,135 @@ def test_nothing_of_the_users_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         make_tiny(tmp_path, steps=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -- stopped, and gone on with
+
+# The command with a short corpus, in steps that are saved one by one.
+COMMAND = """
+import sys
+from accessory.cli import main
+from accessory.tools import tiny, unfinished
+from accessory.tools.corpus import documentation_corpus
+tiny.documentation_corpus = lambda: documentation_corpus(200_000)
+tiny.ARGS = tiny.ARGS.replace(dim=64, n_layers=1, hidden_dim=64)
+unfinished.SAVE_EVERY = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C."""
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A recipe of seconds: a few documents, a small model, small steps, each of them saved."""
+    documents = documentation_corpus(200_000)
+    monkeypatch.setattr(recipe, "documentation_corpus", lambda: documents)
+    monkeypatch.setattr(recipe, "ARGS", recipe.ARGS.replace(dim=64, n_layers=1, hidden_dim=64))
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
+    return {"steps": 5, "batch": 2, "length": 16}
+
+
+def stop_in(step: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Stopped) -> None:
+    """From now on, the training stops in so manieth step that it makes."""
+    steps = iter(range(1, step))
+
+    def until(*arguments, **settings):
+        if next(steps, None) is None:
+            monkeypatch.setattr(recipe, "train_step", train_step)
+            raise error
+        return train_step(*arguments, **settings)
+
+    train_step = recipe.train_step
+    monkeypatch.setattr(recipe, "train_step", until)
+
+
+def test_a_stopped_training_goes_on_and_ends_at_the_same_bits(short, tmp_path, monkeypatch, caplog):
+    whole = make_tiny(tmp_path / "whole", **short)
+    for step in (3, 2):
+        stop_in(step, monkeypatch)
+        with pytest.raises(Stopped):
+            make_tiny(tmp_path / "stopped", **short)
+    assert "goes on behind step 3" in caplog.text
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [".stopped.partial", "whole"]
+    (tmp_path / ".stopped.partial" / ".state.pt.77.tmp").write_bytes(b"of a process that was killed")
+    rest = make_tiny(tmp_path / "stopped", **short)
+    assert rest.loss == whole.loss
+    for file in ("consolidated.00.pth", "params.json", "tokenizer.model"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["stopped", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"seed": 1}, "that had other seed"), ({"steps": 2, "batch": 1}, "that had other batch, steps")],
+)
+def test_another_recipe_begins_anew(short, change, says, tmp_path, monkeypatch, caplog):
+    stop_in(4, monkeypatch)
+    with pytest.raises(Stopped):
+        make_tiny(tmp_path / "out", **short)
+    made = make_tiny(tmp_path / "out", **(short | change))
+    assert says in caplog.text
+    assert made.loss == make_tiny(tmp_path / "again", **(short | change)).loss
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["again", "out"]
+
+
+def test_a_state_that_cannot_be_read_is_said_and_left(short, tmp_path, monkeypatch, caplog):
+    stop_in(3, monkeypatch)
+    with pytest.raises(Stopped):
+        make_tiny(tmp_path / "out", **short)
+    state = tmp_path / ".out.partial" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    make_tiny(tmp_path / "out", **short)
+    assert "state.pt cannot be read" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, Stopped])
+def test_what_kept_nothing_leaves_nothing(short, error, tmp_path, monkeypatch):
+    stop_in(1, monkeypatch, error)
+    with pytest.raises(error):
+        make_tiny(tmp_path / "out", **short)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_before_the_first_step_keeps_what_an_earlier_run_reached(short, tmp_path, monkeypatch):
+    stop_in(4, monkeypatch)
+    with pytest.raises(Stopped):
+        make_tiny(tmp_path / "out", **short)
+
+    def stopped():
+        raise Stopped
+
+    monkeypatch.setattr(recipe, "documentation_corpus", stopped)
+    with pytest.raises(Stopped):
+        make_tiny(tmp_path / "out", **short)
+    assert (tmp_path / ".out.partial" / "state.pt").exists()
+
+
+def test_two_do_not_make_the_same_folder(short, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    with (
+        locked(tmp_path / ".out.partial" / "lock", on_wait=lambda: None),
+        pytest.raises(BlockingIOError, match="out is being made by another process: wait for it, or choose another"),
+    ):
+        make_tiny(tmp_path / "out", **short)
+
+
+def test_ctrl_c_and_the_same_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COMMAND, "tiny", "--out", "runs/tiny", "--steps", "40"]
+    with Program(command, folder=tmp_path) as first:
+        state = tmp_path / "runs" / ".tiny.partial" / "state.pt"
+        first.wait_for(r"training 0\.\d M parameters")
+        while not state.exists():
+            assert first.process.poll() is None, first.text
+        first.send(signal.SIGINT)
+        assert first.wait() == 130
+        assert "the same command goes on behind" in first.lines[-1]
+    with Program(command, folder=tmp_path) as second:
+        assert second.wait() == 0
+        assert "an earlier training was stopped: going on behind step" in second.text
+        assert "step/s" not in second.text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint, embedding_rows
@@ -14,6 +12,7 @@ from accessory.checkpoint.writer import create_shard
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
+from accessory.progress import showing
 from accessory.text.form_files import META_NAME, copy_text
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,11 @@ def split(
         raise ValueError(f"cannot write {mp} shards: {'; '.join(obstacles)}. Numbers that work: {works}")
     with new_folder(Path(destination)) as aside:
         targets = [target for target in base_sources(args, mp) if target.parameter in weights.held]
-        with tqdm(total=len(targets), desc=f"splitting into {mp}", unit="tensor", disable=None) as progress:
+        with showing(f"splitting into {mp}", len(targets), unit="tensors") as splitting:
             for file in range(mp):
                 wanted = [target for target in targets if target.file == file]
                 _write_shard(aside / f"consolidated.{file:02d}-of-{mp:02d}.model.pth", wanted, weights)
-                progress.update(len(wanted))
+                splitting.advance(len(wanted))
         write_beside(aside, args, PEFT_TYPES[0] if args.peft else "mistral", manifest)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.checkpoint.convert import stored_args, with_vocabulary, write_beside
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
@@ -20,6 +19,7 @@ from accessory.errors import CheckpointError
 from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes, trains
+from accessory.progress import showing
 from accessory.text.form_files import has_form
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def merge(
     files = len(own.shards) if not obstacles_to_files(out_args, len(own.shards), sparse=False) else 1
     with new_folder(Path(destination)) as aside:
         targets = [source for source in base_sources(out_args, files) if merger.has(source.parameter)]
-        with tqdm(total=len(targets), desc="merging", unit="tensor", disable=None) as progress:
+        with showing("merging", len(targets), unit="tensors") as merging:
             for file in range(files):
                 wanted = [target for target in targets if target.file == file]
                 dtypes = {target.key: merger.dtype(target) for target in wanted}
@@ -74,7 +74,7 @@ def merge(
                 shard = create_shard(path, {PREFIX + own.key: (own.shape, dtypes[own.key]) for own in wanted})
                 for target in wanted:
                     target.view(shard[PREFIX + target.key]).copy_(merger.merged(target))
-                    progress.update()
+                    merging.advance()
         form = theirs if has_form(theirs.folder) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.checkpoint.convert import stored_args, write_beside
 from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
@@ -19,20 +18,27 @@ from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
-from accessory.quant import TENSOR_DTYPES, InputMoments, QuantizedWeight, quantize, quantize_calibrated
+from accessory.progress import showing
+from accessory.quant import (
+    TENSOR_DTYPES,
+    InputMoments,
+    QuantizedWeight,
+    quantize,
+    quantize_calibrated,
+    shown_quantized,
+)
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was quantized: how many matrices, and their bytes before and now."""
+    """What was quantized: how many matrices, how many weights they have, and their bytes now."""
 
     matrices: int
-    before: int
+    weights: int
     now: int
 
     def __str__(self) -> str:
-        before, now = self.before / 1e6, self.now / 1e6
-        return f"quantized {self.matrices} matrices: {now:,.1f} MB, {now / before:.1%} of {before:,.1f} MB"
+        return f"quantized {self.matrices} matrices: {shown_quantized(self.now, self.weights)}"
 
 
 # Of the matrices (R, D) of a model, by parameter and place along its leading axes.
@@ -120,24 +126,25 @@ def _fill(
 ) -> QuantizeReport:
     assert args.quant is not None
     shapes = dict(parameter_shapes(args.replace(quant=None)))
-    matrices = before = now = 0
-    for name, wanted in tqdm(targets.items(), "quantizing", unit="matrix", disable=None):
-        if not matrix_of(wanted[0].parameter)[1]:
-            for target in wanted:
-                target.view(shards[target.file][PREFIX + target.key]).copy_(weights.read(name, target.box))
-            continue
-        for piece in pieces(name, Box.whole(shapes[name])):
-            values, group = piece.read(weights), args.quant.group_size
-            moments = calibration.get((name, piece.leading))
-            with piece.named(weights):
-                if moments is None:
-                    weight = quantize(values, args.quant.type, group_size=group)
-                else:
-                    weight = quantize_calibrated(values, moments, group_size=group)
-            _write(weight, piece, wanted, shards)
-            matrices, now = matrices + 1, now + weight.nbytes
-            before += math.prod(weight.shape) * weights.dtype(name, piece.box).itemsize
-    return QuantizeReport(matrices, before, now)
+    matrices = count = now = 0
+    with showing("quantizing", len(targets), unit="matrices") as quantizing:
+        for name, wanted in quantizing.over(targets.items()):
+            if not matrix_of(wanted[0].parameter)[1]:
+                for target in wanted:
+                    target.view(shards[target.file][PREFIX + target.key]).copy_(weights.read(name, target.box))
+                continue
+            for piece in pieces(name, Box.whole(shapes[name])):
+                values, group = piece.read(weights), args.quant.group_size
+                moments = calibration.get((name, piece.leading))
+                with piece.named(weights):
+                    if moments is None:
+                        weight = quantize(values, args.quant.type, group_size=group)
+                    else:
+                        weight = quantize_calibrated(values, moments, group_size=group)
+                _write(weight, piece, wanted, shards)
+                matrices, now = matrices + 1, now + weight.nbytes
+                count += math.prod(weight.shape)
+    return QuantizeReport(matrices, count, now)
 
 
 def _write(weight: QuantizedWeight, piece: Piece, wanted: list[Source], shards: list[dict[str, Tensor]]) -> None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.weights import StoredWeights
@@ -21,6 +20,7 @@ from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
+from accessory.progress import showing
 from accessory.quant import QuantizedWeight, row_maximum, weight_of
 
 
@@ -129,17 +129,18 @@ def quantize_folder(
     filled: dict[str, int] = {}
     matrices = matrix_boxes(boxes, args)
     assert args.quant is not None
-    for matrix, box in tqdm(matrices.items(), "quantizing", unit="matrix", disable=None if show_progress else True):
-        tensors = {tensor: parameters[f"{matrix}.{tensor}"] for tensor in args.quant.inputs}
-        whole = weight_of(tensors)
-        for piece in pieces(matrix, box):
-            if not weights.holds(matrix, piece.box):
-                continue
-            with piece.named(weights):
-                values = piece.read(weights).to(whole.device)
-                piece.of(whole).write(values, row_max=(row_maxima or {}).get((number, piece)))
-            share = math.prod(box.size[:-2])
-            for tensor, parameter in tensors.items():
-                name = f"{matrix}.{tensor}"
-                filled[name] = filled.get(name, 0) + parameter.numel() // share
+    with showing("quantizing", len(matrices), unit="matrices", shown=show_progress) as quantizing:
+        for matrix, box in quantizing.over(matrices.items()):
+            tensors = {tensor: parameters[f"{matrix}.{tensor}"] for tensor in args.quant.inputs}
+            whole = weight_of(tensors)
+            for piece in pieces(matrix, box):
+                if not weights.holds(matrix, piece.box):
+                    continue
+                with piece.named(weights):
+                    values = piece.read(weights).to(whole.device)
+                    piece.of(whole).write(values, row_max=(row_maxima or {}).get((number, piece)))
+                share = math.prod(box.size[:-2])
+                for tensor, parameter in tensors.items():
+                    name = f"{matrix}.{tensor}"
+                    filled[name] = filled.get(name, 0) + parameter.numel() // share
     return filled

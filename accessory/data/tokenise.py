@@ -10,20 +10,18 @@ import contextlib
 import itertools
 import logging
 import os
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from accessory.data.examples import Ids, Recipe
 from accessory.data.readers import Record, read_records
 from accessory.data.records import UnknownField, read_said
 from accessory.data.sources import Source
+from accessory.progress import showing
 from accessory.text.chat import Segment
 from accessory.text.forms import Form
 from accessory.text.tokenizer import Tokenizer
@@ -32,7 +30,6 @@ _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not
 _AT_ONCE = 256  # records that are held in memory
 _NAMED = 100  # unknown fields of a file that are looked for
-_SAID_EVERY = 10.0  # seconds between lines of progress
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +93,9 @@ def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, prog
     """
     report = SourceReport(str(source.path))
     records = usable_records(source, recipe, report, skip_bad_records=skip_bad_records)
-    for _ in _bar(records, f"checking {source.path.name}", progress):
-        report.usable += 1
+    with showing(f"checking {source.path.name}", unit="records", shown=progress) as checking:
+        for _ in checking.over(records):
+            report.usable += 1
     if not report.usable:
         found = f"{report.bad} bad records, {report.unanswered} without an answer"
         found += f"; the first bad one: {report.listed[0]}" if report.bad else ""
@@ -124,22 +122,23 @@ def write_source(
     dtype = token_dtype(recipe.tokenizer)
     chosen = _chosen(report.usable, source.ratio, [recipe.seed, order])
     records = usable_records(source, recipe, SourceReport(""), skip_bad_records=True)
-    bar = _bar(records, f"tokenising {source.path.name}", progress, total=report.usable)
     lengths: list[int] = []
-    for record, examples in _encoded(itertools.compress(bar, chosen), recipe):
-        if isinstance(examples, ValueError):
-            _refuse(source, record.place, str(examples), report, skip_bad_records)
-            continue
-        for tokens, labels, cut in examples:
-            learned = int(np.count_nonzero(labels))
-            if not learned:
-                report.emptied += 1
+    what = f"tokenising {source.path.name}"
+    with showing(what, report.usable, unit="records", shown=progress) as work:
+        for record, examples in _encoded(itertools.compress(work.over(records), chosen), recipe):
+            if isinstance(examples, ValueError):
+                _refuse(source, record.place, str(examples), report, skip_bad_records)
                 continue
-            for file, values in zip(files, (tokens, labels), strict=True):
-                file.write(values.astype(dtype).tobytes())
-            lengths.append(len(tokens))
-            report.cut += cut
-            report.learned += learned
+            for tokens, labels, cut in examples:
+                learned = int(np.count_nonzero(labels))
+                if not learned:
+                    report.emptied += 1
+                    continue
+                for file, values in zip(files, (tokens, labels), strict=True):
+                    file.write(values.astype(dtype).tobytes())
+                lengths.append(len(tokens))
+                report.cut += cut
+                report.learned += learned
     report.examples, report.tokens = len(lengths), sum(lengths)
     if not lengths:
         where = f"the data file {source.path} has an answer within its first {recipe.max_words} tokens"
@@ -236,19 +235,3 @@ def _chosen(count: int, ratio: float, seed: list[int]) -> np.ndarray[Any, np.dty
     chosen = np.zeros(count, dtype=bool)
     chosen[np.random.default_rng(seed).permutation(count)[: max(1, round(ratio * count))]] = True
     return chosen
-
-
-def _bar(records: Iterator[Usable], name: str, progress: bool, total: int | None = None) -> Iterator[Usable]:
-    """The records, with a bar on a terminal and now and then a line elsewhere."""
-    if progress and sys.stderr.isatty():
-        return iter(tqdm(records, desc=name, unit=" records", total=total, leave=False))
-    return _said(records, name, total) if progress else records
-
-
-def _said(records: Iterator[Usable], name: str, total: int | None) -> Iterator[Usable]:
-    said = time.monotonic()
-    for number, record in enumerate(records, 1):
-        yield record
-        if (now := time.monotonic()) - said >= _SAID_EVERY:
-            logger.info("%s: %s records", name, f"{number:,}" if total is None else f"{number:,} of {total:,}")
-            said = now

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from accessory.checkpoint.quantize import Calibration, source_to_quantize
 from accessory.config import QuantArgs
@@ -16,6 +15,7 @@ from accessory.model.meta import MetaModel
 from accessory.model.moe import Experts
 from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
 from accessory.model.scoring import score_tokens
+from accessory.progress import showing
 from accessory.quant import InputMoments
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,10 @@ def calibrate(
         logger.warning("%s has only %d tokens: %d or more calibrate better", text, len(tokens), _ENOUGH)
     beginning = model.tokenizer.encode("", bos=True, eos=False)
     step = WINDOW - len(beginning)
-    with torch.inference_mode(), _noted_inputs(model, group_size) as moments:
-        for start in tqdm(range(0, len(tokens), step), "calibrating", unit="window", disable=None):
+    starts = range(0, len(tokens), step)
+    calibrating = showing("calibrating", len(starts), unit="windows")
+    with torch.inference_mode(), _noted_inputs(model, group_size) as moments, calibrating:
+        for start in calibrating.over(starts):
             (logits_TV,) = score_tokens(model.llma, [[*beginning, *tokens[start : start + step]]])
             _check_finite(logits_TV, model, folder)
     return moments

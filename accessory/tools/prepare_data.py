@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from accessory.arguments import Parser, given_name
 from accessory.data.readers import READERS, Record, read_records
 from accessory.data.records import Instruction, Talk, read_said
 from accessory.files import replacing
 from accessory.log import setup_logging
+from accessory.progress import showing
 from accessory.text.chat import Message
 
 _LISTED = 5  # left out records that are named; the others are counted
@@ -96,13 +95,14 @@ def data_files(source: Path, *, split: str | None) -> list[Path]:
 def _dialogues(files: Sequence[Path], read: Callable[[dict[str, Any]], Messages], outcome: Outcome) -> Iterator[Turns]:
     """The dialogues of the files' records; `outcome` counts the others."""
     for file in files:
-        for record in tqdm(read_records(file), desc=file.name, unit=" records", disable=None, leave=False):
-            try:
-                yield _dialogue(record, read)
-            except ValueError as error:
-                outcome.left_out += 1
-                if len(outcome.listed) < _LISTED:
-                    outcome.listed.append(f"{file}, {record.place}: {error}")
+        with showing(f"reading {file.name}", unit="records") as reading:
+            for record in reading.over(read_records(file)):
+                try:
+                    yield _dialogue(record, read)
+                except ValueError as error:
+                    outcome.left_out += 1
+                    if len(outcome.listed) < _LISTED:
+                        outcome.listed.append(f"{file}, {record.place}: {error}")
 
 
 def _dialogue(record: Record, read: Callable[[dict[str, Any]], Messages]) -> Turns:

@@ -1,23 +1,28 @@
 """Make a tiny real Mixtral: a tokenizer and a model trained on Python's own documentation."""
 
+import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from accessory.checkpoint.formats import base_sources
 from accessory.checkpoint.writer import export_shard, save_shard
 from accessory.config import ModelArgs, MoEArgs
-from accessory.files import new_folder, write_json
+from accessory.files import check_free, new_folder, write_json
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import ParallelState
+from accessory.progress import showing
 from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
+from accessory.tools.unfinished import Unfinished, unfinished
 from accessory.train.init import init_weights
 from accessory.train.optim import CosineSchedule, adamw
 from accessory.train.trainer import train_step
@@ -41,6 +46,11 @@ ARGS = ModelArgs(
 # Every so manieth document is held back: what is said of the trained model is measured on those.
 HELD_BACK = 20
 
+# Optimizer steps: two to three minutes on 2 cores.
+STEPS = 1200
+RATES = {"lr": 3e-3, "min_lr": 1e-4, "weight_decay": 0.1}
+TOKENIZER = "tokenizer.model"
+
 # A share below this means that the load balancing failed.
 LEAST_SHARE = 0.03
 
@@ -59,16 +69,18 @@ class TinyReport:
     expert_share: Tensor
 
 
-def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int = 128, seed: int = 0) -> TinyReport:
+def make_tiny(out: str | Path, *, steps: int = STEPS, batch: int = 4, length: int = 128, seed: int = 0) -> TinyReport:
     """Train the tiny model on the CPU and write it as the official release does.
 
-    ``out`` gets consolidated.00.pth (float32), params.json and tokenizer.model.
+    ``out`` gets consolidated.00.pth (float32), params.json and tokenizer.model. A call that was stopped is gone on with
+    by the next one of the same recipe, which ends at the same bits; see `accessory.tools.unfinished`.
 
     Args:
         steps: optimizer steps of ``batch`` rows of ``length`` tokens.
 
     Raises:
         FileExistsError: ``out`` is there already and not empty.
+        BlockingIOError: another process is making it.
         ValueError: a number of steps, rows or tokens below 1 (2 tokens), or a seed that PyTorch does not take.
     """
     for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("length", length, 2)):
@@ -76,11 +88,14 @@ def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be from -2^63 to below 2^64, not {seed}")
-    with new_folder(Path(out)) as aside:
+    path = Path(out).resolve()
+    check_free(path)
+    with unfinished(path) as progress:
+        check_free(path)  # another process may have finished it
         logger.info("collecting Python's documentation and training a tokenizer on it")
         texts = documentation_corpus()
-        train_tokenizer(texts, aside / "tokenizer.model", vocab_size=ARGS.vocab_size)
-        tokenizer = Tokenizer(aside / "tokenizer.model")
+        train_tokenizer(texts, progress.folder / TOKENIZER, vocab_size=ARGS.vocab_size)
+        tokenizer = Tokenizer(progress.folder / TOKENIZER)
         held_back = token_stream(texts[::HELD_BACK], tokenizer)
         stream = token_stream([text for i, text in enumerate(texts) if i % HELD_BACK], tokenizer)
         model = MetaModel(Transformer(ARGS, ParallelState.single("cpu")), tokenizer)
@@ -92,24 +107,39 @@ def make_tiny(out: str | Path, *, steps: int = 2400, batch: int = 4, length: int
             len(stream) / 1e6,
             len(texts),
         )
-        _train(model, random_windows(stream, batch=batch, length=length, seed=seed), steps=steps)
+        recipe = {"steps": steps, "batch": batch, "length": length, "seed": seed, "tokens": _digest(stream)}
+        _train(model, random_windows(stream, batch=batch, length=length, seed=seed), recipe | RATES, progress)
         loss, share = evaluate(model, held_back[: len(held_back) // length * length].view(-1, length))
         if share.min() < LEAST_SHARE:
             logger.warning("an expert gets only %.1f %% of its layer's tokens: train longer", 100 * share.min())
-        _write(model, aside)
+        with new_folder(path) as aside:
+            shutil.copyfile(progress.folder / TOKENIZER, aside / TOKENIZER)
+            _write(model, aside)
     return TinyReport(parameters=parameters, loss=loss, expert_share=share)
 
 
-def _train(model: MetaModel, windows: Iterator[Tensor], *, steps: int) -> None:
+def _digest(stream: Tensor) -> str:
+    """What tells one corpus, tokenised, from another: they differ between versions of Python."""
+    return hashlib.sha256(stream.numpy().tobytes()).hexdigest()
+
+
+def _train(model: MetaModel, windows: Iterator[Tensor], recipe: dict[str, Any], progress: Unfinished) -> None:
     model.train()
-    optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=0.1)
-    schedule = CosineSchedule(steps=steps, lr=3e-3, min_lr=1e-4, warmup=max(1, steps // 20))
-    with tqdm(total=steps, desc="training", unit="step", dynamic_ncols=True) as progress:
-        for step, rows in zip(range(steps), windows, strict=False):
+    optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=recipe["weight_decay"])
+    steps, warmup = recipe["steps"], max(1, recipe["steps"] // 20)
+    schedule = CosineSchedule(steps=steps, lr=recipe["lr"], min_lr=recipe["min_lr"], warmup=warmup)
+    if (state := progress.load(recipe)) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        logger.info("an earlier training was stopped: going on behind step %d of %d", progress.kept, steps)
+    begin = progress.kept
+    with showing("training", steps, unit="steps", done=begin) as work:
+        # Nothing else is drawn at random, so the windows that were trained on are left out and all is as it was.
+        for step, rows in enumerate(islice(windows, begin, steps), begin):
             result = train_step(model, optimizer, [(rows, rows)], lr=schedule(step), clip_grad=1.0)
-            postfix = {"loss": f"{result.loss:.3f}", "balance": f"{result.balance_loss:.3f}"}
-            progress.set_postfix(postfix, refresh=False)
-            progress.update()
+            work.advance(note=f"loss {result.loss:.3f}, balance {result.balance_loss:.3f}")
+            if progress.due and step + 1 < steps:
+                progress.save(recipe, step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def token_stream(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

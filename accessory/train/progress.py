@@ -1,20 +1,13 @@
-"""How far a run is, for whoever watches its standard error: a bar on a terminal, now and then a line elsewhere."""
+"""How far a run is: a bar on a terminal, now and then a line elsewhere, each with what was measured."""
 
 import contextlib
 import logging
-import sys
 import time
-from collections.abc import Callable
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
+from accessory.progress import Clock, Pace, bar, duration
 from accessory.train.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
-
-# Seconds between lines.
-_INTERVAL = 10.0
 
 
 class ProgressBar:
@@ -22,18 +15,12 @@ class ProgressBar:
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
         self._stack = contextlib.ExitStack()
-        package = logging.getLogger(__name__.partition(".")[0])
-        if package.handlers:
-            self._stack.enter_context(logging_redirect_tqdm([package]))
-        self._bar = self._stack.enter_context(
-            tqdm(
-                total=total_steps,
-                initial=first_step,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                miniters=1,
-                bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
-            )
+        self._bar = bar(
+            self._stack,
+            total=total_steps,
+            initial=first_step,
+            miniters=1,
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
         )
 
     def update(self, metrics: StepMetrics) -> None:
@@ -58,22 +45,21 @@ class ProgressLines:
         clock: seconds from any origin.
     """
 
-    def __init__(self, *, total_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._first, self._clock = total_steps, first_step, clock
-        self._begin = self._said_at = clock()
-        self._said = first_step
+    def __init__(self, *, total_steps: int, first_step: int, clock: Clock = time.monotonic) -> None:
+        self._pace = Pace(total_steps, done=first_step, clock=clock)
+        self._total, self._said = total_steps, first_step
         self._latest: StepMetrics | None = None
 
     def update(self, metrics: StepMetrics) -> None:
         """Say a step, where it is time to."""
-        now = self._clock()
-        if self._latest is None or metrics.step == self._total or now - self._said_at >= _INTERVAL:
-            left = (now - self._begin) / (metrics.step - self._first) * (self._total - metrics.step)
-            self._say(metrics, f", {duration(left)} left" if left > 0 else "")
-            self._said_at = now
+        self._pace.done = metrics.step
+        if self._latest is None or metrics.step == self._total or self._pace.due:
+            left = self._pace.left
+            self._say(metrics, f", {duration(left)} left" if left else "")
+            self._pace.said()
         if self._latest is None:
             # What the first step takes longer (allocations, compilation) says nothing about the others.
-            self._begin, self._first = now, metrics.step
+            self._pace.restart()
         self._latest = metrics
 
     def close(self) -> None:
@@ -95,12 +81,3 @@ def describe(metrics: StepMetrics, total_steps: int) -> str:
         f"balance {metrics.balance_loss:.2f}, lr {metrics.lr:.1e}, norm {metrics.grad_norm:.2f}, "
         f"{metrics.tokens_per_s:,.0f} tokens/s{use}, {metrics.memory:.1f} GiB{skipped}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Its two largest units: "45 s", "3 min 20 s", "2 h 10 min", "1 d 3 h"."""
-    whole = round(seconds)
-    for size, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return f"{whole // size} {name} {whole % size // part} {part_name}"
-    return f"{whole} s"
