@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accessory.errors import nearest
+from accessory.launch.launcher import report_failure
 from accessory.log import global_rank
 
 
@@ -28,8 +29,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; rank 0 says why."""
         where = f"; see {self.prog} --help" if message.startswith(("unknown option", "the following", "unrec")) else ""
-        text = f"{self.prog}: error: {message}{where}\n"
-        self.exit(2, text if global_rank() == 0 else None)
+        text = f"{self.prog}: error: {message}{where}"
+        report_failure(text)
+        self.exit(2, f"{text}\n" if global_rank() == 0 else None)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from accessory.arguments import Parser
-from accessory.commands import chat, checkpoints, generate, serve, show
+from accessory.commands import chat, checkpoints, finetune, generate, serve, show
 from accessory.commands.output import ended, say
 from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
@@ -75,6 +75,6 @@ def _refuse(error: ValueError) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (checkpoints, generate, chat, serve, show):
+    for part in (checkpoints, generate, finetune, chat, serve, show):
         part.add_commands(commands)
     return parser

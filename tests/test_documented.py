@@ -32,7 +32,9 @@ def spellings(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
             yield action.option_strings
 
 
-@pytest.mark.parametrize("parser", [cli._parser(), options._parser(), multi_turn()], ids=lambda parser: parser.prog)
+@pytest.mark.parametrize(
+    "parser", [cli._parser(), options.finetune_parser(), multi_turn()], ids=lambda parser: parser.prog
+)
 def test_options_are_documented(parser: argparse.ArgumentParser) -> None:
     written = set(re.findall(r"--[a-z][\w-]*", "\n".join(page.read_text() for page in DOCS.glob("*.md"))))
     absent = [names for names in spellings(parser) if not written & set(names)]

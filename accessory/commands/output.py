@@ -3,15 +3,19 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from accessory.errors import out_of_memory
+from accessory.launch.launcher import report_failure
 from accessory.log import global_rank
 
 
 def say(error: Exception) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"error: {out_of_memory(error) or error}\n")
+    """One line on standard error, and in torchrun's report."""
+    text = str(out_of_memory(error) or error)
+    report_failure(text)
+    sys.stderr.write(f"error: {text}\n")
     sys.stderr.flush()
 
 
@@ -40,6 +44,7 @@ def ended(program: Callable[[], None]) -> int:
 
         expected = isinstance(error, OSError | ValueError | FloatingPointError | RankLost)
         if not expected and out_of_memory(error) is None:
+            report_failure(traceback.format_exc())
             raise
         if global_rank() == 0 or not raised_on_all_ranks(error):
             say(error)

@@ -99,11 +99,11 @@ class Launch:
 def report_failure(message: str) -> None:
     """Let torchrun's report end with the reason why this rank fails; without a torchrun, nothing.
 
-    Of several ranks it shows the one that reports the earliest second, and of those the first: whoever fails with the
-    others says the same. A later report of a process takes the place of an earlier one.
+    Of several ranks it shows one of those that failed in the earliest second: whoever fails with the others says the
+    same. What a process reports first is the reason of what it reports later, and stays.
     """
     file = os.environ.get(_ERROR_FILE)
-    if not file:
+    if not file or os.path.exists(file):
         return
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
     aside = f"{file}.{os.getpid()}"

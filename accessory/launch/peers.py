@@ -72,13 +72,16 @@ class PeerWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        # Unless it left in order, the others must end too; they need not say why.
-        self._tell(self._launch.rank)
+        self.fail()  # unless it left in order
         self._close()
 
     def leave(self) -> None:
         """Say that this rank is about to end as it should."""
         self._tell(_FAREWELL)
+
+    def fail(self) -> None:
+        """Say that this rank is about to end, and the others must too; they need not say why."""
+        self._tell(self._launch.rank)
 
     def explain(self, *, wait: bool) -> bool:
         """Whether a rank is known to be lost, of which all other errors are but consequences.

@@ -13,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from accessory.errors import first_line
-from accessory.launch.launcher import Launch
+from accessory.errors import first_line, out_of_memory
+from accessory.launch.launcher import Launch, report_failure
+from accessory.launch.parent import LOOK_EVERY, Parent
 from accessory.launch.peers import PeerWatch, own_address
 from accessory.launch.placement import too_few_cards
 from accessory.launch.run_store import ALL_THERE, SAY_AFTER, run_store
@@ -48,6 +49,7 @@ def process_group_of_launcher(
     say: Callable[[Exception], None],
     even_alone: bool = False,
     timeout: timedelta | None = None,
+    watch_launcher: bool = True,
 ) -> Iterator[dist.ProcessGroup | None]:
     """Join the processes that torchrun or srun started, for the time of a command.
 
@@ -59,6 +61,7 @@ def process_group_of_launcher(
     Args:
         even_alone: a process started alone gets a group of itself; otherwise None.
         timeout: of collectives; None: torch's own.
+        watch_launcher: end this process when the launcher is gone; False: the command sees to that itself.
 
     Raises:
         ValueError: ``device`` names one card, which ranks cannot share, or the launcher's variables are wrong.
@@ -73,7 +76,7 @@ def process_group_of_launcher(
         raise on_all_ranks(ValueError(f'device "{device}" is one card for all ranks; give "cuda" or "cpu" alone'))
     store = _meet(launch)
     joined = False
-    with PeerWatch(launch, store, say=say) as peers:
+    with PeerWatch(launch, store, say=say) as peers, _ending_with_launcher(launch, peers, watch_launcher):
         try:
             _join(launch, store, device, timeout)
             joined = True
@@ -84,6 +87,7 @@ def process_group_of_launcher(
             if raised_on_all_ranks(error):
                 if launch.rank == 0:
                     say(error)
+                report_failure(str(out_of_memory(error) or error))
                 with contextlib.suppress(RuntimeError):
                     dist.barrier()
                 peers.leave()
@@ -91,10 +95,32 @@ def process_group_of_launcher(
                 if not joined or not lost:
                     raise
                 say(RuntimeError(f"the ranks have lost touch, so this one ends ({_brief(error)})"))
+            report_failure("another rank was lost, so this one ended")
             raise SystemExit(1) from None
         finally:
             if joined:
                 dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ending_with_launcher(launch: Launch, peers: PeerWatch, watch: bool) -> Iterator[None]:
+    """Meanwhile a rank whose launcher is gone ends at once, as all of that launcher do; those of others follow."""
+    over, parent = threading.Event(), Parent(launch)
+
+    def look() -> None:
+        while not over.wait(LOOK_EVERY):
+            if parent.is_gone:
+                peers.fail()
+                if launch.local_rank == 0:
+                    logger.error("the launcher is gone: leaving")
+                os._exit(1)
+
+    if watch and launch.world_size > 1:
+        threading.Thread(target=look, name="launcher watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def refuse_together(why: str) -> None:

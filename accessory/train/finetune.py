@@ -138,12 +138,13 @@ def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None
 
 def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
     found = store.latest() if options.auto_resume else None
+    say = logger.warning if store.world.is_first else logger.debug
     if found is not None and options.resume is not None:
-        logger.warning("--auto_resume goes on from %s, not from --resume %s", found, options.resume)
+        say("--auto_resume goes on from %s, not from --resume %s", found, options.resume)
     if found is None and options.resume is not None:
         found = store.locate(options.resume)
     if found is None and options.auto_resume:
-        logger.info("no training state in %s yet: beginning anew", store.folder)
+        say("--auto_resume finds no training state in %s: beginning anew", store.folder)
     return found
 
 

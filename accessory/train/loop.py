@@ -98,7 +98,7 @@ class FinetuneLoop:
 
     def run(self, log: RunLog, interruption: Interruption) -> Stop:
         """Take all steps up to the end; returns why it stopped before."""
-        interruption.begin()
+        interruption.begin(self.store.last_saved)
         last = time.perf_counter()
         for examples in self._upcoming():
             result, lr = self._step(examples)
@@ -108,14 +108,14 @@ class FinetuneLoop:
             if stop is not Stop.NO:
                 interruption.saves = True
                 self._save(asynchronous=False)
-                reason = "a signal" if stop is Stop.SIGNAL else "the launcher is gone"
-                left = (
-                    "the model is still to be written"
-                    if self.done == self.end
-                    else f"{self.end - self.done} steps are left"
-                )
                 if self.store.world.is_first:
-                    logger.warning("stopped after step %d (%s), %s: go on with --auto_resume", self.done, reason, left)
+                    left = (
+                        "the model is still to be written"
+                        if self.done == self.end
+                        else f"{self.end - self.done} steps are left"
+                    )
+                    where = f"saved as {self.store.last_saved()}, go on with --auto_resume"
+                    logger.warning("stopped after step %d (%s), %s: %s", self.done, stop.reason, left, where)
                 return stop
             self._save_where_due()
             last = time.perf_counter()

@@ -126,7 +126,7 @@ class FinetuneOptions:
         Raises:
             ValueError: a value out of range, or an option that this version cannot serve.
         """
-        return cls.of(_parser().parse_args(arguments))
+        return cls.of(finetune_parser().parse_args(arguments))
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Self:
@@ -177,7 +177,8 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**defaults)
 
 
-def _parser() -> argparse.ArgumentParser:
+def finetune_parser() -> argparse.ArgumentParser:
+    """The parser of main_finetune.py."""
     parser = Parser(
         prog="main_finetune.py",
         description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",

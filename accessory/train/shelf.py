@@ -69,17 +69,23 @@ class Shelf:
         for path in self._half_written():
             shutil.rmtree(path, ignore_errors=True)
 
+    def named(self) -> Path | None:
+        """The folder that ``latest`` names, whatever has become of it since."""
+        try:
+            return self.folder / (self.folder / self.LATEST).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+
     def latest(self) -> Path | None:
         """The folder that ``latest`` names, else the newest complete one; warns of what it passes over."""
         for path in self._half_written():
             logger.warning("ignoring %s: its writing was cut short, or its removal", path)
-        pointer = self.folder / self.LATEST
-        if pointer.exists():
-            named = self.folder / pointer.read_text(encoding="utf-8").strip()
+        named = self.named()
+        if named is not None:
             reason = self.incomplete(named)
             if not reason:
                 return named
-            logger.warning("ignoring %s, which %s names: %s", named, pointer, reason)
+            logger.warning("ignoring %s, which %s names: %s", named, self.folder / self.LATEST, reason)
         for path in self._by_age():
             reason = self.incomplete(path)
             if not reason:

@@ -170,6 +170,10 @@ class StateStore:
         self.wait()
         return self._on_first(self._shelf.latest)
 
+    def last_saved(self) -> Path | None:
+        """The folder that ``latest`` names now, on whichever rank and thread asks; None without any."""
+        return self._shelf.named()
+
     def locate(self, path: str | Path) -> Path:
         """The checkpoint at a path that a user gave: one itself, or the last of another run's folder.
 
