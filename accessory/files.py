@@ -1,5 +1,6 @@
 """Writing so that nothing is ever half there: aside, synced to the disk, then renamed."""
 
+import contextlib
 import errno
 import glob
 import itertools
@@ -7,9 +8,11 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,21 +37,67 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; on success it is synced and renamed over ``path``."""
+    """Give a file beside ``path`` to write to; on success it is synced and renamed over ``path``.
+
+    It is there already, empty, and locked for as long as this process writes it: what killed ones have left is removed.
+
+    Raises:
+        OSError: the file cannot be written; of a full disk it names ``path``.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        _remove_if_nobodys(leftover)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.ExitStack() as stack:
+        try:
+            aside = stack.enter_context(_locked_file(aside))
+            yield aside
+            sync(aside)
+            aside.rename(path)
+            sync(path.parent)
+        except OSError as error:
+            if error.errno not in _NO_ROOM or error.filename not in (None, str(aside)):
+                raise
+            # A write that finds no room does not say of which file.
+            reason = f"{error.strerror} (free some, or choose another destination)"
+            raise OSError(error.errno, reason, str(path)) from None
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[Path]:
+    """Make an empty file and lock it, where the file system has locks; yields its name, which may get a number."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:  # a container's processes have the same numbers again
+            path = free_name(path)
+            continue
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_still(descriptor, path):
+            break
+        os.close(descriptor)  # another process has taken it for a leftover before it was locked
     try:
-        yield aside
-        sync(aside)
-        aside.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno not in _NO_ROOM or error.filename is not None:
-            raise
-        # A write that finds no room does not say of which file.
-        reason = f"{error.strerror} (free some, or choose another destination)"
-        raise OSError(error.errno, reason, str(path)) from None
+        yield path
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_if_nobodys(leftover: Path) -> None:
+    """Remove a file of `replacing` unless a living process holds it, or nobody can tell."""
+    with contextlib.suppress(OSError, AttributeError), leftover.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_still(file.fileno(), leftover):
+            leftover.unlink()
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether an open file has its name yet."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def free_name(path: Path) -> Path:
@@ -57,12 +106,15 @@ def free_name(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, *, on_wait: Callable[[], None], patience: float = math.inf) -> Iterator[bool]:
+def locked(
+    path: Path, *, on_wait: Callable[[], None] | None = None, patience: float = math.inf, remove: bool = False
+) -> Iterator[bool]:
     """Hold a lock file, after waiting for it; the lock goes with the process, however that ends.
 
     Args:
         on_wait: is called once, where another process holds it.
         patience: seconds to wait.
+        remove: the file goes too, at the end.
 
     Yields:
         Whether it is held: False where the system or the file system has no locks.
@@ -71,24 +123,31 @@ def locked(path: Path, *, on_wait: Callable[[], None], patience: float = math.in
         TimeoutError: another process still held it after that time.
         OSError: the file cannot be opened.
     """
-    with path.open("a") as file:
-        end, waits = time.monotonic() + patience, False
-        while True:
+    end, waits = time.monotonic() + patience, False
+    while True:
+        with path.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
-                break
             except BlockingIOError:
-                if time.monotonic() > end:
+                if time.monotonic() >= end:
                     raise TimeoutError(f"{path} is locked by another process") from None
-                if not waits:
+                if not waits and on_wait is not None:
                     on_wait()
                 waits = True
                 time.sleep(_LOOK_EVERY)
+                continue
             except (OSError, AttributeError):
                 held = False
-                break
-        yield held
+            # Whoever held it before may have removed it, and the next one holds a new file of this name.
+            if not _is_still(file.fileno(), path):
+                continue
+            try:
+                yield held
+            finally:
+                if remove:
+                    path.unlink(missing_ok=True)
+            return
 
 
 def check_free(path: Path) -> None:
@@ -112,29 +171,106 @@ def check_free(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
 
+    One process at a time writes it; what killed ones have left is removed. Nothing is left where it fails.
+
     Raises:
         FileExistsError: as `check_free` (nothing of the user's is overwritten).
+        OSError: another process is writing it; it cannot be written.
     """
     path = path.resolve()
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
     check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if aside.exists():  # a container's processes have the same numbers again
-        aside = free_name(aside)
-    aside.mkdir()
+    made = make_folders(path.parent)
     try:
-        yield aside
-        for file in aside.iterdir():
-            sync(file)
-        sync(aside)
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            alone = stack.enter_context(_alone_at(path))
+            check_free(path)  # it may have been written meanwhile
+            _remove_leftovers(path, alone=alone)
+            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            if aside.exists():  # a container's processes have the same numbers again
+                aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+            aside.mkdir()
+            stack.callback(shutil.rmtree, aside, ignore_errors=True)
+            yield aside
+            by_umask(aside)
+            for file in aside.rglob("*"):
+                sync(file)
+            sync(aside)
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
+            sync(path.parent)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[bool]:
+    """Hold the lock file beside a folder that is to be written; False where the file system has no locks."""
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            alone = stack.enter_context(locked(lock, patience=0, remove=True))
+        except TimeoutError:
+            raise OSError(f"another process is writing {path}: wait for it, or choose another destination") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        yield alone
+
+
+def _remove_leftovers(path: Path, *, alone: bool) -> None:
+    """Remove what killed processes have left of a folder; without a lock it may be another's, and is only named."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+(-\w+)?\.tmp")  # and not those of a folder `path.name`.something
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not ours.fullmatch(leftover.name) or not leftover.is_dir():
+            continue
+        if alone:
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that were not there, the innermost first.
+
+    Raises:
+        OSError: it cannot be made; a file stands in its place or in a parent's.
+    """
+    absent = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    there = absent[-1].parent if absent else path
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, and no folder", str(there))
+    path.mkdir(parents=True, exist_ok=True)
+    return absent
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove the folders that are empty, each after those within it."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def in_units(count: int) -> str:
+    """A number of bytes for people, such as "25.5 MB" or "1.2 TB"."""
+    value, unit = count / 1e6, "MB"
+    for larger in ("GB", "TB"):
+        if value >= 1000:
+            value, unit = value / 1000, larger
+    return f"{value:,.1f} {unit}"
+
+
+def by_umask(folder: Path) -> None:
+    """Give all that is in a folder the mode that the process's umask gives, as the folder itself has it.
+
+    Some libraries write files that only their owner may read, and a copied folder is as read-only as the other.
+    """
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        wanted = mode if path.is_dir() else mode & 0o666
+        if path.stat().st_mode & 0o777 != wanted:
+            with contextlib.suppress(OSError):  # some file systems have one mode for everything
+                path.chmod(wanted)
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ranks import alike
 
 from accessory.parallel.state import raised_on_all_ranks
 from accessory.train import finetune as finetune_module
+from accessory.train import loop as loop_module
 from accessory.train import output_folder
 
 # -- what the files hold
@@ -160,9 +162,24 @@ def _(folder, good):
     return {"pretrained_path": write_folder(folder / "m", random_tensors(config, 1), config, files=1)}
 
 
-@case("from nothing without a config", "llama_config is not given", "a model without a pretrained_path needs it")
+@case("no model", "no model is given", "give --pretrained_path FOLDER (or --llama_config FILE and --tokenizer_path")
 def _(folder, good):
     return {"pretrained_path": None}
+
+
+@case("from nothing without a tokenizer", "without --pretrained_path", "give --tokenizer_path FILE as well")
+def _(folder, good):
+    return {"pretrained_path": None, "llama_config": good.model / "config.json"}
+
+
+@case("adapters as nobody trains them", "--lora_alpha says how adapters are trained", "give --lora_rank R, or leave it")
+def _(folder, good):
+    return {"lora_alpha": 8}
+
+
+@case("a rank above the sizes", "lora_rank 64 is larger than a matrix", "give 16 at most")
+def _(folder, good):
+    return {"lora_rank": 64}
 
 
 @case("a shard cut short", "consolidated.00-of-01.model.pth", "truncated", "Copy it again")
@@ -291,12 +308,12 @@ def _(folder, good):
     return data_of(folder, [CHAT, spoilt])
 
 
-@case("form", "--chat_template 'vicuna' is no file and unknown as a name", "take a file or one of default, alpaca, ")
+@case("form", "chat_template 'vicuna' is no file and unknown as a name", "take a file or one of default, alpaca, ")
 def _(folder, good):
     return {"chat_template": "vicuna"}
 
 
-@case("no template", "--chat_template model: no chat template lies in", "base: give a file or a name")
+@case("no template", "chat_template model: no chat template lies in", "base: give a file or a name")
 def _(folder, good):
     return {"chat_template": "model"}
 
@@ -348,6 +365,23 @@ def good(tmp_path_factory, small_tokenizer) -> Setting:
     return make_setting(tmp_path_factory.mktemp("good"), small_tokenizer, prompt_type="alpaca")
 
 
+def told_outcome(setting: Setting, arguments: list[str]) -> tuple[tuple[str, str, bool], list[str]]:
+    """`outcome` and what the rank logged."""
+    told: list[str] = []
+    plain = logging.getLogRecordFactory()
+
+    def noting(*given: Any, **more: Any) -> logging.LogRecord:
+        record = plain(*given, **more)
+        told.append(record.getMessage())
+        return record
+
+    logging.setLogRecordFactory(noting)
+    try:
+        return outcome(setting, arguments), told
+    finally:
+        logging.setLogRecordFactory(plain)
+
+
 def outcome(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
     """Of one rank: the error's type and text, and whether it is marked as the same on every rank."""
     try:
@@ -365,7 +399,9 @@ def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
     case = CASES[name]
     changes = {"output_dir": tmp_path / "out", **case.spoil(tmp_path, good)}
     output = changes.pop("output_dir")
-    kind, text, marked = alike(ranks(size).run(outcome, good, good.arguments(output, **changes)))
+    before = sorted(tmp_path.rglob("*"))
+    answers = ranks(size).run(told_outcome, good, good.arguments(output, **changes))
+    kind, text, marked = alike([answer for answer, _ in answers])
     print(f"\n{name}: {text}")
     expected = ("ValueError", "TemplateError", "FileNotFoundError", "CheckpointError", "OSError", "FileExistsError")
     assert kind in expected, text
@@ -373,11 +409,52 @@ def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
     assert text.rfind(case.says[-1]) == max(map(text.rfind, case.says)), "the way out stands last"
     assert "\n" not in text
     assert marked == (size > 1)
-    log = tmp_path / "out" / "output.log"
-    told = log.read_text() if log.exists() else ""
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+    told = "\n".join(answers[0][1])
     assert "training" not in told, "the model was built before"
     if "data" not in name:
         assert "examples" not in told, "the data were tokenised before"
+
+
+def late(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
+    """`outcome` of a run that fails when it has built its model."""
+    with mock.patch.object(finetune_module, "adamw", side_effect=MemoryError("no memory")):
+        return outcome(setting, arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_ends_before_its_first_step_leaves_what_was_there(size, good, ranks, tmp_path):
+    """Its own folders go with those that it made for them; the user's stay, and so does what lies in them."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    new = tmp_path / "some" / "where" / "new"
+    for output in (new, mine):
+        for answer in ranks(size).run(late, good, good.arguments(output)):
+            assert answer[0] == "MemoryError"
+        assert list(tmp_path.rglob("*")) == [mine]
+    (mine / "notes.txt").write_text("mine")
+    (mine / "output.log").write_text("an earlier one\n")
+    ranks(size).run(late, good, good.arguments(mine))
+    assert sorted(path.name for path in mine.iterdir()) == ["notes.txt", "output.log"]
+    assert (mine / "output.log").read_text().startswith("an earlier one\n")
+    # One that has taken a step keeps all of it.
+    ranks(size).run(failing_at_step_2, good, good.arguments(new))
+    assert {"output.log", "options.json", "log.jsonl"} <= {path.name for path in new.iterdir()}
+    assert not (new / output_folder.LOCK).exists()
+
+
+def failing_at_step_2(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
+    step = loop_module.train_step
+
+    def failing(*given: Any, **settings: Any) -> Any:
+        failing.calls += 1
+        if failing.calls == 2:
+            raise FloatingPointError("the loss is not finite")
+        return step(*given, **settings)
+
+    failing.calls = 0
+    with mock.patch.object(loop_module, "train_step", failing):
+        return outcome(setting, arguments)
 
 
 # -- runs that meet an earlier one
@@ -427,7 +504,7 @@ def test_the_state_of_another_model(size, good, earlier, ranks, tmp_path):
     assert f"{earlier}/checkpoints/step-00000002 holds the state of another model: hidden_dim 16 (here 32)" in text
 
 
-def test_half_written_states_are_ignored_and_said(good, earlier, ranks, tmp_path):
+def test_half_written_states_are_not_gone_on_from(good, earlier, ranks, tmp_path):
     """One whose writing was cut short, and one whose file was; it goes on from the whole one before."""
     output = Path(shutil.copytree(earlier, tmp_path / "run"))
     states = output / "checkpoints"
@@ -439,7 +516,8 @@ def test_half_written_states_are_ignored_and_said(good, earlier, ranks, tmp_path
     (stop,) = ranks(1).run(finetune_on_rank, good, good.arguments(output, max_steps=4, auto_resume=True))
     assert stop == 0
     log = (output / "output.log").read_text()
-    assert f"WARNING: ignoring {states}/.step-00000004.tmp-0a1b2c3d: its writing" in log
+    assert "INFO: removed what an interrupted run had not finished" in log
+    assert f"in {output}: checkpoints/.step-00000004.tmp-0a1b2c3d\n" in log
     assert f"WARNING: ignoring {states}/step-00000003, which" in log
     assert "__0_0.distcp is cut short" in log
     assert f"resuming {whole} after step 2" in log

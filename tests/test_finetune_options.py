@@ -1,10 +1,14 @@
 """The options of main_finetune.py: their names, what they accept, and what they do."""
 
 import json
+import logging
 import math
+import random
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,9 @@ from checkpoints import random_tensors, small_config, write_folder
 from finetuning import PER_EPOCH, Setting, finetune_on_rank, log_lines, losses, make_setting, model_tensors
 
 from accessory.model.meta import MetaModel
+from accessory.train.export import model_due
 from accessory.train.options import FinetuneOptions
+from accessory.train.space import Kind, Plan, models_after, say_space
 
 # Every flag: its default, and for an example of its use the values that it gives. Users' scripts rely on them.
 FLAGS: dict[str, tuple[Any, str, Any]] = {
@@ -67,6 +73,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "save_interval": (1, "2", 2),
     "save_iteration_interval": (5000, "100", 100),
     "keep_last": (2, "3", 3),
+    "keep_models": (None, "4", 4),
     "only_save_trainable": (False, "", True),
     "resume": (None, "run", "run"),
     "auto_resume": (False, "", True),
@@ -151,6 +158,7 @@ def test_a_users_script_as_it_is():
     [
         *((f"--{name} 0", f"--{name} is 0: give 1 or more") for name in ("batch_size", "accum_iter", "epochs")),
         *((f"--{name} 0", f"--{name} is 0: give 1 or more") for name in ("max_steps", "save_interval", "keep_last")),
+        ("--keep_models 0", "--keep_models is 0: give 1 or more"),
         ("--model_parallel_size 0", "--model_parallel_size is 0: give 1 or more"),
         ("--save_iteration_interval -1", "--save_iteration_interval is -1: give 0 or more"),
         ("--max_words 2", "--max_words is 2: give 3 or more"),
@@ -313,6 +321,71 @@ def test_keep_last_removes_what_is_older_but_for_the_models_of_epochs(train):
     output = train("run", save_iteration_interval=2, save_interval=1, max_steps=2 * PER_EPOCH + 3, keep_last=3)
     assert states(output) == {f"step-{2 * PER_EPOCH + step:08d}" for step in (0, 2, 3)}
     assert exports(output) == {"epoch0", "epoch1", "epoch1-iter6", "epoch2-iter2", "epoch2-iter3"}
+
+
+def test_keep_models_removes_older_models_of_epochs_also_of_the_run_before(train):
+    """Counted over a restart; what somebody has put beside or into a model, or linked, is not the run's."""
+    given = {"save_interval": 1, "save_iteration_interval": 3, "keep_models": 2, "epochs": 9, "auto_resume": True}
+    output = train("run", **given, max_steps=3 * PER_EPOCH)
+    assert exports(output) == {"epoch1", "epoch2", "epoch2-iter3", "epoch2-iter6"}
+    (output / "epoch1" / "notes.txt").write_text("mine")
+    linked = output.parent / "elsewhere"
+    (output / "epoch2").rename(linked)
+    (output / "epoch2").symlink_to(linked)
+    (output / "epoch0.mine").mkdir()
+    output = train("run", **given, max_steps=6 * PER_EPOCH)
+    found = {name for name in exports(output) if "-" not in name}
+    assert found == {"epoch1", "epoch2", "epoch4", "epoch5"}
+    assert linked.is_dir()
+    assert (output / "epoch0.mine").is_dir()
+    assert not list(output.glob(".*"))
+    assert json.loads((output / "options.json").read_text())["keep_models"] == 2
+
+
+def test_what_a_run_will_write_is_said_and_fits(train):
+    """The sizes are those of the folders that it then writes, and no more lies there at any time than was said."""
+    output = train("run", epochs=3, save_interval=1, max_steps=None, keep_models=1, keep_last=1)
+    (line,) = [line for line in (output / "output.log").read_text().splitlines() if "models to write" in line]
+    assert f"models to write in {output}: 3 at epochs' ends (1 stay), " in line
+    assert "training states in its checkpoints: 3 (1 stay), " in line
+    model, state, total = (float(size) * 1e6 for size in re.findall(r"([\d.]+) MB(?: each| at most)", line))
+    for said, folder in ((model, output / "epoch2"), (state, output / "checkpoints")):
+        assert said == pytest.approx(sum(path.stat().st_size for path in folder.rglob("*.*")), rel=0.25)
+    assert total == pytest.approx(2 * model + 2 * state, abs=1e5)
+
+
+@pytest.mark.parametrize("free", [249_999_999, 250_000_000])
+def test_a_disk_that_is_too_small_is_warned_of(free, monkeypatch, caplog):
+    epochs = Kind(new=20, there=0, keep=None, size=10**7)
+    within, states = Kind(new=30, there=1, keep=2, size=10**7), Kind(new=50, there=2, keep=2, size=3 * 10**7)
+    assert (epochs.bytes, within.bytes, states.bytes) == (20 * 10**7, 2 * 10**7, 3 * 10**7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
+    with caplog.at_level(logging.INFO, "accessory"):
+        say_space(Plan(epochs, within, states), Path("out"))
+    (record,) = caplog.records
+    text = "20 at epochs' ends (all stay; --keep_models N keeps the last N), 30 within epochs (2 stay), 10.0 MB each"
+    assert text in record.message
+    assert "together 250.0 MB at most, and 250.0 MB are free" in record.message
+    assert record.levelname == ("WARNING" if free < 250_000_000 else "INFO")
+    assert ("give --keep_models N" in record.message) == (free < 250_000_000)
+
+
+def test_the_models_of_a_run_are_counted_as_they_are_written():
+    chance = random.Random(0)
+    for _ in range(300):
+        per_epoch, epochs = chance.randint(1, 9), chance.randint(1, 6)
+        end = chance.randint(1, per_epoch * epochs)
+        done = chance.randint(0, end)
+        intervals = (chance.choice([0, 1, 2, 3, 7, 8]), chance.randint(1, 3), chance.randint(1, 4))
+        options = FinetuneOptions(
+            data_config="d",
+            **dict(zip(("save_iteration_interval", "accum_iter", "save_interval"), intervals, strict=True)),
+        )
+        given = {"end": end, "per_epoch": per_epoch}
+        names = [name for step in range(done + 1, end + 1) if (name := model_due(options, done=step, **given))]
+        inner = sum("-" in name for name in names)
+        assert models_after(options, done=done, **given) == (len(names) - inner, inner), (options, done, given)
 
 
 def test_weights_of_the_router_losses(train, tmp_path):

@@ -200,7 +200,7 @@ def _lock(path: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         with _explained(path.parent):
             waits = partial(logger.info, "another process is tokenising the same data: waiting for it")
-            held = stack.enter_context(locked(path, on_wait=waits))
+            held = stack.enter_context(locked(path, on_wait=waits, remove=True))
         yield held
 
 

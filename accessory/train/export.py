@@ -16,18 +16,20 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from accessory.checkpoint.formats import PREFIX, Source, obstacles_to_files, sources
 from accessory.checkpoint.writer import create_shard
-from accessory.files import sync, write_json
+from accessory.files import by_umask, sync, write_json
 from accessory.model.meta import MetaModel
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
 from accessory.parallel.state import agreed
-from accessory.text.form_files import META_NAME, write_text
+from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, write_text
 from accessory.text.forms import Form
+from accessory.train.options import FinetuneOptions
 from accessory.train.snapshot import over_all_ranks, reshard
 
 logger = logging.getLogger(__name__)
 
-_WITHIN_EPOCH = re.compile(r"epoch\d+-iter\d+")
+_EPOCHS_END, _WITHIN_EPOCH = re.compile(r"epoch\d+"), re.compile(r"epoch\d+-iter\d+")
+_WRITTEN = frozenset({"config.json", META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the shards
 
 
 def export_name(epoch: int, iteration: int | None = None) -> str:
@@ -35,15 +37,45 @@ def export_name(epoch: int, iteration: int | None = None) -> str:
     return f"epoch{epoch}" if iteration is None else f"epoch{epoch}-iter{iteration}"
 
 
-def drop_older_models(folder: Path, *, keep_last: int) -> None:
-    """Remove all but the newest models that were written within epochs; those of epochs' ends stay."""
-    found = [path for path in folder.iterdir() if _WITHIN_EPOCH.fullmatch(path.name) and (path / META_NAME).exists()]
-    found.sort(key=lambda path: (path / META_NAME).stat().st_mtime_ns)
+def model_due(options: FinetuneOptions, *, done: int, end: int, per_epoch: int) -> str | None:
+    """Name of the model to write after step ``done``, if any, of a run that ends with step ``end``."""
+    epoch, step = (done - 1) // per_epoch, (done - 1) % per_epoch + 1
+    ends_epoch, ends_run = step == per_epoch, done == end
+    interval = options.save_iteration_interval
+    within = interval > 0 and step % max(1, interval // options.accum_iter) == 0
+    if ends_epoch and ((epoch + 1) % options.save_interval == 0 or ends_run):
+        return export_name(epoch)
+    if within or ends_run:
+        return export_name(epoch, step * options.accum_iter)
+    return None
+
+
+def drop_older_models(written: Path, *, keep_last: int, keep_models: int | None = None) -> None:
+    """Remove all but the newest models of the run in whose folder ``written`` lies, which is the newest itself.
+
+    Folders that hold anything else than an export, or are links, stay and do not count.
+
+    Args:
+        keep_last: how many stay of those that were written within epochs.
+        keep_models: of those of epochs' ends; None: all.
+    """
+    folder = written.parent
     _remove_dropped(folder)
-    for path in found[:-keep_last]:
-        # Renamed first: a removal that is cut short leaves nothing that looks whole, and is taken up again.
-        path.rename(path.with_name(f".{path.name}.dropped"))
+    for kind, keep in ((_WITHIN_EPOCH, keep_last), (_EPOCHS_END, keep_models)):
+        found = [path for path in folder.iterdir() if kind.fullmatch(path.name) and _is_export(path)]
+        # A clock may have been set back.
+        found.sort(key=lambda path: (path == written, (path / META_NAME).stat().st_mtime_ns))
+        for path in found[:-keep] if keep is not None else ():
+            # Renamed first: a removal that is cut short leaves nothing that looks whole, and is taken up again.
+            path.rename(path.with_name(f".{path.name}.dropped"))
     _remove_dropped(folder)
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder is an export and nothing has been put into it."""
+    if folder.is_symlink() or not (folder / META_NAME).is_file():
+        return False
+    return all(path.name in _WRITTEN or path.match("consolidated.*.pth") for path in folder.iterdir())
 
 
 def _remove_dropped(folder: Path) -> None:
@@ -164,7 +196,8 @@ def _finish(model: MetaModel, form: Form | None, folder: Path, aside: Path, spar
     kind = model.llama_type.removesuffix("_sparse")
     suffix = "_sparse" if sparse and model.llma.args.peft is None else ""  # with adapters the form has no name
     write_json(aside / META_NAME, {"llama_type": kind + suffix, **write_text(model.tokenizer, form, aside)})
-    for file in aside.iterdir():
+    by_umask(aside)
+    for file in aside.rglob("*"):
         sync(file)
     sync(aside)
     if folder.exists():

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import socket
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.files import write_json
 from accessory.launch.launcher import Launch
-from accessory.log import setup_logging
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
@@ -33,7 +31,7 @@ from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import adamw
 from accessory.train.options import FinetuneOptions
-from accessory.train.output_folder import held, refuse_earlier_run
+from accessory.train.output_folder import OPTIONS, held, refuse_earlier_run
 from accessory.train.parameters import describe_trainable, warning_without_matrix
 from accessory.train.precision import COMPUTE_DTYPES, matmul_precision
 from accessory.train.recompute import recompute_activations
@@ -41,6 +39,7 @@ from accessory.train.run_log import RunLog
 from accessory.train.sharding import device_mesh
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import over_all_ranks, seed_rank
+from accessory.train.space import say_space
 from accessory.train.state import StateStore
 
 logger = logging.getLogger(__name__)
@@ -68,17 +67,17 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         return_freed_memory()
         # 1. Ranks with the same options, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
-        agreed(everyone, lambda: None, options)
+        agreed(everyone, partial(_refuse_no_model, options), options)
         layout = partial(ParallelState.init, options.model_parallel_size, options.device, timeout=COLLECTIVE_TIMEOUT)
         state = agreed(everyone, layout)
+        # The folder is held until the last save is on disk.
+        output = Path(options.output_dir).absolute()
+        folder = agreed(everyone, lambda: stack.enter_context(held(output)) if everyone.is_first else None)
         store = StateStore(
             options.checkpoints, state, keep_last=options.keep_last, without_frozen=options.only_save_trainable
         )
         stack.callback(store.close)
-        # The folder is held until the last save is on disk.
-        world, output = store.world, Path(options.output_dir).absolute()
-        agreed(world, lambda: stack.enter_context(_output_of(output)) if world.is_first else None)
-        stack.callback(store.wait)
+        world = store.world
         resumed = _state_to_resume(options, store)
         agreed(world, lambda: _begin(options, output, resumed) if world.is_first else None)
         # 2. All that can be wrong with model and data, before long work.
@@ -94,9 +93,6 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
             agreed(world, lambda: _refuse_another_form(form, progress.get("form"), resumed))
-        agreed(
-            world, lambda: write_json(output / "options.json", dataclasses.asdict(options)) if world.is_first else None
-        )
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
         # A training state may leave out what is frozen.
@@ -110,20 +106,29 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 4. Steps, from where an earlier run stopped.
         if resumed is not None:
             loop.resume(resumed)
+        agreed(world, lambda: write_json(output / OPTIONS, dataclasses.asdict(options)) if world.is_first else None)
         logger.info("%s", loop.describe())
+        if folder is not None:
+            say_space(loop.plan(output), output)
+            folder.begun = True
         active = world.is_first
         log = stack.enter_context(RunLog(output, total_steps=loop.end, first_step=loop.done, active=active))
         return loop.run(log, interruption)
 
 
-@contextlib.contextmanager
-def _output_of(output: Path) -> Iterator[None]:
-    """What rank 0 does with the run's folder: hold it, tidy up after one that was killed, and log into it."""
-    with held(output):
-        for cut_short in (*output.glob(".*.tmp"), *(output / Shelf.CHECKPOINTS).glob(".*.tmp")):
-            cut_short.unlink(missing_ok=True)
-        setup_logging(0, file=output / "output.log")
-        yield
+def _refuse_no_model(options: FinetuneOptions) -> None:
+    """Raise ValueError where there is nothing to start from, or not all that a new model takes."""
+    if options.pretrained_path:
+        return
+    if not options.llama_config:
+        raise ValueError(
+            "no model is given: give --pretrained_path FOLDER (or --llama_config FILE and --tokenizer_path FILE, to "
+            "train one from nothing)"
+        )
+    if options.tokenizer_path is None:
+        raise ValueError(
+            "a model is trained from nothing without --pretrained_path: give --tokenizer_path FILE as well"
+        )
 
 
 def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None:

@@ -16,7 +16,7 @@ from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import agreed
 from accessory.text.forms import Form
-from accessory.train.export import drop_older_models, export_checkpoint, export_name
+from accessory.train.export import drop_older_models, export_checkpoint, model_due
 from accessory.train.flops import flops_per_token, peak_flops
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
@@ -25,6 +25,7 @@ from accessory.train.options import FinetuneOptions
 from accessory.train.precision import COMPUTE_DTYPES, loss_scaler
 from accessory.train.run_log import RunLog
 from accessory.train.snapshot import over_all_ranks
+from accessory.train.space import Plan
 from accessory.train.state import StateStore
 from accessory.train.trainer import MicroBatches, StepResult, train_step
 
@@ -75,6 +76,18 @@ class FinetuneLoop:
         return (
             f"{len(self.data):,} examples, {self.sampler.steps_per_epoch:,} steps of {self.sampler.global_batch} an "
             f"epoch; {begin}to step {self.end:,} on {layout}, {options.precision}, {state.device.type}"
+        )
+
+    def plan(self, output: Path) -> Plan:
+        """What is still to be written in the run's folder."""
+        return Plan.of(
+            self.options,
+            self.model,
+            output,
+            done=self.done,
+            end=self.end,
+            per_epoch=self.sampler.steps_per_epoch,
+            itemsize=self.dtype.itemsize,
         )
 
     def resume(self, path: Path) -> None:
@@ -191,16 +204,7 @@ class FinetuneLoop:
 
     def _model_due(self) -> str | None:
         """Name of the model to write after the last step, if any."""
-        options, per_epoch = self.options, self.sampler.steps_per_epoch
-        epoch, step = (self.done - 1) // per_epoch, (self.done - 1) % per_epoch + 1
-        ends_epoch, ends_run = step == per_epoch, self.done == self.end
-        interval = options.save_iteration_interval
-        within = interval > 0 and step % max(1, interval // options.accum_iter) == 0
-        if ends_epoch and ((epoch + 1) % options.save_interval == 0 or ends_run):
-            return export_name(epoch)
-        if within or ends_run:
-            return export_name(epoch, step * options.accum_iter)
-        return None
+        return model_due(self.options, done=self.done, end=self.end, per_epoch=self.sampler.steps_per_epoch)
 
     def _model(self, name: str) -> Path:
         return Path(self.options.output_dir) / name
@@ -211,9 +215,12 @@ class FinetuneLoop:
             self.model, self._model(name), dtype=self.dtype, form=self.form, only_trainable=only_trainable
         )
         # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
-        world, folder = over_all_ranks(self.model.llma.state), self._model(name).parent
-        keep_last = self.options.keep_last
-        agreed(world, lambda: drop_older_models(folder, keep_last=keep_last) if world.is_first else None)
+        world, options = over_all_ranks(self.model.llma.state), self.options
+
+        def drop() -> None:
+            drop_older_models(self._model(name), keep_last=options.keep_last, keep_models=options.keep_models)
+
+        agreed(world, lambda: drop() if world.is_first else None)
 
     def _save(self, *, asynchronous: bool) -> None:
         progress = {

@@ -66,6 +66,7 @@ class FinetuneOptions:
     save_interval: int = 1
     save_iteration_interval: int = 5000
     keep_last: int = 2
+    keep_models: int | None = None
     only_save_trainable: bool = False
     resume: str | None = None
     auto_resume: bool = False
@@ -74,6 +75,7 @@ class FinetuneOptions:
         for name, least in (
             *(("batch_size", 1), ("accum_iter", 1), ("epochs", 1), ("max_steps", 1), ("max_words", 3)),
             *(("model_parallel_size", 1), ("save_interval", 1), ("save_iteration_interval", 0), ("keep_last", 1)),
+            ("keep_models", 1),
             *(("lr", 0), ("min_lr", 0), ("warmup_epochs", 0), ("weight_decay", 0), ("seed", 0)),
             *(("load_balancing_weight", 0), ("z_loss_weight", 0), ("clip_grad", -math.inf)),
         ):
@@ -244,16 +246,16 @@ def _names(text: str) -> list[str]:
 def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch_size", type=int, help="examples of a data-parallel rank's micro-batch")
     group.add_argument("--accum_iter", type=int, help="micro-batches of an optimizer step")
-    group.add_argument("--epochs", type=int)
+    group.add_argument("--epochs", type=int, help="passes over the data")
     group.add_argument("--max_steps", type=int, help="end after so many optimizer steps; the schedule follows --epochs")
     group.add_argument("--lr", type=float, help="highest learning rate")
     group.add_argument("--min_lr", type=float, help="learning rate at the end")
     group.add_argument("--warmup_epochs", type=float, help="epochs, or a part of one, until --lr")
-    group.add_argument("--weight_decay", type=float)
+    group.add_argument("--weight_decay", type=float, help="of AdamW, for matrices")
     group.add_argument("--clip_grad", type=float, help="limit of the gradients' norm; 0 or less: off")
     group.add_argument("--load_balancing_weight", type=float, help="in place of the config's")
     group.add_argument("--z_loss_weight", type=float, help="weight of the router's z-loss, in place of the config's")
-    group.add_argument("--seed", type=int)
+    group.add_argument("--seed", type=int, help="of the data order, of dropout and of new weights")
 
 
 def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
@@ -275,6 +277,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     help_text = "micro-batches between saves within an epoch; 0: none"
     group.add_argument("--save_iteration_interval", type=int, help=help_text)
     group.add_argument("--keep_last", type=int, help="training states, and models of within an epoch, that stay")
+    help_text = "models of epochs' ends that stay, the newest (default: all)"
+    group.add_argument("--keep_models", type=int, metavar="N", help=help_text)
     group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
     group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
     group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")

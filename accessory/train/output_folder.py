@@ -1,37 +1,112 @@
-"""The folder of a run: held by one run at a time, and never a second run's by accident."""
+"""The folder of a run: held by one run at a time, never a second one's by accident, gone where nothing came of it."""
 
 import contextlib
 import logging
+import re
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from accessory.files import locked
+from accessory.files import locked, make_folders, remove_empty
+from accessory.log import setup_logging
 from accessory.train.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK, LOG, OPTIONS = ".lock", "output.log", "options.json"
 # How many seconds a restarted run waits for the ranks of the one before, which may be writing their last checkpoint.
 PATIENCE = 900.0
 
+# What a killed run leaves: of models (export.py) and states (shelf.py), and files of files.replacing.
+_LEFTOVER = re.compile(r"\.epoch.*\.(exporting|replaced|dropped)|\..+\.tmp-[0-9a-f]{8}|\..+\.\d+(\.\d+)?\.tmp")
+
+
+class OutputFolder:
+    """The folder of a run, while it is held.
+
+    Attributes:
+        begun: the run has come to its first step. One that ends before leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.begun = False
+        states = folder / Shelf.CHECKPOINTS
+        # In the order in which they can be removed.
+        self._made = [
+            path for path in (folder / LOG, folder / OPTIONS, states / Shelf.BEGUN, states) if not path.exists()
+        ]
+
+    def tidy(self) -> None:
+        """Remove what a run without steps has written; what was there before, or is not its own, stays."""
+        setup_logging(0)  # which closes the log
+        for path in self._made:
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        remove_empty(self._made)
+
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, however that ends. For one rank of the run.
+def held(folder: Path) -> Iterator[OutputFolder]:
+    """Make the folder, hold its lock, remove what a killed run has left half-written, and log into it; for one rank.
+
+    The lock goes with the process, however that ends.
 
     Raises:
-        OSError: another run holds it, and still did after 15 minutes.
+        OSError: the folder cannot be written to; another run holds it, and still did after 15 minutes.
     """
-    waits = partial(logger.warning, "another run still writes to %s: waiting for it", folder)
+    made: list[Path] = []
     with contextlib.ExitStack() as stack:
+        # Once the lock is given back: where another run waits for it the folder is not empty.
+        stack.callback(remove_empty, made)
+        alone = _lock(folder, stack, made)
+        run = OutputFolder(folder)
         try:
-            stack.enter_context(locked(folder / LOCK, on_wait=waits, patience=PATIENCE))
-        except TimeoutError:
-            raise OSError(
-                f"another run is writing to output_dir {folder}: wait for it, stop it, or choose another"
-            ) from None
-        yield
+            setup_logging(0, file=folder / LOG)
+            if alone:
+                _remove_leftovers(folder)
+            yield run
+        except BaseException:
+            if not run.begun:
+                run.tidy()
+            raise
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack, made: list[Path]) -> bool:
+    """Make the folder, noting in ``made`` what was not there, and take its lock; False where there are no locks."""
+    waits = partial(logger.warning, "another run still writes to %s: waiting for it", folder)
+    try:
+        while True:
+            made[:] = make_folders(folder)
+            with contextlib.suppress(FileNotFoundError):  # a run that was refused has taken its folder away
+                return stack.enter_context(locked(folder / LOCK, on_wait=waits, patience=PATIENCE, remove=True))
+    except TimeoutError:
+        raise OSError(
+            f"another run is writing to output_dir {folder}: wait for it, stop it, or choose another"
+        ) from None
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OSError(
+            f"output_dir {folder} cannot be written to ({reason}): choose a folder that you may write to"
+        ) from None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    left = [
+        path
+        for place in (folder, folder / Shelf.CHECKPOINTS)
+        if place.is_dir()
+        for path in place.iterdir()
+        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink()
+    ]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if left:
+        names = ", ".join(str(path.relative_to(folder)) for path in left)
+        logger.info("removed what an interrupted run had not finished in %s: %s", folder, names)
 
 
 def refuse_earlier_run(folder: Path) -> None:

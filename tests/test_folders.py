@@ -1,0 +1,238 @@
+"""Files and folders as they are written: one writer at a time, nothing left by killed ones, one mode by umask."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import random_tensors, small_config
+from finetuning import Setting, finetune_on_rank, make_setting
+from ranks import RankPool, error_of
+
+from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.convert import split
+from accessory.checkpoint.merge import merge
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.checkpoint.writer import save_shard
+from accessory.config import QuantArgs
+from accessory.files import locked, new_folder, replacing, write_json
+from accessory.tools import docstring_dialogues, prepare_data
+
+# --- killed writers, and living ones
+
+# Writes a folder or a file; is killed by itself at a point of it, or says where it is and waits for a word.
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from accessory import files
+
+kind, target, point = sys.argv[1:]
+
+def reached(name):
+    if name == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if point == f"wait {name}":
+        print(name, flush=True)
+        sys.stdin.readline()
+
+sync = files.sync
+files.sync = lambda path: (reached("sync"), sync(path))
+try:
+    with getattr(files, kind)(Path(target)) as aside:
+        reached("begin")
+        (aside / "one" if kind == "new_folder" else aside).write_text("x" * 1000)
+        reached("filled")
+    print("wrote")
+except OSError as error:
+    print("refused", error)
+"""
+
+
+def writer(kind: str, target: Path, point: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, kind, str(target), point]
+    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("kind", ["new_folder", "replacing"])
+def test_what_killed_writers_left_is_removed_by_the_next(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "out [1]"  # a name that means something to glob
+    others = {tmp_path / f".out [1].{name}.tmp" for name in ("x", "2.5", "mine.77")}
+    for other in others:
+        other.mkdir()
+    for point in ("begin", "filled", "sync"):
+        with writer(kind, target, point) as killed:
+            assert killed.wait(60) == -signal.SIGKILL
+        left = {path.suffix for path in tmp_path.iterdir() if path not in others}
+        assert left == ({".tmp", ".lock"} if kind == "new_folder" else {".tmp"})
+        with {"new_folder": new_folder, "replacing": replacing}[kind](target) as aside:
+            (aside / "one" if kind == "new_folder" else aside).write_text("whole")
+        assert {*tmp_path.iterdir()} == {target, *others}, "a folder of another name is nobody's leftover"
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def test_a_second_writer_of_a_folder_says_so(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with writer("new_folder", target, "wait filled") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "filled\n"
+        there = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OSError, match=f"another process is writing {target}: wait for it, or choose another"):
+            new_folder(target).__enter__()
+        assert sorted(tmp_path.rglob("*")) == there
+        assert first.communicate("\n")[0] == "wrote\n"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out"]
+    assert (target / "one").read_text() == "x" * 1000
+
+
+def test_a_living_writer_of_a_file_is_left_alone(tmp_path: Path) -> None:
+    with writer("replacing", tmp_path / "out", "wait filled") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "filled\n"
+        write_json(tmp_path / "out", {"a": 1})
+        assert len(list(tmp_path.iterdir())) == 2
+        assert first.communicate("\n")[0] == "wrote\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_text() == "x" * 1000, "the last one rules"
+
+
+def test_of_writers_that_begin_together_one_wins(tmp_path: Path) -> None:
+    writers = [writer("new_folder", tmp_path / "out") for _ in range(5)]
+    said = [one.communicate(timeout=60)[0] for one in writers]
+    assert said.count("wrote\n") == 1
+    assert all("another process is writing" in text or "exists already" in text for text in said if text != "wrote\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_file_that_is_removed_locks_all_the_same(tmp_path: Path) -> None:
+    """Whoever waits for a lock file that its holder removes takes the next one of that name."""
+    path, held = tmp_path / "lock", []
+    with locked(path, remove=True):
+        child = subprocess.Popen(
+            [sys.executable, "-c", LOCKER, str(path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "waits\n"
+    with child:
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(TimeoutError), locked(path, patience=0):
+            held.append(path)
+        child.communicate("\n")
+    assert held == list(tmp_path.iterdir()) == []
+
+
+LOCKER = """
+import sys
+from pathlib import Path
+from accessory.files import locked
+with locked(Path(sys.argv[1]), on_wait=lambda: print("waits", flush=True), remove=True):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_without_locks_leftovers_are_only_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = [tmp_path / ".out.77.tmp", tmp_path / f".out.{os.getpid()}.tmp"]
+    for folder in left:
+        folder.mkdir()
+    (file := tmp_path / ".file.77.tmp").touch()
+    monkeypatch.setattr(fcntl, "flock", unlockable)
+    monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
+    with new_folder(tmp_path / "out") as aside:
+        write_json(aside / "a", {})
+    write_json(tmp_path / "file", {})
+    assert {*tmp_path.iterdir()} == {*left, file, tmp_path / "out", tmp_path / "file"}
+    assert caplog.text.count("was left by an interrupted run: remove it if none is writing it now") == 2
+
+
+def test_a_failure_takes_away_the_folders_that_were_made_for_it(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "a" / "b" / "c") as aside:
+            (aside / "one").touch()
+            raise RuntimeError("in the middle")
+
+    assert error_of(fail) == ("RuntimeError", "in the middle")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    kind, text = error_of(new_folder(tmp_path / "file" / "out").__enter__)
+    assert (kind, f"{tmp_path}/file" in text) == ("NotADirectoryError", True)
+
+
+# --- modes
+
+
+@pytest.fixture(params=[0o022, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def setting(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A model whose tokenizer and templates are read-only, as a store of models has them."""
+    setting = make_setting(tmp_path_factory.mktemp("modes"), small_tokenizer)
+    more = setting.model / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("{{ messages[0].content }}")
+    (setting.model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for path in (more / "rag.jinja", more, setting.model / "chat_template.jinja", setting.model / "tokenizer.model"):
+        path.chmod(0o555 if path.is_dir() else 0o400)
+    return setting
+
+
+def odd_modes(folder: Path, umask: int) -> list[str]:
+    """What has another mode than the umask gives to what is written without thought."""
+    found = []
+    for path in folder.rglob("*"):
+        plain = 0o777 if path.is_dir() else 0o666
+        if (mode := stat.S_IMODE(path.stat().st_mode)) != plain & ~umask:
+            found.append(f"{path.relative_to(folder)}: {mode:o}")
+    return found
+
+
+def finetune_with(umask: int, setting: Setting, arguments: list[str]) -> None:
+    before = os.umask(umask)
+    try:
+        finetune_on_rank(setting, arguments)
+    finally:
+        os.umask(before)
+
+
+def test_all_that_is_written_has_one_mode(
+    umask: int, setting: Setting, ranks: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    cache = Setting(tmp_path / "data")  # whose cache is made anew
+    shutil.copytree(setting.folder / "base", cache.folder / "base")
+    shutil.copy(setting.folder / "data.json", cache.folder)
+    shutil.copy(setting.folder / "data.yaml", cache.folder)
+    arguments = cache.arguments(out / "run", max_steps=2, lora_rank=2, save_iteration_interval=1, keep_last=1)
+    ranks(1).run(finetune_with, umask, cache, arguments)
+    (run,) = (out / "run").glob("epoch*")
+    export_adapter(run, out / "peft")
+    split(cache.model, out / "split", mp=2)
+    merge(cache.model, run, out / "merged")
+    quantize_checkpoint(cache.model, out / "int8", QuantArgs(type="int8"))
+    save_shard(out / "shard.pth", random_tensors(small_config(dim=32, hidden_dim=16), 1))
+    docstring_dialogues.main([str(out / "dialogues"), "--limit", "3"])
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
+    prepare_data.main(["evol-codealpaca", str(tmp_path / "raw.jsonl"), str(out / "prepared.json")])
+    shutil.move(cache.folder / "cache", out / "cache")
+    assert odd_modes(out, umask) == []
+    assert (out / "peft" / "adapter_model.safetensors").exists()
+    assert (out / "split" / "additional_chat_templates" / "rag.jinja").exists()
