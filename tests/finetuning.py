@@ -178,3 +178,8 @@ def alone(arguments: Sequence[str]) -> list[str | Path]:
 def under_torchrun(size: int, arguments: Sequence[str], *settings: str) -> list[str | Path]:
     """The command as so many ranks; ``settings`` are torchrun's."""
     return [PYTHON.with_name("torchrun"), "--standalone", "--nproc-per-node", str(size), *settings, SCRIPT, *arguments]
+
+
+def with_nproc(size: int, arguments: Sequence[str]) -> list[str | Path]:
+    """The command as so many ranks that it starts itself; 1: as one process."""
+    return [PYTHON, "-m", "accessory", "finetune", "--nproc", str(size), *arguments]

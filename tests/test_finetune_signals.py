@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, and launchers that die: a run that is asked to stop saves, ends, and can be gone on with."""
+"""Signals, Ctrl-C and launchers that die: a run that is asked to stop saves, ends, and can be gone on with."""
 
 import contextlib
 import fcntl
@@ -20,18 +20,19 @@ from finetuning import (
     latest_state,
     layout,
     log_lines,
-    losses,
     make_setting,
     model_tensors,
     state_tensors,
     under_torchrun,
+    with_nproc,
 )
-from programs import Program, by_hand
+from programs import Program, by_hand, slowed
 from ranks import RankPool, assert_same
 
 from accessory.data.cache import CACHE_VARIABLE
 from accessory.train import loop
 from accessory.train.interruption import Stop
+from accessory.train.shelf import Shelf
 from accessory.train.state import StateStore
 
 Pools = Callable[[int], RankPool]
@@ -126,24 +127,40 @@ def lock_of_tokens(setting: Setting, cache: Path) -> Iterator[dict[str, str]]:
         yield {CACHE_VARIABLE: str(cache)}
 
 
-def stopped_after(program: Program, why: str) -> int:
+@pytest.fixture(autouse=True)
+def _sigint_is_heard() -> Iterator[None]:
+    """Also where the tests run as a background job of a shell, whose programs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def stopped_after(program: Program, why: str, output: Path) -> int:
     """The step after which the run says that it stopped."""
     line = program.wait_for(r"stopped after step \d+")
-    match = re.search(r"stopped after step (\d+) \((.*)\), \d+ steps are left: go on with --auto_resume$", line)
+    match = re.search(
+        r"stopped after step (\d+) \((.*)\), \d+ steps are left: saved as (\S+), go on with --auto_resume$", line
+    )
     assert match is not None, line
     assert match[2] == why
+    assert match[3] == str(latest_state(output))
     return int(match[1])
 
 
-def test_one_process_saves_and_goes_on(ranks: Pools, setting: Setting, tmp_path: Path) -> None:
+def warnings_of(program: Program) -> list[str]:
+    """What the run's ranks and its launcher have said, beside their progress and torchrun's own lines."""
+    return [line for line in program.lines if re.match(r"(\[rank \d+\] )?(WARNING|ERROR):", line)]
+
+
+def test_ctrl_c_saves_the_step_and_the_run_goes_on(ranks: Pools, setting: Setting, tmp_path: Path) -> None:
     output, options = tmp_path / "run", {**layout(1, 1), "epochs": MANY}
-    with Program(alone(setting.arguments(output, **options)), setting.environment) as program:
+    with Program(with_nproc(1, setting.arguments(output, **options)), setting.environment) as program:
         program.wait_for(FIRST_STEP)
-        program.send(signal.SIGUSR1)
-        step = stopped_after(program, "a signal")
-        assert program.wait() == 0
+        program.send(signal.SIGINT)
+        step = stopped_after(program, "Ctrl-C", output)
+        assert program.wait() == 130
         program.wait_for_all(5)
-        assert "error" not in program.text.lower()
+        assert len(warnings_of(program)) == 1
     assert latest_state(output).name == f"step-{step:08d}"
     whole = tmp_path / "whole"
     for folder in (output, whole):
@@ -153,28 +170,98 @@ def test_one_process_saves_and_goes_on(ranks: Pools, setting: Setting, tmp_path:
     assert_same(state_tensors(latest_state(output)), state_tensors(latest_state(whole)))
 
 
+def test_a_second_ctrl_c_ends_at_once_within_a_save(setting: Setting, tmp_path: Path) -> None:
+    arguments = setting.arguments(tmp_path, **layout(1, 1), epochs=MANY, save_iteration_interval=8, auto_resume=True)
+    with Program(alone(arguments), setting.environment) as program:
+        program.wait_for(r"step-00000004: saved")
+        # In the middle of writing, however busy the machine is.
+        with slowed([program.process.pid], 0.05):
+            line = program.wait_for(r"step-0000000[89]: writing|step-000000[1-9]\d: writing")
+            program.send(signal.SIGINT)
+            program.wait_for("another Ctrl-C ends at once")
+            program.send(signal.SIGTERM)  # whichever it is
+            assert program.wait() == 130
+        finder = f"no training state in {tmp_path / 'checkpoints'}: beginning anew"
+        (missing, said) = warnings_of(program)
+        assert finder in missing
+    last = latest_state(tmp_path)
+    assert said.endswith(f"ended at once (Ctrl-C): the last one saved is {last}; go on with --auto_resume")
+    assert not Shelf.incomplete(last)
+    written = re.search(r"step-\d+", line)
+    assert written is not None
+    assert last.name <= written[0]
+
+
+def two_ranks(launcher: str, *settings: str) -> Callable[[list[str]], list[str | Path]]:
+    """The command on two ranks."""
+    return lambda arguments: (
+        under_torchrun(2, arguments, *settings) if launcher == "torchrun" else with_nproc(2, arguments)
+    )
+
+
 @pytest.mark.parametrize(
-    ("number", "settings", "why"),
+    ("command", "number", "why", "code"),
     [
-        (signal.SIGTERM, [], "a signal"),
-        (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "600"], "a signal"),
-        (signal.SIGKILL, [], "the launcher is gone"),
+        (
+            two_ranks("torchrun", "--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "600"),
+            signal.SIGUSR1,
+            "a signal",
+            1,  # fact of torchrun: it fails also where its workers end well
+        ),
+        (two_ranks("torchrun"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL),
+        (two_ranks("--nproc"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL),
+        (two_ranks("--nproc"), signal.SIGINT, "Ctrl-C", 130),
     ],
+    ids=["torchrun, SIGUSR1", "torchrun, SIGKILL", "nproc, SIGKILL", "nproc, Ctrl-C"],
 )
-def test_ranks_save_when_torchrun_is_ended(
-    number: signal.Signals, settings: list[str], why: str, setting: Setting, tmp_path: Path
+def test_ranks_save_when_their_launcher_is_ended(
+    command: Callable[[list[str]], list[str | Path]],
+    number: signal.Signals,
+    why: str,
+    code: int,
+    setting: Setting,
+    tmp_path: Path,
 ) -> None:
     arguments = setting.arguments(tmp_path, **layout(2, 1), epochs=MANY, keep_last=1)
-    with Program(under_torchrun(2, arguments, *settings), setting.environment) as program:
+    with Program(command(arguments), setting.environment) as program:
         program.wait_for(FIRST_STEP)
-        program.send(number)
-        step = stopped_after(program, why)
-        # Fact of torchrun: it fails also where its workers end well.
-        assert program.wait() == (-signal.SIGKILL if number is signal.SIGKILL else 1)
+        if number is signal.SIGINT:  # a terminal tells every process of the foreground
+            os.killpg(program.process.pid, number)
+        else:
+            program.send(number)
+        step = stopped_after(program, why, tmp_path)
+        assert program.wait() == code
         program.wait_for_all(10)
-        assert "ERROR" not in program.text
+        assert len(warnings_of(program)) == 1
     assert latest_state(tmp_path).name == f"step-{step:08d}"
-    assert len(losses(tmp_path)) == step
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "--nproc"])
+def test_a_second_ctrl_c_ends_all_ranks_at_once(launcher: str, setting: Setting, tmp_path: Path) -> None:
+    """Though the main thread of rank 0 waits in a collective for a rank that does not come."""
+    arguments = setting.arguments(tmp_path, **layout(2, 1), epochs=MANY, save_iteration_interval=4)
+    with Program(two_ranks(launcher)(arguments), setting.environment) as program:
+        program.wait_for(r"step-00000002: saved")
+        second = program.rank(1)
+        os.kill(second, signal.SIGSTOP)
+        program.send(signal.SIGINT)
+        program.wait_for("another Ctrl-C ends at once")
+        program.send(signal.SIGINT)
+        program.wait_for(r"ended at once \(Ctrl-C\): the last one saved is .*; go on with --auto_resume$")
+        os.kill(second, signal.SIGCONT)
+        assert program.wait() == (1 if launcher == "torchrun" else 130)
+        program.wait_for_all(10)
+        assert len(warnings_of(program)) == 1
+    assert not Shelf.incomplete(latest_state(tmp_path))
+
+
+def test_before_the_first_step_ctrl_c_ends_at_once(setting: Setting, unbroken: Path, tmp_path: Path) -> None:
+    command = with_nproc(1, setting.arguments(tmp_path / "run", **layout(1, 1)))
+    with lock_of_tokens(setting, tmp_path / "cache") as environment, Program(command, environment) as program:
+        program.wait_for(TOKENISES)
+        program.send(signal.SIGINT)
+        assert program.wait(10) == 130
+        assert program.lines[-1] == "WARNING: ended before the first step (Ctrl-C): there was nothing to save"
 
 
 def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, unbroken: Path, tmp_path: Path) -> None:
@@ -188,7 +275,9 @@ def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, un
         # Nothing but its peer's death tells rank 0 that the run is over.
         assert first.wait(60) == 1
         (said,) = (line for line in first.lines if "ERROR" in line)
-        assert said.startswith(f"ERROR: rank 1 on {os.uname().nodename} is gone (ended by a signal, or its host cut off)")
+        assert said.startswith(
+            f"ERROR: rank 1 on {os.uname().nodename} is gone (ended by a signal, or its host cut off)"
+        )
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 

@@ -18,6 +18,8 @@ _LESS_MEMORY = (
     "more ranks, or an adapter (--llama_type mistral_peft)"
 )
 
+_SAME_SIGNAL = 0.2  # seconds
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
@@ -80,7 +82,8 @@ def _train(options: FinetuneOptions, launch: Launch, interruption: Interruption)
     from accessory.train.finetune import COLLECTIVE_TIMEOUT, finetune
 
     def say_unless_leaving(error: Exception) -> None:
-        if not interruption.leaves:
+        # A peer may have gone by the signal that this rank gets next.
+        if not interruption.leaves.wait(_SAME_SIGNAL):
             say(error)
 
     with process_group_of_launcher(

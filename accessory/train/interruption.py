@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _GRACE = 600.0
 # Before they leave at once the other ranks wait so long: rank 0 gets the same signal, and speaks for all.
 _RANK_0_SPEAKS = 1.0
+_TOGETHER = 0.01
 _CTRL_C = 128 + signal.SIGINT
 
 
@@ -62,12 +63,12 @@ class Interruption:
 
     Attributes:
         saves: set while a last checkpoint is written; the process is then left to end it.
-        leaves: set when the process is about to end at once, and what its peers say of that is no news.
+        leaves: set when the process is about to end at once: that others end as well is no news then.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._asked = [Stop.NO]  # to which both threads append
-        self.saves = self.leaves = False
+        self.saves, self.leaves = False, threading.Event()
         self._launch, self._parent = launch, Parent(launch)
         self._saved: Callable[[], Path | None] | None = None
         self._interrupted = False
@@ -123,8 +124,11 @@ class Interruption:
         end: float | None = None
         while not self._over.is_set():
             ready, _, _ = select.select([self._reads], [], [], LOOK_EVERY)
-            for number in os.read(self._reads, 64) if ready else b"":
-                self._take(number)
+            if ready:
+                # Those that came while the process was held are handled in any order: SIGINT first.
+                self._over.wait(_TOGETHER)
+                for number in sorted(os.read(self._reads, 64)):
+                    self._take(number)
             if end is None and self._parent.is_gone:
                 self._asked.append(Stop.LAUNCHER_GONE)
                 end = time.monotonic() + (0.0 if self._saved is None else _GRACE)
@@ -150,7 +154,7 @@ class Interruption:
 
     def _leave(self, message: str) -> None:
         """End the process, wherever its main thread is; what it was writing has no name yet."""
-        self.leaves = True
+        self.leaves.set()
         if self._launch.rank == 0:
             logger.warning("%s", message)
         elif self._over.wait(_RANK_0_SPEAKS):
