@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from accessory import __version__
 from accessory.arguments import Parser
 from accessory.commands import chat, checkpoints, finetune, generate, serve, show
 from accessory.commands.output import ended, say
@@ -74,6 +75,7 @@ def _refuse(error: ValueError) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
+    parser.add_argument("--version", action="version", version=f"accessory {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (checkpoints, generate, finetune, chat, serve, show):
         part.add_commands(commands)

@@ -10,8 +10,8 @@ from typing import Any
 _SHORTAGE = re.compile(r"\b(CUDA|HIP) (driver )?(error: )?out of memory|can't allocate memory")
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+ \w+)", re.IGNORECASE)
 _REMEDY = (
-    "hold the model on more ranks or in fewer bits (--quant), or let it do less at once "
-    "(a smaller --max_seq_len, fewer --slots, fewer or shorter prompts)"
+    "hold the model on more ranks or in fewer bits (quant), or let it do less at once "
+    "(a smaller max_seq_len, fewer slots, fewer or shorter prompts)"
 )
 _CARD = re.compile(r"GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free")
 
@@ -74,6 +74,17 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+def shown_bytes(count: float) -> str:
+    """So many bytes, to be read.
+
+    Example: shown_bytes(16_500_000) is "16.50 MB".
+    """
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def shown_keys(record: Mapping[Any, Any]) -> str:

@@ -52,6 +52,6 @@ def completions(
     for step in complete(llma, Letters(eos_id), prompts, sampling):
         for progress in step:
             assert progress.index not in texts, "a finished sequence moved again"
-            if progress.finished:
+            if progress.finish:
                 texts[progress.index] = progress.text
     return [[ord(letter) - FIRST_LETTER for letter in texts[index]] for index in range(len(prompts))]

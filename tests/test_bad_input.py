@@ -543,7 +543,7 @@ def _fewer_words(held: dict[str, torch.Tensor]) -> None:
 # -- arguments
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "images wanted": ({"with_visual": True}, ("with_visual=True", "leave it False")),
+    "images wanted": ({"with_visual": True}, ("with_visual is True", "leave it False")),
     "quantization unknown": ({"quant": "int3"}, ("quant 'int3' is unknown", "choose from int8, int4, nf4")),
     "quantization in groups": ({"quant": "nf4"}, ("are not whole groups of 64 (nf4)", "none; int8 has no groups")),
     "dtype unknown": ({"dtype": "int8"}, ("dtype 'int8'", "bf16, fp16, fp32, auto")),
@@ -865,7 +865,7 @@ CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "a prompt of None": ("generate", {"prompts": [None]}, ("prompts[0]", "None", "must be a text")),
     "a prompt of no tokens": ("generate", {"prompts": [[]]}, ("prompts[0]", "has no tokens")),
     "a prompt of other tokens": ("generate", {"prompts": [[1, 10**6]]}, ("prompts[0]", "outside the vocabulary")),
-    "a prompt without UTF-8": ("generate", {"prompts": ["a\udce4"]}, ("lone surrogate", "errors='replace'")),
+    "a prompt without UTF-8": ("generate", {"prompts": ["a\udce4"]}, ("lone surrogate", "no UTF-8")),
     "stream of a list": ("stream_generate", {"prompt": ["a"]}, ("['a']", "must be a text")),
     "stream of None": ("stream_generate", {"prompt": None}, ("None", "must be a text")),
     "max_gen_len 0": ("generate", {"max_gen_len": 0}, ("max_gen_len", "not 0", "at least 1")),
@@ -955,7 +955,7 @@ DIFFERING: list[tuple[str, dict[int, dict[str, Any]], tuple[str, ...]]] = [
     ("generate", {1: {"additional_stop_symbols": ["#"]}}, ("different arguments", "same prompts and settings")),
     ("generate", {0: {"prompts": "a"}}, ("'a'", "non-empty list of texts")),
     ("generate", {1: {"prompts": [3]}}, ("prompts[0]", "must be a text")),
-    ("generate", {1: {"prompts": ["\ud800"]}}, ("lone surrogate", "errors='replace'")),
+    ("generate", {1: {"prompts": ["\ud800"]}}, ("lone surrogate", "no UTF-8")),
     ("generate", {0: {"prompts": []}, 1: {"top_p": 2}}, ("prompts", "non-empty list of texts")),
     ("generate", {1: {"images": ["cat.png"]}}, ("image", "pass None")),
     ("stream_generate", {1: {"prompt": "b"}}, ("different arguments", "same prompts")),

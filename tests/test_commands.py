@@ -389,7 +389,7 @@ def test_a_lack_of_memory_is_one_line(step, error, facts, folder, capsys, monkey
     assert main(["generate", str(folder), "--prompt", "a", "--device", "cpu"]) == 1
     told = capsys.readouterr()
     assert told.out == ""
-    says = f"error: out of memory{facts}: hold the model on more ranks or in fewer bits (--quant), or let it do less"
+    says = f"error: out of memory{facts}: hold the model on more ranks or in fewer bits (quant), or let it do less"
     assert told.err.splitlines()[-1].startswith(says)
     assert "Traceback" not in told.err
 
@@ -416,6 +416,8 @@ def test_generate_refuses_once_under_torchrun(processes, folder, tmp_path):
     # The one traceback is torchrun's.
     assert done.stderr.count("Traceback") == 1
     assert re.search(r"Traceback .*\n  File \"\S+/torchrun", done.stderr)
+    # Its report of what came first ends with our line, above the last rule.
+    assert done.stderr.splitlines()[-2] == f"  traceback : {errors[0].removeprefix('error: ')}"
 
 
 @pytest.mark.parametrize(

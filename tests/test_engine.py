@@ -215,7 +215,7 @@ def test_a_free_slot_is_taken_at_once() -> None:
     )
     moved = [[progress.index for progress in step] for step in steps]
     assert moved[:3] == [[0, 1], [2], [1, 2]]
-    assert steps[0][0].finished
+    assert steps[0][0].finish
     assert steps[0][0].text == ""
     assert model.prefills == [3, 2]
 
@@ -228,7 +228,7 @@ def test_every_step_reports_the_text_so_far() -> None:
     ]
     for number, step in enumerate(engine.complete(model, Letters(), prompts, Sampling(max_gen_len=count)), 1):  # type: ignore[arg-type]
         assert [progress.text for progress in step] == [text[:number] for text in texts]
-        assert [progress.finished for progress in step] == [number == count] * 2
+        assert [progress.finish is not None for progress in step] == [number == count] * 2
 
 
 def test_a_stop_string_ends_a_sequence_and_frees_its_slot() -> None:
@@ -240,7 +240,7 @@ def test_a_stop_string_ends_a_sequence_and_frees_its_slot() -> None:
         progress
         for step in engine.complete(model, Letters(), [[5], [7, 1]], sampling)  # type: ignore[arg-type]
         for progress in step
-        if progress.finished
+        if progress.finish
     ]
     assert [progress.index for progress in last] == [0, 1]
     assert last[0].text == "".join(chr(FIRST_LETTER + token) for token in tokens[:3])

@@ -678,7 +678,7 @@ def test_the_form_that_lies_beside_a_model(folder: Path) -> None:
     ("asked", "files", "says"),
     [
         ("llama", {}, "chat_template 'llama' is no file.*default, alpaca, mixtral-instruct, model"),
-        ("model", {}, "--chat_template model: no chat template lies in"),
+        ("model", {}, "chat_template model: no chat template lies in"),
         ("{{ x }}" * 1000, {}, "is no file"),
         (None, {"jinja": "a\n{% if %}"}, "chat_template.jinja: line 2 of the chat template: Expected an expression"),
         (None, {"jinja": "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"}, "jinja: "),

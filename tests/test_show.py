@@ -233,7 +233,7 @@ def test_control_characters_of_the_data_are_harmless(show: Show) -> None:
     [
         ([], "not valid YAML"),
         (["--model", "/absent"], "/absent"),
-        (["--chat_template", "vicuna"], "--chat_template 'vicuna' is no file and unknown as a name"),
+        (["--chat_template", "vicuna"], "chat_template 'vicuna' is no file and unknown as a name"),
         (["--chat_template", "model"], "no chat template lies in"),
     ],
 )

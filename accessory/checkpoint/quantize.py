@@ -14,7 +14,7 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.quantizing import Piece, pieces
 from accessory.checkpoint.weights import StoredWeights
 from accessory.checkpoint.writer import create_shard
-from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
+from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs, QuantForm
 from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
@@ -31,14 +31,15 @@ from accessory.quant import (
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was quantized: how many matrices, how many weights they have, and their bytes now."""
+    """What was quantized: into which type, how many matrices, how many weights they have, and their bytes now."""
 
+    type: QuantForm
     matrices: int
     weights: int
     now: int
 
     def __str__(self) -> str:
-        return f"quantized {self.matrices} matrices: {shown_quantized(self.now, self.weights)}"
+        return f"quantized {self.matrices} matrices into {self.type}: {shown_quantized(self.now, self.weights)}"
 
 
 # Of the matrices (R, D) of a model, by parameter and place along its leading axes.
@@ -144,7 +145,7 @@ def _fill(
                 _write(weight, piece, wanted, shards)
                 matrices, now = matrices + 1, now + weight.nbytes
                 count += math.prod(weight.shape)
-    return QuantizeReport(matrices, count, now)
+    return QuantizeReport(args.quant.type, matrices, count, now)
 
 
 def _write(weight: QuantizedWeight, piece: Piece, wanted: list[Source], shards: list[dict[str, Tensor]]) -> None:

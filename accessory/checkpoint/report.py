@@ -12,7 +12,7 @@ from accessory.checkpoint.formats import Source
 from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.reader import Checkpoint
 from accessory.config import ModelArgs
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.plan import is_adapter, local_box, parameter_shapes
@@ -57,7 +57,7 @@ def describe(
     size = sum(path.stat().st_size for path in manifest.shards)
     yield f"folder      {manifest.folder}"
     yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
-    yield f"shards      {len(manifest.shards)}, {_bytes(size)} in all"
+    yield f"shards      {len(manifest.shards)}, {shown_bytes(size)} in all"
     yield from _sizes(args)
     if args.quant is not None:
         groups = f", groups of {args.quant.group_size}" if args.quant.type == "int4" else ""
@@ -153,7 +153,7 @@ def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int]) -> str:
         local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * itemsizes[name]
         for name, shape in parameter_shapes(args)
     )
-    return f'{_bytes(size)} for each rank (expert_placement "{placement}")'
+    return f'{shown_bytes(size)} for each rank (expert_placement "{placement}")'
 
 
 def _remarks(manifest: Manifest) -> Iterator[str]:
@@ -163,10 +163,3 @@ def _remarks(manifest: Manifest) -> Iterator[str]:
         yield 'missing     meta.json: taken as {"llama_type": "mistral"}'
     if manifest.odd:
         yield f"odd         {', '.join(manifest.odd)}: no part of a checkpoint"
-
-
-def _bytes(count: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} bytes"

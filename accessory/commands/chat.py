@@ -18,7 +18,12 @@ from accessory.serve.options import (
 
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the command."""
-    chat = commands.add_parser("chat", help="talk to a model in the terminal")
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model in the terminal",
+        description="Talk to a model in the terminal; /help lists what can be said to the program itself.",
+        epilog="example: accessory chat runs/finetuned/epoch11 --nproc 2",
+    )
     add_model_arguments(chat, positional=True)
     add_nproc_argument(chat)
     add_master_arguments(chat)

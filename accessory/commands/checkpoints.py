@@ -10,44 +10,80 @@ from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the commands."""
-    tiny = commands.add_parser("tiny", help="train a tiny Mixtral on Python's own documentation")
+    tiny = commands.add_parser(
+        "tiny",
+        help="train a tiny Mixtral on Python's own documentation",
+        description="Train a tiny Mixtral (4 layers, 8 experts) and its tokenizer on the documentation that ships with "
+        "Python, and write them as the official release does: consolidated.00.pth, params.json, tokenizer.model.",
+        epilog="example: accessory tiny --out runs/tiny",
+    )
     tiny.add_argument("--out", type=given_path, required=True, help="folder to write, e.g. runs/tiny")
     tiny.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the full recipe)")
-    tiny.add_argument("--seed", type=given_seed, default=0)
+    tiny.add_argument("--seed", type=given_seed, default=0, help="of the weights and of the order (default 0)")
     tiny.set_defaults(run=_tiny)
 
-    split = commands.add_parser("split", help="write a checkpoint as N shards, ready to load")
+    split = commands.add_parser(
+        "split",
+        help="write a checkpoint as N shards, ready to load",
+        description="Write a checkpoint as N shards, tensor by tensor, without holding more than one of them. A folder "
+        "of any number of shards loads on any number of ranks; as many shards as ranks are read fastest.",
+        epilog="example: accessory split runs/tiny runs/tiny/converted --mp 8",
+    )
     split.add_argument("source", type=given_path, help="folder with consolidated.00.pth, or with other shards")
     split.add_argument("destination", type=given_path, help="folder to write")
     split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
     add_config_argument(split)
     split.set_defaults(run=_split)
 
-    merge = commands.add_parser("merge", help="write a base and its adapter as one plain checkpoint")
+    merge = commands.add_parser(
+        "merge",
+        help="write a base and its adapter as one plain checkpoint",
+        description="Add an adapter's updates to the weights of its base, matrix by matrix, and write the sum as a "
+        "plain checkpoint; says by how much each group of weights moved.",
+        epilog="example: accessory merge runs/tiny/converted runs/adapter/epoch11 runs/merged",
+    )
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
     merge.add_argument("destination", type=given_path, help="folder to write")
     add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
 
-    export = commands.add_parser("export-adapter", help="write an adapter as a folder of Hugging Face's peft")
+    export = commands.add_parser(
+        "export-adapter",
+        help="write an adapter as a folder of Hugging Face's peft",
+        description="Write an adapter as adapter_model.safetensors and adapter_config.json, which Hugging Face's peft "
+        "loads above the base in transformers.",
+        epilog="example: accessory export-adapter runs/adapter/epoch11 runs/adapter-hf",
+    )
     export.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
     export.add_argument("destination", type=given_path, help="folder to write")
     add_config_argument(export)
     export.set_defaults(run=_export_adapter)
 
-    quantize = commands.add_parser("quantize", help="write a checkpoint with its matrices in 8 or 4 bits")
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a checkpoint with its matrices in 8 or 4 bits",
+        description="Write a checkpoint with the matrices of its attention and experts in 8 or 4 bits (nf4 unless told "
+        "otherwise), so that loading needs no further work.",
+        epilog="example: accessory quantize runs/tiny/converted runs/tiny/int4 --quant int4 --calibrate text.txt",
+    )
     quantize.add_argument("source", type=given_path, help="checkpoint folder")
     quantize.add_argument("destination", type=given_path, help="folder to write")
-    add_quant_flags(quantize)
+    add_quant_flags(quantize, always=True)
     quantize.add_argument(
-        "--calibrate", type=given_path, help="text file: int4 is then rounded with an eye on its inputs"
+        "--calibrate", type=given_path, metavar="FILE", help="text file: int4 is then rounded with an eye on its inputs"
     )
     add_config_argument(quantize)
     quantize.set_defaults(run=_quantize)
 
-    inspect = commands.add_parser("inspect", help="say what a checkpoint folder holds")
-    inspect.add_argument("folder", type=given_path)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint folder holds",
+        description="Say what a checkpoint folder holds: its form, sizes, dtypes, the bytes that each rank would load, "
+        "and what is missing or odd. Every shard's tensors are held against the config.",
+        epilog="example: accessory inspect runs/tiny/converted --check-values",
+    )
+    inspect.add_argument("folder", type=given_path, help="checkpoint folder")
     inspect.add_argument(
         "--check-values", action="store_true", help="read all weights: NaN, infinity, unlike copies are errors"
     )

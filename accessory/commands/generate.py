@@ -14,7 +14,13 @@ from accessory.arguments import given_path, given_seed
 from accessory.commands.output import say, show
 from accessory.files import replacing
 from accessory.log import global_rank
-from accessory.serve.options import add_model_arguments, add_template_argument, form_of, model_settings
+from accessory.serve.options import (
+    add_model_arguments,
+    add_nproc_argument,
+    add_template_argument,
+    form_of,
+    model_settings,
+)
 
 if TYPE_CHECKING:
     from accessory.generation.engine import Progress
@@ -37,6 +43,7 @@ def add_commands(commands: Any) -> None:
         epilog='example: accessory generate runs/tiny/converted --prompt "The list method" --max-gen-len 64',
     )
     add_model_arguments(generate, positional=True)
+    add_nproc_argument(generate)
     prompts = generate.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="may be repeated; -: each line of standard input")
     help_text = "file with a prompt on each line; -: standard input"

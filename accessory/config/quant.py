@@ -70,21 +70,29 @@ class QuantArgs:
         return dataclasses.asdict(self)
 
 
-def add_quant_flags(parser: Any) -> None:
+def add_quant_flags(parser: Any, *, always: bool = False) -> None:
     """Give a command the flags --quant, --group-size and --quant-head.
 
     Args:
         parser: an argparse parser, or a group of one.
+        always: the command quantizes whether it is told so or not.
     """
+    kinds = f"{', '.join(QUANT_FORMS[:-1])} or {QUANT_FORMS[-1]}"
+    loading = f"quantize the matrices of attention and experts while loading: {kinds} ({DEFAULT_FORM} without TYPE)"
     parser.add_argument(
         "--quant",
         nargs="?",
         const=DEFAULT_FORM,
         metavar="TYPE",
-        help="quantize the matrices of attention and experts while loading: int8, int4 or nf4 (without TYPE)",
+        help=f"{kinds} (default {DEFAULT_FORM})" if always else loading,
     )
     parser.add_argument(
-        "--group_size", "--group-size", type=int, default=64, help="of int4: inputs that share a scale, 32 or 64 (64)"
+        "--group_size",
+        "--group-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of int4: inputs that share a scale, 32 or 64 (default 64)",
     )
     parser.add_argument("--quant_head", "--quant-head", action="store_true", help="quantize the output head as well")
 

@@ -35,6 +35,9 @@ def settle_dtype(
 ) -> torch.dtype:
     """The dtype to compute in, of what a user gave.
 
+    The first rank says which it is: what is asked by Python is bfloat16 unless told otherwise, as the reference page
+    has it, and what is asked by a command as the weights are stored.
+
     Args:
         dtype: a torch dtype, a name of `DTYPES`, "auto" for the stored one, or None for the default.
         stored: tells the dtype of the weights on disk.
@@ -42,6 +45,16 @@ def settle_dtype(
     Raises:
         ValueError: anything else.
     """
+    chosen = _chosen(dtype, stored, state)
+    if state.is_first and (on_disk := stored()) in DTYPES.values():
+        name, other = (str(one).removeprefix("torch.") for one in (chosen, on_disk))
+        keeps = "" if on_disk == torch.bfloat16 else ", which dtype auto keeps"
+        as_stored = "as they are stored" if chosen == on_disk else f"stored in {other}{keeps}"
+        logger.info("computing with the weights in %s, %s", name, as_stored)
+    return chosen
+
+
+def _chosen(dtype: torch.dtype | str | None, stored: Callable[[], torch.dtype], state: ParallelState) -> torch.dtype:
     if isinstance(dtype, str) and dtype == "auto":
         on_disk = stored()
         if on_disk == torch.bfloat16:

@@ -85,7 +85,7 @@ class MetaModel(nn.Module):
 
         def settle() -> tuple[ParallelState, Pretrained, torch.dtype]:
             if with_visual:
-                raise ValueError("with_visual=True: Mixtral has no image encoder; leave it False")
+                raise ValueError("with_visual is True: Mixtral has no image encoder; leave it False")
             state = replace(members, device=pick_device(device, mp_group))
             found = Pretrained.resolve(
                 pretrained_path,

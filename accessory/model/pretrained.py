@@ -22,6 +22,7 @@ from accessory.model.lora import begin_adapters
 from accessory.parallel.box import Box
 from accessory.parallel.plan import local_boxes, matrix_of
 from accessory.parallel.state import ParallelState, agreed
+from accessory.quant import shown_quantized
 from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -178,13 +179,10 @@ def fill_parameters(
 
 def _describe_quantized(parameters: Mapping[str, Tensor], boxes: Mapping[str, Box], args: ModelArgs) -> str:
     assert args.quant is not None
-    plain = 2 * sum(box.numel for box in matrix_boxes(boxes, args).values())  # bytes in bfloat16
+    weights = sum(box.numel for box in matrix_boxes(boxes, args).values())
     own = sum(tensor.nbytes for name, tensor in parameters.items() if matrix_of(name)[1])
     head = ", experts and output head" if args.quant.head else " and experts"
-    return (
-        f"attention{head} in {args.quant.type}: {own / 1e6:,.1f} MB on this rank, "
-        f"{own / max(1, plain):.1%} of bfloat16's, {(plain - own) / 1e6:,.1f} MB saved"
-    )
+    return f"attention{head} in {args.quant.type}: on this rank {shown_quantized(own, weights)}"
 
 
 def _quantized(args: ModelArgs, asked: QuantArgs | None, manifests: Sequence[Manifest]) -> ModelArgs:

@@ -4,7 +4,7 @@ from .gptq import InputMoments
 from .int8 import row_maximum
 from .parameter import TENSOR_DTYPES, QuantizedParameter, as_bits, as_stored, lay_out_for_gpu, weight_of
 from .products import gathered_linear, grouped_linear, linear
-from .weight import QuantizedWeight, quantize, quantize_calibrated
+from .weight import QuantizedWeight, quantize, quantize_calibrated, shown_quantized
 
 __all__ = [
     "TENSOR_DTYPES",
@@ -20,5 +20,6 @@ __all__ = [
     "quantize",
     "quantize_calibrated",
     "row_maximum",
+    "shown_quantized",
     "weight_of",
 ]

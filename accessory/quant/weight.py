@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory.config import QUANT_FORMS, QuantForm
+from accessory.errors import shown_bytes
 from accessory.kernels import NativeWeight, dequantize, described
 from accessory.kernels.quantized import GROUPS, NF4_GROUP, depth_of, form_of
 from accessory.quant import gptq, int4, int8, nf4
@@ -225,3 +226,9 @@ def _row_slices(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:
             index.insert(0, at)
         for begin in range(0, shape[-2], rows):
             yield (*index, slice(begin, begin + rows))
+
+
+def shown_quantized(count: int, weights: int) -> str:
+    """What quantized matrices take, for a message: ``count`` bytes for so many weights, beside bfloat16's two each."""
+    plain = 2 * weights
+    return f"{shown_bytes(count)}, {count / max(1, plain):.1%} of bfloat16's {shown_bytes(plain)}"

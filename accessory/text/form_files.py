@@ -47,7 +47,7 @@ def find_form(tokenizer: Tokenizer, folders: Sequence[str | Path], asked: str | 
         form = next((form for pair in zip(places, records, strict=True) if (form := _lying(tokenizer, *pair))), None)
         form = form or _lying(tokenizer, own, None)
         if form is None and asked == MODELS_OWN:
-            raise ValueError(f"--chat_template model: no chat template lies in {places[0]}: give a file or a name")
+            raise ValueError(f"chat_template model: no chat template lies in {places[0]}: give a file or a name")
         form = form or DefaultForm(tokenizer, learns_end=False)
     elif asked in FORMS:
         alike = (record for record in records if record and record["name"] == asked)
@@ -92,7 +92,7 @@ def trained_form(
         before = next(names, recorded["name"])
         if before != recorded["name"]:
             change = f'the checkpoint has the form "{before}", and these records have "{recorded["name"]}"'
-            logger.warning("%s: --chat_template model would keep it", change)
+            logger.warning("%s: the chat_template model would keep it", change)
     return form_of_record(tokenizer, recorded) if recorded["name"] in FORMS else asked
 
 
@@ -183,7 +183,7 @@ def _templated(tokenizer: Tokenizer, templates: dict[str, tuple[str, Path]], ask
         return _made(tokenizer, _read(Path(asked)), Path(asked), name=asked)
     known = [*FORMS, MODELS_OWN, *(name for name in templates if name not in FORMS)]
     raise ValueError(
-        f"--chat_template {shown(asked)} is no file and unknown as a name{nearest(asked, known)}: "
+        f"chat_template {shown(asked)} is no file and unknown as a name{nearest(asked, known)}: "
         f"take a file or one of {', '.join(known)}"
     )
 
