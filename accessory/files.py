@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Seconds between two looks at a lock that another process holds.
 _LOOK_EVERY = 0.2
+# Bytes by which a file is asked to grow; a full disk may still have some.
+_MORE = 1 << 20
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -249,6 +251,31 @@ def remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def no_room(error: BaseException, path: Path) -> str | None:
+    """The system's word for a write that found no room, such as "No space left on device"; None for other errors.
+
+    PyTorch's writer of archives loses that word and leaves one about its own place in the file: so the file is asked
+    to grow once more, which spoils it.
+
+    Args:
+        path: the file that was to be written, or a folder of such files.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    if "inline_container" not in str(error):
+        return None
+    try:
+        for file in path.iterdir() if path.is_dir() else [path]:
+            with file.open("ab") as end:
+                end.write(bytes(_MORE))
+    except OSError as more:
+        return more.strerror
+    return "the disk took less than was written"
 
 
 def in_units(count: int) -> str:

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import json
 import logging
+import re
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -379,6 +381,47 @@ def test_a_full_disk_on_one_rank_stops_all_alike(where: str, ranks: Any, folder:
     assert left == ["latest", "step-1"]
     assert after == ["latest", "step-1", "step-2"]
     assert end == ["latest", "step-1", "step-2", "step-5"]
+
+
+def limited_on_rank(folder: Path, output: Path, limited: tuple[int, ...]) -> list[Any]:
+    """A limit on file sizes fails as a full disk does, from the system itself, in the middle of PyTorch's writer."""
+    found: list[Any] = []
+    with running(folder, output, 2) as run:
+        run.save(1)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if run.model.llma.state.mp_rank in limited:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            found.append(error_of(run.save, 2))
+            found.append(error_of(asynchronously, run, 3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        run.store.latest()  # the first rank tidies up
+        found.append(names(output))
+        run.save(4)
+        found.append(names(output))
+    return found
+
+
+@pytest.mark.parametrize("limited", [(0, 1), (1,)], ids=["all", "one"])
+def test_a_disk_that_takes_no_more_is_said_with_what_it_takes(
+    limited: tuple[int, ...], ranks: Any, folder: Path, tmp_path: Path
+) -> None:
+    results = ranks(2).run(limited_on_rank, folder, tmp_path, limited)
+    assert results[0] == results[1]
+    *failed, left, after = results[0]
+    for step, (kind, text) in enumerate(failed, 2):
+        assert kind == "OSError"
+        reason = "File too large|the disk took less than was written"
+        where = rf"checkpoint {tmp_path}/step-{step} cannot be written on rank {limited[0]}"
+        sizes = r"it takes [\d.]+ MB, and [\d.,]+ [GT]B are free"
+        assert re.match(rf"{where} \(({reason}); {sizes}\): free space, or choose another output_dir; earlier", text), (
+            text
+        )
+        assert "\n" not in text
+        assert "inline_container" not in text
+    assert left == ["latest", "step-1"]
+    assert after == ["latest", "step-1", "step-4"]
 
 
 def refused_on_rank(folder: Path, output: Path, other: Path) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
 from accessory.checkpoint.formats import Source
-from accessory.files import replacing
+from accessory.errors import first_line
+from accessory.files import no_room, replacing
 from accessory.parallel.box import Box
 
 
@@ -65,7 +66,5 @@ def _save(content: Any, path: Path) -> None:
     try:
         torch.save(content, path)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"{path} cannot be written: free space, or choose another destination (torch.save: {reason})"
-        ) from None
+        reason = no_room(error, path) or first_line(str(error), otherwise="torch.save failed")
+        raise OSError(f"{path} cannot be written ({reason}): free space, or choose another destination") from None

@@ -38,7 +38,7 @@ from accessory.train.snapshot import (
     seed_rank,
     tensors_of,
 )
-from accessory.train.state_errors import in_one_line, must_be_shared
+from accessory.train.state_errors import Writing, in_one_line, must_be_shared
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +246,7 @@ class StateStore:
         self, tensors: dict[str, Tensor], rng: dict[str, Any], record: dict[str, Any], aside: Path, final: Path
     ) -> None:
         start, rank = time.monotonic(), self.world.mp_rank
+        writing = Writing(aside, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
         def write() -> dict[str, int]:
             """Returns the lengths of the files that this rank wrote."""
@@ -263,7 +264,7 @@ class StateStore:
 
         def explained(step: Callable[[], Result]) -> Result:
             remedy = "free space, or choose another output_dir; earlier checkpoints are untouched"
-            return in_one_line(step, f"checkpoint {final} cannot be written", remedy)
+            return in_one_line(step, f"checkpoint {final} cannot be written", remedy, writing=writing)
 
         try:
             own = agreed(self.world, partial(explained, write))

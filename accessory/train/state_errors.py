@@ -1,13 +1,16 @@
 """What goes wrong with a training state on disk, in one line and of one type."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, first_line
+from accessory.files import in_units, no_room
 from accessory.launch.rendezvous import is_lost_peer
 
 Result = TypeVar("Result")
@@ -19,7 +22,32 @@ def must_be_shared(folder: Path) -> None:
         raise OSError(f"{folder.parent} is not the same folder on all ranks: choose an output_dir that all hosts share")
 
 
-def in_one_line(step: Callable[[], Result], what: str, remedy: str, damaged: Path | None = None) -> Result:
+@dataclass(frozen=True)
+class Writing:
+    """What is being written, for the message of a disk that is full: where, and how many bytes it will have."""
+
+    folder: Path
+    size: int
+
+    def refused(self, error: BaseException) -> str | None:
+        """Why there was no room for it, and how much it takes; None where the error is about something else."""
+        reason = no_room(error, self.folder)
+        if reason is None:
+            return None
+        # What is written of it is about to be removed.
+        written = sum(file.stat().st_size for file in self.folder.glob("*"))
+        free = shutil.disk_usage(self.folder).free + written
+        return f"{reason}; it takes {in_units(self.size)}, and {in_units(free)} are free"
+
+
+def in_one_line(
+    step: Callable[[], Result],
+    what: str,
+    remedy: str,
+    damaged: Path | None = None,
+    *,
+    writing: Writing | None = None,
+) -> Result:
     """Run a step of DCP; its errors, of many types and many lines, become one line of one type.
 
     Raises:
@@ -37,6 +65,8 @@ def in_one_line(step: Callable[[], Result], what: str, remedy: str, damaged: Pat
             where = f" on rank {rank}"
         if is_lost_peer(cause):
             raise cause from None  # nothing is wrong with the folder
-        text = next(iter(str(cause).strip().splitlines()), "")
+        reason = None if writing is None else writing.refused(cause)
+        if reason is None:
+            reason = f"{type(cause).__name__}: {first_line(str(cause), otherwise='')}"
         kind = OSError if damaged is None else CheckpointError
-        raise kind(f"{what}{where} ({type(cause).__name__}: {text}): {remedy}") from None
+        raise kind(f"{what}{where} ({reason}): {remedy}") from None
