@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from finetuning import Setting, finetune_on_rank, log_lines, losses, make_setting
-from ranks import free_port, run_command
+from finetuning import Setting, finetune_on_rank, log_lines, losses, make_setting, model_tensors
+from ranks import assert_same, free_port, run_command
 from stand_in_srun import install_srun
 from two_hosts import ADDRESSES, run_on_two_hosts, why_not
 
@@ -139,6 +139,12 @@ def test_torchrun(changes, setting, one_process, tmp_path):
     for name in ("config.json", "meta.json", "tokenizer.model"):
         assert (exported / name).read_bytes() == (theirs / name).read_bytes()
     assert exported_loss(exported) == pytest.approx(exported_loss(theirs), rel=1e-4)
+    if mp_size == 1:
+        ours = tmp_path / "ours"
+        command = (PYTHON, "-m", "accessory", "finetune", "--nproc", "2")
+        started(*command, *arguments(setting, ours, **changes), environment=setting.environment, cwd=ROOT)
+        assert log_lines(ours) == log_lines(out)
+        assert_same(model_tensors(ours / "epoch0-iter3"), model_tensors(exported))
 
 
 WITHOUT_MEMORY = """
@@ -285,7 +291,7 @@ def test_scripts_are_sound(script):
     ("wrong", "code", "says"),
     [
         (("--lr", "nan"), 1, "ERROR: --lr is nan: give a finite number"),
-        (("--nonsense",), 2, "main_finetune.py: error: unknown option --nonsense"),
+        (("--xyzzy",), 2, "main_finetune.py: error: unknown option --xyzzy; see main_finetune.py --help"),
         (("--data_config", "/absent.yaml"), 1, "ERROR: no data yaml /absent.yaml: check --data_config"),
     ],
 )

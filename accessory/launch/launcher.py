@@ -105,6 +105,7 @@ def report_failure(message: str) -> None:
     file = os.environ.get(_ERROR_FILE)
     if not file or os.path.exists(file):
         return
+    message = message.rstrip()
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
     aside = f"{file}.{os.getpid()}"
     # torchrun may look at any time, and fails over a file that is half written.

@@ -52,7 +52,9 @@ def run_on_ranks(nproc: int, arguments: Sequence[str], *, device: str | None = N
     # Held until the ranks have ended: it is where they meet.
     store, own = environments(placement)
     received: deque[int] = deque()
-    with _noting(received), _Ranks(arguments, own) as ranks:
+    # Without -P a folder of the user's could hide one of Python's modules.
+    command = [sys.executable, "-P", "-m", "accessory", *arguments]
+    with _noting(received), Ranks(command, own) as ranks:
         code = ranks.wait(received)
     del store
     return code
@@ -75,12 +77,10 @@ def starts_ranks(nproc: int) -> bool:
     return True
 
 
-class _Ranks:
-    """The processes, and how they end; left, none of them is."""
+class Ranks:
+    """Processes of one command, one for each environment, and how they end; left, none of them is there."""
 
-    def __init__(self, arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
-        # Without -P a folder of the user's could hide one of Python's modules.
-        command = [sys.executable, "-P", "-m", "accessory", *arguments]
+    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._size, self._failed, self._passed_on = len(environments), list[int](), set[int]()
         try:
@@ -96,7 +96,7 @@ class _Ranks:
             self._kill()
             raise
 
-    def __enter__(self) -> "_Ranks":
+    def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, *error: object) -> None:
