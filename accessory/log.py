@@ -19,15 +19,16 @@ def global_rank() -> int:
         return 0  # said where the ranks are joined
 
 
-def setup_logging(rank: int | None = None, *, file: Path | None = None) -> None:
+def setup_logging(rank: int | None = None, *, level: int = logging.INFO, file: Path | None = None) -> None:
     """Send the package's records to standard error; calling it again only changes the settings.
 
     Args:
+        level: of the least that rank 0 says; the other ranks are silent below WARNING besides.
         file: a file to append rank 0's records to as well.
     """
     rank = global_rank() if rank is None else rank
     logger = logging.getLogger("accessory")
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     # What is true of the whole machine is said by one rank.
     for name in ("kernels", "data"):
         logging.getLogger(f"accessory.{name}").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,12 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from checkpoints import random_tensors, small_config, write_folder
 from http_api import assert_error, wait_until
 from programs import Program
 from ranks import free_port, run_command
 
 from accessory.cli import main
+from accessory.commands.demos import multi_turn, single_turn
 from accessory.serve.http import server
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Load, RankLost
@@ -116,6 +120,9 @@ def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
     assert last == "[DONE]" or "shutting down" in json.loads(last)["error"]["message"]
     assert "secret" not in program.text
     assert "Traceback" not in program.text
+    of_requests = [line for line in program.lines if re.match("[A-Z]+: [A-Z]+ /", line)]
+    assert [line.split()[:3] for line in of_requests] == [["INFO:", "POST", "/v1/completions"]] * 3
+    assert [line.split()[3] for line in of_requests[:2]] == ["200", "401"]
 
 
 def test_a_dead_rank_is_said_and_ends_the_program(folder: Path) -> None:
@@ -167,6 +174,43 @@ def test_it_can_be_told_to_end_while_it_loads(folder: Path, number: signal.Signa
     assert "Traceback" not in served.program.text
 
 
+def test_as_little_is_logged_as_is_asked_for(folder: Path) -> None:
+    with serving(folder, "--log-level", "warning", ranks=1, ready=False) as served:
+        wait_until(served.is_ready, 60)
+        assert served.post(prompt="a", max_tokens=1, temperature=0).status_code == 200
+        served.program.send(signal.SIGTERM)
+        assert served.program.wait(20) == 0
+        served.program.wait_for_all(5)
+    assert served.program.lines == []  # nor of the rank
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "program",
+    ["serve", "chat", "generate --prompt a --nproc 2", "single_turn.py", "multi_turn.py", "multi_turn.py --n_gpus 2"],
+)
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_said_first(
+    program: str, device: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before a port is opened or a rank started."""
+
+    def started(*arguments: object, **settings: object) -> None:
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(socket.socket, "bind", started)
+    name, *more = program.split()
+    if name.endswith(".py"):
+        run = single_turn if name == "single_turn.py" else multi_turn
+        code = run(["--pretrained_path", str(folder), *more, "--device", device])
+    else:
+        code = main([name, str(folder), *more, "--device", device])
+    assert code == 1
+    says = f"error: the device {device} was asked for, but PyTorch sees no CUDA device: give the device cpu"
+    assert capsys.readouterr().err.splitlines() == [says]
+
+
 @pytest.mark.parametrize("restarts", [False, True])
 def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Lost:
@@ -207,6 +251,7 @@ def test_ranks_that_stay_lost_end_the_program(restarts: bool, monkeypatch: pytes
         (("--api-key", "my secret"), "the API key holds spaces"),
         (("--body-limit", "0"), "--body-limit"),
         (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1"),
+        (("--device", "abacus"), "device 'abacus' is unknown: give cpu, cuda or cuda:N"),
     ],
 )
 def test_settings_that_make_no_sense(

@@ -203,7 +203,7 @@ def test_an_unknown_model(api: ServedApi) -> None:
 
 
 def test_paths_and_methods_that_are_not_there(api: ServedApi) -> None:
-    for path in ("/", "/v1", "/v1/embeddings", "/docs", "/redoc", "/%ff"):
+    for path in ("/", "/v1", "/v1/embeddings", "/docs/", "/redoc", "/%ff"):
         assert_error(api.client.get(path), 404, "nothing at GET")
     answer = api.client.get("/v1/completions")
     assert_error(answer, 405, "takes no GET")
@@ -211,7 +211,7 @@ def test_paths_and_methods_that_are_not_there(api: ServedApi) -> None:
     assert_error(api.client.delete("/v1/models"), 405, "takes no DELETE")
 
 
-def test_the_page_loads_nothing_from_elsewhere(api: ServedApi) -> None:
+def test_the_openapi_page_promises_no_other_status(api: ServedApi) -> None:
     page = api.client.get("/openapi.json")
     assert page.status_code == 200
     assert "422" not in {
@@ -252,7 +252,7 @@ def test_a_wrong_key(locked: ServedApi, header: bytes | None) -> None:
     for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/x")):
         answer = locked.client.request(method, path, headers=headers)
         assert assert_error(answer, 401, "API key")["code"] == "invalid_api_key"
-        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
 def test_the_right_key(locked: ServedApi) -> None:

@@ -323,3 +323,27 @@ def test_cards_are_taken_from_those_that_the_program_sees(monkeypatch: pytest.Mo
         assert shared.on_cpu
         cores = len(os.sched_getaffinity(0))
         assert environment_of(shared)["OMP_NUM_THREADS"] == str(max(1, cores // 4))
+
+
+@pytest.mark.parametrize(
+    ("cards", "ranks", "device", "says"),
+    [
+        (0, 1, "cuda", "PyTorch sees no CUDA device: give the device cpu"),
+        (0, 2, "cuda:1", "PyTorch sees no CUDA device: give the device cpu"),
+        (2, 1, "cuda:2", "PyTorch sees only cuda:0 to cuda:1"),
+        (2, 3, "cuda", "3 ranks on this host and 2 GPUs"),
+        (2, 2, "cuda:0", "is one card, and there are 2 ranks: give the device cuda"),
+        (2, 1, "gpu", "'gpu' is unknown: give cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_for_all_ranks(
+    folder: Path, cards: int, ranks: int, device: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before a process is started for any."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr("accessory.serve.driver.RankProcesses", None)
+    with pytest.raises(ValueError, match=says):
+        Driver(folder, ranks=ranks, **{**SETTINGS, "device": device})  # type: ignore[arg-type]
+    on_cards = Placement.of(2, None, device="cuda") if cards == 2 else Placement.of(2, None, device="cpu")
+    assert on_cards.on_cpu is (cards == 0)

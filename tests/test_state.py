@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import ParallelState, pick_device, raised_on_all_ranks
+from accessory.parallel.state import ParallelState, check_device, pick_device, raised_on_all_ranks
 
 
 def test_single():
@@ -45,6 +45,16 @@ def test_pick_device():
                 pick_device(device)
     for device in ("abacus", "meta", 1.5):
         with pytest.raises(ValueError, match="is unknown: give cpu, cuda or cuda:N"):
+            pick_device(device)
+
+
+@pytest.mark.parametrize(("cards", "known"), [(1, "cuda:0"), (3, "cuda:0 to cuda:2")])
+def test_a_card_beyond_those_of_the_host(cards: int, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert check_device(f"cuda:{cards - 1}") == torch.device("cuda", cards - 1)
+    for device in (f"cuda:{cards}", torch.device("cuda", cards)):
+        with pytest.raises(ValueError, match=f"device cuda:{cards} was asked for, but PyTorch sees only {known}: give"):
             pick_device(device)
 
 

@@ -19,6 +19,7 @@ from accessory.serve.options import (
     add_page_arguments,
     add_rank_arguments,
     add_template_argument,
+    check_place,
     driver_settings,
     form_of,
     say_form,
@@ -100,6 +101,7 @@ def _run(
         arguments = parser.parse_args(given)
         if launch.rank == 0:
             # A large model takes minutes to load: what is wrong is said before.
+            check_place(arguments)
             _check_address(arguments.server_name, arguments.server_port)
             arguments.form = say_form(form_of(arguments))
             if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):

@@ -8,6 +8,7 @@ from typing import Any
 
 from accessory.arguments import given_name
 from accessory.errors import shown
+from accessory.log import setup_logging
 from accessory.serve.options import (
     LOOPBACK,
     add_batch_arguments,
@@ -28,7 +29,12 @@ _PORTS = {"http": "80", "https": "443"}
 
 def add_commands(commands: Any) -> None:
     """Give a parser's subparsers the command."""
-    serve = commands.add_parser("serve", help="answer requests over HTTP, as OpenAI's API does")
+    serve = commands.add_parser(
+        "serve",
+        help="answer requests over HTTP, as OpenAI's API does",
+        description="Answer requests over HTTP, as OpenAI's API does, many at once. /docs describes the API.",
+        epilog="example: accessory serve runs/finetuned/epoch11 --nproc 2 --port 8000",
+    )
     add_model_arguments(serve, positional=True)
     add_nproc_argument(serve)
     add_batch_arguments(serve, slots=16)
@@ -55,6 +61,10 @@ def add_commands(commands: Any) -> None:
     )
     help_text = "answer scripts of web pages from there, such as https://example.org; *: from anywhere (default: none)"
     server.add_argument("--cors", nargs="+", type=given_name, default=[], metavar="ORIGIN", help=help_text)
+    help_text = "the least that is logged (default info, with a line for each request but of monitors)"
+    server.add_argument(
+        "--log-level", "--log_level", choices=("debug", "info", "warning", "error"), default="info", help=help_text
+    )
     server.add_argument("--restart", action="store_true", help="bring the ranks back when one is lost")
     alone = "accessory serve starts its ranks itself: give --nproc N in place of torchrun"
     serve.set_defaults(run=_serve, alone=alone)
@@ -65,6 +75,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from accessory.serve.http.server import ApiServer, listen
     from accessory.serve.http.settings import MEGABYTE, ServerSettings
 
+    setup_logging(level=logging.getLevelNamesMapping()[arguments.log_level.upper()])
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None:
         key = _usable_key(key)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from accessory.launch.launcher import PARENT_VARIABLE
+from accessory.parallel.state import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,21 @@ class Placement:
         """Where so many ranks, or one for each of these cards, compute by the rules of `process_group_of_launcher`.
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: naming the argument; the device is not there for all of them.
         """
         if ranks is not None and (type(ranks) is not int or ranks < 1):
             raise ValueError(f"ranks must be a whole number of at least 1, not {ranks!r}")
         if gpu_ids is not None:
             _check_cards(gpu_ids, ranks)
         size = ranks or (1 if gpu_ids is None else len(gpu_ids))
+        asked = None if device is None else check_device(device)
         count = torch.cuda.device_count()
-        on_cpu = str(device) == "cpu" or count < size
+        on_cpu = count < size if asked is None else asked.type == "cpu"
+        if asked is not None and not on_cpu:
+            if asked.index is not None and size > 1:
+                raise ValueError(f"the device {asked} is one card, and there are {size} ranks: give the device cuda")
+            if count < size:
+                raise ValueError(too_few_cards(size))
         if gpu_ids is not None and not on_cpu and max(gpu_ids) >= count:
             raise ValueError(f"gpu_ids {list(gpu_ids)} go beyond the {count} GPUs of this machine, 0 to {count - 1}")
         return cls(

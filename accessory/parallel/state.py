@@ -226,15 +226,12 @@ def on_all_ranks(error: Exception) -> Exception:
     return error
 
 
-def pick_device(device: torch.device | str | None = None, group: dist.ProcessGroup | None = None) -> torch.device:
-    """The device asked for; else the current GPU where there is one that the group can talk over; else the CPU.
+def check_device(device: torch.device | str) -> torch.device:
+    """The device that is asked for, without touching it.
 
     Raises:
-        ValueError: CUDA is asked for and not there, or what is asked for is no device.
+        ValueError: it is no device, or none that this host has.
     """
-    if device is None:
-        gloo = group is not None and dist.get_backend(group) == "gloo"
-        device = "cuda" if torch.cuda.is_available() and not gloo else "cpu"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
@@ -244,8 +241,25 @@ def pick_device(device: torch.device | str | None = None, group: dist.ProcessGro
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"the device {device} was asked for, but PyTorch sees no CUDA device: give the device cpu")
-        if chosen.index is None:
-            chosen = torch.device("cuda", torch.cuda.current_device())
+        count = torch.cuda.device_count()
+        if chosen.index is not None and chosen.index >= count:
+            known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise ValueError(f"the device {device} was asked for, but PyTorch sees only {known}: give one of them")
+    return chosen
+
+
+def pick_device(device: torch.device | str | None = None, group: dist.ProcessGroup | None = None) -> torch.device:
+    """The device asked for; else the current GPU where there is one that the group can talk over; else the CPU.
+
+    Raises:
+        ValueError: as `check_device`.
+    """
+    if device is None:
+        gloo = group is not None and dist.get_backend(group) == "gloo"
+        device = "cuda" if torch.cuda.is_available() and not gloo else "cpu"
+    chosen = check_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

@@ -77,6 +77,7 @@ class Driver:
             slots=slots,
             prefill_tokens=prefill_tokens,
             timeout=timeout,
+            log_level=logging.getLogger("accessory").level or logging.INFO,
         )
         self.name = name_of(pretrained_path)
         self._queue, self._restart = queue, restart

@@ -1,6 +1,7 @@
 """What the side that asks and the ranks that answer say to each other, and the line on which they say it."""
 
 import contextlib
+import logging
 import pickle
 import select
 import socket
@@ -22,12 +23,14 @@ class Setup:
     Attributes:
         settings: keyword arguments of `MetaModel.from_pretrained`.
         timeout: of collectives, in seconds; None: torch's own.
+        log_level: of the first rank's log.
     """
 
     settings: dict[str, Any]
     slots: int
     prefill_tokens: int
     timeout: float | None = None
+    log_level: int = logging.INFO
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,21 @@ def serve_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def driver_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `Driver` beside ``pretrained_path``, in the same way; ValueError as above."""
+    """The keyword arguments of `Driver` beside ``pretrained_path``, in the same way; ValueError as above and below."""
+    check_place(arguments)
     return {**serve_settings(arguments), **_given(arguments, ("ranks", "gpu_ids", "master_addr", "master_port"))}
+
+
+def check_place(arguments: argparse.Namespace) -> None:
+    """Refuse ranks for which the device is not there, before a rank is started or a port opened.
+
+    Raises:
+        ValueError: naming the device or the cards.
+    """
+    from accessory.launch.placement import Placement  # not before it is wanted: it loads torch
+
+    ranks, cards = (getattr(arguments, name, None) for name in ("ranks", "gpu_ids"))
+    Placement.of(ranks, cards, device=arguments.device)
 
 
 def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def main() -> None:
 
 def _work(link: Any, inbox: "queue.SimpleQueue[Any]", say: Any) -> None:
     setup = inbox.get()
+    setup_logging(level=setup.log_level)
     from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.model.meta import MetaModel
     from accessory.serve.messages import Ready

@@ -7,13 +7,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from accessory.serve.http import about, chat, completions, errors, tokenizing
-from accessory.serve.http.gate import Counted, Gate
+from accessory.serve.http import about, chat, completions, docs, errors, tokenizing
+from accessory.serve.http.access import Followed
+from accessory.serve.http.gate import OPEN_PATHS, Gate
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.http.state import ServerState
 from accessory.serve.request import Engine
 
 API_VERSION = "1"
+_KEY = "key"  # what the OpenAPI page calls it
 
 
 def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> FastAPI:
@@ -23,11 +25,12 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
         engine: None: not loaded yet. Requests are answered with 503 until ``app.state.server.load(engine)``.
     """
     settings = settings or ServerSettings()
-    # FastAPI's own pages load scripts from elsewhere; the OpenAPI page itself is served.
+    # FastAPI's own pages load scripts from elsewhere.
     app = FastAPI(
         title="accessory",
         version=API_VERSION,
         description="An OpenAI-compatible API of a Mixture-of-Experts model.",
+        openapi_url=docs.OPENAPI,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -36,9 +39,10 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     errors.install(app)
     for part in (completions, chat, about, tokenizing):
         app.include_router(part.router)
-    _document(app)
+    docs.add_docs(app)
+    _document(app, locked=settings.api_key is not None)
     app.add_middleware(Gate, key=settings.api_key, limit=settings.body_limit)
-    app.add_middleware(Counted, metrics=state.metrics, paths=["/openapi.json", *app.openapi()["paths"]])
+    app.add_middleware(Followed, metrics=state.metrics, paths=[*docs.PATHS, *app.openapi()["paths"]])
     if settings.origins:
         _let_in(app, settings.origins)
     return app
@@ -65,8 +69,14 @@ def _let_in(app: FastAPI, origins: Sequence[str]) -> None:
     app.build_middleware_stack = build  # type: ignore[method-assign]  # add_middleware's are inside of that handler
 
 
-def _document(app: FastAPI) -> None:
-    """FastAPI lists a 422 for each operation with a body; here such requests get 400, as OpenAI's do."""
+def _document(app: FastAPI, *, locked: bool) -> None:
+    """Say of the operations what FastAPI does not know.
+
+    It lists a 422 for each with a body; here such requests get 400, as OpenAI's do.
+
+    Args:
+        locked: they want a key.
+    """
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -76,6 +86,11 @@ def _document(app: FastAPI) -> None:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             page["components"]["schemas"].pop(name, None)
+        if locked:
+            page["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+            page["security"] = [{_KEY: []}]
+            for path in OPEN_PATHS:
+                page["paths"][path]["get"]["security"] = []
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to change the page

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from accessory.serve.http.access import account_of
 from accessory.serve.http.answers import ChatCompletion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.generation import Generation, Job, unless_gone
@@ -35,7 +36,9 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         ends=ends,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    generation = state.generations.begin(state.engine, jobs)
+    account = account_of(request.scope)
+    account.prompt_tokens = len(tokens)
+    generation = state.generations.begin(state.engine, jobs, account)
     answer = _Answer(state, body, jobs)
     generation.start()
     if body.stream:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from accessory.generation.detokenizer import settled_text
+from accessory.serve.http.access import account_of
 from accessory.serve.http.answers import Completion, usage_of
 from accessory.serve.http.documented import FAILURES, with_stream
 from accessory.serve.http.generation import Generation, Job, unless_gone
@@ -39,7 +40,9 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    generation = state.generations.begin(state.engine, jobs)
+    account = account_of(request.scope)
+    account.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+    generation = state.generations.begin(state.engine, jobs, account)
     answer = _Answer(state, body, prompts, jobs)
     generation.start()
     if body.stream:

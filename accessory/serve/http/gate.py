@@ -1,66 +1,29 @@
-"""What every request passes before a route sees it: it is counted, its key is checked, its body has a size and a form.
+"""What every request passes before a route sees it: its key is checked, its body has a size and a form.
 
 Plain ASGI: a body is read here, whole and bounded, so that no route waits for one or holds more than is allowed.
 """
 
 import asyncio
+import base64
+import binascii
 import hmac
-import re
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from accessory.serve.http.docs import PATHS as PAGE_PATHS
 from accessory.serve.http.errors import ApiError
 from accessory.serve.http.generation import ClientGone
-from accessory.serve.http.metrics import Metrics
 
 # What tells nothing of the model or its users: monitors need no key for it.
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 # A body too large is read to its end before it is refused, or the client might never see why; but no further than this.
 MOST_DISCARDED = 64 * 2**20
 SECONDS_FOR_BODY = 60.0
-CLIENT_LEFT = 499
-
-
-class Counted:
-    """Counts requests by path and status.
-
-    Args:
-        paths: those of the routes, with names in braces for what varies. Others are counted together: whoever asks
-            for them must not make up labels.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> None:
-        self._app, self._metrics = app, metrics
-        self._paths = [(re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(path))), path) for path in paths]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        path = next((name for pattern, name in self._paths if pattern.fullmatch(scope["path"])), "other")
-        counted = False
-
-        async def note(message: Message) -> None:
-            nonlocal counted
-            if message["type"] == "http.response.start":
-                counted = True
-                self._metrics.count_request(path, message["status"])
-            await send(message)
-
-        unanswered = CLIENT_LEFT
-        try:
-            with suppress(ClientGone):
-                await self._app(scope, receive, note)
-        except Exception:
-            unanswered = 500  # whoever is outside says so
-            raise
-        finally:
-            if not counted:
-                self._metrics.count_request(path, unanswered)
+_ASK_FOR_PASSWORD = 'Basic realm="accessory: the API key as password", charset="UTF-8"'
 
 
 class Gate:
@@ -78,8 +41,10 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
+        page = scope["path"] in PAGE_PATHS and scope["method"] in ("GET", "HEAD")
+        if scope["path"] not in OPEN_PATHS and not self._knows_key(headers, page=page):
+            return await _without_key(page=page)(scope, receive, send)
         try:
-            self._check_key(scope, headers)
             body = await asyncio.wait_for(self._body(headers, receive), SECONDS_FOR_BODY)
             if body and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "the body must be JSON, sent with Content-Type: application/json")
@@ -90,19 +55,23 @@ class Gate:
             return await error.response()(scope, receive, send)
         await self._app(scope, _with_body(body, receive), send)
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if self._key is None or scope["path"] in OPEN_PATHS:
-            return
+    def _knows_key(self, headers: Headers, *, page: bool) -> bool:
+        """Whether a request comes with the key.
+
+        Args:
+            page: it may also come as the password of HTTP's Basic scheme, the one way that a browser has when a page
+                is opened. A browser sends that with whatever any page asks of this host, so it counts nowhere else.
+        """
+        if self._key is None:
+            return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Headers are decoded from latin-1, which gives the bytes back as they came.
-        right = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-        if scheme.lower() != "bearer" or not right:
-            raise ApiError(
-                401,
-                "the API key is missing or wrong: send it as Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        as_sent = given.strip().encode("latin-1")
+        if page and scheme.lower() == "basic":
+            sent = _password(as_sent)
+        else:
+            sent = as_sent if scheme.lower() == "bearer" else None
+        return sent is not None and hmac.compare_digest(sent, self._key)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body.
@@ -132,6 +101,27 @@ class Gate:
         if size > self._limit:
             raise refusal
         return b"".join(parts)
+
+
+def _password(credentials: bytes) -> bytes | None:
+    """That of HTTP's Basic scheme; None where it cannot be read."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return None
+
+
+def _without_key(*, page: bool) -> Response:
+    """What is answered without the key, at a page's path so that a browser asks for a password."""
+    message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+    if page:
+        message += ", or as the password of any user"
+    error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    answer = error.response()
+    if page:
+        # On a line of its own: browsers read one scheme of a line.
+        answer.headers.append("WWW-Authenticate", _ASK_FOR_PASSWORD)
+    return answer
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:

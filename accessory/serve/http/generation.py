@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from accessory.generation.sampling import Sampling
 from accessory.serve.http.errors import ApiError, of_engine, unavailable
-from accessory.serve.http.metrics import Metrics, Watch
+from accessory.serve.http.metrics import Account, Metrics, Watch
 from accessory.serve.request import Busy, Engine, Event, Stream
 
 Result = TypeVar("Result")
@@ -50,15 +50,18 @@ class Generations:
         self._open: set[Generation] = set()
         self._closed: str | None = None
 
-    def begin(self, engine: Engine, jobs: Sequence[Job]) -> "Generation":
+    def begin(self, engine: Engine, jobs: Sequence[Job], account: Account) -> "Generation":
         """Prepare to write answers.
+
+        Args:
+            account: of the request that asks for them.
 
         Raises:
             ApiError: the server closes.
         """
         if self._closed is not None:
             raise unavailable(self._closed)
-        return Generation(self, engine, jobs)
+        return Generation(self, engine, jobs, account)
 
     @property
     def busy(self) -> bool:
@@ -83,10 +86,14 @@ class Generation:
 
     `start` hands the first answers over and raises ApiError where they are refused; `events` then gives what is
     written, as pairs of the answer's number and an Event, until each answer has finished. `close` ends what goes on.
+
+    Attributes:
+        account: of the request.
     """
 
-    def __init__(self, among: Generations, engine: Engine, jobs: Sequence[Job]) -> None:
+    def __init__(self, among: Generations, engine: Engine, jobs: Sequence[Job], account: Account) -> None:
         self._among, self._engine, self._jobs = among, engine, jobs
+        self.account = account
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._waiting = deque(range(len(jobs)))
@@ -156,7 +163,7 @@ class Generation:
 
     def _submit(self, index: int) -> Stream:
         job = self._jobs[index]
-        watch = self._among.metrics.watch()
+        watch = self._among.metrics.watch(self.account)
 
         def on_event(event: Event | Exception) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server has ended

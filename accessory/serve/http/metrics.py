@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -52,20 +53,35 @@ class Metrics:
         """Note an HTTP request that was answered."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    def watch(self) -> "Watch":
-        """Begin to measure one answer."""
-        return Watch(self._first, self._each, self._whole)
+    def watch(self, account: "Account") -> "Watch":
+        """Begin to measure one answer of a request."""
+        return Watch(account, self._first, self._each, self._whole)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self._registry)
 
 
-class Watch:
-    """Takes the times of one answer."""
+@dataclass
+class Account:
+    """What one HTTP request took.
 
-    def __init__(self, first: Histogram, each: Histogram, whole: Histogram) -> None:
-        self._histograms = first, each, whole
+    Attributes:
+        prompt_tokens: of all its prompts, each counted once; None: it came to no model.
+        completion_tokens: of all its answers, as far as they were written.
+        failure: the status that its stream would have had, had it not begun already.
+    """
+
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+    failure: int | None = None
+
+
+class Watch:
+    """Takes the times of one answer, and puts its tokens down to its request's account."""
+
+    def __init__(self, account: Account, first: Histogram, each: Histogram, whole: Histogram) -> None:
+        self._account, self._histograms = account, (first, each, whole)
         self._start = time.perf_counter()
         self._first: float | None = None
         self._tokens = 0
@@ -78,6 +94,7 @@ class Watch:
             self._first = now
             first.observe(now - self._start)
         self._tokens += len(event.tokens)
+        self._account.completion_tokens += len(event.tokens)
         if event.finish not in (None, "cancelled"):
             whole.observe(now - self._start)
             if self._first is not None and self._tokens > 1:

@@ -51,9 +51,12 @@ class EventStream(Response):
                 async for part in parts:
                     yield json.dumps(part, separators=(",", ":"), allow_nan=False).encode()
         except ApiError as error:
+            self._generation.account.failure = error.status
             yield json.dumps(error.body()).encode()
         except Exception:
             logger.exception("a stream ended by a mistake of the server")
-            yield json.dumps(fault().body()).encode()
+            mistake = fault()
+            self._generation.account.failure = mistake.status
+            yield json.dumps(mistake.body()).encode()
         else:
             yield b"[DONE]"
