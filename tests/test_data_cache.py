@@ -461,3 +461,46 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(ValueError, match=r"no home folder .*: name a folder in \$ACCESSORY_DATA_CACHE"):
         cache._cache_dir(None)
+
+
+CURED = ", or pass --skip_bad_records to leave such records out"
+ALONE = " (no record near it is usable)"
+UNSHAPED = {"question": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "place", "says"),
+    [
+        # Of one record among others leaving it out is a way; where all are so the cure is another.
+        ([*ALPACA, UNSHAPED], {}, "record 9", "give its fields the names of one of these shapes" + CURED),
+        ([UNSHAPED, *[3] * 50, ALPACA[0]], {}, "record 1", "give its fields the names of one of these shapes" + CURED),
+        ([UNSHAPED] * 3, {}, "record 1", "give its fields the names of one of these shapes" + ALONE),
+        ([3], {}, "record 1", "give its fields the names of one of these shapes" + ALONE),
+        (ALPACA, {"dialog": True}, "record 1", "is read without --dialog; leave --dialog out" + ALONE),
+        ([*CHATS, ALPACA[0]], {"dialog": True}, "record 9", "leave --dialog out" + CURED),
+        ([{**ALPACA[0], "output": 3}, *ALPACA], {}, "record 1", "3 under 'output', not a string; correct it" + CURED),
+        ([{**ALPACA[0], "output": 3}], {}, "record 1", "3 under 'output', not a string; correct it" + ALONE),
+    ],
+)
+def test_a_bad_record_is_told_with_its_cure(
+    records: list[Any], settings: dict[str, Any], place: str, says: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^bad record in {tmp_path}/\S+, {place}: .*{re.escape(says)}$"):
+        load(tmp_path, records, tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "cure"),
+    [
+        (ALPACA, {"dialog": True}, "leave --dialog out"),
+        ([UNSHAPED], {}, "give its fields the names of one of these shapes"),
+        ([{**ALPACA[0], "output": 3}], {}, "correct it"),
+        ([{**ALPACA[0], "output": ""}], {}, "correct it"),
+    ],
+)
+def test_a_file_of_bad_records_alone_is_told_with_the_cure_of_the_first(
+    records: list[Any], settings: dict[str, Any], cure: str, tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"holds no record to learn from \(.*\): {re.escape(cure)}$"):
+        load(tmp_path, records, tokenizer, skip_bad_records=True, **settings)
+    assert list(cache_dir.iterdir()) == [], "no lock either"

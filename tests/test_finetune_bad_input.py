@@ -267,7 +267,7 @@ def _(folder, good):
     return data_of(folder, f"{json.dumps(GOOD)}\n\n{{\n", name="data.jsonl")
 
 
-@case("only bad records", "holds no record to learn from (1 bad records", "record 1: ", "correct it")
+@case("only bad records", "holds no record to learn from (1 bad records", "record 1: ", "give its fields the names")
 def _(folder, good):
     return {**data_of(folder, [{"instruction": "a"}]), "skip_bad_records": True}
 
@@ -283,7 +283,7 @@ def _(folder, good):
 
 
 @case(
-    "Alpaca records with --dialog", "bad record in", "it has no dialogue", "an Alpaca record is read without --dialog"
+    "Alpaca records with --dialog", "bad record in", "an Alpaca record is read without --dialog", "leave --dialog out"
 )
 def _(folder, good):
     return {"dialog": True}
@@ -325,7 +325,11 @@ def _(folder, good):
 
 
 @case(
-    "a chat that the template refuses", "bad record in", "data.json, record 1", "only one, please", "--skip_bad_records"
+    "a chat that the template refuses",
+    "bad record in",
+    "data.json, record 1",
+    "only one, please",
+    "(no record near it is usable)",
 )
 def _(folder, good):
     template = (

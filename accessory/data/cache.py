@@ -32,7 +32,7 @@ from accessory.data.examples import Recipe
 from accessory.data.finetune_data import INDEX_NAME, FinetuneData, is_complete
 from accessory.data.readers import data_files
 from accessory.data.sources import Source, read_data_config
-from accessory.data.tokenise import SourceReport, check_source, token_dtype, write_source
+from accessory.data.tokenise import SourceReport, bad_record, check_source, token_dtype, write_source
 from accessory.files import locked, sync
 from accessory.text.forms import Form
 from accessory.text.template import TemplateForm
@@ -86,8 +86,7 @@ def load_finetune_data(
         report.path = str(source.path)  # the same data may have lain elsewhere when they were written
     bad = next((report for report in data.reports if report.bad), None)
     if bad is not None and not skip_bad_records:  # it was written by a run that skipped them
-        fix = "correct it, or pass --skip_bad_records to leave such records out"
-        raise ValueError(f"bad record in {bad.path}, {bad.listed[0]}; {fix}")
+        raise bad_record(bad.path, bad.listed[0])
     for report in data.reports:
         for level, line in report.lines(max_words):
             logger.log(level, line)

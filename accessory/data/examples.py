@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from accessory.data.records import Instruction, Talk, Text, read_said
+from accessory.data.records import Instruction, OtherShape, Talk, Text, read_said
 from accessory.data.sources import Source
 from accessory.errors import shown
 from accessory.text.chat import Segment, encode_example
@@ -48,9 +48,10 @@ class Recipe:
         said = read_said(value, ignore=self.ignore)
         cut = source.preprocess == "single_turn_llava" and not self.dialog
         if cut and not isinstance(said, Talk):
-            raise ValueError(f"single_turn_llava needs a dialogue, and it is {shown(value)}")
+            cure = "leave preprocess: single_turn_llava out of the yaml"
+            raise OtherShape(f"single_turn_llava needs a dialogue, and it is {shown(value)}", cure)
         if self.dialog and isinstance(said, Instruction):
-            raise ValueError("it has no dialogue: an Alpaca record is read without --dialog")
+            raise OtherShape("it has no dialogue: an Alpaca record is read without --dialog", "leave --dialog out")
         if isinstance(said, Text):
             return raw_segments(self.tokenizer, said.prompt, said.completion), None
         messages = said.messages

@@ -90,6 +90,18 @@ class Text:
 Said = Talk | Instruction | Text
 
 
+class OtherShape(ValueError):
+    """A record is whole and yet not what is read: most of its file will be so, and correcting this one is no cure.
+
+    Attributes:
+        cure: what to do about it.
+    """
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(reason)
+        self.cure = cure
+
+
 @dataclass(eq=False)
 class UnknownField(ValueError):
     """A record has fields with values that are none of its shape's and no bookkeeping."""
@@ -105,14 +117,15 @@ class UnknownField(ValueError):
 def read_said(value: Any, *, ignore: frozenset[str] = frozenset()) -> Said:
     """What the record `value` says; the fields named in `ignore` are passed over, in its turns as well.
 
-    Raises UnknownField, and ValueError for a record of no known shape and for one with a fault.
+    Raises UnknownField, OtherShape for a record of no known shape, and ValueError for one with a fault.
     """
+    cure = "give its fields the names of one of these shapes"
     if not isinstance(value, dict):
-        raise ValueError(f"it is {shown(value)}, not an object of a known shape, which are {SHAPES}")
+        raise OtherShape(f"it is {shown(value)}, not an object of a known shape, which are {SHAPES}", cure)
     record = _given(value, ignore)
     present = [shape for shape in (*_CHATS, _INSTRUCTION, _COMPLETION, *_RAW) if record.keys() >= set(shape)]
     if not present:
-        raise ValueError(f"it is of no known shape, having {shown_keys(record)}; known are {SHAPES}")
+        raise OtherShape(f"it is of no known shape, having {shown_keys(record)}; known are {SHAPES}", cure)
     # A table of several shapes' records has the columns of all, empty where a record is of another shape.
     shape = next((shape for shape in present if any(map(record.get, shape))), present[0])
     if shape in _RAW or (shape == _COMPLETION and all(isinstance(record[name], str) for name in shape)):

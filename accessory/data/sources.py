@@ -59,11 +59,12 @@ def _entries(config: Path) -> list[Any]:
             f"{config} has {size:,} bytes and is no data yaml: list the data files in one, as in "
             "`META: [{path: data.json}]`, and give that to --data_config"
         )
+    text = config.read_bytes()
     try:
-        content = yaml.load(config.read_bytes(), _Loader)
+        content = yaml.load(text, _Loader)
     # The last three are PyYAML's for a value that its tag, or the look of a date, promises and that is none.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{config} is not valid YAML: {_fault(error, text)}") from error
     if not isinstance(content, dict) or "META" not in content:
         raise ValueError(f"{config} has no META: list the data files under it, as in `META: [{{path: data.json}}]`")
     for key in content:
@@ -72,6 +73,18 @@ def _entries(config: Path) -> list[Any]:
     if not isinstance(content["META"], list) or not content["META"]:
         raise ValueError(f"META of {config} is {shown(content['META'])}: give a list of entries with a path")
     return content["META"]
+
+
+def _fault(error: Exception, text: bytes) -> str:
+    """Why a yaml is wrong, and where: with the line, which is what its writer will look for."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        # PyYAML has a name of its own for what it was given as bytes.
+        return " ".join(str(error).split()).replace(' in "<byte string>", ', " at ")
+    why = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+    lines = text.decode("utf-8-sig", errors="replace").split("\n")
+    line = lines[mark.line].strip() if mark.line < len(lines) else ""
+    return f"{why} at line {mark.line + 1}, column {mark.column + 1}" + (f": {shown(line, most=100)}" if line else "")
 
 
 class _Loader(yaml.SafeLoader):

@@ -13,13 +13,14 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from accessory.data.examples import Ids, Recipe
 from accessory.data.readers import Record, read_records
-from accessory.data.records import UnknownField, read_said
+from accessory.data.records import OtherShape, UnknownField, read_said
 from accessory.data.sources import Source
 from accessory.progress import showing
 from accessory.text.chat import Segment
@@ -29,6 +30,7 @@ from accessory.text.tokenizer import Tokenizer
 _LISTED = 5  # bad records of a file that are named; the others are counted
 _THREADS = 8  # the tokenizer runs outside Python's lock, a quarter of the work does not
 _AT_ONCE = 256  # records that are held in memory
+_LOOKED_AT = 100  # records behind a bad one, to see whether all of the file are so
 _NAMED = 100  # unknown fields of a file that are looked for
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,8 @@ def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, prog
     if not report.usable:
         found = f"{report.bad} bad records, {report.unanswered} without an answer"
         found += f"; the first bad one: {report.listed[0]}" if report.bad else ""
-        raise ValueError(f"the data file {source.path} holds no record to learn from ({found}): correct it")
+        cure = _cure(source, recipe) if report.bad else "correct it"
+        raise ValueError(f"the data file {source.path} holds no record to learn from ({found}): {cure}")
     return report
 
 
@@ -127,7 +130,9 @@ def write_source(
     with showing(what, report.usable, unit="records", shown=progress) as work:
         for record, examples in _encoded(itertools.compress(work.over(records), chosen), recipe):
             if isinstance(examples, ValueError):
-                _refuse(source, record.place, str(examples), report, skip_bad_records)
+                if not skip_bad_records:
+                    raise bad_record(source.path, f"{record.place}: {examples}")
+                _note(record.place, examples, report)
                 continue
             for tokens, labels, cut in examples:
                 learned = int(np.count_nonzero(labels))
@@ -157,7 +162,7 @@ def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip
     Raises ValueError at a bad record unless `skip_bad_records`, and at an unknown field in any case, with those of all
     that follows: it would be in most of them.
     """
-    records = read_records(source.path)
+    records, others = read_records(source.path), False
     for record in records:
         try:
             usable = _read(record, recipe, source)
@@ -166,7 +171,10 @@ def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip
             where = f"{source.path}, {record.place}: {error.where}{' (or what follows it)' if more else ''}"
             raise ValueError(str(UnknownField(where, [*error.names, *more]))) from None
         except ValueError as error:
-            _refuse(source, record.place, str(error), report, skip_bad_records)
+            if not skip_bad_records:
+                others = others or _any_usable(records, recipe, source)
+                raise bad_record(source.path, f"{record.place}: {error}", error, others=others) from None
+            _note(record.place, error, report)
             continue
         if not usable.parts:
             report.unanswered += 1
@@ -174,6 +182,7 @@ def usable_records(source: Source, recipe: Recipe, report: SourceReport, *, skip
         if usable.form is not None and (said := usable.form.recorded()) not in report.forms:
             report.forms.append(said)
         report.uninput += recipe.leaves_input_out(record.value, usable.form)
+        others = True
         yield usable
 
 
@@ -204,13 +213,45 @@ def _read(record: Record, recipe: Recipe, source: Source) -> Usable:
     return Usable(record.place, parts, form)
 
 
-def _refuse(source: Source, place: str, reason: str, report: SourceReport, skip_bad_records: bool) -> None:
-    if not skip_bad_records:
-        fix = "correct it, or pass --skip_bad_records to leave such records out"
-        raise ValueError(f"bad record in {source.path}, {place}: {reason}; {fix}")
+def bad_record(path: str | Path, said: str, error: ValueError | None = None, *, others: bool = True) -> ValueError:
+    """The refusal of a file for one record of it, which leaving out helps where there are others.
+
+    Args:
+        said: the record's place and what is wrong with it.
+        error: what was raised of it.
+        others: whether any other record is usable.
+    """
+    cure = error.cure if isinstance(error, OtherShape) else "correct it"
+    leave = ", or pass --skip_bad_records to leave such records out" if others else " (no record near it is usable)"
+    return ValueError(f"bad record in {path}, {said}; {cure}{leave}")
+
+
+def _any_usable(records: Iterable[Record], recipe: Recipe, source: Source) -> bool:
+    """Whether one of the next records has something to learn."""
+    with contextlib.suppress(ValueError):  # the file may be malformed further on
+        for record in itertools.islice(records, _LOOKED_AT):
+            with contextlib.suppress(ValueError):
+                if _read(record, recipe, source).parts:
+                    return True
+    return False
+
+
+def _cure(source: Source, recipe: Recipe) -> str:
+    """What to do about a file without a usable record: what its first bad one asks for."""
+    for record in read_records(source.path):
+        try:
+            _read(record, recipe, source)
+        except OtherShape as error:
+            return error.cure
+        except ValueError:
+            break
+    return "correct it"
+
+
+def _note(place: str, error: ValueError, report: SourceReport) -> None:
     report.bad += 1
     if len(report.listed) < _LISTED:
-        report.listed.append(f"{place}: {reason}")
+        report.listed.append(f"{place}: {error}")
 
 
 def _encoded(
