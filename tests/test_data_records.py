@@ -264,6 +264,11 @@ def test_a_field_that_may_be_text_passes_where_it_is_none(name: str) -> None:
             read_said({"conversations": [{**turn, name: value}]})
 
 
+def test_a_misspelt_field_is_said_with_the_one_that_was_meant() -> None:
+    with pytest.raises(UnknownField, match=r"the unknown \['sytem'\] \(did you mean system\?\): pass --ignore_fields"):
+        read_said(sharegpt(*QA, sytem="Be brief."))
+
+
 def test_an_unknown_field_of_a_turn() -> None:
     record = {"conversations": [TURN, {"from": "gpt", "value": "b", "train": False}]}
     with pytest.raises(UnknownField, match=r"^turn 2 of its conversations has the unknown \['train'\]: pass --ignore"):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accessory.errors import shown, shown_keys
+from accessory.errors import nearest, shown, shown_keys
 from accessory.text.chat import Message, Role
 
 SHAPES = (
@@ -27,6 +27,8 @@ _SYSTEM = ("system", "system_prompt")
 # Beside a shape's own; some say once more what it says: the first question in ultrachat, the whole in alpaca-gpt4.
 _BESIDE = {("messages",): ("prompt",), _INSTRUCTION: ("input", "history", "text")}
 _SPEAKER, _CONTENT = ("from", "role", "is_user"), ("value", "content", "text")  # of a turn
+_FIELDS = ("conversations", "messages", "interactions", *_INSTRUCTION, "input", "history", *_COMPLETION, *_SYSTEM)
+_FIELDS += (*_SPEAKER, *_CONTENT, "weight", "only_last")  # of which somebody may have meant one
 _NOTHING: tuple[Any, ...] = ("", [], {}, "null", "[]", "{}")  # also as a CSV file has it
 
 _ROLES: dict[str, Role] = {
@@ -111,7 +113,9 @@ class UnknownField(ValueError):
 
     def __str__(self) -> str:
         flag = shown(",".join(self.names), most=1000)[1:-1]
-        return f"{self.where} has the unknown {shown(self.names, most=200)}: pass --ignore_fields {flag}"
+        misspelt = (nearest(name, _FIELDS) for name in self.names[:20] if name not in _FIELDS)
+        meant = next(filter(None, misspelt), "")
+        return f"{self.where} has the unknown {shown(self.names, most=200)}{meant}: pass --ignore_fields {flag}"
 
 
 def read_said(value: Any, *, ignore: frozenset[str] = frozenset()) -> Said:
