@@ -203,7 +203,7 @@ def two_ranks(launcher: str, *settings: str) -> Callable[[list[str]], list[str |
     ("command", "number", "why", "code"),
     [
         (
-            two_ranks("torchrun", "--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "600"),
+            two_ranks("torchrun", "--signals-to-handle", "SIGINT,SIGTERM,SIGUSR1", "--shutdown-timeout", "600"),
             signal.SIGUSR1,
             "a signal",
             1,  # fact of torchrun: it fails also where its workers end well
@@ -262,6 +262,7 @@ def test_before_the_first_step_ctrl_c_ends_at_once(setting: Setting, unbroken: P
         program.send(signal.SIGINT)
         assert program.wait(10) == 130
         assert program.lines[-1] == "WARNING: ended before the first step (Ctrl-C): there was nothing to save"
+    assert not (tmp_path / "run").exists()
 
 
 def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, unbroken: Path, tmp_path: Path) -> None:
