@@ -513,7 +513,12 @@ def test_half_written_states_are_not_gone_on_from(good, earlier, ranks, tmp_path
     output = Path(shutil.copytree(earlier, tmp_path / "run"))
     states = output / "checkpoints"
     whole = states / "step-00000002"
-    shutil.copytree(whole, states / ".step-00000004.tmp-0a1b2c3d")
+    left = [states / ".step-00000004.tmp-0a1b2c3d", output / ".epoch0-iter4.exporting", output / ".epoch0.replaced"]
+    for folder in left:
+        shutil.copytree(whole, folder)
+    left.append(output / ".options.json.77.tmp")
+    left[-1].touch()
+    (output / ".mine.tmp").touch()
     short = Path(shutil.copytree(whole, states / "step-00000003")) / "__0_0.distcp"
     short.write_bytes(short.read_bytes()[:-1])
     (states / "latest").write_text("step-00000003\n")
@@ -521,7 +526,8 @@ def test_half_written_states_are_not_gone_on_from(good, earlier, ranks, tmp_path
     assert stop == 0
     log = (output / "output.log").read_text()
     assert "INFO: removed what an interrupted run had not finished" in log
-    assert f"in {output}: checkpoints/.step-00000004.tmp-0a1b2c3d\n" in log
+    assert all(str(path.relative_to(output)) in log and not path.exists() for path in left)
+    assert (output / ".mine.tmp").exists()
     assert f"WARNING: ignoring {states}/step-00000003, which" in log
     assert "__0_0.distcp is cut short" in log
     assert f"resuming {whole} after step 2" in log

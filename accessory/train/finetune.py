@@ -73,6 +73,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # The folder is held until the last save is on disk.
         output = Path(options.output_dir).absolute()
         folder = agreed(everyone, lambda: stack.enter_context(held(output)) if everyone.is_first else None)
+        if folder is not None:
+            interruption.at_the_end = folder.tidy_before_the_end
         store = StateStore(
             options.checkpoints, state, keep_last=options.keep_last, without_frozen=options.only_save_trainable
         )

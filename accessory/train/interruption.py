@@ -64,11 +64,13 @@ class Interruption:
     Attributes:
         saves: set while a last checkpoint is written; the process is then left to end it.
         leaves: set when the process is about to end at once: that others end as well is no news then.
+        at_the_end: is called then.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._asked = [Stop.NO]  # to which both threads append
         self.saves, self.leaves = False, threading.Event()
+        self.at_the_end: Callable[[], None] = lambda: None
         self._launch, self._parent = launch, Parent(launch)
         self._saved: Callable[[], Path | None] | None = None
         self._interrupted = False
@@ -134,6 +136,7 @@ class Interruption:
                 end = time.monotonic() + (0.0 if self._saved is None else _GRACE)
             if end is not None and time.monotonic() > end and not (self.saves or self._over.is_set()):
                 logger.error("the launcher is gone: leaving")
+                self.at_the_end()
                 os._exit(Stop.LAUNCHER_GONE.exit_code)
 
     def _take(self, number: int) -> None:
@@ -159,4 +162,5 @@ class Interruption:
             logger.warning("%s", message)
         elif self._over.wait(_RANK_0_SPEAKS):
             return
+        self.at_the_end()
         os._exit(_CTRL_C)

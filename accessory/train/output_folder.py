@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +29,9 @@ class OutputFolder:
         begun: the run has come to its first step. One that ends before leaves nothing behind.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made: Sequence[Path]) -> None:
         self.begun = False
+        self._folders, self._lock = made, folder / LOCK
         states = folder / Shelf.CHECKPOINTS
         # In the order in which they can be removed.
         self._made = [
@@ -44,6 +45,13 @@ class OutputFolder:
             if not path.is_dir():
                 path.unlink(missing_ok=True)
         remove_empty(self._made)
+
+    def tidy_before_the_end(self) -> None:
+        """The same where the process is about to end without unwinding anything."""
+        if not self.begun:
+            self.tidy()
+            self._lock.unlink(missing_ok=True)
+            remove_empty(self._folders)
 
 
 @contextlib.contextmanager
@@ -60,7 +68,7 @@ def held(folder: Path) -> Iterator[OutputFolder]:
         # Once the lock is given back: where another run waits for it the folder is not empty.
         stack.callback(remove_empty, made)
         alone = _lock(folder, stack, made)
-        run = OutputFolder(folder)
+        run = OutputFolder(folder, made)
         try:
             setup_logging(0, file=folder / LOG)
             if alone:

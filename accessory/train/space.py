@@ -142,7 +142,7 @@ def say_space(plan: Plan, output: Path) -> None:
         return
     text = f"{plan.describe(output)}, and {in_units(free)} are free"
     if plan.bytes > free:
-        remedy = ": free some, or give --keep_models N, --only_save_trainable or another --output_dir"
+        remedy = ": free some, or give --keep_models N, --keep_last 1 or another --output_dir"
         logger.warning("%s", text + remedy)
     else:
         logger.info("%s", text)

@@ -37,7 +37,7 @@ class Writing:
         # What is written of it is about to be removed.
         written = sum(file.stat().st_size for file in self.folder.glob("*"))
         free = shutil.disk_usage(self.folder).free + written
-        return f"{reason}; it takes {in_units(self.size)}, and {in_units(free)} are free"
+        return f"{reason}; it takes over {in_units(self.size)}, and {in_units(free)} are free"
 
 
 def in_one_line(
