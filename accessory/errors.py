@@ -51,14 +51,17 @@ def shown(value: Any, *, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Iterable[str], *, likeness: float = 0.6) -> str:
     """What somebody may have meant by an unknown name, to be put behind it; "" where no known one is near.
+
+    Args:
+        likeness: 0 to 1, the least that two names must have in common (difflib's ratio).
 
     Example: nearest("ratoi", ["path", "ratio"]) is " (did you mean ratio?)".
     """
     # Capitals and the two ways to join words are no other names.
     plain = {_plain(other): other for other in known}
-    found = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1)
+    found = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1, cutoff=likeness)
     return f" (did you mean {plain[found[0]]}?)" if found else ""
 
 

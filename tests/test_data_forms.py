@@ -120,7 +120,7 @@ def test_unknown_fields_are_refused_by_name_unless_they_are_ignored(skip: bool, 
     for records, place, names in (
         ([*SHAREGPT, {**SHAREGPT[0], "notes": "a", "rating": 5}], "line 3: it", "notes,rating"),
         ([{"messages": turns}], "line 1: turn 1 of its messages", "mood"),
-        ([ALPACA[0], {**ALPACA[1], "input_2": "a"}], "line 2: it", "input_2"),
+        ([ALPACA[0], {**ALPACA[1], "question_2": "a"}], "line 2: it", "question_2"),
         ([{"text": "a", "labels": [1]}], "line 1: it", "labels"),
     ):
         listed = re.escape(str(names.split(",")))

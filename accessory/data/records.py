@@ -113,7 +113,7 @@ class UnknownField(ValueError):
 
     def __str__(self) -> str:
         flag = shown(",".join(self.names), most=1000)[1:-1]
-        misspelt = (nearest(name, _FIELDS) for name in self.names[:20] if name not in _FIELDS)
+        misspelt = (nearest(name, _FIELDS, likeness=0.8) for name in self.names[:20] if name not in _FIELDS)
         meant = next(filter(None, misspelt), "")
         return f"{self.where} has the unknown {shown(self.names, most=200)}{meant}: pass --ignore_fields {flag}"
 
