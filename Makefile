@@ -4,31 +4,54 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+# Stamps: what users need is installed; what tests, checks and pages need besides.
 READY := $(VENV)/.ready
+DEVELOPED := $(VENV)/.developed
 TINY := runs/tiny
 PROMPT := The list method
 # One process and two write the same text in float32 on one kind of device.
 ALIKE := --dtype fp32 --device cpu
+# Of the two finetuning demos.
+DIALOGUES := 300
+EPOCHS := 12
+LORA_EPOCHS := 16
+MODEL := epoch$(shell expr $(EPOCHS) - 1)
+ADAPTER := epoch$(shell expr $(LORA_EPOCHS) - 1)
 
-.PHONY: install demo finetune-demo peft-demo demo-web test lint docs pytest test-browser chromium soak bench clean
+# Their order is part of what they say.
+.NOTPARALLEL:
+.PHONY: install demo coming finetune-demo peft-demo demo-web test lint docs pytest test-browser chromium soak bench clean
 
 install: $(READY)
 
 # torch goes first and pinned: another package's range must not choose it.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*.cpp accessory/kernels/*.h)
+	@echo "Installing PyTorch and what accessory needs into $(VENV): 80 packages, 1.4 GB (more where PyTorch brings CUDA), minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $(READY)
 
+$(DEVELOPED): $(READY)
+	@echo "Installing what tests, checks and pages need besides: 100 packages, 1.1 GB, minutes."
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(DEVELOPED)
+
 # The whole way once: make a model, convert it, ask it with one process and with two.
-demo: $(TINY)/converted
+demo: coming $(TINY)/converted
 	$(BIN)/accessory inspect $(TINY)/converted
 	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/one.txt
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m accessory generate $(TINY)/converted \
-		$(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/two.txt
+	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --nproc 2 --prompt "$(PROMPT)" --max-gen-len 64 \
+		| tee $(TINY)/two.txt
 	cmp $(TINY)/one.txt $(TINY)/two.txt
 	@echo "1 and 2 processes wrote the same text."
+
+# What is still to come, before it begins.
+coming:
+	@echo "make demo, on 2 cores; stopped, it goes on with the same command:"
+	@test -e $(READY) || echo "- install PyTorch and what accessory needs into $(VENV): 80 packages, 1.4 GB (more where PyTorch brings CUDA), minutes"
+	@test -e $(TINY)/consolidated.00.pth || echo "- train a tiny Mixtral on Python's own documentation: 3 minutes, 1 GB of memory"
+	@echo "- convert it, and ask it with 1 and with 2 processes: half a minute"
 
 $(TINY)/converted: $(TINY)/consolidated.00.pth
 	cp accessory/tools/split.py $(TINY)/
@@ -40,56 +63,56 @@ $(TINY)/consolidated.00.pth: | $(READY)
 # The tiny model learns dialogues on two processes; it is asked before and after.
 finetune-demo: $(TINY)/converted
 	rm -rf runs/dialogues runs/finetuned
-	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit 300
+	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit $(DIALOGUES)
 	@echo "--- before (the last two questions are not in the training data)"
 	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 accessory/main_finetune.py \
-		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --dialog --output_dir runs/finetuned \
-		--epochs 12 --batch_size 8 --lr 2e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
-		--precision fp32 --device cpu --save_interval 12 --save_iteration_interval 0
+	@echo "--- training, two minutes on 2 cores"
+	$(BIN)/accessory finetune --nproc 2 \
+		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --output_dir runs/finetuned \
+		--epochs $(EPOCHS) --batch_size 4 --lr 2e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
+		--precision fp32 --device cpu --save_interval $(EPOCHS)
 	@echo "--- after"
-	$(BIN)/accessory generate runs/finetuned/epoch11 $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
+	$(BIN)/accessory generate runs/finetuned/$(MODEL) $(ALIKE) --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
 
 # The same with an adapter, whose folder holds nothing else; it is asked over its base, and merged.
 peft-demo: $(TINY)/converted
 	rm -rf runs/dialogues runs/adapter runs/merged
-	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit 300
-	@echo "--- before"
+	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit $(DIALOGUES)
+	@echo "--- before (the last two questions are not in the training data)"
 	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 accessory/main_finetune.py \
-		--pretrained_path $(TINY)/converted --llama_type mistral_peft \
-		--llama_config $(TINY)/converted/config.json configs/model/finetune/sg/llamaPeft_normBiasLora.json \
-		--data_config runs/dialogues/data.yaml --dialog --output_dir runs/adapter --only_save_trainable \
-		--epochs 12 --batch_size 8 --lr 5e-3 --min_lr 2e-4 --warmup_epochs 0.5 --max_words 256 \
-		--precision fp32 --device cpu --save_interval 12 --save_iteration_interval 0
+	@echo "--- training, three minutes on 2 cores"
+	$(BIN)/accessory finetune --nproc 2 --lora_rank 64 --lora_alpha 256 --bias_tuning --norm_tuning \
+		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --output_dir runs/adapter \
+		--epochs $(LORA_EPOCHS) --batch_size 2 --lr 1e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
+		--precision fp32 --device cpu --save_interval $(LORA_EPOCHS) --only_save_trainable
 	@echo "--- after"
-	$(BIN)/accessory generate $(TINY)/converted runs/adapter/epoch11 $(ALIKE) --dialog --max-gen-len 32 \
+	$(BIN)/accessory generate $(TINY)/converted runs/adapter/$(ADAPTER) $(ALIKE) --max-gen-len 32 \
 		--prompt-file runs/dialogues/questions.txt
-	$(BIN)/accessory merge $(TINY)/converted runs/adapter/epoch11 runs/merged
+	$(BIN)/accessory merge $(TINY)/converted runs/adapter/$(ADAPTER) runs/merged
 
 # A page to talk to the tiny model; to the finetuned one, where `make finetune-demo` has made it.
 demo-web: $(TINY)/converted
 	$(BIN)/python demos/multi_turn.py --n_gpus 2 --device cpu \
-		--pretrained_path $(or $(wildcard runs/finetuned/epoch11),$(TINY)/converted)
+		--pretrained_path $(or $(wildcard runs/finetuned/$(MODEL)),$(TINY)/converted)
 
 # Everything that CI runs.
 test: lint docs pytest
 
-lint: $(READY)
+lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)
+docs: $(DEVELOPED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 # Much of what tests do is waiting for processes to start, so two run at a time; then what is bound by time, alone.
-pytest: $(READY) chromium
+pytest: $(DEVELOPED) chromium
 	$(BIN)/pytest -n 2 --dist worksteal -m "not soak and not alone"
 	$(BIN)/pytest -m alone
 
 # The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.
-test-browser: $(READY) chromium
+test-browser: $(DEVELOPED) chromium
 	$(BIN)/pytest tests/test_web_browser.py
 
 chromium:
@@ -99,10 +122,10 @@ chromium:
 
 # What takes longer: a run that is killed 30 times, whose last result stands in docs/reliability.md; 500 clients that
 # leave a server midway, and long fuzzing of it; layouts of more ranks.
-soak: $(READY)
+soak: $(DEVELOPED)
 	$(BIN)/pytest -m soak
 
-bench: $(READY)
+bench: $(DEVELOPED)
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/train.py
