@@ -126,8 +126,12 @@ def test_it_answers_and_ends_when_it_is_told_to(folder: Path) -> None:
 
 
 def test_a_dead_rank_is_said_and_ends_the_program(folder: Path) -> None:
-    with serving(folder) as served:
+    """And at --log-level warning nothing else is, by server and ranks."""
+    with serving(folder, "--log-level", "warning", ready=False) as served:
         program = served.program
+        wait_until(served.is_ready, 60)
+        assert served.post(prompt="a", max_tokens=1).status_code == 200
+        assert program.lines == []
         failures: list[str] = []
 
         def ask() -> None:
@@ -172,16 +176,6 @@ def test_it_can_be_told_to_end_while_it_loads(folder: Path, number: signal.Signa
         assert served.program.wait(20) == code
         served.program.wait_for_all(5)
     assert "Traceback" not in served.program.text
-
-
-def test_as_little_is_logged_as_is_asked_for(folder: Path) -> None:
-    with serving(folder, "--log-level", "warning", ranks=1, ready=False) as served:
-        wait_until(served.is_ready, 60)
-        assert served.post(prompt="a", max_tokens=1, temperature=0).status_code == 200
-        served.program.send(signal.SIGTERM)
-        assert served.program.wait(20) == 0
-        served.program.wait_for_all(5)
-    assert served.program.lines == []  # nor of the rank
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
