@@ -113,7 +113,7 @@ def _run(
         if code and launch.world_size > 1:
             from accessory.launch.rendezvous import refuse_together
 
-            refuse_together("its arguments are wrong")
+            refuse_together("its arguments are wrong" if isinstance(error, SystemExit) else str(error))
         return code
     return ended(lambda: program(arguments))
 

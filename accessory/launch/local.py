@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from accessory.launch.launcher import PARENT_VARIABLE, Launch
-from accessory.launch.placement import Placement, environments, too_few_cards
+from accessory.launch.placement import Placement, environments
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,11 @@ def run_on_ranks(nproc: int, arguments: Sequence[str], *, device: str | None = N
         ranks, or here where a signal that nobody asked for has ended one.
 
     Raises:
+        ValueError: the device is not there for all of them.
         OSError: the ranks cannot be started.
     """
-    placement = Placement.of(nproc, None, device=device)
-    if device == "cuda" and placement.on_cpu:
-        raise OSError(too_few_cards(nproc))
-    # Held until the ranks have ended: it is where they meet.
-    store, own = environments(placement)
+    # The store is held until the ranks have ended: it is where they meet.
+    store, own = environments(Placement.of(nproc, None, device=device))
     received: deque[int] = deque()
     # Without -P a folder of the user's could hide one of Python's modules.
     command = [sys.executable, "-P", "-m", "accessory", *arguments]
@@ -112,7 +110,7 @@ class Ranks:
             if self._failed and not self._passed_on:
                 end = end or time.monotonic() + _PATIENCE
                 if time.monotonic() > end:
-                    logger.error("%d ranks have not ended after another had: ending them", len(self._running))
+                    logger.info("ending the ranks that have not ended after another: %s", [*self._running])
                     self._kill()
             if self._running:
                 time.sleep(_LOOK_EVERY)
