@@ -474,9 +474,9 @@ UNSHAPED = {"question": "a", "answer": "b"}
         # Of one record among others leaving it out is a way; where all are so the cure is another.
         ([*ALPACA, UNSHAPED], {}, "record 9", "give its fields the names of one of these shapes" + CURED),
         ([UNSHAPED, *[3] * 50, ALPACA[0]], {}, "record 1", "give its fields the names of one of these shapes" + CURED),
-        ([UNSHAPED] * 3, {}, "record 1", "give its fields the names of one of these shapes" + ALONE),
-        ([3], {}, "record 1", "give its fields the names of one of these shapes" + ALONE),
-        (ALPACA, {"dialog": True}, "record 1", "is read without --dialog; leave --dialog out" + ALONE),
+        ([UNSHAPED] * 3, {}, "record 1", "give its fields the names of one of these shapes"),
+        ([3], {}, "record 1", "give its fields the names of one of these shapes"),
+        (ALPACA, {"dialog": True}, "record 1", "is read without --dialog; leave --dialog out"),
         ([*CHATS, ALPACA[0]], {"dialog": True}, "record 9", "leave --dialog out" + CURED),
         ([{**ALPACA[0], "output": 3}, *ALPACA], {}, "record 1", "3 under 'output', not a string; correct it" + CURED),
         ([{**ALPACA[0], "output": 3}], {}, "record 1", "3 under 'output', not a string; correct it" + ALONE),

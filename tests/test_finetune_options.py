@@ -91,7 +91,10 @@ def test_the_flags_are_these(capsys):
     with pytest.raises(SystemExit) as caught:
         FinetuneOptions.parse(["--help"])
     assert caught.value.code == 0
-    shown = re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
+    told = capsys.readouterr().out
+    assert "(default: 0.0)" in told
+    assert not re.search(r"default:\s+(None|False|\(\))", told), "which say nothing"
+    shown = re.findall(r"^  (?:-h, )?--(\w+)", told, re.MULTILINE)
     assert sorted(shown) == sorted([*FLAGS, "help"])
 
 

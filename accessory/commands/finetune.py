@@ -9,19 +9,19 @@ from accessory.arguments import given_number
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
 from accessory.train.interruption import Interruption
-from accessory.train.options import FinetuneOptions, add_finetune_flags
+from accessory.train.options import FinetuneOptions, ToldDefaults, add_finetune_flags
 
 logger = logging.getLogger(__name__)
 
 _LESS_MEMORY = (
     "take a smaller --batch_size with more --accum_iter, --checkpointing, a smaller --max_words, --data_parallel fsdp, "
-    "more ranks, or an adapter (--llama_type mistral_peft)"
+    "more ranks, or an adapter (--lora_rank 8)"
 )
 
 _SAME_SIGNAL = 0.2  # seconds
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Help(ToldDefaults, argparse.RawDescriptionHelpFormatter):
     pass
 
 

@@ -222,8 +222,11 @@ def bad_record(path: str | Path, said: str, error: ValueError | None = None, *, 
         others: whether any other record is usable.
     """
     cure = error.cure if isinstance(error, OtherShape) else "correct it"
-    leave = ", or pass --skip_bad_records to leave such records out" if others else " (no record near it is usable)"
-    return ValueError(f"bad record in {path}, {said}; {cure}{leave}")
+    if others:
+        cure += ", or pass --skip_bad_records to leave such records out"
+    elif not isinstance(error, OtherShape):
+        cure += " (no record near it is usable)"
+    return ValueError(f"bad record in {path}, {said}; {cure}")
 
 
 def _any_usable(records: Iterable[Record], recipe: Recipe, source: Source) -> bool:

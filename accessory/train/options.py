@@ -165,6 +165,14 @@ class FinetuneOptions:
         return Path(self.output_dir).absolute() / "checkpoints"
 
 
+class ToldDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == ()
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     """Give a parser the flags of a run, for `FinetuneOptions.of`; a flag that is not given has the field's default."""
     parser.usage = "%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)"
@@ -184,7 +192,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="main_finetune.py",
         description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ToldDefaults,
     )
     add_finetune_flags(parser)
     return parser
