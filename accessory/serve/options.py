@@ -66,7 +66,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     )
     help_text = "tokens of prompt and answer together (default 4096)"
     group.add_argument(*_spellings("max_seq_len"), type=_context, default=4096, help=help_text)
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto: as stored)")
+    help_text = "of the weights (default auto: as they are stored; MetaModel.from_pretrained takes bf16)"
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help=help_text)
     add_quant_flags(group)
     group.add_argument("--device", help="cpu, cuda, or cuda:N for one rank (default: GPUs if each rank has one)")
     help_text = "auto (default), expert or tensor"
