@@ -181,29 +181,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     check_free(path)
-    made = make_folders(path.parent)
-    try:
-        with contextlib.ExitStack() as stack:
-            alone = stack.enter_context(_alone_at(path))
-            check_free(path)  # it may have been written meanwhile
-            _remove_leftovers(path, alone=alone)
-            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            if aside.exists():  # a container's processes have the same numbers again
-                aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-            aside.mkdir()
-            stack.callback(shutil.rmtree, aside, ignore_errors=True)
-            yield aside
-            by_umask(aside)
-            for file in aside.rglob("*"):
-                sync(file)
-            sync(aside)
-            if path.exists():
-                path.rmdir()
-            aside.rename(path)
-            sync(path.parent)
-    except BaseException:
-        remove_empty(made)
-        raise
+    with parents_of(path), contextlib.ExitStack() as stack:
+        alone = stack.enter_context(_alone_at(path))
+        check_free(path)  # it may have been written meanwhile
+        _remove_leftovers(path, alone=alone)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        if aside.exists():  # a container's processes have the same numbers again
+            aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        aside.mkdir()
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
+        yield aside
+        by_umask(aside)
+        for file in aside.rglob("*"):
+            sync(file)
+        sync(aside)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -230,6 +225,17 @@ def _remove_leftovers(path: Path, *, alone: bool) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders that ``path`` is to lie in; where what follows fails, those that were not there go again."""
+    made = make_folders(path.parent)
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 def make_folders(path: Path) -> list[Path]:

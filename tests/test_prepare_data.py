@@ -158,6 +158,8 @@ def test_what_cannot_be_converted(
     assert error.count("\n") == 1
     assert target.read_text() == "as before"
     assert not list(tmp_path.glob("*.tmp"))
+    assert main(["evol-codealpaca", str(tmp_path / name), str(tmp_path / "new" / "folder" / "out.json")]) == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_targets_that_are_refused(tmp_path: Path) -> None:

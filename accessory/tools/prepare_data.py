@@ -22,7 +22,7 @@ from typing import Any
 from accessory.arguments import Parser, given_name
 from accessory.data.readers import READERS, Record, read_records
 from accessory.data.records import Instruction, Talk, read_said
-from accessory.files import replacing
+from accessory.files import parents_of, replacing
 from accessory.log import setup_logging
 from accessory.progress import showing
 from accessory.text.chat import Message
@@ -59,9 +59,8 @@ def convert_data(kind: str, source: str | Path, target: str | Path) -> Outcome:
         raise ValueError(f"DST is {path}: name the .json file to write")
     if path.resolve() in [file.resolve() for file in files]:
         raise ValueError(f"{path} is to be read and written: give another DST")
-    path.parent.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
-    with replacing(path) as aside:
+    with parents_of(path), replacing(path) as aside:
         with aside.open("w", encoding="utf-8") as out:
             for turns in _dialogues(files, DATASETS[kind], outcome):
                 out.write(",\n" if outcome.written else "[\n")
