@@ -25,7 +25,7 @@ from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.writer import save_shard
 from accessory.config import QuantArgs
 from accessory.files import locked, new_folder, replacing, write_json
-from accessory.tools import docstring_dialogues, prepare_data
+from accessory.tools import prepare_data
 
 # --- killed writers, and living ones
 
@@ -229,7 +229,6 @@ def test_all_that_is_written_has_one_mode(
     merge(cache.model, run, out / "merged")
     quantize_checkpoint(cache.model, out / "int8", QuantArgs(type="int8"))
     save_shard(out / "shard.pth", random_tensors(small_config(dim=32, hidden_dim=16), 1))
-    docstring_dialogues.main([str(out / "dialogues"), "--limit", "3"])
     (tmp_path / "raw.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
     prepare_data.main(["evol-codealpaca", str(tmp_path / "raw.jsonl"), str(out / "prepared.json")])
     shutil.move(cache.folder / "cache", out / "cache")
