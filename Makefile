@@ -74,16 +74,16 @@ finetune-demo: $(TINY)/converted
 	@echo "--- after"
 	$(BIN)/accessory generate runs/finetuned/$(MODEL) $(ALIKE) --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
 
-# The same with an adapter, whose folder holds nothing else; it is asked over its base, and merged.
+# The same with an adapter on one process; its folder holds nothing else. It is asked over its base, and merged.
 peft-demo: $(TINY)/converted
 	rm -rf runs/dialogues runs/adapter runs/merged
 	$(BIN)/python -m accessory.tools.docstring_dialogues runs/dialogues --limit $(DIALOGUES)
 	@echo "--- before (the last two questions are not in the training data)"
 	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --dialog --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
 	@echo "--- training, three minutes on 2 cores"
-	$(BIN)/accessory finetune --nproc 2 --lora_rank 64 --lora_alpha 256 --bias_tuning --norm_tuning \
+	$(BIN)/accessory finetune --lora_rank 64 --lora_alpha 256 --bias_tuning --norm_tuning \
 		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --output_dir runs/adapter \
-		--epochs $(LORA_EPOCHS) --batch_size 2 --lr 1e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
+		--epochs $(LORA_EPOCHS) --batch_size 4 --lr 1e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
 		--precision fp32 --device cpu --save_interval $(LORA_EPOCHS) --only_save_trainable
 	@echo "--- after"
 	$(BIN)/accessory generate $(TINY)/converted runs/adapter/$(ADAPTER) $(ALIKE) --max-gen-len 32 \
