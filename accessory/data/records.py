@@ -27,8 +27,9 @@ _SYSTEM = ("system", "system_prompt")
 # Beside a shape's own; some say once more what it says: the first question in ultrachat, the whole in alpaca-gpt4.
 _BESIDE = {("messages",): ("prompt",), _INSTRUCTION: ("input", "history", "text")}
 _SPEAKER, _CONTENT = ("from", "role", "is_user"), ("value", "content", "text")  # of a turn
-_FIELDS = ("conversations", "messages", "interactions", *_INSTRUCTION, "input", "history", *_COMPLETION, *_SYSTEM)
-_FIELDS += (*_SPEAKER, *_CONTENT, "weight", "only_last")  # of which somebody may have meant one
+# Of which somebody may have meant one.
+_FIELDS: tuple[str, ...] = ("conversations", "messages", "interactions", *_INSTRUCTION, "input", "history")
+_FIELDS += (*_COMPLETION, *_SYSTEM, *_SPEAKER, *_CONTENT, "weight", "only_last")
 _NOTHING: tuple[Any, ...] = ("", [], {}, "null", "[]", "{}")  # also as a CSV file has it
 
 _ROLES: dict[str, Role] = {

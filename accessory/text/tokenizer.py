@@ -387,7 +387,8 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         at = f"{text[error.start]!r} at character {error.start}"
-        raise ValueError(f"the text holds a lone surrogate, {at}: it comes from bytes that are no UTF-8, so decode or save them as what they are") from error
+        origin = "it comes from bytes that are no UTF-8, so decode or save them as what they are"
+        raise ValueError(f"the text holds a lone surrogate, {at}: {origin}") from error
 
 
 def _top_level_fields(data: bytes) -> Iterator[int]:
