@@ -101,7 +101,6 @@ def test_questions_are_asked_as_they_were_learned(
     assert capsys.readouterr().out == f"{answers[1].lstrip()}\n"
 
 
-
 @pytest.mark.parametrize(
     ("content", "settings", "says"),
     [
