@@ -59,7 +59,7 @@ def nearest(name: Any, known: Iterable[str], *, likeness: float = 0.6) -> str:
 
     Example: nearest("ratoi", ["path", "ratio"]) is " (did you mean ratio?)".
     """
-    # Capitals and the two ways to join words are no other names.
+    # Capitals and the two ways to join words are no other names, and what all options begin with is not likeness.
     plain = {_plain(other): other for other in known}
     found = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1, cutoff=likeness)
     return f" (did you mean {plain[found[0]]}?)" if found else ""
@@ -76,7 +76,7 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("_", "-")
+    return name.lower().replace("_", "-").lstrip("-")
 
 
 def shown_bytes(count: float) -> str:
