@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
         help="write a base and its adapter as one plain checkpoint",
         description="Add an adapter's updates to the weights of its base, matrix by matrix, and write the sum as a "
         "plain checkpoint; says by how much each group of weights moved.",
-        epilog="example: accessory merge runs/tiny/converted runs/adapter/epoch11 runs/merged",
+        epilog="example: accessory merge runs/tiny/converted runs/capitals/epoch29 runs/merged",
     )
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
         help="write an adapter as a folder of Hugging Face's peft",
         description="Write an adapter as adapter_model.safetensors and adapter_config.json, which Hugging Face's peft "
         "loads above the base in transformers.",
-        epilog="example: accessory export-adapter runs/adapter/epoch11 runs/adapter-hf",
+        epilog="example: accessory export-adapter runs/capitals/epoch29 runs/capitals-hf",
     )
     export.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
     export.add_argument("destination", type=given_path, help="folder to write")
@@ -66,7 +66,7 @@ def add_commands(commands: Any) -> None:
         help="write a checkpoint with its matrices in 8 or 4 bits",
         description="Write a checkpoint with the matrices of its attention and experts in 8 or 4 bits (nf4 unless told "
         "otherwise), so that loading needs no further work.",
-        epilog="example: accessory quantize runs/tiny/converted runs/tiny/int4 --quant int4 --calibrate text.txt",
+        epilog="example: accessory quantize runs/tiny/converted runs/tiny/int4 --quant int4 --calibrate README.md",
     )
     quantize.add_argument("source", type=given_path, help="checkpoint folder")
     quantize.add_argument("destination", type=given_path, help="folder to write")
