@@ -567,8 +567,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tokenizer no name": ({"tokenizer_path": ""}, ("tokenizer_path must be a path, not ''",)),
     "device unknown": ({"device": "abacus"}, ("device", "abacus", "cuda")),
     "device without a model": ({"device": "meta"}, ("device", "meta", "cuda")),
-    "no CUDA": ({"device": "cuda"}, ('device "cuda"', "no CUDA device", 'device="cpu"')),
-    "no CUDA, numbered": ({"device": "cuda:1"}, ('device "cuda:1"', "no CUDA device", 'device="cpu"')),
+    "no CUDA": ({"device": "cuda"}, ("device cuda ", "no CUDA device", "give the device cpu")),
+    "no CUDA, numbered": ({"device": "cuda:1"}, ("device cuda:1 ", "no CUDA device", "give the device cpu")),
 }
 
 for _name, (_given, _says) in ARGUMENTS.items():
@@ -762,7 +762,7 @@ def differing_load_error(folder: Path, changes: dict[int, dict[str, Any]]) -> tu
         ({0: {"dtype": "bf16"}}, ValueError, ("different arguments", "same call")),
         ({1: {"expert_placement": "tensor"}}, ValueError, ("different arguments", "rank(s) [1]")),
         ({1: {"dtype": "fp23"}}, ValueError, ("'fp23'", "bf16, fp16, fp32, auto")),
-        ({1: {"device": "abacus"}}, ValueError, ("'abacus'", 'give "cpu"')),
+        ({1: {"device": "abacus"}}, ValueError, ("'abacus'", "give cpu")),
         ({0: {"llama_type": "gpt"}}, ValueError, ("'gpt'", "choose from")),
         ({1: {"tokenizer_path": "absent.model"}}, FileNotFoundError, ("absent.model", "check the path")),
         ({1: {"pretrained_path": "absent"}}, FileNotFoundError, ("absent", "check the path")),
