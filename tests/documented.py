@@ -159,6 +159,13 @@ class Reader:
             if served is None:
                 program.__exit__(None, None, None)
 
+    def run(self, command: str, seconds: float) -> str:
+        """Run a command that succeeds; returns what it has written."""
+        with Program(["bash", "-c", command], self._environment, folder=self._folder) as program:
+            code = program.wait(seconds)
+            assert code == 0, program.text
+            return program.text
+
     def stop_server(self) -> None:
         """Stop the program that answers, if one does, as Ctrl-C does.
 
