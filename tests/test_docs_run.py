@@ -32,7 +32,9 @@ NOT_RUN = Counter(
 SHORTER = (
     (r"(?m)^make demo$", "true"),
     (r"(?m)^torchrun .* -m accessory generate .*$", "true"),
-    (r"(?m)^accessory generate .* --nproc 2 .*$", "true"),
+    (r"(?m)^accessory generate .* (--nproc 2|--raw) .*$", "true"),
+    (r"(?m)^accessory serve .* --(chat-template|cors) .*$", "true"),
+    (r"(?m)^torchrun .*--signals-to-handle (.*\\\n)*.*$", "true"),
     (r"(?m)^accessory tiny .*$", "mkdir runs/small && cp runs/tiny/*.* runs/small/"),
     (r" --nproc 2 ", " "),
     (r"--nproc-per-node([ =])2", r"--nproc-per-node\g<1>1"),
@@ -40,7 +42,7 @@ SHORTER = (
     (r"--epochs \d+", "--epochs 1"),
     (r"--save_interval \d+", "--save_interval 1"),
     (r"/epoch\d+", "/epoch0"),
-    (r"(docstring_dialogues \S+) --limit \d+", r"\1 --limit 24"),
+    (r"python -m accessory.tools.docstring_dialogues (\S+) .*", r"cp -r runs/dialogues \1"),
     (r"cat docs/\*\.md", "head -c 20000 docs/finetune.md"),
     (r"--max-gen-len \d+", "--max-gen-len 8"),
     (r"max_gen_len=\d+", "max_gen_len=8"),
@@ -117,7 +119,7 @@ def test_pages_run_with_little_of_each_training(tiny: tuple[Path, TinyReport], t
     unused = [pattern for pattern, _ in shorter if not re.search(pattern, code)]
     assert not unused, "no page has these any more"
     with Reader(folder, tmp_path, substitutions=shorter, variables=VARIABLES) as reader:
-        walk(reader, 120)
+        walk(reader, 300)
 
 
 @pytest.mark.soak
