@@ -28,7 +28,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; rank 0 says why."""
-        where = f"; see {self.prog} --help" if message.startswith(("unknown option", "the following", "unrec")) else ""
+        where = (
+            f"; see {self.prog} --help"
+            if message.startswith(("unknown option", "the following", "one of the arg", "unrec"))
+            else ""
+        )
         text = f"{self.prog}: error: {message}{where}"
         report_failure(text)
         self.exit(2, f"{text}\n" if global_rank() == 0 else None)

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between lines.
 INTERVAL = 10.0
+# What the first units take tells little of the rest: they open files, or are the largest.
+_FEW = 3
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -113,7 +115,7 @@ class Lines(Progress):
         self, what: str, total: int | None, *, unit: str, done: int = 0, clock: Clock = time.monotonic
     ) -> None:
         self._what, self._unit, self._pace = what, unit, Pace(total, done=done, clock=clock)
-        self._spoke, self._note = False, ""
+        self._spoke, self._note, self._few = False, "", done + _FEW
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._pace.done += count
@@ -121,7 +123,8 @@ class Lines(Progress):
         if self._pace.due and self._pace.done != self._pace.total:
             rate, left = self._pace.rate, self._pace.left
             how_fast = "" if rate is None else f", {in_digits(rate)} a second"
-            self._say(how_fast + ("" if left is None else f", {duration(left)} left"))
+            how_long = "" if left is None else f", {duration(left)} left"
+            self._say(how_fast + how_long if self._pace.done >= self._few else "")
             self._pace.said()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -457,7 +457,7 @@ def test_a_bad_config_is_named(
 def test_a_data_file_in_the_place_of_the_config(tmp_path: Path) -> None:
     """It may have gigabytes, of which YAML would take hours to say that they have no META."""
     path = write(tmp_path / "a.json", json.dumps([{"instruction": "a" * 1000}] * 1100))
-    with pytest.raises(ValueError, match=r"a\.json has 1,123,100 bytes and is no data yaml: list"):
+    with pytest.raises(ValueError, match=r"a\.json has 1,123,100 bytes and is no data yaml: list it in one"):
         read_data_config(path)
 
 

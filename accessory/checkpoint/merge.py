@@ -107,7 +107,8 @@ def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: M
         )
     if args.peft is None:
         raise ValueError(
-            f"{adapter.folder} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r}"
+            f"{adapter.folder} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r} "
+            "(the base's folder comes first, then the adapter's)"
         )
     if base_args.quant is not None:
         raise ValueError(

@@ -125,7 +125,9 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             except UnicodeDecodeError as error:
                 yield Record(place, None, f"it is not UTF-8 ({error.reason} at byte {error.start})")
             except json.JSONDecodeError as error:
-                yield Record(place, None, f"it is not valid JSON ({error.msg} at column {error.colno})")
+                yield Record(
+                    place, None, f"it is not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+                )
             except (ValueError, RecursionError) as error:  # a number too long for Python, or too deep a nesting
                 yield Record(place, None, f"its JSON cannot be read ({error})")
 

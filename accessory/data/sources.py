@@ -28,6 +28,8 @@ _KEYS = ("path", "type", "ratio", "preprocess", "prompt_type")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In bytes; a thousand entries take a tenth of it. A data file in the yaml's place takes 3 s to parse for each MB.
 _LARGEST = 1 << 20
+_RECORDS = (".jsonl", ".csv", ".parquet")  # a .json file may be a yaml: JSON is a part of YAML
+_NO_YAML = "{config} {why} and is no data yaml: list it in one, as in `META: [{{path: {config}}}]`, and give that"
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,18 @@ def read_data_config(path: str | Path) -> list[Source]:
 def _entries(config: Path) -> list[Any]:
     if not config.is_file():
         raise FileNotFoundError(f"no data yaml {config}: check --data_config")
+    if config.suffix in _RECORDS:
+        raise ValueError(_NO_YAML.format(config=config, why="holds records"))
     if (size := config.stat().st_size) > _LARGEST:
-        raise ValueError(
-            f"{config} has {size:,} bytes and is no data yaml: list the data files in one, as in "
-            "`META: [{path: data.json}]`, and give that to --data_config"
-        )
+        raise ValueError(_NO_YAML.format(config=config, why=f"has {size:,} bytes"))
     text = config.read_bytes()
     try:
         content = yaml.load(text, _Loader)
     # The last three are PyYAML's for a value that its tag, or the look of a date, promises and that is none.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{config} is not valid YAML: {_fault(error, text)}") from error
+    if isinstance(content, list) and config.suffix == ".json":
+        raise ValueError(_NO_YAML.format(config=config, why="holds records"))
     if not isinstance(content, dict) or "META" not in content:
         raise ValueError(f"{config} has no META: list the data files under it, as in `META: [{{path: data.json}}]`")
     for key in content:

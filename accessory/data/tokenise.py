@@ -84,7 +84,8 @@ class SourceReport:
             where = f"no answer within --max_words {max_words}"
             yield logging.WARNING, f"{self.path}: {self.emptied} examples with {where} are left out"
         if self.cut:
-            yield logging.INFO, f"{self.path}: {self.cut} examples are cut at --max_words {max_words}"
+            lost = f"{self.path}: {self.cut} examples are cut at --max_words {max_words}, and lose the end of an answer"
+            yield logging.WARNING, lost
 
 
 def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, progress: bool) -> SourceReport:

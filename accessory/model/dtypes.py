@@ -48,7 +48,7 @@ def settle_dtype(
     chosen = _chosen(dtype, stored, state)
     if state.is_first and (on_disk := stored()) in DTYPES.values():
         name, other = (str(one).removeprefix("torch.") for one in (chosen, on_disk))
-        keeps = "" if on_disk == torch.bfloat16 else ", which dtype auto keeps"
+        keeps = ", which dtype auto keeps" if dtype is None and on_disk != torch.bfloat16 else ""
         as_stored = "as they are stored" if chosen == on_disk else f"stored in {other}{keeps}"
         logger.info("computing with the weights in %s, %s", name, as_stored)
     return chosen

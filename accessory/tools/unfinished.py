@@ -92,8 +92,8 @@ def unfinished(path: Path) -> Iterator[Unfinished]:
                 if not progress.exists or isinstance(error, ValueError | FloatingPointError):
                     shutil.rmtree(folder, ignore_errors=True)
                 elif isinstance(error, KeyboardInterrupt):
-                    where = f"step {progress.kept}" if progress.kept else "the last step"
-                    logger.warning("stopped; what was reached is kept: the same command goes on behind %s", where)
+                    where = f"step {progress.kept}" if progress.kept else "the last step that was kept"
+                    logger.warning("stopped: the same command goes on behind %s", where)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
     except TimeoutError:

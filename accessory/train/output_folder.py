@@ -82,7 +82,9 @@ def held(folder: Path) -> Iterator[OutputFolder]:
 
 def _lock(folder: Path, stack: contextlib.ExitStack, made: list[Path]) -> bool:
     """Make the folder, noting in ``made`` what was not there, and take its lock; False where there are no locks."""
-    waits = partial(logger.warning, "another run still writes to %s: waiting for it", folder)
+    waits = partial(
+        logger.warning, "another run still writes to %s: waiting for it, %.0f minutes at most", folder, PATIENCE / 60
+    )
     try:
         while True:
             made[:] = make_folders(folder)
