@@ -6,7 +6,6 @@ be started many times over. Bad input ends with one line on standard error and e
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as error:
-        if error.code and "RANK" in os.environ and Launch.find().world_size > 1:
+        if error.code and Launch.find().has_others:
             from accessory.launch.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")
@@ -41,13 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Run the command, here or on ranks that are started for it.
 
-    One that is no work for several ranks is refused, once, where torchrun started several. A batch script of SLURM has
-    the variables of a rank as well, though it is one process.
+    One that is no work for several ranks is refused, once, where a launcher started several.
     """
     alone: str | None = getattr(arguments, "alone", None)
     ranks = getattr(arguments, "ranks", None) or 1
     if alone is not None:
-        if "RANK" in os.environ and Launch.find().world_size > 1:
+        if Launch.find().has_others:
             _refuse(ValueError(alone))
     elif ranks > 1:
         from accessory.launch.local import run_on_ranks, starts_ranks
@@ -62,9 +60,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def _refuse(error: ValueError) -> NoReturn:
-    """Raise the error; on the ranks of a launcher once for all, after they have met."""
-    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        raise error
+    """Raise the error of all ranks of a launcher, once, after they have met."""
     from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.parallel.state import on_all_ranks
 

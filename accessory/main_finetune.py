@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = finetune_parser().parse_args(arguments)
     except SystemExit as error:
-        if error.code and launch.world_size > 1:
+        if error.code and launch.has_others:
             from accessory.launch.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong")

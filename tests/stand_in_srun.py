@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def _variables(rank: int, size: int) -> Mapping[str, str]:
     return {
         "SLURM_NODELIST": os.environ.get("SLURM_NODELIST", "localhost"),
+        "SLURM_STEP_ID": "0",
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
         os.environ.get("STAND_IN_SRUN_NTASKS", "SLURM_NTASKS"): str(size),

@@ -149,7 +149,15 @@ def test_ranks_start_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not local.starts_ranks(1)
     assert local.starts_ranks(2)
     two = {"RANK": "0", "WORLD_SIZE": "2"}
-    for variables, launcher in ((two, "torchrun"), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "srun")):
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    step = {**batch, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    # A batch script has the variables of a rank, and so has the shell that salloc opens.
+    for variables in (batch, {**step, "SLURM_STEP_NUM_TASKS": "1"}):
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            assert local.starts_ranks(4)
+    for variables, launcher in ((two, "torchrun"), (step, "srun")):
         with monkeypatch.context() as context:
             for name, value in variables.items():
                 context.setenv(name, value)

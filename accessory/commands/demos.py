@@ -110,7 +110,7 @@ def _run(
         if not isinstance(error, SystemExit):
             say(error)
         code = int(error.code or 0) if isinstance(error, SystemExit) else 1
-        if code and launch.world_size > 1:
+        if code and launch.has_others:
             from accessory.launch.rendezvous import refuse_together
 
             refuse_together("its arguments are wrong" if isinstance(error, SystemExit) else str(error))

@@ -96,7 +96,7 @@ def _refuse(error: ValueError, launch: Launch) -> int:
     """Say what is wrong with the arguments, once, and end with the other ranks; returns the exit code."""
     if launch.rank == 0:
         say(error)
-    if launch.world_size > 1:
+    if launch.has_others:
         from accessory.launch.rendezvous import refuse_together
 
         refuse_together(str(error))

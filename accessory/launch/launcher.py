@@ -32,6 +32,7 @@ class Launch:
         address, port: where rank 0 waits for the others.
         run: tells this run from others that may come to the same port; empty where the launcher gives no name.
         parent: process id of the command of ours that started the ranks of this host; None: it was none of ours.
+        is_step: srun has started it. Without, the variables of SLURM are those of a batch script, or of a shell.
     """
 
     launcher: Literal["torchrun", "slurm", "alone"] = "alone"
@@ -43,6 +44,12 @@ class Launch:
     port: int = _DEFAULT_PORT
     run: str = ""
     parent: int | None = None
+    is_step: bool = False
+
+    @property
+    def has_others(self) -> bool:
+        """Whether other processes were started with this one. A batch script of SLURM is one, whatever its variables."""
+        return self.world_size > 1 and (self.launcher != "slurm" or self.is_step)
 
     @classmethod
     def find(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -93,6 +100,8 @@ class Launch:
             address=environment.get("MASTER_ADDR") or first_host(nodes),
             port=_number(environment, "MASTER_PORT", default=made, least=1, below=2**16),
             run="" if job < 0 else f"{job}.{step}",
+            # The shell that salloc opens is a step of one task, and keeps SLURM_NTASKS of the job.
+            is_step="SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS") != "1",
         )
 
 

@@ -67,7 +67,7 @@ def starts_ranks(nproc: int) -> bool:
     launch = Launch.find()
     if nproc == 1 or launch.parent is not None:
         return False
-    if launch.world_size > 1:
+    if launch.has_others:
         raise ValueError(
             f"--nproc {nproc} starts ranks itself, and {launch.launcher.replace('slurm', 'srun')} has started "
             f"{launch.world_size} already: give only one of the two"
