@@ -1,15 +1,20 @@
-"""``python -m accessory``, which torchrun starts on every rank."""
+"""The command ``accessory``, and ``python -m accessory``, which torchrun starts on every rank."""
 
-import os
-import sys
+from typing import NoReturn
 
-from accessory.cli import main
+from accessory.commands.process import run
 
-code = main()
-if "RANK" in os.environ:
-    # Gloo's threads may outlive the groups they served and abort a Python that is shutting down (PyTorch's issue
-    # 190489); everything is done and said by now.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-sys.exit(code)
+
+def main() -> NoReturn:
+    """Run the command that the process was given."""
+    run(_program)
+
+
+def _program() -> int:
+    from accessory import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    main()

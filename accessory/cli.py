@@ -8,12 +8,11 @@ be started many times over. Bad input ends with one line on standard error and e
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from accessory import __version__
 from accessory.arguments import Parser
 from accessory.commands import chat, checkpoints, finetune, generate, serve, show
-from accessory.commands.output import ended, say
+from accessory.commands.output import ended, parsed, refuse
 from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
 
@@ -26,14 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help(sys.stderr)
         return 2
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as error:
-        if error.code and Launch.find().has_others:
-            from accessory.launch.rendezvous import refuse_together
-
-            refuse_together("its arguments are wrong")
-        raise
+    arguments = parsed(parser, argv)
     return ended(lambda: _run(arguments, argv))
 
 
@@ -46,27 +38,17 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     ranks = getattr(arguments, "ranks", None) or 1
     if alone is not None:
         if Launch.find().has_others:
-            _refuse(ValueError(alone))
+            refuse(ValueError(alone))
     elif ranks > 1:
         from accessory.launch.local import run_on_ranks, starts_ranks
 
         try:
             starts = starts_ranks(ranks)
         except ValueError as error:
-            _refuse(error)
+            refuse(error)
         if starts:
             raise SystemExit(run_on_ranks(ranks, argv, device=arguments.device))
     arguments.run(arguments)
-
-
-def _refuse(error: ValueError) -> NoReturn:
-    """Raise the error of all ranks of a launcher, once, after they have met."""
-    from accessory.launch.rendezvous import process_group_of_launcher
-    from accessory.parallel.state import on_all_ranks
-
-    with process_group_of_launcher("cpu", say=say):
-        raise on_all_ranks(error)
-    raise error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,15 @@ if __name__ == "__main__":
     # Started as a file, Python looks for modules in its folder first; the package is one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from accessory.commands.demos import end, single_turn
+from accessory.commands.process import run
+
+
+def main() -> int:
+    """Run; returns the exit code."""
+    from accessory.commands.demos import single_turn
+
+    return single_turn()
+
 
 if __name__ == "__main__":
-    end(single_turn())
+    run(main)

@@ -2,14 +2,12 @@
 
 import argparse
 import logging
-import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from accessory.arguments import Parser
-from accessory.commands.output import ended, say
+from accessory.commands.output import ended, parsed, refuse, say
 from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
 from accessory.serve.options import (
@@ -42,14 +40,8 @@ def multi_turn(arguments: Sequence[str] | None = None) -> int:
     """The program demos/multi_turn.py: one page, and ranks that it starts itself; returns the exit code."""
     parser = _parser("multi_turn.py", "A page that holds a dialogue, with a model on processes that it starts.")
     add_rank_arguments(parser)
-    return _run(parser, arguments, _multi_turn)
-
-
-def end(code: int) -> NoReturn:
-    """End the process. Threads that wait for a rank which is gone must not hold it back."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    alone = "multi_turn.py starts its ranks itself: give --n_gpus N in place of torchrun"
+    return _run(parser, arguments, _multi_turn, alone=alone)
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -89,16 +81,23 @@ def _page_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(
-    parser: argparse.ArgumentParser, given: Sequence[str] | None, program: Callable[[argparse.Namespace], None]
+    parser: argparse.ArgumentParser,
+    given: Sequence[str] | None,
+    program: Callable[[argparse.Namespace], None],
+    *,
+    alone: str | None = None,
 ) -> int:
+    """``alone``: why the program is not to be started on several ranks."""
     setup_logging()
     try:
         launch = Launch.find()
     except ValueError as error:
         say(error)
         return 1
+    arguments = parsed(parser, given)
+    if alone is not None and launch.has_others:
+        return ended(lambda: refuse(ValueError(alone)))
     try:
-        arguments = parser.parse_args(given)
         if launch.rank == 0:
             # A large model takes minutes to load: what is wrong is said before.
             check_place(arguments)
@@ -106,15 +105,13 @@ def _run(
             arguments.form = say_form(form_of(arguments))
             if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):
                 logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
-    except (SystemExit, OSError, ValueError) as error:
-        if not isinstance(error, SystemExit):
-            say(error)
-        code = int(error.code or 0) if isinstance(error, SystemExit) else 1
-        if code and launch.has_others:
+    except (OSError, ValueError) as error:
+        say(error)
+        if launch.has_others:
             from accessory.launch.rendezvous import refuse_together
 
-            refuse_together("its arguments are wrong" if isinstance(error, SystemExit) else str(error))
-        return code
+            refuse_together(str(error))
+        return 1
     return ended(lambda: program(arguments))
 
 

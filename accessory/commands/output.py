@@ -1,13 +1,16 @@
 """What commands write, their results from rank 0 alone and errors as one line, and how they end."""
 
+import argparse
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from accessory.errors import out_of_memory
-from accessory.launch.launcher import report_failure
+from accessory.launch.launcher import Launch, report_failure
 from accessory.log import global_rank
 
 
@@ -28,6 +31,34 @@ def show(text: str) -> None:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
             raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
+    """What a program was given; where that is wrong no rank leaves before all have met.
+
+    Raises:
+        SystemExit: the parser has said what is wrong, or shown its help.
+    """
+    try:
+        return parser.parse_args(given)
+    except SystemExit as error:
+        # With wrong variables of a launcher they cannot meet.
+        with contextlib.suppress(ValueError):
+            if error.code and Launch.find().has_others:
+                from accessory.launch.rendezvous import refuse_together
+
+                refuse_together("its arguments are wrong")
+        raise
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """Raise the error of all ranks of a launcher, once, after they have met."""
+    from accessory.launch.rendezvous import process_group_of_launcher
+    from accessory.parallel.state import on_all_ranks
+
+    with process_group_of_launcher("cpu", say=say):
+        raise on_all_ranks(error)
+    raise error
 
 
 def ended(program: Callable[[], None]) -> int:

@@ -48,7 +48,7 @@ class Launch:
 
     @property
     def has_others(self) -> bool:
-        """Whether other processes were started with this one. A batch script of SLURM is one, whatever its variables."""
+        """Whether other processes were started with this one: a batch script of SLURM only has the variables of it."""
         return self.world_size > 1 and (self.launcher != "slurm" or self.is_step)
 
     @classmethod
