@@ -96,6 +96,7 @@ COUNTS = (
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(n))); ready(); time.sleep(60)"
 )
 DIES = "ready(); os.kill(os.getpid(), 11 if r == '1' else 0); time.sleep(60)"
+CTRL_C = "interrupted (Ctrl-C)"
 FAILS_LATER = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)) if r == '1' else 0; ready(); time.sleep(60)"
 
 
@@ -107,8 +108,11 @@ FAILS_LATER = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)) if r == '1'
         (COUNTS, [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM], 2, []),  # each once
         # What ended as it was asked to rules over what followed from it.
         (FAILS_LATER, [signal.SIGTERM], 143, []),
+        ("ready(); sys.exit(141 if r == '0' else 1)", [], 141, []),
+        ("ready(); time.sleep(0.2 if r == '0' else 0); sys.exit(141 if r == '0' else 1)", [], 141, []),
+        ("signal.signal(signal.SIGINT, signal.SIG_DFL); ready(); time.sleep(60)", [signal.SIGINT], 130, [CTRL_C]),
     ],
-    ids=["exit code", "signal", "each signal once", "asked"],
+    ids=["exit code", "signal", "each signal once", "asked", "at once", "its peer sooner", "without a word"],
 )
 def test_the_code_is_that_of_the_rank_that_failed_first(
     script: str,

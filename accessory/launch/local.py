@@ -114,9 +114,16 @@ class Ranks:
                     self._kill()
             if self._running:
                 time.sleep(_LOOK_EVERY)
+        return self._code()
+
+    def _code(self) -> int:
+        failed = [code if code > 0 else 128 - code for code in self._failed]
         # Who ended by what was asked for speaks for all: another may have failed only since that one was gone.
-        asked = [code for code in self._failed if code - 128 in self._passed_on]
-        return (asked or self._failed or [0])[0]
+        asked = [code for code in failed if code - 128 in self._passed_on]
+        # With 1 a rank may end sooner than the one that it has lost, whose code is its own: generate's where `head`
+        # has read enough.
+        own = [code for code in self._failed if code > 1] if failed[:1] == [1] else []
+        return (asked or own or failed or [0])[0]
 
     def _pass_on(self, number: int) -> None:
         self._passed_on.add(number)
@@ -127,13 +134,15 @@ class Ranks:
         """See who has ended since the last look."""
         codes = {rank: process.poll() for rank, process in self._running.items()}
         ended = [(code, rank) for rank, code in codes.items() if code is not None]
-        # One that a signal has ended comes first: of two that end together the other follows it.
-        for code, rank in sorted(ended):
+        # One that a signal has ended comes first: of two that end together the other follows it, mostly with 1.
+        for code, rank in sorted(ended, key=lambda one: (one[0] >= 0, one[0] == 1, one[1])):
             del self._running[rank]
             if code < 0 and -code not in self._passed_on and not self._failed:
                 logger.error("rank %d of %d was ended by %s: the others end too", rank, self._size, _name(-code))
+            elif code == -signal.SIGINT and rank == 0:  # before it could say so itself
+                logger.warning("interrupted (Ctrl-C)")
             if code != 0:
-                self._failed.append(code if code > 0 else 128 - code)
+                self._failed.append(code)
 
     def _kill(self) -> None:
         for process in self._running.values():
