@@ -5,6 +5,8 @@ import fcntl
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,16 +78,18 @@ def signalled_on_rank(
             os.kill(os.getpid(), signal.SIGTERM)
         save(*given, **options)
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    before = [signal.getsignal(number) for number in asking]
     with mock.patch.object(loop, "train_step", signalled), mock.patch.object(StateStore, "save", impatient):
         stop = finetune_on_rank(setting, arguments)
-    return stop, before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return stop, before == [signal.getsignal(number) for number in asking]
 
 
 @pytest.mark.parametrize(
     ("number", "receivers", "step"),
     [
-        (signal.SIGTERM, {3}, 4),
+        (signal.SIGHUP, {3}, 4),
         (signal.SIGTERM, {0, 1, 2, 3}, PER_EPOCH),  # whose model is then still to be written
         (signal.SIGUSR1, {0}, END),
     ],
@@ -160,7 +164,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on(ranks: Pools, setting: Settin
         step = stopped_after(program, "Ctrl-C", output)
         assert program.wait() == 130
         program.wait_for_all(5)
-        assert len(warnings_of(program)) == 1
+        assert warnings_of(program) == program.lines[-1:]
     assert latest_state(output).name == f"step-{step:08d}"
     whole = tmp_path / "whole"
     for folder in (output, whole):
@@ -290,3 +294,39 @@ def test_before_the_first_step_ranks_without_a_launcher_end_at_once(
         program.wait_for(TOKENISES)
         program.send(signal.SIGKILL)
         program.wait_for_all(10)
+
+
+# -- the moment in which a run begins
+
+
+LEAVES = """
+import os, signal, sys, threading, time
+from accessory.launch.launcher import Launch
+from accessory.train.interruption import Interruption
+signal.signal(signal.SIGINT, signal.default_int_handler)
+tidies = threading.Event()
+def tidy():
+    tidies.set()
+    time.sleep(0.3)
+    print("tidied", flush=True)
+with Interruption(Launch()) as interruption:
+    interruption.at_the_end = tidy
+    if sys.argv[1] == "begun":
+        interruption.begin(lambda: None)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not interruption._interrupted:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGINT)
+    tidies.wait()
+    interruption.begin(lambda: None)
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("when", "says"), [("begins", "tidied\n"), ("begun", "")])
+def test_a_run_that_leaves_nothing_does_not_begin(when: str, says: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVES, when], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, says)

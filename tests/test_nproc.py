@@ -145,6 +145,22 @@ def test_the_code_is_that_of_the_rank_that_failed_first(
     assert [record.message for record in caplog.records if record.levelno > logging.INFO] == says
 
 
+def test_signals_are_noted_that_are_not_ignored() -> None:
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # as in the background, and by nohup
+        received: deque[int] = deque()
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in ours}
+        signal.signal(ignored, signal.SIG_IGN)
+        with local._noting(received):
+            for number in ours:
+                os.kill(os.getpid(), number)
+        kept = signal.getsignal(ignored)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        assert kept is signal.SIG_IGN
+        assert sorted(received) == sorted({*ours} - {ignored})
+
+
 # -- who starts ranks
 
 

@@ -21,7 +21,7 @@ from accessory.launch.placement import Placement, environments
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOOK_EVERY = 0.05
 # Ranks whose peer is dead end by themselves within 11 s; those that do not are ended.
 _PATIENCE = 15.0
@@ -31,9 +31,9 @@ def run_on_ranks(nproc: int, arguments: Sequence[str], *, device: str | None = N
     """Run ``accessory ARGUMENTS`` on ``nproc`` ranks of this host, and wait for their end; returns the exit code.
 
     For the main thread. The ranks get the variables of torchrun; rank 0 has this process's standard input and output,
-    all have its standard error. SIGINT, SIGTERM and SIGUSR1 go on to every rank, once for each that comes; from then
-    on the ranks have all the time that they want, since they may be saving. Otherwise ranks that outlive a failed one
-    are ended after 15 s.
+    all have its standard error. SIGINT, SIGTERM, SIGUSR1 and SIGHUP go on to every rank, once for each that comes;
+    from then on the ranks have all the time that they want, since they may be saving. Otherwise ranks that outlive a
+    failed one are ended after 15 s.
 
     Args:
         arguments: with ``--nproc`` among them: a rank knows that it is one, and starts no others.

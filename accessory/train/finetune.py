@@ -112,6 +112,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         logger.info("%s", loop.describe())
         if folder is not None:
             say_space(loop.plan(output), output)
+        interruption.begin(store.last_saved)
+        if folder is not None:
             folder.begun = True
         active = world.is_first
         log = stack.enter_context(RunLog(output, total_steps=loop.end, first_step=loop.done, active=active))

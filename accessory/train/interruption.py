@@ -43,15 +43,22 @@ class Stop(enum.IntEnum):
         return {Stop.SIGNAL: "a signal", Stop.CTRL_C: "Ctrl-C"}.get(self, "the launcher is gone")
 
 
-_STOPS = {signal.SIGINT: Stop.CTRL_C, signal.SIGTERM: Stop.SIGNAL, signal.SIGUSR1: Stop.SIGNAL}
+_STOPS = {
+    signal.SIGINT: Stop.CTRL_C,
+    signal.SIGTERM: Stop.SIGNAL,
+    signal.SIGUSR1: Stop.SIGNAL,
+    signal.SIGHUP: Stop.SIGNAL,  # the terminal was closed
+}
+# What a terminal sends: a shell has its background jobs ignore the one, and nohup the other.
+_OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 
 
 class Interruption:
     """While entered the launcher is watched, and signals ask for a stop, or end the process at once.
 
-    From `begin` on SIGTERM, SIGUSR1 and the first SIGINT ask for a stop. After a SIGINT another one, or a SIGTERM, ends
-    the process at once: torchrun makes that of the second Ctrl-C. Before the first step there is nothing to save: the
-    first SIGINT ends the process, and the other signals act as ever.
+    From `begin` on SIGTERM, SIGUSR1, SIGHUP and the first SIGINT ask for a stop. After a SIGINT another one, or a
+    SIGTERM, ends the process at once: torchrun makes that of the second Ctrl-C. Before the first step there is nothing
+    to save: the first SIGINT ends the process, and the other signals act as ever.
 
     At once is when the signal comes. Python's own handlers wait for the main thread, which may be in a collective for
     an hour; so a thread reads the signals, from the file descriptor that Python's handlers in C write to.
@@ -64,7 +71,7 @@ class Interruption:
     Attributes:
         saves: set while a last checkpoint is written; the process is then left to end it.
         leaves: set when the process is about to end at once: that others end as well is no news then.
-        at_the_end: is called then.
+        at_the_end: is called then, before `begin`.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -73,7 +80,7 @@ class Interruption:
         self.at_the_end: Callable[[], None] = lambda: None
         self._launch, self._parent = launch, Parent(launch)
         self._saved: Callable[[], Path | None] | None = None
-        self._interrupted = False
+        self._interrupted, self._beginning = False, threading.Lock()
         self._over = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
         self._thread = threading.Thread(target=self._watch, name="interruption", daemon=True)
@@ -82,9 +89,7 @@ class Interruption:
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         self._others = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
-        # A shell has its background jobs ignore what is typed.
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            self._handle(signal.SIGINT)
+        self._handle(signal.SIGINT)
         self._thread.start()
         return self
 
@@ -112,11 +117,16 @@ class Interruption:
         Args:
             saved: finds the last training state that is complete.
         """
-        self._saved = saved
-        self._handle(signal.SIGTERM)
-        self._handle(signal.SIGUSR1)
+        # A process that is about to end, since nothing is to be saved, comes no further.
+        with self._beginning:
+            self._saved = saved
+            self.at_the_end = lambda: None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            self._handle(number)
 
     def _handle(self, number: signal.Signals) -> None:
+        if number in _OF_TERMINALS and signal.getsignal(number) is signal.SIG_IGN:
+            return
         self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -136,17 +146,20 @@ class Interruption:
                 end = time.monotonic() + (0.0 if self._saved is None else _GRACE)
             if end is not None and time.monotonic() > end and not (self.saves or self._over.is_set()):
                 logger.error("the launcher is gone: leaving")
-                self.at_the_end()
-                os._exit(Stop.LAUNCHER_GONE.exit_code)
+                with self._beginning:
+                    self.at_the_end()
+                    os._exit(Stop.LAUNCHER_GONE.exit_code)
 
     def _take(self, number: int) -> None:
         """What a signal means beside the wish to stop, which may have been noted already."""
         if number not in _STOPS:
             return
         self._asked.append(_STOPS[signal.Signals(number)])
-        if number == signal.SIGINT and self._saved is None:
-            self._leave("ended before the first step (Ctrl-C): there was nothing to save")
-        elif number != signal.SIGUSR1 and self._interrupted:
+        if number == signal.SIGINT:
+            with self._beginning:
+                if self._saved is None:
+                    self._leave("ended before the first step (Ctrl-C): there was nothing to save")
+        if number in (signal.SIGINT, signal.SIGTERM) and self._interrupted:
             last = None if self._saved is None else self._saved()
             state = "no training state was saved" if last is None else f"the last one saved is {last}"
             self._leave(f"ended at once (Ctrl-C): {state}" + ("" if last is None else "; go on with --auto_resume"))

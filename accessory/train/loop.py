@@ -110,8 +110,7 @@ class FinetuneLoop:
             self._export(name)
 
     def run(self, log: RunLog, interruption: Interruption) -> Stop:
-        """Take all steps up to the end; returns why it stopped before."""
-        interruption.begin(self.store.last_saved)
+        """Take all steps up to the end; returns why it stopped before, which is said last: the log is closed then."""
         last = time.perf_counter()
         for examples in self._upcoming():
             result, lr = self._step(examples)
@@ -121,6 +120,7 @@ class FinetuneLoop:
             if stop is not Stop.NO:
                 interruption.saves = True
                 self._save(asynchronous=False)
+                log.close()
                 if self.store.world.is_first:
                     left = (
                         "the model is still to be written"
@@ -134,6 +134,7 @@ class FinetuneLoop:
             last = time.perf_counter()
         interruption.saves = True
         self.store.wait()
+        log.close()
         logger.info("done: %d of %d steps, models in %s", self.done, self.end, self.options.output_dir)
         return Stop.NO
 
