@@ -111,10 +111,8 @@ def environment_of(placement: Placement) -> dict[str, str]:
 
 
 def too_few_cards(ranks: int) -> str:
-    """Why so many ranks of this host cannot have a GPU each, and what to do."""
+    """Why so many ranks of this host cannot have a GPU each, and what to do; of none `check_device` speaks."""
     cards = torch.cuda.device_count()
-    if cards == 0:
-        return "PyTorch finds no GPU on this host: give the device cpu"
     return f"{ranks} ranks on this host and {cards} GPUs: start as many ranks as there are GPUs, or give the device cpu"
 
 

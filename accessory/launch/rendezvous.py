@@ -19,7 +19,7 @@ from accessory.launch.parent import LOOK_EVERY, Parent
 from accessory.launch.peers import PeerWatch, own_address
 from accessory.launch.placement import too_few_cards
 from accessory.launch.run_store import ALL_THERE, SAY_AFTER, run_store
-from accessory.parallel.state import ParallelState, on_all_ranks, raised_on_all_ranks
+from accessory.parallel.state import ParallelState, check_device, on_all_ranks, raised_on_all_ranks
 
 try:
     import fcntl
@@ -177,6 +177,7 @@ def _join(launch: Launch, store: dist.Store, device: str | None, timeout: timede
     on_gpus = device != "cpu" and cards > 0 and (cards >= launch.local_size or bound)
     if not on_gpus and (device == "cuda" or (device is None and cards > 0)):
         if device == "cuda":
+            check_device(device)
             raise OSError(too_few_cards(launch.local_size))
         logger.warning("%d ranks on this host and %d GPUs: computing on the CPU", launch.local_size, cards)
     if on_gpus:
