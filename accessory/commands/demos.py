@@ -4,7 +4,7 @@ import argparse
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import Parser
 from accessory.commands.output import ended, parsed, refuse, say
@@ -24,6 +24,9 @@ from accessory.serve.options import (
     serve_settings,
 )
 
+if TYPE_CHECKING:
+    from accessory.text.forms import Form
+
 logger = logging.getLogger(__name__)
 
 # What a page's visitors may have written at once; each answer takes a cache of max_seq_len tokens.
@@ -33,7 +36,7 @@ _SLOTS = 4
 def single_turn(arguments: Sequence[str] | None = None) -> int:
     """The program demos/single_turn.py: one page, and the ranks that a launcher started; returns the exit code."""
     parser = _parser("single_turn.py", "A page that answers one instruction at a time, on the ranks of torchrun.")
-    return _run(parser, arguments, _single_turn)
+    return _run(parser, arguments, _single_turn, says=_say_single_form)
 
 
 def multi_turn(arguments: Sequence[str] | None = None) -> int:
@@ -85,9 +88,15 @@ def _run(
     given: Sequence[str] | None,
     program: Callable[[argparse.Namespace], None],
     *,
+    says: Callable[["Form"], object] = say_form,
     alone: str | None = None,
 ) -> int:
-    """``alone``: why the program is not to be started on several ranks."""
+    """Run a demo; returns the exit code.
+
+    Args:
+        says: tells in which form the model is asked.
+        alone: why the program is not to be started on several ranks.
+    """
     setup_logging()
     try:
         launch = Launch.find()
@@ -102,7 +111,8 @@ def _run(
             # A large model takes minutes to load: what is wrong is said before.
             check_place(arguments)
             _check_address(arguments.server_name, arguments.server_port)
-            arguments.form = say_form(form_of(arguments))
+            arguments.form = form_of(arguments)
+            says(arguments.form)
             if arguments.auth is None and (arguments.share or arguments.server_name not in LOOPBACK):
                 logger.warning("whoever reaches the page may use it: --auth USER:PASSWORD asks for a password")
     except (OSError, ValueError) as error:
@@ -113,6 +123,13 @@ def _run(
             refuse_together(str(error))
         return 1
     return ended(lambda: program(arguments))
+
+
+def _say_single_form(form: "Form") -> None:
+    if form.assumed:
+        logger.info("instructions are asked as the page's system prompt says, for the checkpoint names no form")
+    else:
+        say_form(form)
 
 
 def _check_address(host: str, port: int | None) -> None:

@@ -135,8 +135,19 @@ class FinetuneLoop:
         interruption.saves = True
         self.store.wait()
         log.close()
-        logger.info("done: %d of %d steps, models in %s", self.done, self.end, self.options.output_dir)
+        logger.info(
+            "done: %d of %d steps, models in %s%s", *(self.done, self.end, self.options.output_dir), self._ask()
+        )
         return Stop.NO
+
+    def _ask(self) -> str:
+        """How the model of the last step is asked, for the end of a line; "" where it was written by a run before."""
+        if (name := self._model_due()) is None or not self._model(name).exists():
+            return ""
+        options = self.options
+        alone = options.only_save_trainable or options.quant is not None
+        folders = [*(options.pretrained_path if alone else ()), str(Path(options.output_dir) / name)]
+        return f'; ask the last by: accessory generate {" ".join(folders)} --prompt "..."'
 
     def _upcoming(self) -> Iterator[NDArray[np.int64]]:
         """The examples of each step that is left; the position moves on when the next one is asked for."""
