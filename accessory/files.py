@@ -10,12 +10,13 @@ import math
 import os
 import re
 import shutil
+import socket
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 try:
     import fcntl
@@ -25,6 +26,9 @@ except ImportError:  # not on Windows
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Which host writes, in the name of what is aside: some file systems lock for one host only. It holds no dot, so that
+# nothing of a file `name.more` looks like something of a file `name`.
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 # Seconds between two looks at a lock that another process holds.
 _LOOK_EVERY = 0.2
 # Bytes by which a file is asked to grow; a full disk may still have some.
@@ -42,28 +46,117 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a file beside ``path`` to write to; on success it is synced and renamed over ``path``.
 
     It is there already, empty, and locked for as long as this process writes it: what killed ones have left is removed.
+    A link stays, and the file that it leads to is replaced; what is no plain file, such as a pipe or a device, cannot
+    be replaced, and is given itself.
 
     Raises:
         OSError: the file cannot be written; of a full disk it names ``path``.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        _remove_if_nobodys(leftover)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.ExitStack() as stack:
+    if not _is_replaceable(path):
+        with _no_room_names(path, path):
+            yield path
+        return
+    target = _behind_links(path)
+    remove_leftovers(target)
+    aside = _aside(target)
+    with _no_room_names(path, aside), contextlib.ExitStack() as stack:
         try:
             aside = stack.enter_context(_locked_file(aside))
             yield aside
             sync(aside)
-            aside.rename(path)
-            sync(path.parent)
-        except OSError as error:
-            if error.errno not in _NO_ROOM or error.filename not in (None, str(aside)):
-                raise
-            # A write that finds no room does not say of which file.
-            reason = f"{error.strerror} (free some, or choose another destination)"
-            raise OSError(error.errno, reason, str(path)) from None
+            aside.rename(target)
+            sync(target.parent)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """Open a text that takes the name ``path``, or the place of what has it, when it is whole.
+
+    Until then it lies beside it as ``path``.partial, with a number where that is there; and however the writing is cut
+    short, what was flushed stays there. Links, and what is no plain file: as in `replacing`.
+
+    Raises:
+        OSError: as `replacing`.
+    """
+    if not _is_replaceable(path):
+        with _no_room_names(path, path), path.open("w", encoding="utf-8") as special:
+            yield special
+        return
+    target = _behind_links(path)
+    part = target.with_name(f"{target.name}.partial")
+    with _no_room_names(path, part):
+        text, part = _new_text(part)
+        try:
+            with text:
+                yield text
+                text.flush()
+                os.fsync(text.fileno())
+            part.rename(target)
+            sync(target.parent)
+        except BaseException:
+            if part.exists():
+                if part.stat().st_size:
+                    logger.warning("what was written up to here is in %s", part)
+                else:
+                    part.unlink()
+            raise
+
+
+def check_writable(path: Path) -> None:
+    """See that `growing` may write, before long work for it.
+
+    Raises:
+        OSError: it may not.
+    """
+    try:
+        if _is_replaceable(path):
+            tempfile.TemporaryFile(dir=_behind_links(path).parent).close()
+        elif not os.access(path, os.W_OK):  # opening it may wait for who reads
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether a file that is renamed to ``path`` takes the place of a file, or of nothing."""
+    return path.is_file() or not path.exists()
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+@contextmanager
+def _no_room_names(path: Path, written: Path) -> Iterator[None]:
+    """Meanwhile the error of a full disk names ``path``, though another file is ``written``, and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename not in (None, str(written)):
+            raise
+        # A write that finds no room does not say of which file.
+        reason = f"{error.strerror} (free some, or choose another destination)"
+        raise OSError(error.errno, reason, str(path)) from None
+
+
+def _aside(path: Path) -> Path:
+    """Where this process writes what is to become ``path``."""
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+
+
+def _all_aside(path: Path) -> Iterator[tuple[Path, bool]]:
+    """What has a name of `_aside`, or such a one with a number; and whether a process of this host has given it."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.(?P<host>[\w-]*)-\d+(\.\d+)?\.tmp")
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if match := names.fullmatch(aside.name):
+            yield aside, match["host"] == HOST
+
+
+def remove_leftovers(path: Path) -> list[Path]:
+    """Remove what killed processes of this host have left of `replacing` a file; returns what is gone."""
+    return [aside for aside, ours in _all_aside(path) if ours and _remove_if_nobodys(aside)]
 
 
 @contextmanager
@@ -86,12 +179,23 @@ def _locked_file(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _remove_if_nobodys(leftover: Path) -> None:
-    """Remove a file of `replacing` unless a living process holds it, or nobody can tell."""
+def _new_text(path: Path) -> tuple[TextIO, Path]:
+    """Make a text of that name, or with a number; returns it and its name."""
+    while True:
+        try:
+            return path.open("x", encoding="utf-8"), path
+        except FileExistsError:
+            path = free_name(path)
+
+
+def _remove_if_nobodys(leftover: Path) -> bool:
+    """Remove a file of `replacing` unless a living process holds it, or nobody can tell; returns whether it is gone."""
     with contextlib.suppress(OSError, AttributeError), leftover.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_still(file.fileno(), leftover):
             leftover.unlink()
+            return True
+    return False
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -184,10 +288,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     with parents_of(path), contextlib.ExitStack() as stack:
         alone = stack.enter_context(_alone_at(path))
         check_free(path)  # it may have been written meanwhile
-        _remove_leftovers(path, alone=alone)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _remove_left_folders(path, alone=alone)
+        aside = _aside(path)
         if aside.exists():  # a container's processes have the same numbers again
-            aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+            aside = free_name(aside)
         aside.mkdir()
         stack.callback(shutil.rmtree, aside, ignore_errors=True)
         yield aside
@@ -215,16 +319,19 @@ def _alone_at(path: Path) -> Iterator[bool]:
         yield alone
 
 
-def _remove_leftovers(path: Path, *, alone: bool) -> None:
-    """Remove what killed processes have left of a folder; without a lock it may be another's, and is only named."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+(-\w+)?\.tmp")  # and not those of a folder `path.name`.something
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not ours.fullmatch(leftover.name) or not leftover.is_dir():
+def _remove_left_folders(path: Path, *, alone: bool) -> None:
+    """Remove what killed processes have left of a folder; what may be a living one's is only named.
+
+    Args:
+        alone: no other process of this host writes it.
+    """
+    for aside, ours in _all_aside(path):
+        if not aside.is_dir():
             continue
-        if alone:
-            shutil.rmtree(leftover, ignore_errors=True)
+        if alone and ours:
+            shutil.rmtree(aside, ignore_errors=True)
         else:
-            logger.warning("%s was left by an interrupted run: remove it if none is writing it now", leftover)
+            logger.warning("%s was left by an interrupted run: remove it if none is writing it now", aside)
 
 
 @contextmanager

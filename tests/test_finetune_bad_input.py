@@ -16,6 +16,7 @@ from checkpoints import random_tensors, small_config, write_folder
 from finetuning import Setting, finetune_on_rank, losses, make_setting
 from ranks import alike
 
+from accessory.files import HOST
 from accessory.parallel.state import raised_on_all_ranks
 from accessory.train import finetune as finetune_module
 from accessory.train import loop as loop_module
@@ -516,7 +517,7 @@ def test_half_written_states_are_not_gone_on_from(good, earlier, ranks, tmp_path
     left = [states / ".step-00000004.tmp-0a1b2c3d", output / ".epoch0-iter4.exporting", output / ".epoch0.replaced"]
     for folder in left:
         shutil.copytree(whole, folder)
-    left.append(output / ".options.json.77.tmp")
+    left.append(output / f".options.json.{HOST}-77.tmp")
     left[-1].touch()
     (output / ".mine.tmp").touch()
     short = Path(shutil.copytree(whole, states / "step-00000003")) / "__0_0.distcp"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import random_tensors, small_config
@@ -24,8 +25,12 @@ from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.writer import save_shard
 from accessory.config import QuantArgs
-from accessory.files import locked, new_folder, replacing, write_json
+from accessory.files import HOST, check_writable, growing, locked, new_folder, replacing, write_json
+from accessory.log import setup_logging
 from accessory.tools import prepare_data
+from accessory.train.export import drop_older_models
+from accessory.train.output_folder import held
+from accessory.train.shelf import Shelf
 
 # --- killed writers, and living ones
 
@@ -65,9 +70,10 @@ def writer(kind: str, target: Path, point: str = "") -> subprocess.Popen[str]:
 @pytest.mark.parametrize("kind", ["new_folder", "replacing"])
 def test_what_killed_writers_left_is_removed_by_the_next(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "out [1]"  # a name that means something to glob
-    others = {tmp_path / f".out [1].{name}.tmp" for name in ("x", "2.5", "mine.77")}
+    names = ("x", "draft", "7", "2.5", "mine.77", "draft-2", "another-7", f"mine.{HOST}-7", f"{HOST}-7.x", f"{HOST}-")
+    others = {tmp_path / f".out [1].{name}.tmp" for name in names}
     for other in others:
-        other.mkdir()
+        other.mkdir() if kind == "new_folder" else other.touch()
     for point in ("begin", "filled", "sync"):
         with writer(kind, target, point) as killed:
             assert killed.wait(60) == -signal.SIGKILL
@@ -75,7 +81,7 @@ def test_what_killed_writers_left_is_removed_by_the_next(kind: str, tmp_path: Pa
         assert left == ({".tmp", ".lock"} if kind == "new_folder" else {".tmp"})
         with {"new_folder": new_folder, "replacing": replacing}[kind](target) as aside:
             (aside / "one" if kind == "new_folder" else aside).write_text("whole")
-        assert {*tmp_path.iterdir()} == {target, *others}, "a folder of another name is nobody's leftover"
+        assert {*tmp_path.iterdir()} == {target, *others}, "what has another name is nobody's leftover"
         shutil.rmtree(target) if target.is_dir() else target.unlink()
 
 
@@ -145,10 +151,10 @@ def test_without_locks_leftovers_are_only_named(
     def unlockable(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    left = [tmp_path / ".out.77.tmp", tmp_path / f".out.{os.getpid()}.tmp"]
+    left = [tmp_path / f".out.{HOST}-{number}.tmp" for number in (77, os.getpid())]
     for folder in left:
         folder.mkdir()
-    (file := tmp_path / ".file.77.tmp").touch()
+    (file := tmp_path / f".file.{HOST}-77.tmp").touch()
     monkeypatch.setattr(fcntl, "flock", unlockable)
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     with new_folder(tmp_path / "out") as aside:
@@ -156,6 +162,136 @@ def test_without_locks_leftovers_are_only_named(
     write_json(tmp_path / "file", {})
     assert {*tmp_path.iterdir()} == {*left, file, tmp_path / "out", tmp_path / "file"}
     assert caplog.text.count("was left by an interrupted run: remove it if none is writing it now") == 2
+
+
+def test_what_another_host_may_be_writing_is_only_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / ".out.gpu-07-cluster-77.tmp").mkdir()
+    (file := tmp_path / ".file.gpu-07-cluster-77.tmp").touch()
+    monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
+    with new_folder(tmp_path / "out"):
+        pass
+    write_json(tmp_path / "file", {})
+    assert {*tmp_path.iterdir()} == {folder, file, tmp_path / "out", tmp_path / "file"}
+    (said,) = caplog.messages
+    assert said.startswith(f"{folder} was left by an interrupted run: remove it if none is writing it now")
+
+
+def test_a_run_removes_of_its_folder_what_is_its_own_alone(tmp_path: Path) -> None:
+    """Other commands write into it at the same time, and users have hidden files and folders there."""
+    states = tmp_path / "checkpoints"
+    left = [tmp_path / f".{name}" for name in ("epoch1.exporting", "epoch0-iter4.replaced", "epoch12.dropped")]
+    left += [states / ".step-00000004.tmp-0a1b2c3d"]
+    kept = [tmp_path / f".{name}" for name in ("mine.dropped", "epoch-best.dropped", "epoch1.mine.exporting")]
+    kept += [tmp_path / ".mine.tmp-0a1b2c3d", states / ".mine.tmp-old", states / ".mine.dropped"]
+    for folder in (*left, *kept):
+        folder.mkdir(parents=True)
+        (folder / "one").touch()
+    for place, name in ((tmp_path, "options.json"), (tmp_path, "log.jsonl"), (tmp_path, "experts.png")):
+        left.append(place / f".{name}.{HOST}-77.tmp")
+        left[-1].touch()
+    left.append(states / f".latest.{HOST}-77.1.tmp")
+    left[-1].touch()
+    kept += [tmp_path / f".{name}.tmp" for name in ("notes.7", "options.json.draft", f"answers.jsonl.{HOST}-77")]
+    for file in kept[6:]:
+        file.touch()
+    with writer("replacing", tmp_path / "answers", "wait filled") as file_writer:
+        with writer("new_folder", tmp_path / "merged", "wait filled") as folder_writer:
+            for process in (file_writer, folder_writer):
+                assert process.stdout is not None
+                assert process.stdout.readline() == "filled\n"
+            with held(tmp_path):
+                assert [path for path in left if path.exists()] == []
+                drop_older_models(tmp_path / "epoch3", keep_last=1)
+                shelf = Shelf(states)
+                aside, final = shelf.aside("step-00000005")
+                write_json(aside / Shelf.INDEX, {"files": {}})
+                shelf.publish(aside, final, keep_last=1)
+            setup_logging(0)
+            assert folder_writer.communicate("\n")[0] == "wrote\n"
+        assert file_writer.communicate("\n")[0] == "wrote\n"
+    assert [path for path in kept if not path.exists()] == []
+
+
+# --- links, and what is no plain file
+
+
+@pytest.mark.parametrize("way", [replacing, growing], ids=["replacing", "growing"])
+def test_links_stay_and_what_is_no_plain_file_is_written_through(way: Any, tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        check_writable(path)
+        with way(path) as to:
+            to.write_text("new") if way is replacing else to.write("new")
+
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "old").write_text("old")
+    for target in ("old", "absent"):
+        link = tmp_path / f"to {target}"
+        link.symlink_to(elsewhere / target)
+        (second := tmp_path / f"to to {target}").symlink_to(link.name)
+        write(second)
+        assert (second.is_symlink(), link.is_symlink()) == (True, True)
+        assert not (elsewhere / target).is_symlink()
+        assert (elsewhere / target).read_text() == "new"
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(pipe)], text=True, stdout=subprocess.PIPE) as reader:
+        write(pipe)
+        assert reader.communicate(timeout=60)[0] == "new"
+    assert pipe.is_fifo()
+    write(Path(os.devnull))
+    assert Path(os.devnull).is_char_device()
+    with pytest.raises(OSError, match=r"No space left on device \(free some, or choose another.*'/dev/full'"):
+        write(Path("/dev/full"))
+    reads, writes = os.pipe()
+    write(Path(f"/dev/fd/{writes}"))
+    os.close(writes)
+    with open(reads) as end:
+        assert end.read() == "new"
+    names = {"elsewhere", "pipe", *(f"{to}to {target}" for to in ("", "to ") for target in ("old", "absent"))}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in elsewhere.iterdir()} == {"old", "absent"}
+
+
+# --- what grows stays, however its writing ends
+
+
+def test_what_was_written_before_a_kill_stays_and_no_other_takes_its_place(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from accessory.files import growing
+with growing(Path(sys.argv[1])) as text:
+    text.write(sys.argv[2])
+    text.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "out.txt").write_text("of before")
+    for answer in ("two hours of answers", "one more"):
+        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.txt"), answer])
+        assert killed.returncode == -signal.SIGKILL
+
+    def interrupted(written: str) -> None:
+        with growing(tmp_path / "out.txt") as text:
+            text.write(written)
+            raise KeyboardInterrupt
+
+    for written in ("a third", ""):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(written)
+    kept = {"out.txt.partial": "two hours of answers", "out.txt.1.partial": "one more", "out.txt.2.partial": "a third"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.txt": "of before", **kept}
+    with growing(tmp_path / "out.txt") as text:
+        text.write("whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.txt": "whole", **kept}
+
+
+def test_where_nothing_can_be_written_it_is_seen_before(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent" / "out", Path("/proc/out")):
+        kind, text = error_of(check_writable, path)
+        assert (kind, f"'{path}'" in text) == ("FileNotFoundError", True)
+    check_writable(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_takes_away_the_folders_that_were_made_for_it(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from accessory.train.snapshot import over_all_ranks, reshard
 logger = logging.getLogger(__name__)
 
 _EPOCHS_END, _WITHIN_EPOCH = re.compile(r"epoch\d+"), re.compile(r"epoch\d+-iter\d+")
+_ASIDE = re.compile(r"\.epoch\d+(-iter\d+)?\.(exporting|replaced|dropped)")
 _WRITTEN = frozenset({"config.json", META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the shards
 
 
@@ -78,9 +79,16 @@ def _is_export(folder: Path) -> bool:
     return all(path.name in _WRITTEN or path.match("consolidated.*.pth") for path in folder.iterdir())
 
 
+def left_aside(folder: Path) -> list[Path]:
+    """The models in a run's folder whose writing or removal is under way, or was cut short."""
+    found = (path for path in folder.glob(".epoch*") if _ASIDE.fullmatch(path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
 def _remove_dropped(folder: Path) -> None:
-    for path in folder.glob(".*.dropped"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in left_aside(folder):
+        if path.suffix == ".dropped":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def export_checkpoint(

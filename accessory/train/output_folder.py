@@ -2,14 +2,15 @@
 
 import contextlib
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from accessory.files import locked, make_folders, remove_empty
+from accessory.files import locked, make_folders, remove_empty, remove_leftovers
 from accessory.log import setup_logging
+from accessory.train.export import left_aside
+from accessory.train.run_log import LINES, PICTURE
 from accessory.train.shelf import Shelf
 
 logger = logging.getLogger(__name__)
@@ -17,9 +18,6 @@ logger = logging.getLogger(__name__)
 LOCK, LOG, OPTIONS = ".lock", "output.log", "options.json"
 # How many seconds a restarted run waits for the ranks of the one before, which may be writing their last checkpoint.
 PATIENCE = 900.0
-
-# What a killed run leaves: of models (export.py) and states (shelf.py), and files of files.replacing.
-_LEFTOVER = re.compile(r"\.epoch.*\.(exporting|replaced|dropped)|\..+\.tmp-[0-9a-f]{8}|\..+\.\d+(\.\d+)?\.tmp")
 
 
 class OutputFolder:
@@ -102,18 +100,13 @@ def _lock(folder: Path, stack: contextlib.ExitStack, made: list[Path]) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    left = [
-        path
-        for place in (folder, folder / Shelf.CHECKPOINTS)
-        if place.is_dir()
-        for path in place.iterdir()
-        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink()
-    ]
+    """Remove what a killed run has left of its own; other commands may be writing into its folder now."""
+    states = Shelf(folder / Shelf.CHECKPOINTS)
+    left = [*left_aside(folder), *states.half_written()]
     for path in left:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    for file in (folder / OPTIONS, folder / LINES, folder / PICTURE, states.folder / Shelf.LATEST):
+        left += remove_leftovers(file)
     if left:
         names = ", ".join(str(path.relative_to(folder)) for path in left)
         logger.info("removed what an interrupted run had not finished in %s: %s", folder, names)

@@ -1,6 +1,7 @@
 """The folders of a run: written aside, published whole, and the newest of them named."""
 
 import logging
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from accessory.errors import CheckpointError
 from accessory.files import replacing, sync
 
 logger = logging.getLogger(__name__)
+
+_HIDDEN = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Shelf:
             for path in others[keep_last - 1 :]:
                 # Renamed first: a removal that is cut short leaves nothing that looks complete, and is taken up again.
                 path.rename(self._hidden(path.name))
-        for path in self._half_written():
+        for path in self.half_written():
             shutil.rmtree(path, ignore_errors=True)
 
     def named(self) -> Path | None:
@@ -78,7 +81,7 @@ class Shelf:
 
     def latest(self) -> Path | None:
         """The folder that ``latest`` names, else the newest complete one; warns of what it passes over."""
-        for path in self._half_written():
+        for path in self.half_written():
             logger.warning("ignoring %s: its writing was cut short, or its removal", path)
         named = self.named()
         if named is not None:
@@ -92,6 +95,11 @@ class Shelf:
                 return path
             logger.warning("ignoring %s: %s", path, reason)
         return None
+
+    def half_written(self) -> list[Path]:
+        """The folders whose writing or removal is under way, or was cut short."""
+        found = (path for path in self.folder.glob(".*.tmp-*") if _HIDDEN.fullmatch(path.name))
+        return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
     @classmethod
     def locate(cls, path: Path) -> Path:
@@ -122,9 +130,6 @@ class Shelf:
 
     def _hidden(self, name: str) -> Path:
         return self.folder / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
-
-    def _half_written(self) -> list[Path]:
-        return sorted(self.folder.glob(".*.tmp-*"))
 
     def _by_age(self) -> list[Path]:
         """The folders with an index, newest first."""
