@@ -2,7 +2,9 @@
 
 import io
 import json
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES
 from checkpoints import random_tensors, small_config, write_folder
+from programs import Program
 
 from accessory.cli import main
 from accessory.generation import engine
@@ -171,8 +174,36 @@ def test_what_was_answered_before_an_interruption_is_kept(
     assert (code, out) == (130, "")
     (line,) = (tmp_path / "answers.jsonl.partial").read_text().splitlines()
     assert json.loads(line)["prompt"] == TEXTS[0]
-    assert f"the answers up to here are in {file}.partial" in err
+    assert f"what was written up to here is in {file}.partial" in err
     assert file.read_text() == "of before"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "nproc", "code"),
+    [(signal.SIGTERM, 1, 143), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 1, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGTERM to the launcher", "SIGKILL"],
+)
+def test_what_was_answered_before_a_signal_is_kept(
+    number: signal.Signals, nproc: int, code: int, folder: Path, tmp_path: Path
+) -> None:
+    """And what an earlier run has kept."""
+    file, part = tmp_path / "answers", tmp_path / "answers.1.partial"
+    (tmp_path / "answers.partial").write_text("two hours of earlier answers")
+    settings = ("--max-gen-len", "4000", "--max_seq_len", "8000", "--temperature", "1", "--nproc", str(nproc))
+    words = ("generate", folder, "--prompt", TEXTS[0], "--output", file, *settings)
+    with Program([sys.executable, "-m", "accessory", *words]) as program:
+        end = time.monotonic() + 90
+        while not (part.exists() and part.stat().st_size):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        program.send(number)
+        assert program.wait() == code
+        program.wait_for_all(10)
+        said = [f"WARNING: what was written up to here is in {part}"] if code > 0 else []
+        assert [line for line in program.lines if not line.startswith("INFO")] == said
+    assert part.stat().st_size
+    assert (tmp_path / "answers.partial").read_text() == "two hours of earlier answers"
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -184,6 +215,7 @@ def test_what_was_answered_before_an_interruption_is_kept(
         (("--prompt", "a", "--prompt", "-"), "--prompt - stands for all lines of standard input"),
         (("--prompt-file", "-"), "standard input has no line with a prompt"),
         (("--prompt", "a", "--output", "/absent/answers"), "--output /absent/answers lies in no folder that is there"),
+        (("--prompt", "a", "--output", "/proc/answers"), "No such file or directory: '/proc/answers'"),
         (("--prompt", "a", "--output", "/"), "--output / is a folder: name a file"),
         (("--prompt", "a", "--chat_template", "alpacca"), "(did you mean alpaca?)"),
         (("--prompt", "a", "--device", "cuda"), "PyTorch sees no CUDA device: give the device cpu"),

@@ -3,16 +3,19 @@
 import argparse
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_path, given_seed
 from accessory.commands.output import say, show
-from accessory.files import replacing
+from accessory.files import check_writable, growing
 from accessory.log import global_rank
 from accessory.serve.options import (
     add_model_arguments,
@@ -73,17 +76,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     from accessory.model.requests import prompt_tokens
     from accessory.parallel.state import ParallelState, agreed, on_first
 
-    with process_group_of_launcher(arguments.device, say=say) as mp_group:
+    with _unwinding_at_sigterm(), process_group_of_launcher(arguments.device, say=say) as mp_group:
         # Loading a large model takes minutes: what is wrong is said before, and once for all ranks.
         members = ParallelState.from_group(mp_group)
         texts = on_first(members, lambda: _texts(arguments))
         loading, (prompts, sampling) = agreed(members, lambda: (model_settings(arguments), _asked(arguments, texts)))
+        torch.manual_seed(arguments.seed)
+        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
+        tokens = prompt_tokens(model.llma, model.tokenizer, prompts, sampling, images=None)
+        as_json = arguments.json or (arguments.output is not None and arguments.output.suffix in _JSON_SUFFIXES)
         with ExitStack() as stack:
             write = agreed(members, lambda: stack.enter_context(_sink(arguments.output)))
-            torch.manual_seed(arguments.seed)
-            model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
-            tokens = prompt_tokens(model.llma, model.tokenizer, prompts, sampling, images=None)
-            as_json = arguments.json or (arguments.output is not None and arguments.output.suffix in _JSON_SUFFIXES)
             for text in _answers(complete(model.llma, model.tokenizer, tokens, sampling), texts, as_json=as_json):
                 write(text)
 
@@ -97,6 +100,8 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     if (file := arguments.output) is not None and (file.is_dir() or not file.parent.is_dir()):
         wrong = "is a folder" if file.is_dir() else "lies in no folder that is there"
         raise OSError(f"--output {file} {wrong}: name a file to write")
+    if file is not None:
+        check_writable(file)
     if arguments.prompt is None:
         return _lines_of(arguments.prompt_file)
     if _STANDARD_INPUT not in arguments.prompt:
@@ -186,19 +191,35 @@ def _answer(progress: "Progress", texts: list[str], *, as_json: bool) -> str:
 def _sink(file: Path | None) -> Iterator[Callable[[str], object]]:
     """How rank 0 writes: to standard output, or to a file that takes its name, or another's place, when it is whole.
 
-    What was written before an interruption is kept beside it.
+    What was written before an interruption stays beside it.
     """
     if file is None or global_rank() != 0:
         yield show
         return
-    with replacing(file) as aside, aside.open("w", encoding="utf-8") as sink:
-        try:
-            yield sink.write
-        except BaseException:
-            sink.flush()
-            if aside.stat().st_size:
-                part = file.with_name(f"{file.name}.partial")
-                aside.rename(part)
-                logger.warning("the answers up to here are in %s", part)
-            raise
+    with growing(file) as sink:
+
+        def write(text: str) -> None:
+            sink.write(text)
+            sink.flush()  # a kill -9 takes no answer away
+
+        yield write
     logger.info("wrote %s", file)
+
+
+@contextmanager
+def _unwinding_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, which says where the answers are; a second one ends it at once."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    own_thread = threading.current_thread() is threading.main_thread()
+    if not own_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # somebody else has chosen
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
