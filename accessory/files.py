@@ -391,15 +391,6 @@ def no_room(error: BaseException, path: Path) -> str | None:
     return "the disk took less than was written"
 
 
-def in_units(count: int) -> str:
-    """A number of bytes for people, such as "25.5 MB" or "1.2 TB"."""
-    value, unit = count / 1e6, "MB"
-    for larger in ("GB", "TB"):
-        if value >= 1000:
-            value, unit = value / 1000, larger
-    return f"{value:,.1f} {unit}"
-
-
 def by_umask(folder: Path) -> None:
     """Give all that is in a folder the mode that the process's umask gives, as the folder itself has it.
 

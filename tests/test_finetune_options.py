@@ -351,7 +351,8 @@ def test_what_a_run_will_write_is_said_and_fits(train):
     (line,) = [line for line in (output / "output.log").read_text().splitlines() if "models to write" in line]
     assert f"models to write in {output}: 3 at epochs' ends (1 stay), " in line
     assert "training states in its checkpoints: 3 (1 stay), " in line
-    model, state, total = (float(size) * 1e6 for size in re.findall(r"([\d.]+) MB(?: each| at most)", line))
+    said = re.findall(r"([\d.]+) ([kM])B(?: each| at most)", line)
+    model, state, total = (float(size) * {"k": 1e3, "M": 1e6}[unit] for size, unit in said)
     for said, folder in ((model, output / "epoch2"), (state, output / "checkpoints")):
         assert said == pytest.approx(sum(path.stat().st_size for path in folder.rglob("*.*")), rel=0.25)
     assert total == pytest.approx(2 * model + 2 * state, abs=1e5)
@@ -367,9 +368,9 @@ def test_a_disk_that_is_too_small_is_warned_of(free, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "accessory"):
         say_space(Plan(epochs, within, states), Path("out"))
     (record,) = caplog.records
-    text = "20 at epochs' ends (all stay; --keep_models N keeps the last N), 30 within epochs (2 stay), 10.0 MB each"
+    text = "20 at epochs' ends (all stay; --keep_models N keeps the last N), 30 within epochs (2 stay), 10.00 MB each"
     assert text in record.message
-    assert "together 250.0 MB at most, and 250.0 MB are free" in record.message
+    assert "together 250.00 MB at most, and 250.00 MB are free" in record.message
     assert record.levelname == ("WARNING" if free < 250_000_000 else "INFO")
     assert ("give --keep_models N" in record.message) == (free < 250_000_000)
 

@@ -414,7 +414,7 @@ def test_a_disk_that_takes_no_more_is_said_with_what_it_takes(
         assert kind == "OSError"
         reason = "File too large|the disk took less than was written"
         where = rf"checkpoint {tmp_path}/step-{step} cannot be written on rank {limited[0]}"
-        sizes = r"it takes over [\d.]+ MB, and [\d.,]+ [GT]B are free"
+        sizes = r"it takes over [\d.]+ [kM]B, and [\d.]+ [GT]B are free"
         assert re.match(rf"{where} \(({reason}); {sizes}\): free space, or choose another output_dir; earlier", text), (
             text
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from accessory.files import in_units
+from accessory.errors import shown_bytes
 from accessory.train.options import FinetuneOptions
 
 logger = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class Plan:
             if kind.new
         ]
         return (
-            f"models to write in {output}: {', '.join(models) or 'none'}, {in_units(self.epochs.size)} each; training "
-            f"states in its checkpoints: {self.states.new:,}{self.states.staying}, {in_units(self.states.size)} each; "
-            f"together {in_units(self.bytes)} at most"
+            f"models to write in {output}: {', '.join(models) or 'none'}, {shown_bytes(self.epochs.size)} each; "
+            f"training states in its checkpoints: {self.states.new:,}{self.states.staying}, {shown_bytes(self.states.size)} "
+            f"each; together {shown_bytes(self.bytes)} at most"
         )
 
 
@@ -140,7 +140,7 @@ def say_space(plan: Plan, output: Path) -> None:
     except OSError:  # some file systems do not tell
         logger.info("%s", plan.describe(output))
         return
-    text = f"{plan.describe(output)}, and {in_units(free)} are free"
+    text = f"{plan.describe(output)}, and {shown_bytes(free)} are free"
     if plan.bytes > free:
         remedy = ": free some, or give --keep_models N, --keep_last 1 or another --output_dir"
         logger.warning("%s", text + remedy)

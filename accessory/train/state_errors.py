@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from accessory.errors import CheckpointError, first_line
-from accessory.files import in_units, no_room
+from accessory.errors import CheckpointError, first_line, shown_bytes
+from accessory.files import no_room
 from accessory.launch.rendezvous import is_lost_peer
 
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ class Writing:
         # What is written of it is about to be removed.
         written = sum(file.stat().st_size for file in self.folder.glob("*"))
         free = shutil.disk_usage(self.folder).free + written
-        return f"{reason}; it takes over {in_units(self.size)}, and {in_units(free)} are free"
+        return f"{reason}; it takes over {shown_bytes(self.size)}, and {shown_bytes(free)} are free"
 
 
 def in_one_line(
