@@ -100,8 +100,8 @@ class Plan:
         ]
         return (
             f"models to write in {output}: {', '.join(models) or 'none'}, {shown_bytes(self.epochs.size)} each; "
-            f"training states in its checkpoints: {self.states.new:,}{self.states.staying}, {shown_bytes(self.states.size)} "
-            f"each; together {shown_bytes(self.bytes)} at most"
+            f"training states in its checkpoints: {self.states.new:,}{self.states.staying}, "
+            f"{shown_bytes(self.states.size)} each; together {shown_bytes(self.bytes)} at most"
         )
 
 
