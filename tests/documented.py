@@ -126,7 +126,10 @@ class Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop_server()
+        if error is None:
+            self.stop_server()
+        elif self._server is not None:
+            self._server.__exit__(None, None, None)  # what stopped the reader is the news
 
     def type(self, block: Block, seconds: float) -> None:
         """Run a block to its end; a server until the next one, or `stop_server`.
