@@ -26,6 +26,7 @@ from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.report import describe
 from accessory.checkpoint.writer import create_shard
 from accessory.config import ModelArgs, MoEArgs
+from accessory.files import HOST
 from accessory.model.meta import MetaModel
 
 CONFIG = small_config(n_layers=2)
@@ -292,7 +293,7 @@ def test_what_was_left_by_a_process_of_the_same_number_is_removed(released, tmp_
     # In a container the processes of the next start have the numbers of those that were killed.
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     out = tmp_path / "a**[1]"  # a name that means something to glob
-    left = tmp_path / f".{out.name}.{os.getpid()}.tmp"
+    left = tmp_path / f".{out.name}.{HOST}-{os.getpid()}.tmp"
     left.mkdir()
     (left / "consolidated.00-of-02.model.pth").write_text("half")
     split(released[0], out, mp=2)

@@ -162,6 +162,6 @@ def test_older_models_of_within_an_epoch_go(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text("{}")
     (tmp_path / "epoch0-iter1").mkdir()  # not a whole model, so not ours to remove
-    drop_older_models(tmp_path, keep_last=1)
+    drop_older_models(tmp_path / "epoch0-iter15", keep_last=1)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["epoch0", "epoch0-iter1", "epoch0-iter15", "epoch1-iter5-best"]

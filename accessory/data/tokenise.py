@@ -85,7 +85,7 @@ class SourceReport:
             yield logging.WARNING, f"{self.path}: {self.emptied} examples with {where} are left out"
         if self.cut:
             lost = f"{self.path}: {self.cut} examples are cut at --max_words {max_words}, and lose the end of an answer"
-            yield logging.WARNING, lost
+            yield logging.INFO, lost
 
 
 def check_source(source: Source, recipe: Recipe, *, skip_bad_records: bool, progress: bool) -> SourceReport:
