@@ -90,6 +90,11 @@ def given_number(text: str, least: int, most: int | None, fit: str) -> int:
     return value
 
 
+def given_count(text: str) -> int:
+    """How many of something there are to be."""
+    return given_number(text, 1, None, "a whole number of at least 1")
+
+
 def given_seed(text: str) -> int:
     """What `torch.manual_seed` takes."""
     return given_number(text, -(2**63), 2**64 - 1, "a whole number from -2^63 to 2^64 - 1")

@@ -5,7 +5,7 @@ import logging
 import traceback
 from typing import Any
 
-from accessory.arguments import given_number
+from accessory.arguments import given_count
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
 from accessory.train.interruption import Interruption
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
     )
     add_finetune_flags(finetune)
     help_text = "processes to start on this host, one for each GPU; without GPUs they share the CPU"
-    finetune.add_argument("--nproc", dest="ranks", type=_count, default=1, metavar="N", help=help_text)
+    finetune.add_argument("--nproc", dest="ranks", type=given_count, default=1, metavar="N", help=help_text)
     finetune.set_defaults(run=_finetune)
 
 
@@ -67,10 +67,6 @@ def say(error: Exception) -> None:
     text = str(out_of_memory(error, _LESS_MEMORY) or error)
     report_failure(text)
     logger.error("%s", text)
-
-
-def _count(text: str) -> int:
-    return given_number(text, 1, None, "a whole number of at least 1")
 
 
 def _finetune(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accessory.arguments import given_name, given_number
+from accessory.arguments import given_count, given_name, given_number
 from accessory.config.quant import add_quant_flags, quant_of_flags
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def add_nproc_argument(parser: argparse.ArgumentParser) -> None:
     """How many ranks hold the model, for a command that starts them itself."""
     help_text = "processes that hold the model together (default 1)"
     parser.add_argument(
-        "--nproc", "--n_gpus", "--n-gpus", dest="ranks", type=_count, default=1, metavar="N", help=help_text
+        "--nproc", "--n_gpus", "--n-gpus", dest="ranks", type=given_count, default=1, metavar="N", help=help_text
     )
 
 
@@ -88,7 +88,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     """How many ranks hold the model, on which cards, and where they meet."""
     group = parser.add_argument_group("ranks").add_mutually_exclusive_group()
     help_text = "processes that hold the model together, one for each GPU; on the CPU where there are none (default 1)"
-    group.add_argument(*_spellings("n_gpus"), dest="ranks", type=_count, metavar="N", help=help_text)
+    group.add_argument(*_spellings("n_gpus"), dest="ranks", type=given_count, metavar="N", help=help_text)
     help_text = "cards to use, one process for each"
     group.add_argument(*_spellings("gpu_ids"), type=_card, nargs="+", metavar="CARD", help=help_text)
     add_master_arguments(parser)
@@ -112,7 +112,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser, *, slots: int) -> None:
         slots: the program's default.
     """
     group = parser.add_argument_group("requests")
-    group.add_argument("--slots", type=_count, default=slots, help=f"answers written at once (default {slots})")
+    group.add_argument("--slots", type=given_count, default=slots, help=f"answers written at once (default {slots})")
     help_text = "requests that may wait for one; more are refused (default 64)"
     group.add_argument("--queue", type=_not_negative, default=64, help=help_text)
 
@@ -212,10 +212,6 @@ def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, A
 
 def _spellings(name: str) -> tuple[str, ...]:
     return f"--{name}", f"--{name.replace('_', '-')}"
-
-
-def _count(text: str) -> int:
-    return given_number(text, 1, None, "a whole number of at least 1")
 
 
 def _context(text: str) -> int:

@@ -82,7 +82,7 @@ def unfinished(path: Path) -> Iterator[Unfinished]:
     folder = path.with_name(f".{path.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / "lock", on_wait=lambda: None, patience=0):
+        with locked(folder / "lock", patience=0):
             for leftover in folder.glob("*.tmp"):  # of a process that was killed while it saved
                 leftover.unlink()
             progress = Unfinished(folder)
