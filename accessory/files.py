@@ -1,6 +1,7 @@
 """Writing so that nothing is ever half there: aside, synced to the disk, then renamed."""
 
 import contextlib
+import ctypes
 import errno
 import glob
 import itertools
@@ -31,6 +32,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 # Seconds between two looks at a lock that another process holds.
 _LOOK_EVERY = 0.2
+# Of Linux: places count from the current folder; two names change places.
+_HERE, _EXCHANGE = -100, 2
 # Bytes by which a file is asked to grow; a full disk may still have some.
 _MORE = 1 << 20
 
@@ -266,6 +269,10 @@ def check_free(path: Path) -> None:
         return
     if not path.is_dir() or any(path.iterdir()):
         raise FileExistsError(f"{path} exists already: remove it first or choose another destination")
+    _refuse_held(path)
+
+
+def _refuse_held(path: Path) -> None:
     # A mount point cannot be renamed over, and whoever stands in a folder that was would find it empty.
     current = path.samefile(".")
     if current or path.is_mount():
@@ -274,20 +281,32 @@ def check_free(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill; on success its files are synced and it is renamed to ``path``.
 
     One process at a time writes it; what killed ones have left is removed. Nothing is left where it fails.
+
+    Args:
+        replaces: a folder that is there is exchanged for the new one in one step, and then removed; this is called with
+            it before, and raises where it may not be. None: it may not.
 
     Raises:
         FileExistsError: as `check_free` (nothing of the user's is overwritten).
         OSError: another process is writing it; it cannot be written.
     """
     path = path.resolve()
-    check_free(path)
+
+    def check() -> None:
+        if replaces is not None and path.is_dir() and any(path.iterdir()):
+            _refuse_held(path)
+            replaces(path)
+        else:
+            check_free(path)
+
+    check()
     with parents_of(path), contextlib.ExitStack() as stack:
         alone = stack.enter_context(_alone_at(path))
-        check_free(path)  # it may have been written meanwhile
+        check()  # it may have been written meanwhile
         _remove_left_folders(path, alone=alone)
         aside = _aside(path)
         if aside.exists():  # a container's processes have the same numbers again
@@ -299,10 +318,29 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             sync(file)
         sync(aside)
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
+        if path.exists() and any(path.iterdir()):
+            exchange(aside, path)  # what was there lies aside now, and goes with it
+        else:
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
         sync(path.parent)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Exchange the names of two folders, in one step where the system can do that.
+
+    Else ``second`` is called ``second``.old for a moment, and a process that is killed then leaves it under that name.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if hasattr(library, "renameat2"):
+        places = (_HERE, os.fsencode(first), _HERE, os.fsencode(second))
+        if library.renameat2(*places, _EXCHANGE) == 0:
+            return
+    between = second.with_name(f"{second.name}.old")
+    second.rename(between)
+    first.rename(second)
+    between.rename(first)
 
 
 @contextmanager

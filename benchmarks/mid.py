@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from accessory.checkpoint.containers import save_archive
 from accessory.checkpoint.convert import split
-from accessory.checkpoint.formats import base_sources
-from accessory.checkpoint.writer import export_shard, save_shard
+from accessory.checkpoint.layouts import MISTRAL
+from accessory.checkpoint.write import cut_out
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import new_folder
 from accessory.model.LLM.mistral import Transformer
@@ -98,7 +99,7 @@ def write_checkpoint(folder: Path, model: Transformer, *, files: int) -> Path:
 
     released = folder / "released"
     with new_folder(released) as aside:
-        save_shard(aside / "consolidated.00.pth", export_shard(dict(model.named_parameters()), base_sources(ARGS, 1)))
+        save_archive(aside / "consolidated.00.pth", cut_out(dict(model.named_parameters()), MISTRAL, ARGS))
         (aside / "params.json").write_text(json.dumps(ARGS.to_dict()))
         tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
         shutil.copyfile(tokenizer, aside / "tokenizer.model")

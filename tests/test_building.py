@@ -22,7 +22,7 @@ from test_gradients import released_names
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from accessory.checkpoint.writer import create_shard
+from accessory.checkpoint.containers import create_tensors
 from accessory.config import ModelArgs
 from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
@@ -437,7 +437,7 @@ def large(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = small_config(**sizes)
     folder = tmp_path_factory.mktemp("large")
     tensors = {name: (tuple(tensor.shape), torch.bfloat16) for name, tensor in meta_tensors(config).items()}
-    create_shard(folder / "consolidated.00.pth", tensors)
+    create_tensors(folder / "consolidated.00.pth", tensors)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     yield folder

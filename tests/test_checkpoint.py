@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import error_of, run_command
 
-from accessory.checkpoint import convert
+from accessory.checkpoint.containers import create_tensors
 from accessory.checkpoint.convert import split
-from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.folder import Folder
+from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.report import describe
-from accessory.checkpoint.writer import create_shard
+from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import HOST
 from accessory.model.meta import MetaModel
@@ -60,6 +61,7 @@ def assert_shards(folder: Path, tensors: dict[str, torch.Tensor], files: int) ->
         *shard_names(files),
         "config.json",
         "meta.json",
+        "manifest.json",
         "tokenizer.model",
     }
     for file, name in enumerate(shard_names(files)):
@@ -217,16 +219,16 @@ def test_split_fills_an_empty_destination(released, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failure_in_the_middle_leaves_nothing(error, released, tmp_path, monkeypatch):
     seen: list[Path] = []
-    write = convert._write_shard
+    close = Writer.close
 
-    def fail_at_third(path: Path, *arguments: Any) -> None:
-        seen.append(path)
+    def fail_at_third(writer: Writer, file: int) -> None:
+        seen.append(writer.folder / writer.names[file])
+        assert seen[-1].stat().st_size > 0
         if len(seen) == 3:
             raise error("in the middle")
-        write(path, *arguments)
-        assert path.stat().st_size > 0
+        close(writer, file)
 
-    monkeypatch.setattr(convert, "_write_shard", fail_at_third)
+    monkeypatch.setattr(Writer, "close", fail_at_third)
     with pytest.raises(error):
         split(released[0], tmp_path / "out", mp=4)
     assert len(seen) == 3
@@ -328,7 +330,7 @@ def test_memory_does_not_grow_with_the_checkpoint(files, tmp_path):
     shapes = {name: tuple(value.shape) for name, value in meta_tensors(config).items()}
     source = tmp_path / "source"
     source.mkdir()
-    create_shard(source / "consolidated.00.pth", {name: (shape, torch.bfloat16) for name, shape in shapes.items()})
+    create_tensors(source / "consolidated.00.pth", {name: (shape, torch.bfloat16) for name, shape in shapes.items()})
     size = (source / "consolidated.00.pth").stat().st_size
     assert size > 400e6
     (source / "config.json").write_text(json.dumps(config))
@@ -474,15 +476,15 @@ def test_other_ways_of_holding_tensors(stored, small_tokenizer, tmp_path):
     assert torch.equal(found.output.weight, expected["output.weight"])
 
 
-# -- manifest and report
+# -- folder and report
 
 
-def test_manifest_names_what_belongs_to_no_checkpoint(small_tokenizer, tmp_path):
+def test_a_folder_names_what_belongs_to_no_checkpoint(small_tokenizer, tmp_path):
     folder = write_folder(tmp_path / "c", random_tensors(CONFIG, 1), CONFIG, files=2, tokenizer=small_tokenizer)
-    manifest = Manifest.read(folder)
-    assert manifest.form == "converted"
-    assert [path.name for path in manifest.shards] == shard_names(2)
-    assert (manifest.llama_type, manifest.config, manifest.odd) == ("mistral", folder / "config.json", ())
+    opened = Folder(folder)
+    assert opened.form == "converted"
+    assert [path.name for path in opened.files] == shard_names(2)
+    assert (opened.llama_type, opened.config, opened.odd) == ("mistral", folder / "config.json", ())
     for name in ("optimizer.pt", "consolidated.00-of-02.model.pth.part", ".DS_Store", "notes.txt"):
         (folder / name).write_text("x")
     for name in ("README.md", "split.py", "tokenizer.json", "tokenizer_config.json"):
@@ -490,7 +492,7 @@ def test_manifest_names_what_belongs_to_no_checkpoint(small_tokenizer, tmp_path)
     (folder / "converted").mkdir()
     (folder / "logs").mkdir()
     odd = (".DS_Store", "consolidated.00-of-02.model.pth.part", "logs", "notes.txt", "optimizer.pt")
-    assert Manifest.read(folder).odd == odd
+    assert Folder(folder).odd == odd
     lines = list(describe(folder))
     assert any(line.startswith("odd") and all(name in line for name in odd) for line in lines)
 
@@ -507,10 +509,10 @@ def test_report_says_what_is_missing(tmp_path):
 def test_params_json_stands_in_for_config_json(small_tokenizer, tmp_path):
     folder = write_folder(tmp_path / "c", random_tensors(CONFIG, 1), CONFIG, files=2, tokenizer=small_tokenizer)
     (folder / "params.json").write_text("never read")
-    assert Manifest.read(folder).config == folder / "config.json"
+    assert Folder(folder).config == folder / "config.json"
     (folder / "config.json").rename(folder / "params.json")
-    assert Manifest.read(folder).config == folder / "params.json"
-    assert Manifest.read(folder).load_args() == ModelArgs.from_dict(CONFIG)
+    assert Folder(folder).config == folder / "params.json"
+    assert Folder(folder).load_args() == ModelArgs.from_dict(CONFIG)
 
 
 # -- ModelArgs
@@ -538,17 +540,17 @@ def test_mixtral_8x7b_reads_as_the_design_lists_it():
     nulls = {"n_kv_heads": None, "head_dim": None, "vocab_size": None, "moe": None, "rope_scaling": None}
     assert ModelArgs.from_dict({"dim": 64, "n_layers": 1, "n_heads": 4, "hidden_dim": 8, **nulls}) == defaults
     ignored = {"sliding_window": 4096, "max_position_embeddings": 32768, "model_type": "mixtral", "torch_dtype": "x"}
-    assert ModelArgs.from_dict({**content, **ignored}) == args
+    assert ModelArgs.from_dict({**content, **ignored}) == args.replace(sliding_window=4096)
 
 
 def test_the_last_file_rules(tmp_path):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     first.write_text(json.dumps(CONFIG))
     second.write_text(json.dumps({"norm_eps": 1e-6, "moe": {"num_experts": 4}}))
-    args = ModelArgs.load([first, second])
+    args = load_args([first, second])
     # A key of the later file replaces the earlier one's whole value.
     assert args == ModelArgs.from_dict({**CONFIG, "norm_eps": 1e-6, "moe": {"num_experts": 4}})
-    kind, message = error_of(ModelArgs.load, [first, tmp_path / "c.json"])
+    kind, message = error_of(load_args, [first, tmp_path / "c.json"])
     assert kind == "FileNotFoundError"
     assert "c.json" in message
 

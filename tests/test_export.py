@@ -13,7 +13,7 @@ from ranks import alike, error_of
 from test_training import CLIP_GRAD, SCHEDULE, step_rows
 from torch import Tensor
 
-from accessory.checkpoint.reader import open_shard
+from accessory.checkpoint.containers import open_tensors
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
@@ -96,7 +96,7 @@ def assert_exported(results: list[Exported], output: Path, files: int) -> None:
         for parameter, value in whole.llma.named_parameters():
             assert torch.equal(value, results[0].weights[parameter].to(dtype)), parameter
         for shard in shards:
-            assert {tensor.dtype for tensor in open_shard(output / name / shard).values()} == {dtype}
+            assert {tensor.dtype for tensor in open_tensors(output / name / shard).values()} == {dtype}
     assert sorted(path.name for path in output.iterdir()) == ["epoch0", "epoch0-iter5"]
     config = json.loads((output / "epoch0" / "config.json").read_text())
     assert config.keys() <= KNOWN_KEYS
@@ -121,8 +121,8 @@ def test_an_export_loads_as_the_trained_model(
     results = ranks(dp_size * mp_size).run(export_on_rank, folder, tmp_path, mp_size, placement)
     assert_exported(results, tmp_path, mp_size)
     assert json.loads((tmp_path / "epoch0" / "meta.json").read_text()) == {"llama_type": "mistral"}
-    names = open_shard(tmp_path / "epoch0" / f"consolidated.00-of-{mp_size:02d}.model.pth")
-    assert "layers.0.feed_forward.experts.0.w1.weight" in names, "base form"
+    names = open_tensors(tmp_path / "epoch0" / f"consolidated.00-of-{mp_size:02d}.model.pth")
+    assert "llma.layers.0.feed_forward.experts.0.w1.weight" in names, "base form"
 
 
 def test_experts_that_do_not_divide_are_exported_sparse(
@@ -153,9 +153,9 @@ def failing_on_rank(folder: Path, output: Path) -> list[tuple[str, str]]:
         (output / "epoch0" / "notes.txt").write_text("mine")
         (output / ".epoch1.exporting").mkdir()  # of a run that was killed
     found = [error_of(export_checkpoint, model, output / "epoch0", dtype=torch.float32)]
-    for path in ("create_shard", "sync"):
+    for path in ("checkpoint.write.create_tensors", "train.export.sync"):
         full = OSError(errno.ENOSPC, "No space left on device")
-        with mock.patch(f"accessory.train.export.{path}", side_effect=full):
+        with mock.patch(f"accessory.{path}", side_effect=full):
             found.append(error_of(export_checkpoint, model, output / "epoch1", dtype=torch.float32))
     for dtype in (torch.float32, torch.bfloat16):  # the second replaces the first
         found.append(error_of(export_checkpoint, model, output / "epoch1", dtype=dtype))
@@ -173,5 +173,5 @@ def test_a_failed_export_leaves_nothing_and_is_the_same_on_all_ranks(ranks: Any,
     assert fine == [("", ""), ("", "")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0", "epoch1"]
     assert (tmp_path / "epoch0" / "notes.txt").read_text() == "mine"
-    written = open_shard(tmp_path / "epoch1" / "consolidated.00-of-01.model.pth")
+    written = open_tensors(tmp_path / "epoch1" / "consolidated.00-of-01.model.pth")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}

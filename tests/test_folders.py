@@ -21,10 +21,10 @@ from finetuning import Setting, finetune_on_rank, make_setting
 from ranks import RankPool, error_of
 
 from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.containers import save_archive
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
-from accessory.checkpoint.writer import save_shard
 from accessory.config import QuantArgs
 from accessory.files import HOST, check_writable, growing, locked, new_folder, replacing, write_json
 from accessory.log import setup_logging
@@ -368,7 +368,7 @@ def test_all_that_is_written_has_one_mode(
     split(cache.model, out / "split", mp=2)
     merge(cache.model, run, out / "merged")
     quantize_checkpoint(cache.model, out / "int8", QuantArgs(type="int8"))
-    save_shard(out / "shard.pth", random_tensors(small_config(dim=32, hidden_dim=16), 1))
+    save_archive(out / "shard.pth", random_tensors(small_config(dim=32, hidden_dim=16), 1))
     (tmp_path / "raw.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
     prepare_data.main(["evol-codealpaca", str(tmp_path / "raw.jsonl"), str(out / "prepared.json")])
     shutil.move(cache.folder / "cache", out / "cache")

@@ -15,6 +15,7 @@ from models import load
 from ranks import RankPool, on_ranks
 from torch import Tensor
 
+from accessory.checkpoint.layouts import load_args
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box
 from accessory.parallel.plan import local_box, parameter_shapes
@@ -114,7 +115,7 @@ def test_ranks_find_the_gradients_of_a_single_process(
 ) -> None:
     _, folder = case(name)
     batch = CASES[name][2]
-    args = ModelArgs.load([folder / "config.json"])
+    args = load_args([folder / "config.json"])
     single = gradients_on_rank(folder, "auto", batch, True)
     for placement in ("expert", "tensor"):
         found = on_ranks(ranks, size, gradients_on_rank, folder, placement, batch, True)

@@ -16,6 +16,7 @@ from ranks import RankPool, error_of, on_ranks
 from torch import Tensor
 
 from accessory.checkpoint.convert import split
+from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.report import describe
 from accessory.config import ModelArgs
@@ -126,7 +127,7 @@ def untrained_on_rank(folder: Path, configs: list[Path], placement: str) -> dict
 
 
 def test_adapters_begin_alike_at_every_layout(folders: Folders, ranks: Pools) -> None:
-    args = ModelArgs.load(folders.configs)
+    args = load_args(folders.configs)
     whole = untrained_on_rank(folders.base, folders.configs, "auto")
     assert len(whole) == 2 * (4 * 3 + 6)
     for name, tensor in whole.items():

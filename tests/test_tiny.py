@@ -11,7 +11,7 @@ import torch
 from programs import Program
 
 from accessory.checkpoint.convert import split
-from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.folder import Folder
 from accessory.files import locked
 from accessory.model.meta import MetaModel
 from accessory.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def test_it_is_written_as_the_official_release(tiny):
     params = json.loads((folder / "params.json").read_text())
     assert params["moe"] == {"num_experts": 8, "num_experts_per_tok": 2}
     assert (params["n_heads"], params["n_kv_heads"]) == (16, 8)
-    assert Manifest.read(folder).form == "consolidated"
+    assert Folder(folder).form == "consolidated"
 
 
 def test_it_converts_and_writes_words(tiny, tmp_path):

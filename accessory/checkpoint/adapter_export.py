@@ -1,36 +1,20 @@
-"""An adapter as a folder of Hugging Face's peft library.
-
-Experts are named one by one, as they were in transformers 4; peft (0.19 and later) turns such a folder itself into
-updates of transformers 5's stacked experts, and other programs read it as it is. The rows of q and k lie in another
-order there (see docs/checkpoints.md), so those of their lora_b do too.
-"""
+"""An adapter as a folder of Hugging Face's peft library."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from accessory.checkpoint.convert import with_vocabulary
-from accessory.checkpoint.formats import base_sources
-from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.weights import StoredWeights, is_finite
+from accessory.checkpoint.folder import Folder, Weights, is_finite
+from accessory.checkpoint.layouts import BASE, PEFT, Source
+from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
+from accessory.parallel.box import Box
 from accessory.text.template import TEMPLATE_NAME
 
-_MODULES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.experts": "block_sparse_moe.experts",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_PREFIX = "base_model.model.model."
 _NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 
 
@@ -50,48 +34,45 @@ def export_adapter(
         CheckpointError, FileNotFoundError: the folder cannot be read, or holds infinities or NaN.
         OSError: the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    manifest = Manifest.read(adapter)
-    args = with_vocabulary(manifest, manifest.load_args(llama_config))
+    folder = Folder(adapter)
+    args = folder.with_vocabulary(folder.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
-        raise ValueError(f"{manifest.folder} has no LoRA (its config has no lora_rank): there is nothing to export")
-    weights = StoredWeights(manifest, args, partial=True)
-    tensors: dict[str, Tensor] = {}
-    biased = []
-    for source in base_sources(args, 1):
-        name = source.key
-        kept = "lora_" in name or (args.peft.norm_tuning and name.endswith("norm.weight"))
-        if source.parameter not in weights.held or not (kept or name.endswith("bias")):
-            continue
-        tensor = weights.read(source.parameter, source.box).reshape(source.shape)
-        if not is_finite(tensor):
+        raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
+    weights = folder.weights(args, partial=True)
+    _refuse_biases(weights)
+    norms = {name for name in weights.held if args.peft.norm_tuning and name.endswith("norm.weight")}
+    factors = {name for name in weights.held if "lora_" in name}
+    if not factors:
+        raise ValueError(f"{folder.path} holds no lora_a and lora_b: it is a base, not an adapter")
+
+    ours = {(source.parameter, source.box): source.key for source in BASE.sources(args, 1)}
+
+    def read(target: Source, box: Box) -> Tensor:
+        values = weights.read(target.parameter, box)
+        if not is_finite(values):
+            name = ours[target.parameter, target.box]
             raise CheckpointError(
-                f"{manifest.folder}: {name} has infinities or NaN: copy the folder again, or take an earlier step's"
+                f"{folder.path}: {name} has infinities or NaN: copy the folder again, or take an earlier step's"
             )
-        if kept:
-            tensors[_key(name)] = _rows_in_halves(tensor, args) if _is_rotated(name) else tensor
-        elif tensor.any():
-            biased.append(name)
+        return values
+
+    with new_folder(Path(destination)) as aside:
+        Writer(aside, PEFT, args, held=norms | factors, dtype=weights.dtype_of).fill(read)
+        write_json(aside / "adapter_config.json", _config(args, norms=bool(norms)))
+        if (template := folder.path / TEMPLATE_NAME).is_file():
+            shutil.copyfile(template, aside / TEMPLATE_NAME)
+
+
+def _refuse_biases(weights: Weights) -> None:
+    sources = (one for one in BASE.sources(weights.args, 1) if one.parameter in weights.held)
+    biases = (one for one in sources if one.parameter.endswith("bias"))
+    biased = [one.key for one in biases if bool(weights.read(one.parameter, one.box).any())]
     if biased:
         more = f" and {len(biased) - 1} more" if biased[1:] else ""
         raise ValueError(
-            f"{manifest.folder}: {biased[0]}{more} is not zero, and Hugging Face's Mixtral has no biases: train "
+            f"{weights.folder.path}: {biased[0]}{more} is not zero, and Hugging Face's Mixtral has no biases: train "
             "with bias_tuning false, or merge the adapter and keep the format"
         )
-    if not any("lora_" in name for name in tensors):
-        raise ValueError(f"{manifest.folder} holds no lora_a and lora_b: it is a base, not an adapter")
-    with new_folder(Path(destination)) as aside:
-        path = aside / "adapter_model.safetensors"
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            reason = f"free space, or choose another destination (safetensors: {error})"
-            raise OSError(f"{path} cannot be written: {reason}") from None
-        write_json(aside / "adapter_config.json", _config(args, norms=any("norm" in name for name in tensors)))
-        if (template := manifest.folder / TEMPLATE_NAME).is_file():
-            shutil.copyfile(template, aside / TEMPLATE_NAME)
 
 
 def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
@@ -111,19 +92,3 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
         "modules_to_save": _NORMS if norms else None,
         "inference_mode": True,
     }
-
-
-def _key(name: str) -> str:
-    for ours, theirs in _MODULES.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return _PREFIX + name.replace(".lora_a.", ".lora_A.").replace(".lora_b.", ".lora_B.")
-
-
-def _is_rotated(name: str) -> bool:
-    return name.endswith((".wq.lora_b.weight", ".wk.lora_b.weight"))
-
-
-def _rows_in_halves(tensor: Tensor, args: ModelArgs) -> Tensor:
-    """Rotary pairs (0, 1), (2, 3), ... of each head's rows, first all the first of them and then the second."""
-    pairs = tensor.unflatten(0, (-1, args.head_dim // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous(memory_format=torch.contiguous_format)

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.folder import Folder, Weights, some
 from accessory.checkpoint.quantizing import RowsOf, quantize_folder
-from accessory.checkpoint.reader import Checkpoint, some
-from accessory.checkpoint.weights import StoredWeights
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 def load_parameters(
     parameters: Mapping[str, Tensor],
     boxes: Mapping[str, Box],
-    manifests: Sequence[Manifest],
+    folders: Sequence[Folder],
     args: ModelArgs,
     state: ParallelState,
     row_maxima: Mapping[RowsOf, Tensor] | None = None,
@@ -45,24 +43,23 @@ def load_parameters(
     filled: dict[str, int] = dict.fromkeys(boxes, 0)
     adapters = {name for name in boxes if is_adapter(name)}
     absent = set(adapters)
-    for number, manifest in enumerate(manifests):
+    for number, folder in enumerate(folders):
         # Ranks start at different files, so that whole copies of a tensor come from a file a rank opens anyway.
-        first = state.mp_rank * len(manifest.shards) // state.mp_size
-        checkpoint = Checkpoint.open(manifest, args, probe=first)
-        partial = len(manifests) > 1
+        first = state.mp_rank * len(folder.files) // state.mp_size
+        partial = len(folders) > 1
+        weights = folder.weights(args, partial=partial, probe=first)
         if partial or adapters:
-            checkpoint.check_pieces()
+            weights.check_pieces()
         here = dict(boxes)
         if adapters:
-            held = checkpoint.held()
+            held = weights.held
             again = (adapters & held) - absent
             if state.is_first and state.dp_rank == 0:
-                _say_replaced(manifest, [name for name in boxes if name in again])
+                _say_replaced(folder, [name for name in boxes if name in again])
             absent -= held
             here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
-        copied = _load_folder(checkpoint, parameters, here, first=first, partial=partial)
-        if args.quant is not None and checkpoint.args.quant is None:
-            weights = StoredWeights(manifest, args, partial=partial)
+        copied = _load_folder(weights, parameters, here, first=first)
+        if args.quant is not None and weights.args.quant is None:
             copied |= quantize_folder(
                 parameters,
                 boxes,
@@ -75,12 +72,12 @@ def load_parameters(
         filled = {name: max(count, copied.get(name, 0)) for name, count in filled.items()}
     short = [name for name, count in filled.items() if count < boxes[name].numel and name not in absent]
     if short:
-        folders = ", ".join(str(manifest.folder) for manifest in manifests)
-        raise CheckpointError(f"{folders}: nothing there fills {some(short)}")
+        paths = ", ".join(str(folder.path) for folder in folders)
+        raise CheckpointError(f"{paths}: nothing there fills {some(short)}")
     return [name for name in boxes if name in absent]
 
 
-def _say_replaced(manifest: Manifest, names: Sequence[str]) -> None:
+def _say_replaced(folder: Folder, names: Sequence[str]) -> None:
     """Say that adapters of earlier folders are lost behind a later one: one might expect them to add up."""
     if names:
         # Biases alone are no surprise: those of a merged base go on training and come back.
@@ -89,38 +86,33 @@ def _say_replaced(manifest: Manifest, names: Sequence[str]) -> None:
             level,
             "%s: %d adapter parameters there (%s, ...) replace those of earlier folders, adapters do not add up: merge "
             "one into the base to keep both",
-            *(manifest.folder, len(names), names[0]),
+            *(folder.path, len(names), names[0]),
         )
 
 
 def _load_folder(
-    checkpoint: Checkpoint,
-    parameters: Mapping[str, Tensor],
-    boxes: Mapping[str, Box],
-    *,
-    first: int,
-    partial: bool,
+    weights: Weights, parameters: Mapping[str, Tensor], boxes: Mapping[str, Box], *, first: int
 ) -> dict[str, int]:
     """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
-    files = len(checkpoint.by_file)
+    files = len(weights.folder.files)
     copied: dict[str, int] = {}
     for file in [*range(first, files), *range(first)]:
         wanted = [
             (source, common)
-            for source in checkpoint.by_file[file]
+            for source in weights.expected(file)
             if source.parameter in boxes
             and (common := boxes[source.parameter].intersect(source.box))
             and copied.get(source.parameter, 0) < boxes[source.parameter].numel
         ]
         if not wanted:
             continue
-        tensors = checkpoint.read_file(file, partial=partial)
+        tensors = weights.tensors(file)
         for source, common in wanted:
             tensor = tensors.get(source.key)
             if tensor is None:
                 continue
             target = parameters[source.parameter][common.within(boxes[source.parameter])]
             stored = as_bits(tensor) if matrix_of(source.parameter)[1] else tensor
-            target.copy_(source.view(stored)[common.within(source.box)])
+            target.copy_(source.read(stored, common))
             copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
     return copied

@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.convert import stored_args, with_vocabulary, write_beside
-from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
-from accessory.checkpoint.manifest import Manifest
+from accessory.checkpoint.folder import Folder, Weights, is_finite
+from accessory.checkpoint.layouts import BASE, Source
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.weights import StoredWeights, is_finite
-from accessory.checkpoint.writer import create_shard
+from accessory.checkpoint.write import Writer, write_beside
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
@@ -54,75 +52,69 @@ def merge(
         FileExistsError: the destination is not empty.
         FileNotFoundError, OSError: a folder is not there; the disk is full.
     """
-    theirs = Manifest.read(adapter)
-    own = Manifest.read(base)
+    theirs = Folder(adapter)
+    own = Folder(base)
     args, base_args = _args_of_both(theirs, own, llama_config)
     _check_pair(own, base_args, theirs, args)
     assert args.peft is not None
-    merger = _Merger(StoredWeights(own, base_args), StoredWeights(theirs, args, partial=True), args)
+    merger = _Merger(own.weights(base_args), theirs.weights(args, partial=True), args)
     merger.check_biases()
     peft = PeftArgs(bias_tuning=True) if merger.has_biases() else None
     out_args = base_args.replace(peft=peft)
-    files = len(own.shards) if not obstacles_to_files(out_args, len(own.shards), sparse=False) else 1
+    files = len(own.files) if not BASE.obstacles(out_args, len(own.files)) else 1
     with new_folder(Path(destination)) as aside:
-        targets = [source for source in base_sources(out_args, files) if merger.has(source.parameter)]
-        with showing("merging", len(targets), unit="tensors") as merging:
-            for file in range(files):
-                wanted = [target for target in targets if target.file == file]
-                dtypes = {target.key: merger.dtype(target) for target in wanted}
-                path = aside / f"consolidated.{file:02d}-of-{files:02d}.model.pth"
-                shard = create_shard(path, {PREFIX + own.key: (own.shape, dtypes[own.key]) for own in wanted})
-                for target in wanted:
-                    target.view(shard[PREFIX + target.key]).copy_(merger.merged(target))
-                    merging.advance()
-        form = theirs if has_form(theirs.folder) else own
+        held = merger.base.held | merger.adapter.held
+        writer = Writer(aside, BASE, out_args, held=held, dtype=merger.dtype, files=files)
+        with showing("merging", writer.count, unit="tensors") as merging:
+            writer.fill(lambda target, _: merger.merged(target), merging.advance)
+        form = theirs if has_form(theirs.path) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
-        write_beside(aside, out_args, PEFT_TYPES[0] if peft else "mistral", tokenizer, form_of=form)
+        write_beside(aside, BASE, out_args, tokenizer, dtype=writer.most, form_of=form)
     report = merger.report
     report.biases = peft is not None
     if report.untrained:
-        logger.warning("%s: %s", theirs.folder, next(report.lines()))
+        logger.warning("%s: %s", theirs.path, next(report.lines()))
     return report
 
 
 def _args_of_both(
-    adapter: Manifest, base: Manifest, llama_config: Sequence[str | Path] | None
+    adapter: Folder, base: Folder, llama_config: Sequence[str | Path] | None
 ) -> tuple[ModelArgs, ModelArgs]:
     """Sizes of adapter and base: what one of them does not say is as with the other."""
     args = adapter.load_args(llama_config)
     if base.config is None:
         plain = args.replace(peft=None)
-        base_args = with_vocabulary(base, plain if base.llama_type is None else plain.for_type(base.llama_type))
+        base_args = base.with_vocabulary(plain if base.llama_type is None else plain.for_type(base.llama_type))
     else:
-        base_args = stored_args(base)
+        base_args = base.stored_args()
     return (args.replace(vocab_size=base_args.vocab_size) if args.vocab_size == -1 else args), base_args
 
 
-def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: ModelArgs) -> None:
+def _check_pair(base: Folder, base_args: ModelArgs, adapter: Folder, args: ModelArgs) -> None:
     if args.peft is None and adapter.llama_type is None:
         raise ValueError(
-            f"{adapter.folder} holds no adapter by its config, and has no meta.json: give a config that sets "
+            f"{adapter.path} holds no adapter by its config, and has no meta.json: give a config that sets "
             "lora_rank, bias_tuning or norm_tuning"
         )
     if args.peft is None:
         raise ValueError(
-            f"{adapter.folder} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r} "
+            f"{adapter.path} holds no adapter: its meta.json says {adapter.llama_type!r}, not {PEFT_TYPES[0]!r} "
             "(the base's folder comes first, then the adapter's)"
         )
     if base_args.quant is not None:
         raise ValueError(
-            f"{base.folder} is quantized ({base_args.quant.type}), and rounding would lose much of the adapter: merge "
+            f"{base.path} is quantized ({base_args.quant.type}), and rounding would lose much of the adapter: merge "
             "into the weights that it was made of, then quantize the result"
         )
     if base_args.peft is not None and base_args.peft.lora_rank > 0:
-        raise ValueError(f"{base.folder} has LoRA of its own: merge it into its own base first")
+        raise ValueError(f"{base.path} has LoRA of its own: merge it into its own base first")
     fields = [one.name for one in dataclasses.fields(ModelArgs) if one.name not in _FREE]
     differing = [name for name in fields if getattr(args, name) != getattr(base_args, name)]
     if differing:
         values = ", ".join(f"{name} {getattr(args, name)} and {getattr(base_args, name)}" for name in differing)
         raise CheckpointError(
-            f"{adapter.folder} is an adapter of another model than {base.folder} ({values}): give the base that it "
+            f"{adapter.path} is an adapter of another model than {base.path} ({values}): give the base that it "
             "was trained on"
         )
 
@@ -130,7 +122,7 @@ def _check_pair(base: Manifest, base_args: ModelArgs, adapter: Manifest, args: M
 class _Merger:
     """Two opened folders, and what is counted on the way through them."""
 
-    def __init__(self, base: StoredWeights, adapter: StoredWeights, args: ModelArgs) -> None:
+    def __init__(self, base: Weights, adapter: Weights, args: ModelArgs) -> None:
         assert args.peft is not None
         self.base, self.adapter, self.args, self.peft = base, adapter, args, args.peft
         self.report = MergeReport()
@@ -141,8 +133,8 @@ class _Merger:
         if biases and not self.peft.bias_tuning:
             more = f" and {len(biases) - 1} more" if biases[1:] else ""
             raise CheckpointError(
-                f"{self.base.folder} has biases ({biases[0]}{more}), and {self.adapter.folder}, whose bias_tuning is "
-                "false, cannot have been trained on it: give the base that it was trained on"
+                f"{self.base.folder.path} has biases ({biases[0]}{more}), and {self.adapter.folder.path}, whose "
+                "bias_tuning is false, cannot have been trained on it: give the base that it was trained on"
             )
 
     def has_biases(self) -> bool:
@@ -156,7 +148,7 @@ class _Merger:
 
     def dtype(self, target: Source) -> torch.dtype:
         held = self.base if target.parameter in self.base.held else self.adapter
-        return held.dtype(target.parameter, target.box)
+        return held.dtype_of(target)
 
     def merged(self, target: Source) -> Tensor:
         """One tensor of the result, in the shape of its box."""
@@ -176,7 +168,7 @@ class _Merger:
         if change is not None and not is_finite(value):
             culprit = self.adapter if is_finite(before) else self.base
             raise CheckpointError(
-                f"{culprit.folder}: {target.key} has infinities or NaN, or gets them in {before.dtype}: copy the "
+                f"{culprit.folder.path}: {target.key} has infinities or NaN, or gets them in {before.dtype}: copy the "
                 "folder again, or take the weights of an earlier step"
             )
         self.report.change_of(target.key).add(change, before, value)
@@ -205,8 +197,8 @@ class _Merger:
         frozen = self.adapter.read(target.parameter, target.box)
         if not torch.allclose(frozen.float(), before.float(), **_ROUNDING, equal_nan=True):
             raise CheckpointError(
-                f"{self.adapter.folder}: {target.key}, which it has frozen, differs from that of {self.base.folder}: "
-                "give the base that the adapter was trained on"
+                f"{self.adapter.folder.path}: {target.key}, which it has frozen, differs from that of "
+                f"{self.base.folder.path}: give the base that the adapter was trained on"
             )
 
 

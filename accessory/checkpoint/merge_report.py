@@ -71,8 +71,7 @@ class MergeReport:
 
     def change_of(self, key: str) -> Change:
         """That of the group which a key belongs to."""
-        group = next(group for group in _GROUPS if any(group in part for part in key.split(".")))
-        return self.changes.setdefault(group, Change())
+        return self.changes.setdefault(group_of(key), Change())
 
     @property
     def untrained(self) -> bool:
@@ -87,6 +86,11 @@ class MergeReport:
                 yield f"{group:15} {change}"
         if self.biases:
             yield f"biases          kept beside the weights: llama_type {PEFT_TYPES[0]}, lora_rank -1"
+
+
+def group_of(key: str) -> str:
+    """The group of weights that a key of our names belongs to."""
+    return next(group for group in _GROUPS if any(group in part for part in key.split(".")))
 
 
 def _square(tensor: Tensor) -> float:

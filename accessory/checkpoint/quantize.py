@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from accessory.checkpoint.convert import stored_args, write_beside
-from accessory.checkpoint.formats import PREFIX, Source, base_sources, obstacles_to_files
-from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.quantizing import Piece, pieces
-from accessory.checkpoint.weights import StoredWeights
-from accessory.checkpoint.writer import create_shard
-from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs, QuantForm
+from accessory.checkpoint.folder import Folder, Weights
+from accessory.checkpoint.layouts import BASE, Source
+from accessory.checkpoint.quantizing import pieces
+from accessory.checkpoint.write import Writer, write_beside
+from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
@@ -22,7 +19,6 @@ from accessory.progress import showing
 from accessory.quant import (
     TENSOR_DTYPES,
     InputMoments,
-    QuantizedWeight,
     quantize,
     quantize_calibrated,
     shown_quantized,
@@ -48,7 +44,7 @@ Calibration = Mapping[tuple[str, tuple[int, ...]], InputMoments]
 
 def source_to_quantize(
     source: str | Path, quant: QuantArgs, llama_config: Sequence[str | Path] | None = None
-) -> tuple[Manifest, ModelArgs]:
+) -> tuple[Folder, ModelArgs]:
     """A folder that can be quantized in this way, and its sizes as they are; no weight of it is read.
 
     Args:
@@ -58,16 +54,14 @@ def source_to_quantize(
         ValueError: the folder is quantized already, or groups do not divide its sizes.
         CheckpointError, FileNotFoundError, OSError: it cannot be read.
     """
-    manifest = Manifest.read(source)
-    plain = stored_args(manifest, llama_config)
+    folder = Folder(source)
+    plain = folder.stored_args(llama_config)
     if plain.quant is not None:
-        raise ValueError(
-            f"{manifest.folder} is quantized already ({plain.quant.type}): give the weights it was made of"
-        )
-    obstacles = obstacles_to_files(plain.replace(quant=quant), 1, sparse=False)
+        raise ValueError(f"{folder.path} is quantized already ({plain.quant.type}): give the weights it was made of")
+    obstacles = BASE.obstacles(plain.replace(quant=quant), 1)
     if obstacles:
-        raise ValueError(f"{manifest.folder}: {'; '.join(obstacles)}")
-    return manifest, plain
+        raise ValueError(f"{folder.path}: {'; '.join(obstacles)}")
+    return folder, plain
 
 
 def quantize_checkpoint(
@@ -92,69 +86,56 @@ def quantize_checkpoint(
         CheckpointError, FileNotFoundError, OSError: the source cannot be read, or a matrix of it has infinities or
             NaN; the disk is full.
     """
-    manifest, plain = source_to_quantize(source, quant, llama_config)
+    folder, plain = source_to_quantize(source, quant, llama_config)
     args = plain.replace(quant=quant)
-    files = len(manifest.shards)
-    files = 1 if obstacles_to_files(args, files, sparse=False) else files
-    weights = StoredWeights(manifest, plain)
-    targets: dict[str, list[Source]] = {}
-    for target in base_sources(args, files):
-        matrix, _ = matrix_of(target.parameter)
+    files = 1 if BASE.obstacles(args, len(folder.files)) else len(folder.files)
+    weights = folder.weights(plain)
+    # What a matrix becomes, by its name.
+    tensors: dict[str, list[str]] = {}
+    for name, _ in parameter_shapes(args):
+        matrix, _ = matrix_of(name)
         if matrix in weights.held:
-            targets.setdefault(matrix, []).append(target)
+            tensors.setdefault(matrix, []).append(name)
     with new_folder(Path(destination)) as aside:
-        shards = []
-        for file in range(files):
-            own = [target for wanted in targets.values() for target in wanted if target.file == file]
-            tensors = {PREFIX + target.key: (target.shape, _dtype(target, weights)) for target in own}
-            shards.append(create_shard(aside / f"consolidated.{file:02d}-of-{files:02d}.model.pth", tensors))
-        report = _fill(shards, targets, weights, args, calibration or {})
-        write_beside(aside, args, PEFT_TYPES[0] if args.peft else "mistral", manifest)
+        held = [name for names in tensors.values() for name in names]
+        writer = Writer(aside, BASE, args, held=held, dtype=lambda target: _dtype(target, weights), files=files)
+        with writer.all_open():
+            report = _fill(writer, tensors, weights, quant, calibration or {})
+        write_beside(aside, BASE, args, folder, dtype=writer.most)
     return report
 
 
-def _dtype(target: Source, weights: StoredWeights) -> torch.dtype:
+def _dtype(target: Source, weights: Weights) -> torch.dtype:
     tensor = matrix_of(target.parameter)[1]
-    return TENSOR_DTYPES[tensor] if tensor else weights.dtype(target.parameter, target.box)
+    return TENSOR_DTYPES[tensor] if tensor else weights.dtype_of(target)
 
 
 def _fill(
-    shards: list[dict[str, Tensor]],
-    targets: dict[str, list[Source]],
-    weights: StoredWeights,
-    args: ModelArgs,
+    writer: Writer,
+    tensors: Mapping[str, Sequence[str]],
+    weights: Weights,
+    quant: QuantArgs,
     calibration: Calibration,
 ) -> QuantizeReport:
-    assert args.quant is not None
-    shapes = dict(parameter_shapes(args.replace(quant=None)))
+    shapes = dict(parameter_shapes(weights.args))
     matrices = count = now = 0
-    with showing("quantizing", len(targets), unit="matrices") as quantizing:
-        for name, wanted in quantizing.over(targets.items()):
-            if not matrix_of(wanted[0].parameter)[1]:
-                for target in wanted:
-                    target.view(shards[target.file][PREFIX + target.key]).copy_(weights.read(name, target.box))
+    with showing("quantizing", len(tensors), unit="matrices") as quantizing:
+        for name, becomes in quantizing.over(tensors.items()):
+            if becomes == [name]:
+                for box in writer.boxes(name):
+                    writer.put(name, box, weights.read(name, box))
                 continue
             for piece in pieces(name, Box.whole(shapes[name])):
-                values, group = piece.read(weights), args.quant.group_size
+                values, group = piece.read(weights), quant.group_size
                 moments = calibration.get((name, piece.leading))
                 with piece.named(weights):
                     if moments is None:
-                        weight = quantize(values, args.quant.type, group_size=group)
+                        weight = quantize(values, quant.type, group_size=group)
                     else:
                         weight = quantize_calibrated(values, moments, group_size=group)
-                _write(weight, piece, wanted, shards)
+                for own, tensor in weight.tensors().items():
+                    box = Box((*piece.box.start[:-2], 0, 0), (*piece.box.size[:-2], *tensor.shape))
+                    writer.put(f"{name}.{weight.form}_{own}", box, tensor.view(box.size))
                 matrices, now = matrices + 1, now + weight.nbytes
                 count += math.prod(weight.shape)
-    return QuantizeReport(args.quant.type, matrices, count, now)
-
-
-def _write(weight: QuantizedWeight, piece: Piece, wanted: list[Source], shards: list[dict[str, Tensor]]) -> None:
-    """Copy a matrix's tensors to wherever a file holds some of them."""
-    named = {f"{weight.form}_{name}": tensor for name, tensor in weight.tensors().items()}
-    for target in wanted:
-        tensor = named[matrix_of(target.parameter)[1]]
-        whole = Box((*piece.box.start[:-2], 0, 0), (*piece.box.size[:-2], *tensor.shape))
-        common = target.box.intersect(whole)
-        if common is not None:
-            written = target.view(shards[target.file][PREFIX + target.key])[common.within(target.box)]
-            written.copy_(tensor.view(whole.size)[common.within(whole)])
+    return QuantizeReport(quant.type, matrices, count, now)

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.weights import StoredWeights
+from accessory.checkpoint.folder import Folder, Weights
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
@@ -43,20 +42,20 @@ class Piece(NamedTuple):
             weight = weight[place]
         return weight
 
-    def read(self, weights: StoredWeights) -> Tensor:
+    def read(self, weights: Weights) -> Tensor:
         """Its plain values (R, D)."""
         values: Tensor = weights.read(self.matrix, self.box).view(self.box.size[-2:])
         return values
 
     @contextmanager
-    def named(self, weights: StoredWeights) -> Iterator[None]:
+    def named(self, weights: Weights) -> Iterator[None]:
         """What is wrong with the values is said with folder, matrix and the piece's place in it."""
         try:
             yield
         except ValueError as error:
             place = self.box.start[: len(self.leading)]
             where = f"{self.matrix}, {place}" if place else self.matrix
-            raise CheckpointError(f"{weights.folder}: {where}: {error}") from None
+            raise CheckpointError(f"{weights.folder.path}: {where}: {error}") from None
 
 
 # A folder, by its number, and a matrix that it holds.
@@ -84,7 +83,7 @@ def pieces(matrix: str, box: Box) -> Iterator[Piece]:
         yield Piece(matrix, index, Box((*start, *box.start[leading:]), (*(1,) * leading, *box.size[leading:])))
 
 
-def measure_rows(boxes: Mapping[str, Box], manifests: Sequence[Manifest], args: ModelArgs) -> dict[RowsOf, Tensor]:
+def measure_rows(boxes: Mapping[str, Box], folders: Sequence[Folder], args: ModelArgs) -> dict[RowsOf, Tensor]:
     """The largest magnitude in this rank's part of every row that it shares with others, (R,) float32; int8 alone.
 
     Maxima over the model-parallel ranks, entry by entry, are what `quantize_folder` needs; keys and their order are
@@ -95,10 +94,10 @@ def measure_rows(boxes: Mapping[str, Box], manifests: Sequence[Manifest], args: 
     inputs = {name: shape[-1] for name, shape in parameter_shapes(args.replace(quant=None))}
     shared = {name: box for name, box in matrix_boxes(boxes, args).items() if box.size[-1] < inputs[name]}
     found: dict[RowsOf, Tensor] = {}
-    for number, manifest in enumerate(manifests if shared else ()):
-        if manifest.load_quant() is not None:
+    for number, folder in enumerate(folders if shared else ()):
+        if folder.load_quant() is not None:
             continue
-        weights = StoredWeights(manifest, args, partial=len(manifests) > 1)
+        weights = folder.weights(args, partial=len(folders) > 1)
         for piece in (piece for name, box in shared.items() for piece in pieces(name, box)):
             if weights.holds(piece.matrix, piece.box):
                 found[number, piece] = row_maximum(piece.read(weights)).flatten()
@@ -108,7 +107,7 @@ def measure_rows(boxes: Mapping[str, Box], manifests: Sequence[Manifest], args: 
 def quantize_folder(
     parameters: Mapping[str, Tensor],
     boxes: Mapping[str, Box],
-    weights: StoredWeights,
+    weights: Weights,
     args: ModelArgs,
     *,
     number: int = 0,

@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.convert import stored_args
-from accessory.checkpoint.formats import Source
-from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.reader import Checkpoint
-from accessory.config import ModelArgs
+from accessory.checkpoint.folder import Folder, Weights
+from accessory.checkpoint.layouts import Source, load_args
+from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
-from accessory.parallel.plan import is_adapter, local_box, parameter_shapes
+from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
+# For what a config alone describes: bytes of a plain weight, and the forms of quantized ones.
+_PLAIN = torch.bfloat16
+_FORMS: tuple[QuantForm, ...] = ("int8", "int4")
 
 # A parameter's name and a part of it.
 Part = tuple[str, Box]
@@ -29,35 +30,41 @@ def describe(
 ) -> Iterator[str]:
     """Lines about a folder: form, shards, sizes, bytes for each rank, and files that are missing or odd.
 
+    A config file may be given alone; then they are about the model that it describes.
+
     Every shard's tensors are held against the config; with ``check_values`` they are read and searched for NaN and
     infinity, and copies of one tensor in several shards are compared.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: as loading the folder would.
     """
-    manifest = Manifest.read(folder)
-    args = stored_args(manifest, llama_config)
-    checkpoint = Checkpoint.open(manifest, args)
-    adapter_alone = checkpoint.is_adapter
+    if Path(folder).is_file() and Path(folder).suffix == ".json":
+        yield from _describe_config(Path(folder))
+        return
+    opened = Folder(folder)
+    args = opened.stored_args(llama_config)
+    weights = opened.weights(args, partial=True)
+    adapter_alone = weights.is_adapter
+    if not adapter_alone:
+        weights = opened.weights(args)
     dtypes: set[torch.dtype] = set()
     itemsizes: dict[str, int] = {}
     first_copies: dict[Part, tuple[Path, Tensor]] = {}
-    for file, path in enumerate(manifest.shards):
-        tensors = checkpoint.read_file(file, partial=adapter_alone)
+    for file, path in enumerate(opened.files):
+        tensors = weights.tensors(file)
         dtypes |= {tensor.dtype for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
-        for source in checkpoint.by_file[file]:
+        for source in weights.expected(file):
             if source.key in tensors:
                 own = tensors[source.key].dtype.itemsize
                 itemsizes[source.parameter] = max(own, itemsizes.get(source.parameter, 0))
         if check_values:
             _check_finite(path, tensors)
-            _check_copies(path, tensors, checkpoint.by_file[file], first_copies)
-    checkpoint.check_pieces()
-    layout = _layout(checkpoint)
-    size = sum(path.stat().st_size for path in manifest.shards)
-    yield f"folder      {manifest.folder}"
-    yield f"format      {manifest.form}, {layout}, llama_type {manifest.llama_type or 'not said (mistral)'}"
-    yield f"shards      {len(manifest.shards)}, {shown_bytes(size)} in all"
+            _check_copies(path, tensors, weights.expected(file), first_copies)
+    layout = _layout(weights)
+    size = sum(path.stat().st_size for path in opened.files)
+    yield f"folder      {opened.path}"
+    yield f"format      {opened.form}, {layout}, llama_type {opened.llama_type or 'not said (mistral)'}"
+    yield f"shards      {len(opened.files)}, {shown_bytes(size)} in all"
     yield from _sizes(args)
     if args.quant is not None:
         groups = f", groups of {args.quant.group_size}" if args.quant.type == "int4" else ""
@@ -72,7 +79,27 @@ def describe(
         yield f"at mp {ranks}     {_per_rank(args, ranks, itemsizes)}"
     if check_values:
         yield "values      all finite"
-    yield from _remarks(manifest)
+    yield from _remarks(opened)
+
+
+def _describe_config(path: Path) -> Iterator[str]:
+    """Of a model whose weights are not there."""
+    args = load_args([path])
+    yield f"config      {path}"
+    yield from _sizes(args)
+    for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
+        plain = {name: _PLAIN.itemsize for name, _ in parameter_shapes(args)}
+        sizes = [f"bf16 {_per_rank(args, ranks, plain, placed=False)}"]
+        for form in _FORMS if args.quant is None else ():
+            quantized = args.replace(quant=QuantArgs(type=form))
+            sizes.append(f"{form} {_per_rank(quantized, ranks, _itemsizes(quantized), placed=False)}")
+        yield f"at mp {ranks}     each rank {', '.join(sizes)}"
+
+
+def _itemsizes(args: ModelArgs) -> dict[str, int]:
+    """Of a quantized model whose other weights are plain."""
+    dtypes = {name: TENSOR_DTYPES.get(matrix_of(name)[1], _PLAIN) for name, _ in parameter_shapes(args)}
+    return {name: dtype.itemsize for name, dtype in dtypes.items()}
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -109,10 +136,8 @@ def _check_copies(
             )
 
 
-def _layout(checkpoint: Checkpoint) -> str:
-    if not any(".experts." in name for name in checkpoint.held()):
-        return "no experts"
-    return "experts cut in slices (sparse)" if checkpoint.sparse else "whole experts (base)"
+def _layout(weights: Weights) -> str:
+    return weights.layout.shown if any(".experts." in name for name in weights.held) else "no experts"
 
 
 def _sizes(args: ModelArgs) -> Iterator[str]:
@@ -144,7 +169,7 @@ def _adapters(args: ModelArgs, *, alone: bool) -> Iterator[str]:
         yield "            an adapter alone: it loads behind the folder of its base"
 
 
-def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int]) -> str:
+def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int], *, placed: bool = True) -> str:
     try:
         placement = resolve_placement(args, "auto", ranks)
     except ValueError:
@@ -153,13 +178,15 @@ def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int]) -> str:
         local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * itemsizes[name]
         for name, shape in parameter_shapes(args)
     )
+    if not placed:
+        return shown_bytes(size)
     return f'{shown_bytes(size)} for each rank (expert_placement "{placement}")'
 
 
-def _remarks(manifest: Manifest) -> Iterator[str]:
-    if not manifest.has_tokenizer:
+def _remarks(folder: Folder) -> Iterator[str]:
+    if not folder.has_tokenizer:
         yield "missing     tokenizer.model: loading needs it here or as tokenizer_path"
-    if manifest.form == "converted" and manifest.llama_type is None:
+    if folder.form == "converted" and folder.llama_type is None:
         yield 'missing     meta.json: taken as {"llama_type": "mistral"}'
-    if manifest.odd:
-        yield f"odd         {', '.join(manifest.odd)}: no part of a checkpoint"
+    if folder.odd:
+        yield f"odd         {', '.join(folder.odd)}: no part of a checkpoint"

@@ -1,12 +1,18 @@
 """Commands about checkpoint folders: tiny, split, merge, export-adapter, quantize and inspect."""
 
 import argparse
+import math
 import os
 import sys
 from typing import Any
 
 from accessory.arguments import given_name, given_path, given_seed
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
+from accessory.serve.options import DTYPES
+
+# What convert writes (checkpoint.convert.WRITTEN, whose import takes PyTorch's), the first unless told otherwise.
+FORMS = ("accessory", "accessory-sparse", "mistral", "hf")
+_TO = f"{', '.join(FORMS[:-1])} or {FORMS[-1]} (default {FORMS[0]})"
 
 
 def add_commands(commands: Any) -> None:
@@ -35,6 +41,41 @@ def add_commands(commands: Any) -> None:
     split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
     add_config_argument(split)
     split.set_defaults(run=_split)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint in another form",
+        description="Write a checkpoint in another form, tensor by tensor: accessory's own shards (base or sparse), "
+        "Mistral's or Hugging Face's. Any folder that loads may be the source.",
+        epilog="example: accessory convert Mixtral-8x7B-Instruct-v0.1 converted --to accessory --mp 8",
+    )
+    convert.add_argument("source", type=given_path, help="checkpoint folder of any form")
+    convert.add_argument("destination", type=given_path, help="folder to write")
+    convert.add_argument("--to", choices=FORMS, default=FORMS[0], metavar="FORM", help=_TO)
+    convert.add_argument("--mp", type=int, default=None, help="number of shards of accessory's forms (default 1)")
+    convert.add_argument(
+        "--dtype", choices=DTYPES[1:], default=None, help="of all weights (default: each keeps its own)"
+    )
+    convert.add_argument(
+        "--safetensors", action="store_true", help="accessory's shards as safetensors files, without pickle"
+    )
+    convert.add_argument(
+        "--overwrite", action="store_true", help="exchange a checkpoint that is there for the new one, once it is whole"
+    )
+    add_config_argument(convert)
+    convert.set_defaults(run=_convert)
+
+    diff = commands.add_parser(
+        "diff",
+        help="say whether two checkpoints are the same model",
+        description="Compare two checkpoints of any forms: of each group of tensors the largest absolute difference. "
+        "The exit code is 1 where they differ.",
+        epilog="example: accessory diff runs/tiny runs/tiny/converted",
+    )
+    diff.add_argument("first", type=given_path, help="checkpoint folder")
+    diff.add_argument("second", type=given_path, help="the other")
+    diff.add_argument("--atol", type=_atol, default=0.0, metavar="X", help="what does not count (default 0)")
+    diff.set_defaults(run=_diff)
 
     merge = commands.add_parser(
         "merge",
@@ -84,14 +125,15 @@ def add_commands(commands: Any) -> None:
         "and what is missing or odd. Every shard's tensors are held against the config.",
         epilog="example: accessory inspect runs/tiny/converted --check-values",
     )
-    inspect.add_argument("folder", type=given_path, help="checkpoint folder")
+    inspect.add_argument("folder", type=given_path, help="checkpoint folder; or a config.json or params.json alone")
+    inspect.add_argument("--verify", action="store_true", help="hold all files against the sums in manifest.json")
     inspect.add_argument(
         "--check-values", action="store_true", help="read all weights: NaN, infinity, unlike copies are errors"
     )
     add_config_argument(inspect)
     inspect.set_defaults(run=_inspect)
 
-    for command in (tiny, split, merge, export, quantize, inspect):
+    for command in (tiny, split, convert, diff, merge, export, quantize, inspect):
         # Several would write the same folder at once.
         command.set_defaults(alone=f"{command.prog} works in one process: start it without torchrun")
 
@@ -122,6 +164,43 @@ def _split(arguments: argparse.Namespace) -> None:
 
     split(arguments.source, arguments.destination, mp=arguments.mp, llama_config=arguments.llama_config)
     sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.convert import convert
+    from accessory.model import dtypes
+
+    convert(
+        arguments.source,
+        arguments.destination,
+        to=arguments.to,
+        mp=arguments.mp,
+        dtype=None if arguments.dtype is None else dtypes.DTYPES[arguments.dtype],
+        safetensors=arguments.safetensors,
+        overwrite=arguments.overwrite,
+        llama_config=arguments.llama_config,
+    )
+    sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.diff import diff
+
+    found = diff(arguments.first, arguments.second, atol=arguments.atol)
+    for line in found.lines():
+        sys.stdout.write(f"{line}\n")
+    if not found.same:
+        raise SystemExit(1)
+
+
+def _atol(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given: give a number of 0 or more")
+    return value
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -164,5 +243,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.report import describe
 
+    if arguments.verify:
+        from accessory.checkpoint.write import check_manifest
+
+        sys.stdout.write(f"verified    {check_manifest(arguments.folder)} files are as they were written\n")
     for line in describe(arguments.folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
         sys.stdout.write(f"{line}\n")

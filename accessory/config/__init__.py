@@ -2,7 +2,7 @@
 
 from .checks import part_of_config, read_json
 from .model import ModelArgs, MoEArgs
-from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs
+from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, with_adapters
 from .quant import QUANT_FORMS, QuantArgs, QuantForm
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "QuantForm",
     "part_of_config",
     "read_json",
+    "with_adapters",
 ]

@@ -1,19 +1,18 @@
 """The one description of a model's sizes: what config.json and params.json hold, validated."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
 
-from accessory.config.checks import is_number, part_of_config, read_json, require_ints
-from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
+from accessory.config.checks import is_number, part_of_config, require_ints
+from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
 from accessory.config.quant import QuantArgs
 from accessory.errors import nearest
 
-# Keys that some releases write and that do not change this architecture: Mixtral attends to the whole context
-# whatever window its file names, and the length of the context is the caller's choice.
-IGNORED_KEYS = frozenset({"sliding_window", "max_position_embeddings", "model_type", "torch_dtype"})
+# Keys that some releases write and that do not change this architecture: the length of the context is the caller's
+# choice.
+IGNORED_KEYS = frozenset({"max_position_embeddings", "model_type", "torch_dtype"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,7 @@ class ModelArgs:
         n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
         vocab_size: rows of the embedding, one for each of the tokenizer's tokens or more; -1 leaves their number open.
         rope_scaling: factor on positions before the rotary embedding (1 / Hugging Face's linear factor).
+        sliding_window: so many tokens back a token sees in other programs; here a context may not be longer.
         max_batch_size: sequences that are generated at once.
         max_seq_len: a hint; the argument of from_pretrained rules.
         load_balancing_weight: factor on the load-balancing loss in training.
@@ -61,6 +61,7 @@ class ModelArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
     rope_scaling: float | None = None
+    sliding_window: int | None = None
     max_batch_size: int = 32
     max_seq_len: int = 2048
     moe: MoEArgs = field(default_factory=MoEArgs)
@@ -77,6 +78,8 @@ class ModelArgs:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
         if self.rope_scaling is not None and (not is_number(self.rope_scaling) or self.rope_scaling <= 0):
             raise ValueError(f"rope_scaling must be null or a number above 0, not {self.rope_scaling!r}")
+        if self.sliding_window is not None:
+            require_ints(self, positive=("sliding_window",))
         for name in ("load_balancing_weight", "z_loss_weight"):
             if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
@@ -137,34 +140,6 @@ class ModelArgs:
         peft = {key: given.pop(key) for key in adapters & given.keys()}
         return cls(**given, peft=peft_from_dict(peft) if peft else None)
 
-    @classmethod
-    def load(
-        cls,
-        paths: Sequence[str | Path],
-        llama_type: str | None = None,
-        adapters: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """Read one or several JSON files; where several set a key, the last rules.
-
-        Args:
-            llama_type: what `for_type` is to make of them; None: they stand for themselves.
-            adapters: keys about adapters, which rule over all files.
-
-        Raises:
-            FileNotFoundError: a file that is absent.
-            ValueError: not JSON, or contents that `from_dict` refuses; names the file.
-        """
-        merged: dict[str, Any] = {}
-        for path in paths:
-            merged.update(read_json(path))
-        if adapters:
-            merged = with_adapters(merged, adapters)
-        try:
-            args = cls.from_dict(merged)
-            return args if llama_type is None else args.for_type(llama_type)
-        except ValueError as error:
-            raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
-
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that gives these arguments back.
 
@@ -173,6 +148,8 @@ class ModelArgs:
         values = dataclasses.asdict(self)
         if self.z_loss_weight == 0:
             del values["z_loss_weight"]
+        if self.sliding_window is None:
+            del values["sliding_window"]
         del values["peft"], values["quant"]
         values |= self.peft.to_dict() if self.peft else {}
         return values | ({"quant": self.quant.to_dict()} if self.quant else {})

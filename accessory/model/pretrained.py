@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accessory.checkpoint.folder import Folder
+from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.loader import load_parameters
-from accessory.checkpoint.manifest import Manifest
 from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
-from accessory.checkpoint.reader import embedding_rows, open_shard
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.errors import unknown
 from accessory.model.LLM.mistral import Transformer
@@ -39,11 +39,11 @@ class Pretrained:
     """A checkpoint, its sizes and its tokenizer, checked against one another.
 
     Attributes:
-        manifests: the folders, in the order in which they overlay one another.
+        folders: in the order in which they overlay one another.
         args: sizes, with the vocabulary and the context length settled, and how matrices are (to be) quantized.
     """
 
-    manifests: tuple[Manifest, ...]
+    folders: tuple[Folder, ...]
     llama_type: str
     args: ModelArgs
     tokenizer: Tokenizer
@@ -69,19 +69,19 @@ class Pretrained:
         Raises:
             FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
         """
-        manifests = tuple(Manifest.read(path) for path in _several(pretrained_path, "pretrained_path"))
-        last = manifests[-1]
+        folders = tuple(Folder(path) for path in _several(pretrained_path, "pretrained_path"))
+        last = folders[-1]
         llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         configs = None if llama_config is None else _several(llama_config, "llama_config")
-        args = _quantized(last.load_args(configs, llama_type, adapters), quant, manifests)
+        args = _quantized(last.load_args(configs, llama_type, adapters), quant, folders)
         tokenizer = Tokenizer(
-            _find_tokenizer(last.folder) if tokenizer_path is None else _one(tokenizer_path),
-            beside=[manifest.folder for manifest in manifests],
+            _find_tokenizer(last.path) if tokenizer_path is None else _one(tokenizer_path),
+            beside=[folder.path for folder in folders],
         )
         if args.vocab_size == -1:
-            args = args.replace(vocab_size=_vocabulary(manifests, tokenizer))
+            args = args.replace(vocab_size=_vocabulary(folders, args, tokenizer))
         args = _settle(args, tokenizer, max_seq_len)
-        return cls(manifests=manifests, llama_type=llama_type, args=args, tokenizer=tokenizer)
+        return cls(folders=folders, llama_type=llama_type, args=args, tokenizer=tokenizer)
 
     @classmethod
     def untrained(
@@ -105,14 +105,14 @@ class Pretrained:
         if quant is not None:
             raise ValueError("quantization was asked for without a pretrained_path: there are no weights to quantize")
         llama_type = _known_type(llama_type)
-        args = ModelArgs.load(_several(llama_config, "llama_config"), llama_type, adapters)
+        args = load_args(_several(llama_config, "llama_config"), llama_type, adapters)
         tokenizer = Tokenizer(_one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
-        return cls(manifests=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
+        return cls(folders=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
 
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of the weights on disk (of the first tensor of the first shard)."""
-        return next(iter(open_shard(self.manifests[0].shards[0]).values())).dtype
+        """The dtype of the weights on disk (of the first tensor of the first file)."""
+        return self.folders[0].stored_dtype()
 
 
 def load_transformer(
@@ -159,21 +159,21 @@ def fill_parameters(
         everyone: all ranks that load; None: those of ``state``.
         seed: of adapters that begin.
     """
-    manifests, args = pretrained.manifests, pretrained.args
+    folders, args = pretrained.folders, pretrained.args
     everyone = everyone or state
-    maxima = agreed(everyone, lambda: measure_rows(boxes, manifests, args))
+    maxima = agreed(everyone, lambda: measure_rows(boxes, folders, args))
     if maxima and state.mp_group is not None:
         rows = torch.cat(list(maxima.values())).to(state.device)
         dist.all_reduce(rows, dist.ReduceOp.MAX, group=state.mp_group)
         maxima = dict(zip(maxima, rows.split([own.numel() for own in maxima.values()]), strict=True))
-    absent = agreed(everyone, lambda: load_parameters(parameters, boxes, manifests, args, state, maxima))
+    absent = agreed(everyone, lambda: load_parameters(parameters, boxes, folders, args, state, maxima))
     agreed(everyone, lambda: begin_adapters(parameters, boxes, absent, args, seed=seed))
     if args.quant is not None and everyone.is_first:
         logger.info("%s", _describe_quantized(parameters, boxes, args))
     if absent and everyone.is_first:
-        folders = ", ".join(str(manifest.folder) for manifest in pretrained.manifests)
+        paths = ", ".join(str(folder.path) for folder in folders)
         logger.info(
-            "%s: no adapter there for %d parameters (%s, ...): they begin untrained", folders, len(absent), absent[0]
+            "%s: no adapter there for %d parameters (%s, ...): they begin untrained", paths, len(absent), absent[0]
         )
 
 
@@ -185,15 +185,15 @@ def _describe_quantized(parameters: Mapping[str, Tensor], boxes: Mapping[str, Bo
     return f"attention{head} in {args.quant.type}: on this rank {shown_quantized(own, weights)}"
 
 
-def _quantized(args: ModelArgs, asked: QuantArgs | None, manifests: Sequence[Manifest]) -> ModelArgs:
+def _quantized(args: ModelArgs, asked: QuantArgs | None, folders: Sequence[Folder]) -> ModelArgs:
     """The arguments with the quantization that was asked for, or that the folders have."""
     found = args.quant
-    for manifest in manifests:
-        stored = manifest.load_quant()
+    for folder in folders:
+        stored = folder.load_quant()
         if stored is not None and (asked or found or stored) != stored:
             wanted = (asked or found or stored).to_dict()
             raise ValueError(
-                f"{manifest.folder} is quantized already, {stored.to_dict()}, and cannot become {wanted}: "
+                f"{folder.path} is quantized already, {stored.to_dict()}, and cannot become {wanted}: "
                 "leave quant out, or load the weights that it was made of"
             )
         found = found or stored
@@ -208,9 +208,9 @@ def _known_type(llama_type: str | None) -> str:
     return llama_type
 
 
-def _vocabulary(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> int:
+def _vocabulary(folders: Sequence[Folder], args: ModelArgs, tokenizer: Tokenizer) -> int:
     """Rows of an embedding whose config leaves them open: as many as it has, where these are enough."""
-    rows = (embedding_rows(manifest) for manifest in reversed(manifests))
+    rows = (folder.embedding_rows(args) for folder in reversed(folders))
     return max(next((found for found in rows if found is not None), 0), tokenizer.n_words)
 
 
@@ -218,7 +218,8 @@ def _settle(args: ModelArgs, tokenizer: Tokenizer, max_seq_len: int) -> ModelArg
     """The sizes with the vocabulary and the context length that the model will have.
 
     Raises:
-        ValueError: a tokenizer with more tokens than the embedding has rows, or a context length below 3.
+        ValueError: a tokenizer with more tokens than the embedding has rows, or a context length below 3 or beyond
+            the model's window.
     """
     vocab_size = tokenizer.n_words if args.vocab_size == -1 else args.vocab_size
     if vocab_size < tokenizer.n_words:
@@ -228,6 +229,12 @@ def _settle(args: ModelArgs, tokenizer: Tokenizer, max_seq_len: int) -> ModelArg
         )
     if not isinstance(max_seq_len, int) or isinstance(max_seq_len, bool) or max_seq_len < 3:
         raise ValueError(f"max_seq_len must be a whole number of at least 3, not {max_seq_len!r}")
+    if args.sliding_window is not None and max_seq_len > args.sliding_window:
+        raise ValueError(
+            f"the config's sliding_window is {args.sliding_window}, and attention here has no window: give a "
+            f"max_seq_len of {args.sliding_window} at most (now {max_seq_len}), or a config without it where the model "
+            "was trained without"
+        )
     return args.replace(vocab_size=vocab_size, max_seq_len=max_seq_len)
 
 

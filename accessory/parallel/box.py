@@ -1,6 +1,7 @@
 """Rectangular parts of whole tensors."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -37,6 +38,15 @@ class Box:
         start, part = list(self.start), list(self.size)
         start[axis], part[axis] = start[axis] + skipped, min(piece, part[axis] - skipped)
         return Box(tuple(start), tuple(part))
+
+    def pieces(self, most: int) -> Iterator["Box"]:
+        """The box in pieces of about so many elements, cut along the first of its axes that can be."""
+        axis = next((axis for axis, length in enumerate(self.size) if length > 1), 0)
+        count = max(1, -(-self.numel // most))
+        for rank in range(count):
+            piece = self.chunk(axis, rank=rank, size=count)
+            if piece.numel:
+                yield piece
 
     @property
     def numel(self) -> int:

@@ -132,11 +132,16 @@ def split_of(name: str) -> Split:
         KeyError: no row matches; every parameter must have one.
     """
     matrix, tensor = matrix_of(name)
-    generic = re.sub(r"\.\d+\.", ".N.", matrix)
+    generic = generic_name(matrix)
     for row in TABLE:
         if row.pattern == generic:
             return _without_inputs(row) if tensor == "int8_scale" else row
     raise KeyError(f"parallel/plan.py has no row for parameter {name}")
+
+
+def generic_name(name: str) -> str:
+    """A parameter's name with ``N`` for its layer, as the table has it."""
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 _TENSOR = re.compile(rf"(.+)\.((?:{'|'.join(QUANT_FORMS)})_\w+)")

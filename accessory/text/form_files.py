@@ -22,7 +22,9 @@ from accessory.text.tokenizer import BESIDE_NAMES, CONFIG_NAME, JSON_NAME, SENTE
 TEXT_NAMES = (SENTENCEPIECE_NAME, JSON_NAME, *BESIDE_NAMES, TEMPLATE_NAME)
 MORE_TEMPLATES = "additional_chat_templates"
 META_NAME = "meta.json"
-FORM_KEY = "prompt_form"  # of meta.json
+# Of meta.json; the second are settings that a config of another form cannot say.
+FORM_KEY = "prompt_form"
+SETTINGS_KEY = "settings"
 MODELS_OWN = "model"
 _LARGEST = 1 << 20  # bytes of a template
 

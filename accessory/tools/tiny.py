@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.formats import base_sources
-from accessory.checkpoint.writer import export_shard, save_shard
+from accessory.checkpoint.containers import save_archive
+from accessory.checkpoint.layouts import MISTRAL
+from accessory.checkpoint.write import cut_out
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import check_free, new_folder, write_json
 from accessory.model.LLM.mistral import Transformer
@@ -176,5 +177,5 @@ def evaluate(model: MetaModel, windows: Tensor) -> tuple[float, Tensor]:
 
 
 def _write(model: MetaModel, folder: Path) -> None:
-    save_shard(folder / "consolidated.00.pth", export_shard(dict(model.llma.named_parameters()), base_sources(ARGS, 1)))
+    save_archive(folder / "consolidated.00.pth", cut_out(dict(model.llma.named_parameters()), MISTRAL, ARGS))
     write_json(folder / "params.json", ARGS.to_dict())

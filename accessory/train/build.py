@@ -71,7 +71,7 @@ def build_for_training(
         return llma
 
     def give_weights() -> None:
-        if not pretrained.manifests:
+        if not pretrained.folders:
             agreed(everyone, lambda: init_weights(llma, seed=seed))
             return
         parameters = {name: local(parameter) for name, parameter in llma.named_parameters()}
@@ -81,7 +81,7 @@ def build_for_training(
 
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        model = (pretrained.args, n_tokens, gaps, bool(pretrained.manifests))
+        model = (pretrained.args, n_tokens, gaps, bool(pretrained.folders))
         llma = agreed(everyone, build, (*model, data_parallel, compute_dtype, expert_placement, seed))
         if fill:
             give_weights()

@@ -8,14 +8,15 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from accessory.checkpoint.formats import PREFIX, Source, obstacles_to_files, sources
-from accessory.checkpoint.writer import create_shard
+from accessory.checkpoint.layouts import BASE, SPARSE, Layout
+from accessory.checkpoint.write import Writer
 from accessory.files import by_umask, sync, write_json
 from accessory.model.meta import MetaModel
 from accessory.parallel.plan import Placement as ExpertPlacement
@@ -122,22 +123,19 @@ def export_checkpoint(
     state = model.llma.state
     everyone = over_all_ranks(state)
     aside = folder.with_name(f".{folder.name}.exporting")
-    name = f"consolidated.{state.mp_rank:02d}-of-{state.mp_size:02d}.model.pth"
     try:
-        sparse = agreed(everyone, lambda: _choose_form(model), (folder.name, dtype))
+        layout = agreed(everyone, lambda: _choose_layout(model), (folder.name, dtype))
         agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
+        args = model.llma.args.replace(quant=None)
         only_trainable = only_trainable or model.llma.args.quant is not None
-        everything = sources(model.llma.args.replace(quant=None), state.mp_size, sparse=sparse)
         kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
-        targets = [source for source in everything if source.file == state.mp_rank and source.parameter in kept]
-        tensors = {PREFIX + target.key: (target.shape, dtype) for target in targets}
+        writer = Writer(aside, layout, args, held=kept, dtype=lambda _: dtype, files=state.mp_size)
         writes = state.dp_rank == 0
-        shard = agreed(everyone, lambda: create_shard(aside / name, tensors) if writes else {})
+        agreed(everyone, lambda: writer.open(state.mp_rank) if writes else None)
         with torch.no_grad():
-            _fill(model, targets, shard, placement="tensor" if sparse else "expert", dtype=dtype)
-        del shard
-        agreed(everyone, lambda: sync(aside / name) if writes else None)
-        agreed(everyone, lambda: _finish(model, form, folder, aside, sparse) if everyone.is_first else None)
+            _fill(model, kept, writer, dtype=dtype)
+        agreed(everyone, lambda: writer.close(state.mp_rank) if writes else None)
+        agreed(everyone, lambda: _finish(model, form, folder, aside, layout) if everyone.is_first else None)
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -146,16 +144,16 @@ def export_checkpoint(
     return folder
 
 
-def _choose_form(model: MetaModel) -> bool:
-    """Whether the files must be sparse."""
+def _choose_layout(model: MetaModel) -> Layout:
+    """Base, where the number of files divides the experts."""
     args, state = model.llma.args.replace(quant=None), model.llma.state
     if state.mp_size > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a model on several ranks must be sharded for training (shard_model) to be exported")
-    forms = {sparse: obstacles_to_files(args, state.mp_size, sparse=sparse) for sparse in (False, True)}
-    for sparse, obstacles in forms.items():
-        if not obstacles:
-            return sparse
-    raise ValueError(f"{state.mp_size} files cannot hold this model: {'; '.join(forms[False])}; train at another mp")
+    for layout in (BASE, SPARSE):
+        if not layout.obstacles(args, state.mp_size):
+            return layout
+    obstacles = "; ".join(BASE.obstacles(args, state.mp_size))
+    raise ValueError(f"{state.mp_size} files cannot hold this model: {obstacles}; train at another mp")
 
 
 def _prepare(folder: Path, aside: Path) -> None:
@@ -165,22 +163,17 @@ def _prepare(folder: Path, aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def _fill(
-    model: MetaModel, targets: list[Source], shard: dict[str, Tensor], *, placement: ExpertPlacement, dtype: torch.dtype
-) -> None:
-    """Gather the parameters one by one and copy them into this rank's file, if it writes one."""
+def _fill(model: MetaModel, kept: Set[str], writer: Writer, *, dtype: torch.dtype) -> None:
+    """Gather the parameters one by one and write them into this rank's file, if it has one open."""
     args, state = model.llma.args, model.llma.state
+    placement = writer.layout.cut
+    assert placement is not None
     reshard(model)
-    of_parameter: dict[str, list[Source]] = {}
-    for target in targets:
-        of_parameter.setdefault(target.parameter, []).append(target)
     for name, parameter in model.llma.named_parameters():
-        if name not in of_parameter:
-            continue
-        own = local_box(name, tuple(parameter.shape), args, placement=placement, rank=state.mp_rank, size=state.mp_size)
-        gathered = _slice(name, parameter, placement, dtype)
-        for target in of_parameter[name] if shard else []:
-            target.view(shard[PREFIX + target.key]).copy_(gathered[target.box.within(own)])
+        if name in kept:
+            shape = tuple(parameter.shape)
+            own = local_box(name, shape, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
+            writer.put(name, own, _slice(name, parameter, placement, dtype))
 
 
 def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype: torch.dtype) -> Tensor:
@@ -197,12 +190,14 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype
     return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 
 
-def _finish(model: MetaModel, form: Form | None, folder: Path, aside: Path, sparse: bool) -> None:
+def _finish(model: MetaModel, form: Form | None, folder: Path, aside: Path, layout: Layout) -> None:
     """Write what lies beside the shards, then give the whole its name."""
     # An adapter fits its base however that is quantized.
     write_json(aside / "config.json", model.llma.args.replace(quant=None).to_dict())
     kind = model.llama_type.removesuffix("_sparse")
-    suffix = "_sparse" if sparse and model.llma.args.peft is None else ""  # with adapters the form has no name
+    suffix = (
+        "_sparse" if layout is SPARSE and model.llma.args.peft is None else ""
+    )  # with adapters the form has no name
     write_json(aside / META_NAME, {"llama_type": kind + suffix, **write_text(model.tokenizer, form, aside)})
     by_umask(aside)
     for file in aside.rglob("*"):

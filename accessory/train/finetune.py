@@ -11,8 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from accessory.checkpoint.manifest import Manifest
-from accessory.checkpoint.reader import Checkpoint
+from accessory.checkpoint.folder import Folder
 from accessory.config import PEFT_TYPES
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
@@ -189,7 +188,7 @@ def _llama_type(options: FinetuneOptions) -> str | None:
     """
     if options.llama_type is not None or not options.adapters:
         return options.llama_type
-    stored = Manifest.read(options.pretrained_path[-1]).llama_type if options.pretrained_path else None
+    stored = Folder(options.pretrained_path[-1]).llama_type if options.pretrained_path else None
     if stored in PEFT_TYPES:
         return stored
     if not options.asks_for_adapters:
@@ -204,11 +203,10 @@ def _llama_type(options: FinetuneOptions) -> str | None:
 
 def _check_weights(pretrained: Pretrained) -> None:
     """See that the shards' names and shapes fit: they are read after the data are tokenised, which takes a while."""
-    manifests = pretrained.manifests
-    for manifest in manifests:
-        checkpoint = Checkpoint.open(manifest, pretrained.args)
-        for file in range(len(manifest.shards)):
-            checkpoint.read_file(file, partial=len(manifests) > 1)
+    for folder in pretrained.folders:
+        weights = folder.weights(pretrained.args, partial=len(pretrained.folders) > 1)
+        for file in range(len(folder.files)):
+            weights.tensors(file)
 
 
 def _asked_form(options: FinetuneOptions, pretrained: Pretrained) -> Form | None:

@@ -1,0 +1,217 @@
+"""Files of tensors: PyTorch's archives and safetensors, mapped for reading and for writing; nothing in one is executed.
+
+Both ways no tensor's bytes are in memory until they are asked for, and then they are the file's own pages.
+"""
+
+import json
+import mmap
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.serialization import set_default_mmap_options, skip_data
+
+from accessory.errors import CheckpointError, first_line
+from accessory.files import no_room, replacing
+
+SAFETENSORS = ".safetensors"
+# How torch.save began a file before it wrote zip archives: its magic number, pickled.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+# Of safetensors: the names of dtypes, and to how many bytes the header is filled up.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNED = 8
+
+# Shape and dtype of a tensor that is to be written.
+Wanted = tuple[tuple[int, ...], torch.dtype]
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a file of tensors into memory, by their names in it; no tensor's bytes are read yet.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: damaged, in PyTorch's old format, or holding anything but tensors (nothing of such a
+            pickle is executed).
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path} does not exist: copy it again")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no plain file. Copy it again")
+    content = _safetensors(path) if path.suffix == SAFETENSORS else _archive(path)
+    if not content:
+        raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(value).__name__}, not a named tensor; remove it and save the weights alone"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {key} is no dense tensor with data ({value.layout}, {value.device}); save it as one"
+            )
+    return content
+
+
+def _archive(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
+    except Exception as error:  # damage can surface as almost any type
+        raise CheckpointError(_unreadable(path, error)) from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """One line on a file that torch.load refused, whose own message may be a page that recommends to trust it."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        if match := re.search(r"GLOBAL (\S+)", text):
+            return (
+                f"{path} holds more than plain tensors ({match[1]}) and was refused, nothing in it was executed. "
+                "Get the weights from a source that you trust"
+            )
+        text = "its pickle is broken"
+    elif "_use_new_zipfile_serialization" in text:
+        with path.open("rb") as file:
+            if file.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
+                return (
+                    f"{path} is in PyTorch's old format (before 1.6), which cannot be mapped: "
+                    "read it with torch.load(..., weights_only=True) and write it again with torch.save"
+                )
+        text = "no zip archive"
+    reason = first_line(text, otherwise=type(error).__name__)
+    return (
+        f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file ({reason}). Copy it again"
+    )
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = first_line(str(error), otherwise=type(error).__name__)
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is damaged, truncated or no safetensors file ({reason}). Copy it again"
+        ) from None
+
+
+def create_tensors(
+    path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Write the skeleton of a file of tensors, every byte of theirs still a hole, and map it for writing.
+
+    The returned tensors lie in the file itself (a shared mapping), so that a file of any size is filled in bounded
+    memory. An archive is {"model": {key: tensor}}; its zip checksums are those of the holes, and torch.load does not
+    look at them.
+
+    Args:
+        path: a name that ends in .safetensors, or any other for an archive.
+        metadata: of a safetensors file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if path.suffix == SAFETENSORS:
+        header, places = _header(tensors, metadata or {"format": "pt"})
+        with _named(path):
+            path.write_bytes(header)
+        size = len(header) + sum(_nbytes(wanted) for wanted in tensors.values())
+        _fill_up(path, size)
+        whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        return {
+            key: whole[len(header) + place :][: _nbytes(tensors[key])].view(tensors[key][1]).view(tensors[key][0])
+            for key, place in places.items()
+        }
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        _save({"model": {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}}, path)
+    _fill_up(path, path.stat().st_size)
+    with set_default_mmap_options(mmap.MAP_SHARED):
+        mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)["model"]
+    return mapped
+
+
+def _nbytes(wanted: Wanted) -> int:
+    shape, dtype = wanted
+    count = dtype.itemsize
+    for length in shape:
+        count *= length
+    return count
+
+
+def _header(tensors: Mapping[str, Wanted], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors file's header, and where behind it each tensor begins: wide ones first, so that all are aligned."""
+    places: dict[str, int] = {}
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for key in sorted(tensors, key=lambda key: (-tensors[key][1].itemsize, key)):
+        shape, dtype = tensors[key]
+        places[key], end = place, place + _nbytes(tensors[key])
+        described[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The system's error of a write, which does not say of which file, says it and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"free space, or choose another destination ({error.strerror})"
+        raise OSError(f"{path} cannot be written: {reason}") from None
+
+
+def _fill_up(path: Path, size: int) -> None:
+    """Give a file all its bytes: a store into a mapped hole on a full disk would kill the process."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            reason = f"{error.strerror} (it takes {size:,} bytes: free some, or choose another destination)"
+            raise OSError(error.errno, reason, str(path)) from None
+
+
+def save_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """torch.save of a bare dictionary, aside and renamed."""
+    with replacing(path) as aside:
+        _save(dict(tensors), aside)
+
+
+def _save(content: Any, path: Path) -> None:
+    """torch.save, whose own error on a full disk is a RuntimeError about its archive."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        reason = no_room(error, path) or first_line(str(error), otherwise="torch.save failed")
+        raise OSError(f"{path} cannot be written ({reason}): free space, or choose another destination") from None

@@ -1,0 +1,474 @@
+"""An opened checkpoint folder, whatever form its files have: what it holds, and any part of any parameter of it."""
+
+import dataclasses
+import functools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.containers import open_tensors
+from accessory.checkpoint.layouts import Found, Layout, Parts, Source, find_weights, load_args, parts_of
+from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
+from accessory.errors import CheckpointError
+from accessory.parallel.box import Box
+from accessory.parallel.plan import is_adapter, other_factor, trains
+from accessory.quant import TENSOR_DTYPES
+from accessory.text.form_files import META_NAME, MORE_TEMPLATES, SETTINGS_KEY, TEXT_NAMES
+from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
+
+logger = logging.getLogger(__name__)
+
+# Sizes and sums of what a conversion has written.
+MANIFEST_NAME = "manifest.json"
+CONFIG_FILES = ("config.json", "params.json")
+_COMPANIONS = frozenset(
+    {
+        *(*CONFIG_FILES, META_NAME, MANIFEST_NAME, *TEXT_NAMES, MORE_TEMPLATES),
+        *("split.py", "README.md", "converted", "checklist.chk"),
+    }
+)
+
+
+class Folder:
+    """A checkpoint folder, recognised by the names in it. Its files are mapped when they are asked for, once.
+
+    Attributes:
+        path: the folder.
+        form: as messages name it: "converted" (our shards), "consolidated" (a release), "Hugging Face".
+        files: of its weights, in order.
+        config: config.json or params.json, if there is one.
+        llama_type: what meta.json says, if there is one.
+        odd: names of entries that belong to no checkpoint.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        CheckpointError: no weights in it, or a set of shards with gaps or of several runs.
+        ValueError: an unreadable meta.json.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"checkpoint folder {self.path} does not exist: check the path")
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; give the folder that holds the consolidated.* files")
+        names = sorted(entry.name for entry in self.path.iterdir())
+        self._found = self._choose(names)
+        self.form, self.files = self._found.form, tuple(self.path / name for name in self._found.files)
+        self.config = next((self.path / name for name in CONFIG_FILES if name in names), None)
+        self.llama_type, self._settings = _meta(self.path / META_NAME)
+        known = {*self._found.files, *_COMPANIONS}
+        self.odd = tuple(name for name in names if name not in known)
+        self._tensors: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tensors": {}}  # another process maps the files itself
+
+    def _choose(self, names: Sequence[str]) -> Found:
+        found = find_weights(self.path, names)
+        if not found:
+            raise CheckpointError(_no_weights(self.path, names))
+        first, *others = found
+        if others and not first.rules:
+            raise CheckpointError(
+                f"{self.path} holds both {first.files[0]} and {others[0].files[0]}: "
+                "keep one checkpoint in a folder, move the other away"
+            )
+        if others:
+            logger.warning("%s holds both %s and %s: the first is read", self.path, first.files[0], others[0].files[0])
+        return first
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer in one of its two forms."""
+        pair = (self.path / JSON_NAME, self.path / CONFIG_NAME)
+        return (self.path / SENTENCEPIECE_NAME).exists() or all(file.exists() for file in pair)
+
+    def load_args(
+        self,
+        llama_config: Sequence[str | Path] | None = None,
+        llama_type: str | None = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> ModelArgs:
+        """The model's sizes from the given config files, else from the folder's own.
+
+        Args:
+            llama_type: in place of what meta.json says; it decides whether there are adapters.
+            adapters: keys about adapters, which rule over the files.
+
+        Raises:
+            CheckpointError: there is none.
+            ValueError: it is unusable; names file and key.
+        """
+        if llama_config is None and self.config is None:
+            raise CheckpointError(
+                f"{self.path} has neither config.json nor params.json: add it, or pass llama_config=PATH"
+            )
+        own = llama_config is None and self.config is not None
+        files = [self.config] if own and self.config is not None else list(llama_config or ())
+        return load_args(files, llama_type or self.llama_type, adapters, beside=self._settings if own else None)
+
+    def load_quant(self) -> QuantArgs | None:
+        """How the folder's matrices are quantized, as its config says; None: they are not.
+
+        A config that is no JSON says nothing: where it is needed `load_args` refuses it, and where another is given
+        in its place it does not count.
+
+        Raises:
+            ValueError: what it says of quantization is unusable; names the file.
+        """
+        try:
+            values = {} if self.config is None else read_json(self.config)
+        except ValueError:
+            return None
+        try:
+            return None if values.get("quant") is None else part_of_config("quant", QuantArgs, values["quant"])
+        except ValueError as error:
+            raise ValueError(f"{self.config}: {error}") from None
+
+    def stored_args(self, llama_config: Sequence[str | Path] | None = None) -> ModelArgs:
+        """The folder's sizes with its vocabulary, and how its matrices are quantized, which its own config says.
+
+        Args:
+            llama_config: config files in place of the folder's own.
+
+        Raises:
+            ValueError: they say otherwise of quantization.
+            CheckpointError: as `with_vocabulary`.
+        """
+        args, own = self.load_args(llama_config), self.load_quant()
+        if args.quant is not None and args.quant != own:
+            given = ", ".join(map(str, llama_config or ()))
+            raise ValueError(
+                f"{given} sets quant {args.quant.to_dict()}, and by its own config {self.path} is "
+                f"{'not quantized' if own is None else f'quantized otherwise, {own.to_dict()}'}: leave quant out, or "
+                "put the config that was written with the weights beside them"
+            )
+        return self.with_vocabulary(args.replace(quant=own))
+
+    def with_vocabulary(self, args: ModelArgs) -> ModelArgs:
+        """The sizes with the rows of the folder's embedding; of an adapter alone, which has none, it stays open.
+
+        Raises:
+            CheckpointError: the embedding is missing, and more than an adapter is there.
+        """
+        if args.vocab_size != -1:
+            return args
+        rows = self.embedding_rows(args)
+        if rows is not None:
+            return args.replace(vocab_size=rows)
+        if not self.weights(args, partial=True).is_adapter:
+            raise CheckpointError(
+                f"{self.files[0]} lacks tensor tok_embeddings.weight, and the config does not give vocab_size: copy "
+                "the file again, or give vocab_size in the config"
+            )
+        return args
+
+    def embedding_rows(self, args: ModelArgs) -> int | None:
+        """Rows of the folder's embedding; None where it has no embedding.
+
+        Raises:
+            CheckpointError: its shape is not an embedding's.
+        """
+        layout = self.layout(args)
+        keys = {row.key for row in layout.rows["tok_embeddings.weight"]}
+        # Files that cut the embedding each have a slice of all its rows.
+        for file in range(len(self.files) if layout.cut is None else 1):
+            for key in keys & self.tensors(file, layout.strips).keys():
+                shape = tuple(self.tensors(file, layout.strips)[key].shape)
+                if len(shape) != 2 or not shape[0]:
+                    raise CheckpointError(
+                        f"{self.files[file]}: {key} has shape {shape}, and not a row for each token: "
+                        "copy the file again"
+                    )
+                return shape[0]
+        return None
+
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk (of the first tensor of the first file)."""
+        return next(iter(self.tensors(0).values())).dtype
+
+    def layout(self, args: ModelArgs, *, probe: int = 0) -> Layout:
+        """The layout of the files; looks into file ``probe`` where several have such names."""
+        return self._found.layout(lambda file: list(self.tensors(file)), args, probe)
+
+    def tensors(self, file: int, prefix: str = "") -> dict[str, Tensor]:
+        """A file's tensors by their keys, mapped; without ``prefix`` where a key has it.
+
+        Raises:
+            FileNotFoundError, CheckpointError: as `open_tensors`; a tensor with and without prefix.
+        """
+        if file not in self._tensors:
+            self._tensors[file] = open_tensors(self.files[file])
+        own = self._tensors[file]
+        tensors = {key.removeprefix(prefix): value for key, value in own.items()}
+        if len(tensors) < len(own):
+            twice = next(key for key in tensors if key in own and prefix + key in own)
+            raise CheckpointError(
+                f"{self.files[file]} holds both {twice} and {prefix}{twice}, which is one tensor: save it once"
+            )
+        return tensors
+
+    def weights(self, args: ModelArgs, *, partial: bool = False, probe: int = 0) -> "Weights":
+        """The folder's parameters, as a model of these sizes has them.
+
+        Args:
+            args: sizes of the model; whether matrices are quantized in the folder is its own to say.
+            partial: the folder may lack parameters, as one that overlays another; adapters always may be missing.
+            probe: a file that is opened anyway.
+
+        Raises:
+            CheckpointError: a file is unusable, or so many cannot hold such a model.
+        """
+        args = args.replace(quant=self.load_quant())
+        layout = self.layout(args, probe=probe)
+        obstacles = layout.obstacles(args, len(self.files))
+        if obstacles:
+            raise CheckpointError(
+                f"{self.path}: {len(self.files)} shards cannot hold this model ({'; '.join(obstacles)}): "
+                "check the config, or copy the shards of one run"
+            )
+        return Weights(self, args, layout, partial=partial)
+
+
+class Weights:
+    """A folder's parameters, to be read by the box. Memory is taken by what `read` returns, and by nothing else.
+
+    A file is held against the sizes when it is first looked into: names, shapes and types must be those that they ask
+    for, or CheckpointError names the file and the tensor.
+    """
+
+    def __init__(self, folder: Folder, args: ModelArgs, layout: Layout, *, partial: bool) -> None:
+        self.folder, self.args, self.layout = folder, args, layout
+        self._partial = partial
+        count = len(folder.files)
+        expected: list[list[Source]] = [[] for _ in range(count)]
+        homes = self._homes() if layout.cut is None else {}
+        self._anywhere: list[Source] = []
+        for source in layout.sources(args, count):
+            file = homes.get(source.key) if layout.cut is None else source.file
+            if file is not None:
+                expected[file].append(dataclasses.replace(source, file=file))
+            if layout.cut is None:
+                self._anywhere.append(source)
+        self._expected = tuple(map(tuple, expected))
+        self._checked: dict[int, dict[str, Tensor]] = {}
+        if layout.cut is None:
+            for file in range(count):
+                self.tensors(file)
+            self._check_whole(folder.path if count > 1 else folder.files[0], self._anywhere, homes)
+
+    def _homes(self) -> dict[str, int]:
+        """In which file each key is, of files that hold different tensors."""
+        homes: dict[str, int] = {}
+        for file, path in enumerate(self.folder.files):
+            for key in self.folder.tensors(file, self.layout.strips):
+                if homes.setdefault(key, file) != file:
+                    raise CheckpointError(
+                        f"{path} holds {key}, and so does {self.folder.files[homes[key]].name}: copy the files of one "
+                        "checkpoint"
+                    )
+        return homes
+
+    def expected(self, file: int) -> tuple[Source, ...]:
+        """What a file should hold of the parameters; of files that hold different tensors, what it does hold."""
+        return self._expected[file]
+
+    def tensors(self, file: int) -> dict[str, Tensor]:
+        """A file's tensors, held against the sizes.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        if file not in self._checked:
+            tensors = self.folder.tensors(file, self.layout.strips)
+            tensors = {key: tensor for key, tensor in tensors.items() if not self.layout.passed_over.fullmatch(key)}
+            self._check(file, tensors)
+            self._checked[file] = tensors
+        return self._checked[file]
+
+    def _check(self, file: int, tensors: Mapping[str, Tensor]) -> None:
+        path = self.folder.files[file]
+        shapes = {source.key: source.shape for source in self._expected[file]}
+        unexpected = [key for key in tensors if key not in shapes]
+        if unexpected:
+            way_out = "the config is of another model, or the file of another run"
+            if self.args.peft is None and any(key.endswith(".lora_a.weight") for key in unexpected):
+                way_out = "they are an adapter's: give its folder behind its base's, or llama_type mistral_peft"
+            raise CheckpointError(f"{path} holds {some(unexpected)} that the model does not have: {way_out}")
+        if self.layout.cut is not None:
+            self._check_whole(path, self._expected[file], tensors)
+        for key, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[key]:
+                where = f" in each of {len(self._expected)} shards" if self.layout.cut is not None else ""
+                raise CheckpointError(
+                    f"{path}: {key} has shape {tuple(tensor.shape)}, config and tokenizer ask for {shapes[key]}"
+                    f"{where}: check the config, or copy the shards of one run"
+                )
+            wanted = TENSOR_DTYPES.get(key.rpartition(".")[2])
+            if wanted is None and not tensor.is_floating_point():
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
+            if wanted not in (None, tensor.dtype):
+                raise CheckpointError(f"{path}: {key} is {tensor.dtype}, not {wanted}: copy it again")
+
+    def _check_whole(self, place: Path, expected: Sequence[Source], held: Iterable[str]) -> None:
+        """See that the tensors which are there make up all parameters that must be, each once."""
+        held = frozenset(held)
+        found: dict[str, list[Source]] = {}
+        for source in expected:
+            if source.key in held:
+                found.setdefault(source.parameter, []).append(source)
+        lacking = [
+            source.key
+            for source in expected
+            if source.written
+            and source.key not in held
+            and not is_adapter(source.parameter)
+            # What one row of a parameter holds is not missing where another row's tensors have it.
+            and not any(other.box.intersect(source.box) for other in found.get(source.parameter, ()))
+        ]
+        if lacking and not self._partial:
+            if self.is_adapter:
+                raise CheckpointError(
+                    f"{place} holds an adapter alone: give the folder of its base before it, or one that merge wrote"
+                )
+            raise CheckpointError(f"{place} lacks {some(lacking)}: copy it again, or check the config")
+        for name, sources in found.items() if self.layout.cut is None else ():
+            first = sources[0]
+            twice = next((one for one in sources if one is not first and one.box.intersect(first.box)), None)
+            if twice is not None:
+                raise CheckpointError(
+                    f"{place} holds {name} twice, as {first.key} and as {twice.key}: keep one of them"
+                )
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds nothing but what finetuning with adapters trains."""
+        trained = {source.key for source in self._expected[0] if trains(source.parameter, self.args)}
+        return self.args.peft is not None and self.folder.tensors(0, self.layout.strips).keys() <= trained
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, Parts]:
+        self.check_pieces()
+        return parts_of(
+            source
+            for file, expected in enumerate(self._expected)
+            for source in expected
+            if source.key in self.tensors(file)
+        )
+
+    @property
+    def held(self) -> Set[str]:
+        """The parameters of which the folder holds any part."""
+        return self._sources.keys()
+
+    def dtype(self, name: str, box: Box) -> torch.dtype:
+        """Of a part of a parameter that the folder holds: where its tensors differ, one that rounds none of them."""
+        met = {self._tensor(source).dtype for source, _ in self._sources[name].within(box)}
+        if len(met) > 1:
+            # PyTorch promotes no 8-bit floats; bfloat16 holds the values of all of them.
+            met = {torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in met}
+        return functools.reduce(torch.promote_types, met)
+
+    def dtype_of(self, target: Source) -> torch.dtype:
+        """`dtype` of what another layout's source holds."""
+        return self.dtype(target.parameter, target.box)
+
+    def holds(self, name: str, box: Box) -> bool:
+        """Whether the folder holds this part of a parameter, whole."""
+        if name not in self._sources:
+            return False
+        return sum(common.numel for _, common in self._sources[name].within(box)) >= box.numel
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """A part of a parameter that the folder holds."""
+        part = torch.empty(box.size, dtype=self.dtype(name, box))
+        self.copy(name, box, part)
+        return part
+
+    def copy(self, name: str, box: Box, part: Tensor) -> None:
+        """Write a part of a parameter that the folder holds into a tensor of the box's size."""
+        missing = box.numel
+        for source, common in self._sources[name].within(box):
+            if missing == 0:  # the others are copies in other files
+                break
+            part[common.within(box)].copy_(source.read(self._tensor(source), common))
+            missing -= common.numel
+        assert missing == 0, f"{name}: {missing} elements have no source"
+
+    def check_pieces(self) -> None:
+        """Refuse a folder of which some files hold their part of a tensor and others lack it, or half of an update.
+
+        As an overlay it would mix two models within one matrix. Of the experts' adapters, which are one parameter,
+        all must be there or none.
+
+        Raises:
+            CheckpointError: naming the tensor and a file that lacks it, or the missing half.
+        """
+        holders: dict[str, list[Path]] = {}
+        wanted: dict[str, list[Path]] = {}
+        for file, path in enumerate(self.folder.files):
+            tensors = self.tensors(file)
+            for source in self._expected[file]:
+                whole = source.parameter if is_adapter(source.parameter) else source.key
+                wanted.setdefault(whole, []).append(path)
+                if source.key in tensors:
+                    holders.setdefault(whole, []).append(path)
+        for key, paths in holders.items():
+            lacking = list((Counter(wanted[key]) - Counter(paths)).elements())
+            if lacking:
+                raise CheckpointError(
+                    f"{lacking[0]} lacks a part of tensor {key}, of which {paths[0].name} has one: copy the folder "
+                    "again, or leave the tensor out of all files"
+                )
+        for key in holders:
+            other = other_factor(key)
+            if other is not None and other not in holders:
+                raise CheckpointError(
+                    f"{self.folder.path} holds {key} but not {other}: an update needs both lora_a and lora_b; "
+                    "copy the folder again, or leave both out"
+                )
+
+    def _tensor(self, source: Source) -> Tensor:
+        assert source.file is not None
+        return self.tensors(source.file)[source.key]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither infinities nor NaN."""
+    return bool(tensor.float().isfinite().all())  # of some 8-bit floats PyTorch does not ask it
+
+
+def some(keys: Iterable[str], limit: int = 3) -> str:
+    """The first of several tensors, for a message."""
+    keys = list(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
+
+
+def _no_weights(folder: Path, names: Sequence[str]) -> str:
+    if not names:
+        return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, consolidated.00.pth, or "
+        f"Hugging Face's model.safetensors or model-00001-of-NNNNN.safetensors and so on; found {listed}"
+    )
+
+
+def _meta(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What meta.json says: llama_type, and settings that the folder's config cannot say."""
+    if not path.exists():
+        return None, {}
+    meta = read_json(path)
+    kind, settings = meta.get("llama_type"), meta.get(SETTINGS_KEY, {})
+    if not isinstance(kind, str):
+        raise ValueError(f'{path} must say {{"llama_type": "mistral"}} or the like; llama_type is {kind!r}')
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: {SETTINGS_KEY} must be an object, not {settings!r}")
+    return kind, settings

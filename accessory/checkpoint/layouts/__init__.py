@@ -1,0 +1,71 @@
+"""Layouts: the forms in which checkpoints lie, one file for each family of them, and what recognises them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accessory.config import ModelArgs, read_json, with_adapters
+
+from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release
+from .hf import HF, PEFT, find_hf, is_hf
+from .hf import sizes as sizes_of_hf
+from .layout import Found, Layout
+from .rows import Parts, Source, parts_of
+
+__all__ = [
+    "BASE",
+    "HF",
+    "META",
+    "MISTRAL",
+    "PEFT",
+    "SPARSE",
+    "Found",
+    "Layout",
+    "Parts",
+    "Source",
+    "find_weights",
+    "load_args",
+    "parts_of",
+]
+
+# In the order in which they rule where a folder holds several.
+_FINDERS = (find_hf, find_own, find_release)
+
+
+def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
+    """The weight files in a folder, by forms.
+
+    Raises:
+        CheckpointError: a set of shards with gaps or of several runs.
+    """
+    return [found for finder in _FINDERS if (found := finder(folder, names)) is not None]
+
+
+def load_args(
+    paths: Sequence[str | Path],
+    llama_type: str | None = None,
+    adapters: Mapping[str, Any] | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+) -> ModelArgs:
+    """Read one or several config files, ours, params.json or Hugging Face's; where several set a key, the last rules.
+
+    Args:
+        llama_type: what `ModelArgs.for_type` is to make of them; None: they stand for themselves.
+        adapters: keys about adapters, which rule over all files.
+        beside: settings that rule over the files.
+
+    Raises:
+        FileNotFoundError: a file that is absent.
+        ValueError: not JSON, or contents that `ModelArgs.from_dict` refuses; names the file.
+    """
+    merged: dict[str, Any] = {}
+    contents = [read_json(path) for path in paths]
+    try:
+        for values in contents:
+            merged.update(sizes_of_hf(values) if is_hf(values) else values)
+        merged.update(beside or {})
+        args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
+        return args if llama_type is None else args.for_type(llama_type)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None

@@ -1,0 +1,292 @@
+"""Hugging Face's folders of a Mixtral, as transformers 4 and 5 write them; and, over the same names, peft's adapters.
+
+Their rotary embedding turns the two halves of a head against one another where ours turns neighbours, so that the rows
+of q and k lie in another order there (see docs/checkpoints.md).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
+from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
+from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Row, by_parameter
+from accessory.config import ModelArgs, read_json
+from accessory.errors import CheckpointError, shown
+
+INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(?P<stem>model|pytorch_model)-(?P<file>\d+)-of-(?P<files>\d+)(?P<ending>\.safetensors|\.bin)")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+
+# Their modules by ours, in a layer and outside of all layers.
+LAYER_MODULES = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.gate": "block_sparse_moe.gate",
+}
+MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_ROTATED = ("attention.wq", "attention.wk")
+_IN_LAYER = "model.layers.{N}."
+
+
+def _rows() -> Iterator[Row]:
+    for ours, theirs in MODULES.items():
+        yield Row(f"{ours}.weight", f"{theirs}.weight")
+    for ours, theirs in LAYER_MODULES.items():
+        lies = ROTARY_HALVES if ours in _ROTATED else PLAIN
+        yield Row(f"layers.N.{ours}.weight", f"{_IN_LAYER}{theirs}.weight", lies=lies)
+    for matrix, singles in MATRICES.items():
+        for single, place in singles:
+            key = f"{_IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.weight"
+            yield Row(f"{EXPERTS}{matrix}", key, (EACH, *place))
+    # As transformers 5 holds them.
+    yield Row("layers.N.feed_forward.gate.weight", f"{_IN_LAYER}mlp.gate.weight", written=False)
+    yield Row(f"{EXPERTS}w13", f"{_IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
+    yield Row(f"{EXPERTS}w2", f"{_IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
+
+
+# Their settings by ours.
+_SIZES = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "sliding_window": "sliding_window",
+}
+_EXPERTS = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
+# Settings that this computation has in one way only, and that way; what they would change otherwise.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+# Settings of training, of generating and of bookkeeping, which do not change what the model computes.
+PASSED_OVER = frozenset(
+    {
+        *("_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map"),
+        *("attention_dropout", "hidden_dropout", "initializer_range", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "is_decoder"),
+        *(
+            "pretraining_tp",
+            "tie_word_embeddings",
+            "tie_encoder_decoder",
+            "_attn_implementation",
+            "attn_implementation",
+        ),
+        *("_experts_implementation", "experts_implementation", "is_llama_config", "transformers.js_config"),
+        *("tokenizer_class", "torchscript", "pruned_heads", "prefix", "cross_attention_hidden_size", "unsloth_version"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "layer_types"),
+    }
+)
+_OURS = {*_SIZES.values(), *_EXPERTS.values(), *_NEUTRAL, *PASSED_OVER}
+_QUANTIZERS = "gptq awq bitsandbytes hqq aqlm compressed-tensors fp8 mxfp4 quanto torchao eetq"
+
+
+def is_hf(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is Hugging Face's."""
+    return "hidden_size" in values or "architectures" in values
+
+
+def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ModelArgs that a config.json of a Mixtral says.
+
+    Raises:
+        ValueError: it is of another architecture, quantized, or has a setting that this computation cannot follow.
+    """
+    kind = values.get("model_type", "mixtral")
+    if kind != "mixtral":
+        raise ValueError(f"model_type is {shown(kind)}, and only Hugging Face's mixtral is read: give such a folder")
+    if values.get("quantization_config") is not None:
+        said = values["quantization_config"]
+        method = said.get("quant_method") if isinstance(said, Mapping) else None
+        raise ValueError(
+            f"the weights are quantized by another program (quantization_config: {shown(method or said)}): take the "
+            "model's plain folder, and quantize it while it is read"
+        )
+    for name, neutral in _NEUTRAL.items():
+        if values.get(name) is not None and values[name] not in neutral:
+            raise ValueError(f"{name} is {shown(values[name])}, and the model here has {shown(neutral[0])} alone")
+    found = {ours: values[theirs] for ours, theirs in _SIZES.items() if values.get(theirs) is not None}
+    experts = {ours: values[theirs] for ours, theirs in _EXPERTS.items() if values.get(theirs) is not None}
+    found["moe"] = {"num_experts": 8, "num_experts_per_tok": 2, **experts}
+    found["rope_theta"], factor = _rope(values)
+    if factor is not None:
+        found["rope_scaling"] = 1 / factor
+    return found
+
+
+def unknown_keys(values: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json of which nothing is known here; transformers' Mixtral reads none of them."""
+    return sorted(set(values) - _OURS)
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, float | None]:
+    """The base of the rotary embedding, and the factor that divides positions."""
+    said = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise ValueError(f"rope_parameters must be an object, not {shown(said)}")
+    kind = said.get("rope_type", said.get("type", "default"))
+    theta = said.get("rope_theta", values.get("rope_theta", 1e6))
+    if kind == "linear":
+        factor = said.get("factor")
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
+            raise ValueError(f"the factor of linear rope scaling must be a number above 0, not {shown(factor)}")
+        return theta, float(factor)
+    if kind != "default":
+        raise ValueError(f"rope_type is {shown(kind)}: of those that scale positions only linear is known here")
+    if said.get("partial_rotary_factor", 1) not in (1, 1.0):
+        raise ValueError(f"partial_rotary_factor is {shown(said['partial_rotary_factor'])}: only 1 is known here")
+    return theta, None
+
+
+def _config(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+    """The config.json of such a model, for transformers 4 and 5 alike."""
+    rope: dict[str, Any] = {"rope_theta": args.rope_theta, "rope_type": "default"}
+    old = None
+    if args.rope_scaling is not None:
+        rope |= {"rope_type": "linear", "factor": 1 / args.rope_scaling}
+        old = {"type": "linear", "rope_type": "linear", "factor": 1 / args.rope_scaling}
+    name = str(dtype).removeprefix("torch.")
+    return "config.json", {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        **{theirs: getattr(args, ours) for ours, theirs in _SIZES.items()},
+        **{theirs: getattr(args.moe, ours) for ours, theirs in _EXPERTS.items()},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "output_router_logits": False,
+        "router_jitter_noise": 0.0,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": old,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+        "torch_dtype": name,
+        "dtype": name,
+        "use_cache": True,
+    }
+
+
+def _file_name(file: int, files: int, ending: str | None) -> str:
+    stem, own = ("pytorch_model", ".bin") if ending == ".bin" else ("model", ".safetensors")
+    return f"{stem}{own}" if files == 1 else f"{stem}-{file + 1:05d}-of-{files:05d}{own}"
+
+
+HF = Layout(
+    name="hf",
+    shown="Hugging Face's",
+    rows=by_parameter(_rows()),
+    cut=None,
+    file_name=_file_name,
+    index_name=INDEX_NAMES[0],
+    config=_config,
+    plain=True,
+)
+# The output head is the embedding's matrix.
+_TIED = Row("output.weight", f"{MODULES['tok_embeddings']}.weight")
+HF_TIED = dataclasses.replace(
+    HF,
+    shown="Hugging Face's, tied",
+    rows={**HF.rows, "output.weight": (_TIED,)},
+    passed_over=re.compile(rf"{BUFFERS.pattern}|{re.escape(MODULES['output'])}\.weight"),
+)
+
+
+def _peft_rows() -> Iterator[Row]:
+    """An adapter's factors, experts one by one as they were in transformers 4, and norms that were trained whole."""
+    for ours, theirs in LAYER_MODULES.items():
+        module = f"{_IN_LAYER}{theirs}"
+        if ours.endswith("norm"):
+            yield Row(f"layers.N.{ours}.weight", f"{module}.weight")
+        if ours.startswith("attention."):
+            yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
+            lies = ROTARY_HALVES if ours in _ROTATED else PLAIN
+            yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lies)
+    for matrix, singles in MATRICES.items():
+        for single, place in singles:
+            for own, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                key = f"{_IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.{theirs}.weight"
+                yield Row(f"{EXPERTS}{matrix}_{own}", key, (EACH, *place))
+    yield Row("norm.weight", f"{MODULES['norm']}.weight")
+
+
+# peft (0.19 and later) turns experts one by one itself into updates of transformers 5's fused ones, and other programs
+# read them as they are.
+PEFT = Layout(
+    name="peft",
+    shown="an adapter of peft's",
+    rows=by_parameter(_peft_rows()),
+    cut=None,
+    prefix="base_model.model.",
+    strips="base_model.model.",
+    file_name=lambda file, files, ending: "adapter_model.safetensors",
+    config=_config,
+)
+
+
+def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
+    """model*.safetensors, or else pytorch_model*.bin; the safetensors rule where both lie there, as in transformers."""
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    for whole, index in zip(_WHOLE, INDEX_NAMES, strict=True):
+        stem, dot, ending = whole.partition(".")
+        own = [match for match in shards if match["stem"] == stem and match["ending"] == dot + ending]
+        if index in names:
+            files = _indexed(folder / index)
+        elif whole in names:
+            files = (whole,)
+        elif own:
+            files = numbered(folder, own, f"{stem}-{{:05d}}-of-{{:05d}}{dot}{ending}", first=1)
+        else:
+            continue
+        return Found(form="Hugging Face", files=files, layout=partial(_layout, folder / "config.json"), rules=True)
+    return None
+
+
+def _indexed(path: Path) -> tuple[str, ...]:
+    """The files that an index names, in their order.
+
+    Raises:
+        CheckpointError: it is unusable, or names what is not there.
+    """
+    try:
+        named = read_json(path).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(named, Mapping) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensors' names and files: copy it again")
+    files = sorted(set(named.values()))
+    odd = [name for name in files if Path(name).name != name]
+    if odd:
+        raise CheckpointError(f"{path} names {shown(odd[0])}, which is no file beside it: copy it again")
+    lacking = [name for name in files if not (path.parent / name).exists()]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
+    return tuple(files)
+
+
+def _layout(config: Path, keys: Keys, args: ModelArgs, probe: int) -> Layout:
+    del keys, args, probe
+    return HF_TIED if config.exists() and read_json(config).get("tie_word_embeddings") else HF

@@ -1,0 +1,201 @@
+"""A layout's rows: which tensor of a checkpoint's files holds which part of which parameter, and how it lies there.
+
+A row stands for a kind of tensor; `expand` makes of a layout's rows one `Source` for each tensor that the files of a
+model of given sizes have. A source reads and writes alike, so that what can be read is written by the same rows.
+"""
+
+import bisect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from accessory.config import ModelArgs
+from accessory.parallel.box import Box
+from accessory.parallel.plan import Placement, generic_name, local_box, matrix_of, parameter_shapes
+
+Shape = tuple[int, ...]
+# Of a row's `part`: a key for each expert, or all of an axis in one tensor.
+EACH: Literal["each"] = "each"
+ALL: Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class Lie:
+    """How a tensor lies in a file.
+
+    Attributes:
+        stored: from the shape of what it holds to its shape in the file.
+        seen: from the file's tensor, the shape of what it holds, and a head's width, to something that is indexed as
+            what it holds; writing to an index of it writes to the file.
+    """
+
+    stored: Callable[[Shape], Shape]
+    seen: Callable[[Any, Shape, int], Any]
+
+
+class _Rows:
+    """A matrix whose rows lie in another order in its file."""
+
+    def __init__(self, stored: Any, order: Tensor) -> None:
+        self._stored, self._order = stored, order
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        # Columns first: so only what is asked for is read.
+        found: Tensor = self._stored[(slice(None), *index[1:])][self._order[index[0]]]
+        return found
+
+    def __setitem__(self, index: tuple[slice, ...], values: Tensor) -> None:
+        self._stored[(self._order[index[0]], *index[1:])] = values
+
+
+def _in_halves(stored: Any, shape: Shape, head_dim: int) -> _Rows:
+    """Rotary pairs (0, 1), (2, 3), ... of each head: first all the first of them lie there, then all the second."""
+    return _Rows(stored, torch.arange(shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2).flatten())
+
+
+PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored)
+# (experts, rows, columns) one expert below the other; the second with each expert's matrix transposed.
+STACKED = Lie(lambda shape: (math.prod(shape[:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
+STACKED_TRANSPOSED = Lie(
+    lambda shape: (shape[0] * shape[2], shape[1]),
+    lambda stored, shape, _: stored.view(shape[0], shape[2], shape[1]).transpose(1, 2),
+)
+# (experts, 2, rows, columns), each expert's two matrices one below the other.
+FUSED = Lie(lambda shape: (shape[0], math.prod(shape[1:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
+ROTARY_HALVES = Lie(lambda shape: shape, _in_halves)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of tensor.
+
+    Attributes:
+        parameter: whose part it holds, by its row in the plan's table: ``N`` stands for a layer.
+        key: its name in a file; {N} and {E} stand for layer and expert.
+        part: what of the parameter's first axes it holds: an index, EACH expert by a key of its own, or ALL.
+        lies: how it lies in the file.
+        written: False: it is read only, and another row of the parameter is written.
+    """
+
+    parameter: str
+    key: str
+    part: tuple[int | str, ...] = ()
+    lies: Lie = PLAIN
+    written: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a checkpoint file and the part of a parameter that it holds.
+
+    Attributes:
+        parameter: name in the Transformer.
+        file: number of the file; None: it lies in whichever has it.
+        key: name in the file, without the layout's prefix.
+        shape: shape in the file.
+        box: the part of the whole parameter that the tensor holds.
+        kept: which axes of the box the tensor has; the others have the length 1.
+        seen: turns the file's tensor into something that is indexed by the kept axes of the box.
+    """
+
+    parameter: str
+    file: int | None
+    key: str
+    shape: Shape
+    box: Box
+    kept: tuple[int, ...]
+    seen: Callable[[Any], Any]
+    written: bool
+
+    def read(self, stored: Any, part: Box) -> Tensor:
+        """A part of the box, in its shape; of a plain tensor a view where its rows have our order."""
+        found: Tensor = self.seen(stored)[self._index(part)]
+        return found[tuple(slice(None) if axis in self.kept else None for axis in range(len(part.size)))]
+
+    def write(self, stored: Any, part: Box, values: Tensor) -> None:
+        """Write a part of the box, which has its shape, into the file's tensor."""
+        kept = [values.shape[axis] for axis in self.kept]
+        self.seen(stored)[self._index(part)] = values.reshape(kept).to(stored.dtype)
+
+    def _index(self, part: Box) -> tuple[slice, ...]:
+        index = part.within(self.box)
+        return tuple(index[axis] for axis in self.kept)
+
+
+def expand(
+    rows: Mapping[str, Sequence[Row]], args: ModelArgs, *, cut: Placement | None, files: int = 1
+) -> Iterator[Source]:
+    """The sources of a model of these sizes.
+
+    Args:
+        rows: of `by_parameter`.
+        cut: how ``files`` files cut the parameters, as so many ranks do; None: each tensor is whole, in any file.
+    """
+    for name, shape in parameter_shapes(args):
+        matrix, tensor = matrix_of(name)
+        own = rows.get(generic_name(matrix), ())
+        layer = name.split(".")[1] if own and ".N." in own[0].parameter else ""
+        for file in range(files) if cut is not None else (None,):
+            if cut is None or file is None:
+                box = Box.whole(shape)
+            else:
+                box = local_box(name, shape, args, placement=cut, rank=file, size=files)
+            for row in own:
+                yield from _sources(row, name, f".{tensor}" if tensor else "", layer, file, box, args.head_dim)
+
+
+def _sources(
+    row: Row, name: str, ending: str, layer: str, file: int | None, box: Box, head_dim: int
+) -> Iterator[Source]:
+    fixed = [axis for axis, index in enumerate(row.part) if index != ALL]
+    kept = tuple(axis for axis in range(len(box.size)) if axis not in fixed)
+    shape = tuple(box.size[axis] for axis in kept)
+
+    def seen(stored: Any) -> Any:
+        return row.lies.seen(stored, shape, head_dim)
+
+    for expert in range(box.start[0], box.start[0] + box.size[0]) if EACH in row.part else (0,):
+        start, size = list(box.start), list(box.size)
+        for axis in fixed:
+            index = row.part[axis]
+            start[axis], size[axis] = expert if index == EACH else int(index), 1
+        key = row.key.format(N=layer, E=expert) + ending
+        part = Box(tuple(start), tuple(size))
+        yield Source(name, file, key, row.lies.stored(shape), part, kept, seen, row.written)
+
+
+def by_parameter(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:
+    """Rows as `expand` takes them."""
+    found: dict[str, tuple[Row, ...]] = {}
+    for row in rows:
+        found[row.parameter] = (*found.get(row.parameter, ()), row)
+    return found
+
+
+class Parts:
+    """The sources of one parameter. Of many experts only those are looked at that a box may meet."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self.sources = sorted(sources, key=lambda source: source.box.start)
+        self._starts = [source.box.start[0] for source in self.sources]
+        self._longest = max(source.box.size[0] for source in self.sources)
+
+    def within(self, box: Box) -> Iterator[tuple[Source, Box]]:
+        """The sources that hold a part of a box, each with that part."""
+        first = bisect.bisect_right(self._starts, box.start[0] - self._longest)
+        last = bisect.bisect_left(self._starts, box.start[0] + box.size[0])
+        for source in self.sources[first:last]:
+            if common := box.intersect(source.box):
+                yield source, common
+
+
+def parts_of(sources: Iterable[Source]) -> dict[str, Parts]:
+    """Sources by the parameter whose parts they are."""
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        found.setdefault(source.parameter, []).append(source)
+    return {name: Parts(own) for name, own in found.items()}

@@ -1,0 +1,268 @@
+"""Writing checkpoints in any layout: skeletons of all files first, then their tensors, one part in memory at a time."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint.containers import create_tensors
+from accessory.checkpoint.folder import MANIFEST_NAME, Folder
+from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
+from accessory.config import PEFT_TYPES, ModelArgs, read_json
+from accessory.errors import CheckpointError
+from accessory.files import sync, write_json
+from accessory.parallel.box import Box
+from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text
+
+logger = logging.getLogger(__name__)
+
+# Settings that a caller overrules anyway.
+HINTS = ("max_batch_size", "max_seq_len")
+# Elements that are read and written at once.
+AT_ONCE = 1 << 22
+# Of a layout whose tensors may lie in any file; as transformers' save_pretrained has it.
+LARGEST_FILE = 5 * 10**9
+
+
+class Writer:
+    """The weight files of a new checkpoint, each written as a skeleton and then filled.
+
+    Args:
+        folder: where they are to lie; it is there.
+        held: names of the parameters that are to be written; all that the layout can hold of them are.
+        dtype: of each tensor.
+        files: how many; of a layout whose tensors lie in any file as few as `LARGEST_FILE` allows, where it is None.
+        ending: of the files' names, which decides what kind they are; None: the layout's usual one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        args: ModelArgs,
+        *,
+        held: Iterable[str],
+        dtype: Callable[[Source], torch.dtype],
+        files: int | None = None,
+        ending: str | None = None,
+    ) -> None:
+        self.folder, self.layout, self.args = folder, layout, args
+        held = frozenset(held)
+        sources = [one for one in layout.sources(args, files or 1) if one.written and one.parameter in held]
+        dtypes = [dtype(source) for source in sources]
+        if layout.cut is None:
+            sources = _spread(sources, dtypes)
+        self.files = max((source.file or 0 for source in sources), default=0) + 1
+        self.sources: list[list[Source]] = [[] for _ in range(files or self.files)]
+        self._dtypes: dict[tuple[int, str], torch.dtype] = {}
+        for source, own in zip(sources, dtypes, strict=True):
+            assert source.file is not None
+            self.sources[source.file].append(source)
+            self._dtypes[source.file, source.key] = own
+        self.names = [layout.file_name(file, len(self.sources), ending) for file in range(len(self.sources))]
+        self._open: dict[int, dict[str, Tensor]] = {}
+        self._parts = parts_of(source for own in self.sources for source in own)
+
+    @property
+    def count(self) -> int:
+        """Of all tensors."""
+        return len(self._dtypes)
+
+    @property
+    def most(self) -> torch.dtype:
+        """The dtype of most weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for file, sources in enumerate(self.sources):
+            for source in sources:
+                own = self._dtypes[file, source.key]
+                sizes[own] = sizes.get(own, 0) + Box.whole(source.shape).numel
+        return max(sizes, key=sizes.__getitem__)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(
+            Box.whole(source.shape).numel * self._dtypes[file, source.key].itemsize
+            for file, sources in enumerate(self.sources)
+            for source in sources
+        )
+
+    def open(self, file: int) -> None:
+        """Write a file's skeleton and map it.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        prefix, dtypes = self.layout.prefix, self._dtypes
+        tensors = {prefix + own.key: (own.shape, dtypes[file, own.key]) for own in self.sources[file]}
+        self._open[file] = create_tensors(self.folder / self.names[file], tensors)
+
+    @contextmanager
+    def all_open(self) -> Iterator[None]:
+        """Meanwhile every file is open; at the end they are on the disk."""
+        for file in range(len(self.names)):
+            self.open(file)
+        yield
+        for file in range(len(self.names)):
+            self.close(file)
+
+    def boxes(self, name: str) -> list[Box]:
+        """The parts of a parameter that the files hold, each once."""
+        return list(dict.fromkeys(source.box for source in self._parts[name].sources))
+
+    def put(self, name: str, box: Box, values: Tensor) -> None:
+        """Write a part of a parameter to wherever an open file holds some of it."""
+        for source, common in self._parts[name].within(box) if name in self._parts else ():
+            assert source.file is not None
+            if source.file in self._open:
+                source.write(self._stored(source), common, values[common.within(box)])
+
+    def close(self, file: int) -> None:
+        """Let go of a file, and have it on the disk."""
+        del self._open[file]
+        sync(self.folder / self.names[file])
+
+    def fill(
+        self,
+        read: Callable[[Source, Box], Tensor],
+        advance: Callable[[], None] = lambda: None,
+        *,
+        at_once: int | None = None,
+    ) -> None:
+        """Write all files one after the other.
+
+        Args:
+            read: the values of a part of a source's box.
+            advance: is called after each tensor.
+            at_once: elements of such a part, if it is not to be the whole box.
+        """
+        for file, sources in enumerate(self.sources):
+            self.open(file)
+            for source in sources:
+                for part in source.box.pieces(at_once or source.box.numel):
+                    source.write(self._stored(source), part, read(source, part))
+                advance()
+            self.close(file)
+        self.write_index()
+
+    def write_index(self) -> None:
+        """Write which file holds which tensor, where the layout has that."""
+        if self.layout.index_name is None or len(self.sources) == 1:
+            return
+        weight_map = {source.key: self.names[file] for file, own in enumerate(self.sources) for source in own}
+        write_json(
+            self.folder / self.layout.index_name,
+            {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+
+    def _stored(self, source: Source) -> Tensor:
+        assert source.file is not None
+        return self._open[source.file][self.layout.prefix + source.key]
+
+
+def _spread(sources: Sequence[Source], dtypes: Sequence[torch.dtype]) -> list[Source]:
+    """The sources with the files that they are to lie in, none larger than `LARGEST_FILE` but for one tensor."""
+    spread = []
+    file, size = 0, 0
+    for source, dtype in zip(sources, dtypes, strict=True):
+        own = Box.whole(source.shape).numel * dtype.itemsize
+        if size and size + own > LARGEST_FILE:
+            file, size = file + 1, 0
+        size += own
+        spread.append(dataclasses.replace(source, file=file))
+    return spread
+
+
+def cut_out(parameters: Mapping[str, Tensor], layout: Layout, args: ModelArgs) -> dict[str, Tensor]:
+    """The tensors of a layout's one file, copied from whole parameters; without its prefix."""
+    tensors = {}
+    for source in layout.sources(args, 1):
+        if source.written:
+            parameter = parameters[source.parameter].detach()
+            tensors[source.key] = torch.empty(source.shape, dtype=parameter.dtype)
+            whole = Box.whole(tuple(parameter.shape))
+            source.write(tensors[source.key], source.box, parameter[source.box.within(whole)])
+    return tensors
+
+
+def write_beside(
+    folder: Path,
+    layout: Layout,
+    args: ModelArgs,
+    source: Folder,
+    *,
+    dtype: torch.dtype,
+    form_of: Folder | None = None,
+) -> None:
+    """Write what lies beside a checkpoint's weights; says so where the source has no tokenizer.
+
+    Settings that the layout's own config cannot say stand in meta.json, which other programs do not read.
+
+    Args:
+        source: whose tokenizer it is.
+        dtype: of most weights.
+        form_of: whose form, in which it is asked; None: the source's.
+    """
+    form = copy_text(source.path, folder, form_of=(form_of or source).path)
+    if not source.has_tokenizer:
+        logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
+    name, config = layout.config(args, dtype)
+    write_json(folder / name, config)
+    lost = settings_beside(args, folder / name)
+    for_others = {key: value for key, value in lost.items() if key not in HINTS}
+    if for_others:
+        logger.warning(
+            "%s cannot say %s, which other programs will not know: it stands in %s",
+            *(layout.shown, ", ".join(f"{key} {value}" for key, value in for_others.items()), META_NAME),
+        )
+    meta = {**form, **({SETTINGS_KEY: lost} if lost else {})}
+    if meta or not layout.plain:
+        kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
+        write_json(folder / META_NAME, {"llama_type": kind, **meta})
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the SHA-256 of every file of a finished folder, for `check_manifest`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / MANIFEST_NAME, {"files": {str(path.relative_to(folder)): _sum_of(path) for path in files}})
+
+
+def check_manifest(folder: Path) -> int:
+    """Hold a folder's files against its manifest; returns how many they are.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing or is not as it was written.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: only folders that convert wrote can be verified")
+    said = read_json(path).get("files")
+    if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
+        raise CheckpointError(f"{path} lists no files with their sizes and sums: copy it again")
+    for name, wanted in said.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which {MANIFEST_NAME} lists: copy it again")
+        size = file.stat().st_size
+        if size != wanted.get("bytes"):
+            raise CheckpointError(f"{file} has {size} bytes and was written with {wanted.get('bytes')}: copy it again")
+        if _sum_of(file) != wanted:
+            raise CheckpointError(f"{file} is not as it was written (its SHA-256 differs): copy it again")
+    return len(said)
+
+
+def _sum_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def settings_beside(args: ModelArgs, config: Path) -> dict[str, Any]:
+    """The settings that a model has otherwise than its config says."""
+    said, own = load_args([config]).to_dict(), args.to_dict()
+    return {key: value for key, value in own.items() if said.get(key) != value}
