@@ -566,20 +566,8 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
     source = write_folder(tmp_path / "m", random_tensors(config, 4), config, files=2, tokenizer=small_tokenizer)
     if second == "other":
         source = write_folder(tmp_path / "o", random_tensors(config, 5), config, files=2, tokenizer=small_tokenizer)
-    done = run_command(
-        [
-            sys.executable,
-            "-m",
-            "accessory",
-            "convert",
-            tmp_path / "m",
-            tmp_path / "out",
-            "--to",
-            "hf",
-            "--dtype",
-            "fp32",
-        ]
-    )
+    accessory, out = [sys.executable, "-m", "accessory"], tmp_path / "out"
+    done = run_command([*accessory, "convert", tmp_path / "m", out, "--to", "hf", "--dtype", "fp32"])
     assert (done.returncode, done.stdout) == (0, f"wrote {out}\n"), done.stderr
     inspected = run_command([*accessory, "inspect", out, "--verify"])
     assert inspected.stdout.startswith("verified    3 files are as they were written\n"), inspected.stderr
