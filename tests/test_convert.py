@@ -35,7 +35,7 @@ from accessory.checkpoint.report import describe
 from accessory.checkpoint.write import check_manifest
 from accessory.commands.checkpoints import FORMS
 from accessory.config import ModelArgs
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, shown_bytes
 from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
 
@@ -364,6 +364,34 @@ def test_mistral_s_releases_are_read_to_the_same_bytes(parts, ending, tmp_path):
         save_file(disjoint, path) if ending == ".safetensors" else torch.save(disjoint, path)
     split(folder, tmp_path / "out", mp=2)
     assert_same(contents(tmp_path / "out"), contents(tmp_path / "truth"))
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 10])
+def test_the_torrent_is_read_in_its_splits(cuts, tmp_path):
+    config = small_config(n_layers=1)
+    tensors = random_tensors(config, 4, torch.bfloat16)
+    whole = write_folder(tmp_path / "whole", tensors, config, files=1, form="released")
+    (folder := tmp_path / "cut").mkdir()
+    shutil.copyfile(whole / "params.json", folder / "params.json")
+    archive = (whole / "consolidated.00.pth").read_bytes()
+    size = len(archive) // cuts + 1  # an odd place of a tensor as often as not
+    for part in range(cuts):
+        (folder / f"consolidated.00.pth-split{part}").write_bytes(archive[part * size : (part + 1) * size])
+    split(folder, tmp_path / "out", mp=2)
+    assert_same(contents(tmp_path / "out"), contents(write_folder(tmp_path / "truth", tensors, config, files=2)))
+    assert f"{shown_bytes(len(archive))} in all" in "\n".join(describe(folder, check_values=True))
+    for lost in {0, cuts // 2, cuts - 1}:
+        broken = shutil.copytree(folder, tmp_path / f"without-{lost}")
+        (broken / f"consolidated.00.pth-split{lost}").unlink()
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(broken))}.*(split|holds no weights)"):
+            split(broken, tmp_path / "never", mp=1)
+    if cuts > 1:
+        names = [folder / f"consolidated.00.pth-split{part}" for part in (0, 1)]
+        swapped = [path.read_bytes() for path in names]
+        for path, own in zip(names, reversed(swapped), strict=True):
+            path.write_bytes(own)
+        with pytest.raises(CheckpointError, match="pth-split0"):
+            split(folder, tmp_path / "never", mp=1)
 
 
 def test_what_is_written_for_mistral_has_its_names(tmp_path):

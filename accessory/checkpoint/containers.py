@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
+from accessory.checkpoint.joined import Unmapped, open_joined
 from accessory.errors import CheckpointError, first_line
 from accessory.files import no_room, replacing
 
@@ -45,22 +46,28 @@ _ALIGNED = 8
 Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
-def open_tensors(path: Path) -> dict[str, Tensor]:
+def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
     """Map a file of tensors into memory, by their names in it; no tensor's bytes are read yet.
+
+    Args:
+        more: files that go on where it ends: one archive, cut into several.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: damaged, in PyTorch's old format, or holding anything but tensors (nothing of such a
             pickle is executed).
     """
-    if not path.exists():
-        raise FileNotFoundError(f"shard {path} does not exist: copy it again")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no plain file. Copy it again")
-    content = _safetensors(path) if path.suffix == SAFETENSORS else _archive(path)
+    for file in (path, *more):
+        if not file.exists():
+            raise FileNotFoundError(f"shard {file} does not exist: copy it again")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no plain file. Copy it again")
+    content = _safetensors(path) if path.suffix == SAFETENSORS else _archive(path, *more)
     if not content:
         raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
     for key, value in content.items():
+        if isinstance(value, Unmapped):
+            continue
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path}: {key!r} is a {type(value).__name__}, not a named tensor; remove it and save the weights alone"
@@ -72,13 +79,17 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _archive(path: Path) -> dict[str, Any]:
+def _archive(path: Path, *more: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if more:
+            content = open_joined((path, *more))
+        else:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
     except Exception as error:  # damage can surface as almost any type
-        raise CheckpointError(_unreadable(path, error)) from None
+        hint = f", with the {len(more)} files that go on with it" if more else ""
+        raise CheckpointError(_unreadable(path, error) + hint) from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     return dict(content) if isinstance(content, dict) else {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -40,7 +41,8 @@ class Folder:
     Attributes:
         path: the folder.
         form: as messages name it: "converted" (our shards), "consolidated" (a release), "Hugging Face".
-        files: of its weights, in order.
+        files: of its weights, in order; of one that lies cut into several the first.
+        paths: of all of them.
         config: config.json or params.json, if there is one.
         llama_type: what meta.json says, if there is one.
         odd: names of entries that belong to no checkpoint.
@@ -59,10 +61,11 @@ class Folder:
             raise CheckpointError(f"{self.path} is a file; give the folder that holds the consolidated.* files")
         names = sorted(entry.name for entry in self.path.iterdir())
         self._found = self._choose(names)
-        self.form, self.files = self._found.form, tuple(self.path / name for name in self._found.files)
+        self.form, self._parts = self._found.form, [[self.path / name for name in own] for own in self._found.files]
+        self.files, self.paths = tuple(first for first, *_ in self._parts), tuple(itertools.chain(*self._parts))
         self.config = next((self.path / name for name in CONFIG_FILES if name in names), None)
         self.llama_type, self._settings = _meta(self.path / META_NAME)
-        known = {*self._found.files, *_COMPANIONS}
+        known = {*(path.name for path in self.paths), *_COMPANIONS}
         self.odd = tuple(name for name in names if name not in known)
         self._tensors: dict[int, dict[str, Tensor]] = {}
 
@@ -76,11 +79,12 @@ class Folder:
         first, *others = found
         if others and not first.rules:
             raise CheckpointError(
-                f"{self.path} holds both {first.files[0]} and {others[0].files[0]}: "
+                f"{self.path} holds both {first.files[0][0]} and {others[0].files[0][0]}: "
                 "keep one checkpoint in a folder, move the other away"
             )
         if others:
-            logger.warning("%s holds both %s and %s: the first is read", self.path, first.files[0], others[0].files[0])
+            named = (self.path, first.files[0][0], others[0].files[0][0])
+            logger.warning("%s holds both %s and %s: the first is read", *named)
         return first
 
     @property
@@ -204,7 +208,7 @@ class Folder:
             FileNotFoundError, CheckpointError: as `open_tensors`; a tensor with and without prefix.
         """
         if file not in self._tensors:
-            self._tensors[file] = open_tensors(self.files[file])
+            self._tensors[file] = open_tensors(*self._parts[file])
         own = self._tensors[file]
         tensors = {key.removeprefix(prefix): value for key, value in own.items()}
         if len(tensors) < len(own):
@@ -311,7 +315,7 @@ class Weights:
                     f"{where}: check the config, or copy the shards of one run"
                 )
             wanted = TENSOR_DTYPES.get(key.rpartition(".")[2])
-            if wanted is None and not tensor.is_floating_point():
+            if wanted is None and not tensor.dtype.is_floating_point:
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}; weights must be floating-point")
             if wanted not in (None, tensor.dtype):
                 raise CheckpointError(f"{path}: {key} is {tensor.dtype}, not {wanted}: copy it again")

@@ -61,7 +61,7 @@ def describe(
             _check_finite(path, tensors)
             _check_copies(path, tensors, weights.expected(file), first_copies)
     layout = _layout(weights)
-    size = sum(path.stat().st_size for path in opened.files)
+    size = sum(path.stat().st_size for path in opened.paths)
     yield f"folder      {opened.path}"
     yield f"format      {opened.form}, {layout}, llama_type {opened.llama_type or 'not said (mistral)'}"
     yield f"shards      {len(opened.files)}, {shown_bytes(size)} in all"
@@ -104,8 +104,9 @@ def _itemsizes(args: ModelArgs) -> dict[str, int]:
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             continue
+        tensor = tensor[:]
         # PyTorch looks for NaN in some 8-bit floats only.
         values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
         bad = tensor.numel() - int(torch.isfinite(values).sum())
@@ -127,7 +128,7 @@ def _check_copies(
     for source in contents:
         if source.key not in tensors:
             continue
-        tensor = tensors[source.key]
+        tensor = tensors[source.key][:]
         other, copy = first.setdefault((source.parameter, source.box), (path, tensor))
         if other != path and not torch.equal(tensor.double(), copy.double()):
             raise CheckpointError(

@@ -21,6 +21,7 @@ PREFIX = "llma."
 _CONVERTED = re.compile(r"consolidated\.(?P<file>\d+)-of-(?P<files>\d+)\.model(?P<ending>\.pth|\.safetensors)")
 _RELEASED = re.compile(r"consolidated\.(?P<file>\d+)(?P<ending>\.pth|\.pt|\.safetensors)")
 _NUMBERED = re.compile(r"consolidated-(?P<file>\d+)-of-(?P<files>\d+)\.safetensors")
+_CUT = re.compile(r"consolidated\.00\.pth-split(?P<file>\d+)")  # as the torrent has it
 _WHOLE_NAME = "consolidated.safetensors"
 
 EXPERTS = "layers.N.feed_forward.experts."
@@ -161,12 +162,15 @@ def _own_layout(files: int, keys: Keys, args: ModelArgs, probe: int) -> Layout:
 
 def find_release(folder: Path, names: Sequence[str]) -> Found | None:
     """Files of a release: Meta's slices or Mistral's whole tensors."""
+    files: tuple[tuple[str, ...], ...]
     if _WHOLE_NAME in names:
-        files: tuple[str, ...] = (_WHOLE_NAME,)
+        files = ((_WHOLE_NAME,),)
     elif matches := [match for name in names if (match := _RELEASED.fullmatch(name))]:
         files = numbered(folder, matches, "consolidated.{:02d}" + matches[0]["ending"])
     elif matches := [match for name in names if (match := _NUMBERED.fullmatch(name))]:
         files = numbered(folder, matches, "consolidated-{:05d}-of-{:05d}.safetensors", first=1)
+    elif matches := [match for name in names if (match := _CUT.fullmatch(name))]:
+        files = (tuple(name for (name,) in numbered(folder, matches, "consolidated.00.pth-split{}")),)
     else:
         return None
 

@@ -255,7 +255,7 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
         if index in names:
             files = _indexed(folder / index)
         elif whole in names:
-            files = (whole,)
+            files = ((whole,),)
         elif own:
             files = numbered(folder, own, f"{stem}-{{:05d}}-of-{{:05d}}{dot}{ending}", first=1)
         else:
@@ -264,7 +264,7 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
     return None
 
 
-def _indexed(path: Path) -> tuple[str, ...]:
+def _indexed(path: Path) -> tuple[tuple[str], ...]:
     """The files that an index names, in their order.
 
     Raises:
@@ -284,7 +284,7 @@ def _indexed(path: Path) -> tuple[str, ...]:
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
-    return tuple(files)
+    return tuple((name,) for name in files)
 
 
 def _layout(config: Path, keys: Keys, args: ModelArgs, probe: int) -> Layout:

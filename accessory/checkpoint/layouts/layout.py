@@ -73,13 +73,13 @@ class Found:
 
     Attributes:
         form: the form, as error messages and `accessory inspect` name it.
-        files: in order.
+        files: in order; several names are one file that lies cut into several.
         layout: which layout they have, by the keys of files, the sizes, and the number of a file that is opened.
         rules: whether they are taken where other forms lie in the folder too.
     """
 
     form: str
-    files: tuple[str, ...]
+    files: tuple[tuple[str, ...], ...]
     layout: Callable[["Keys", ModelArgs, int], Layout]
     rules: bool = False
 
@@ -88,7 +88,7 @@ class Found:
 Keys = Callable[[int], Sequence[str]]
 
 
-def numbered(folder: Path, matches: Sequence[re.Match[str]], name: str, *, first: int = 0) -> tuple[str, ...]:
+def numbered(folder: Path, matches: Sequence[re.Match[str]], name: str, *, first: int = 0) -> tuple[tuple[str], ...]:
     """The names of a complete set of shards in their order.
 
     Args:
@@ -125,4 +125,4 @@ def numbered(folder: Path, matches: Sequence[re.Match[str]], name: str, *, first
         raise CheckpointError(
             f"{folder} holds two files with one shard number, {twice[0]} and another: remove one of them"
         )
-    return tuple(found[index] for index in range(count))
+    return tuple((found[index],) for index in range(count))
