@@ -27,9 +27,10 @@ from ranks import error_of, run_command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accessory.checkpoint.convert import WRITTEN, convert, split
+from accessory.checkpoint.convert import convert, split
 from accessory.checkpoint.diff import diff
 from accessory.checkpoint.folder import Folder
+from accessory.checkpoint.layouts import WRITTEN
 from accessory.checkpoint.layouts.hf import sizes
 from accessory.checkpoint.report import describe
 from accessory.checkpoint.write import check_manifest

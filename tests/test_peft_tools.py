@@ -90,6 +90,7 @@ def test_merged_is_unmerged(folders: Folders, tmp_path: Path) -> None:
         "consolidated.00-of-02.model.pth",
         "consolidated.01-of-02.model.pth",
         "config.json",
+        "manifest.json",
         "meta.json",
         "tokenizer.model",
     }

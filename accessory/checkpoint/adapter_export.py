@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, Weights, is_finite
-from accessory.checkpoint.layouts import BASE, PEFT, Source
+from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
@@ -45,14 +45,12 @@ def export_adapter(
     if not factors:
         raise ValueError(f"{folder.path} holds no lora_a and lora_b: it is a base, not an adapter")
 
-    ours = {(source.parameter, source.box): source.key for source in BASE.sources(args, 1)}
-
     def read(target: Source, box: Box) -> Tensor:
         values = weights.read(target.parameter, box)
         if not is_finite(values):
-            name = ours[target.parameter, target.box]
             raise CheckpointError(
-                f"{folder.path}: {name} has infinities or NaN: copy the folder again, or take an earlier step's"
+                f"{folder.path}: {own_key(target)} has infinities or NaN: copy the folder again, or take "
+                "an earlier step's"
             )
         return values
 

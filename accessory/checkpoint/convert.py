@@ -7,15 +7,11 @@ import torch
 
 from accessory.checkpoint.containers import SAFETENSORS
 from accessory.checkpoint.folder import Folder
-from accessory.checkpoint.layouts import BASE, HF, MISTRAL, SPARSE, Layout, Source
+from accessory.checkpoint.layouts import BASE, Layout, Source, written_layout
 from accessory.checkpoint.write import AT_ONCE, Writer, write_beside, write_manifest
 from accessory.config import ModelArgs
-from accessory.errors import unknown
 from accessory.files import new_folder
 from accessory.progress import showing
-
-# What can be written, by the name that --to gives it.
-WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF)}
 
 
 def convert(
@@ -35,7 +31,7 @@ def convert(
     memory use does not grow with the checkpoint.
 
     Args:
-        to: a key of `WRITTEN`.
+        to: a key of `layouts.WRITTEN`.
         mp: number of shards, of a layout that cuts tensors (default 1).
         dtype: of all weights; None: each keeps its own, and a tensor that is put together from several of unlike
             dtypes gets one that rounds none of them.
@@ -49,9 +45,7 @@ def convert(
         CheckpointError, FileNotFoundError: the source cannot be read.
         OSError: the disk is full.
     """
-    if to not in WRITTEN:
-        raise ValueError(unknown("to", to, WRITTEN))
-    layout = WRITTEN[to]
+    layout = written_layout(to)
     folder = Folder(source)
     args = folder.stored_args(llama_config)
     _refuse(folder, args, layout, mp)

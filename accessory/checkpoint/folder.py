@@ -17,7 +17,7 @@ from accessory.checkpoint.layouts import Found, Layout, Parts, Source, find_weig
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
-from accessory.parallel.plan import is_adapter, other_factor, trains
+from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
 from accessory.quant import TENSOR_DTYPES
 from accessory.text.form_files import META_NAME, MORE_TEMPLATES, SETTINGS_KEY, TEXT_NAMES
 from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
@@ -109,6 +109,8 @@ class Folder:
             CheckpointError: there is none.
             ValueError: it is unusable; names file and key.
         """
+        if llama_config is None and self.is_adapter_of_any:
+            raise CheckpointError(f"{self.path} is an adapter: give the folder of its base before it")
         if llama_config is None and self.config is None:
             raise CheckpointError(
                 f"{self.path} has neither config.json nor params.json: add it, or pass llama_config=PATH"
@@ -116,6 +118,19 @@ class Folder:
         own = llama_config is None and self.config is not None
         files = [self.config] if own and self.config is not None else list(llama_config or ())
         return load_args(files, llama_type or self.llama_type, adapters, beside=self._settings if own else None)
+
+    @property
+    def is_adapter_of_any(self) -> bool:
+        """Whether it is an adapter without sizes of its own, which are those of whatever base it is put above."""
+        return self._found.adapter is not None
+
+    def adapter_settings(self, base: ModelArgs) -> dict[str, Any]:
+        """The keys of our config about such an adapter; empty for any other folder.
+
+        Raises:
+            CheckpointError: it is unusable, or no plain LoRA.
+        """
+        return {} if self._found.adapter is None else self._found.adapter(self.tensors, base)
 
     def load_quant(self) -> QuantArgs | None:
         """How the folder's matrices are quantized, as its config says; None: they are not.
@@ -199,7 +214,7 @@ class Folder:
 
     def layout(self, args: ModelArgs, *, probe: int = 0) -> Layout:
         """The layout of the files; looks into file ``probe`` where several have such names."""
-        return self._found.layout(lambda file: list(self.tensors(file)), args, probe)
+        return self._found.layout(self.tensors, args, probe)
 
     def tensors(self, file: int, prefix: str = "") -> dict[str, Tensor]:
         """A file's tensors by their keys, mapped; without ``prefix`` where a key has it.
@@ -373,7 +388,8 @@ class Weights:
 
     def dtype(self, name: str, box: Box) -> torch.dtype:
         """Of a part of a parameter that the folder holds: where its tensors differ, one that rounds none of them."""
-        met = {self._tensor(source).dtype for source, _ in self._sources[name].within(box)}
+        own = list(self._sources[name].within(box)) or list(self._sources[name].within(self._whole(name)))
+        met = {self._tensor(source).dtype if source.factor == 1 else torch.float32 for source, _ in own}
         if len(met) > 1:
             # PyTorch promotes no 8-bit floats; bfloat16 holds the values of all of them.
             met = {torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in met}
@@ -385,8 +401,8 @@ class Weights:
 
     def holds(self, name: str, box: Box) -> bool:
         """Whether the folder holds this part of a parameter, whole."""
-        if name not in self._sources:
-            return False
+        if name not in self._sources or self.layout.pads:
+            return name in self._sources
         return sum(common.numel for _, common in self._sources[name].within(box)) >= box.numel
 
     def read(self, name: str, box: Box) -> Tensor:
@@ -398,12 +414,14 @@ class Weights:
     def copy(self, name: str, box: Box, part: Tensor) -> None:
         """Write a part of a parameter that the folder holds into a tensor of the box's size."""
         missing = box.numel
+        if self.layout.pads:
+            part.zero_()
         for source, common in self._sources[name].within(box):
             if missing == 0:  # the others are copies in other files
                 break
             part[common.within(box)].copy_(source.read(self._tensor(source), common))
             missing -= common.numel
-        assert missing == 0, f"{name}: {missing} elements have no source"
+        assert missing == 0 or self.layout.pads, f"{name}: {missing} elements have no source"
 
     def check_pieces(self) -> None:
         """Refuse a folder of which some files hold their part of a tensor and others lack it, or half of an update.
@@ -423,7 +441,7 @@ class Weights:
                 wanted.setdefault(whole, []).append(path)
                 if source.key in tensors:
                     holders.setdefault(whole, []).append(path)
-        for key, paths in holders.items():
+        for key, paths in holders.items() if not self.layout.pads else ():
             lacking = list((Counter(wanted[key]) - Counter(paths)).elements())
             if lacking:
                 raise CheckpointError(
@@ -437,6 +455,13 @@ class Weights:
                     f"{self.folder.path} holds {key} but not {other}: an update needs both lora_a and lora_b; "
                     "copy the folder again, or leave both out"
                 )
+
+    def _whole(self, name: str) -> Box:
+        return Box.whole(self._shapes[name])
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(parameter_shapes(self.args))
 
     def _tensor(self, source: Source) -> Tensor:
         assert source.file is not None

@@ -96,6 +96,9 @@ def _load_folder(
     """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
     files = len(weights.folder.files)
     copied: dict[str, int] = {}
+    if weights.layout.pads:
+        for name in boxes.keys() & weights.held:
+            parameters[name].zero_()
     for file in [*range(first, files), *range(first)]:
         wanted = [
             (source, common)
@@ -115,4 +118,6 @@ def _load_folder(
             stored = as_bits(tensor) if matrix_of(source.parameter)[1] else tensor
             target.copy_(source.read(stored, common))
             copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
+    if weights.layout.pads:
+        copied |= {name: boxes[name].numel for name in boxes.keys() & weights.held}
     return copied

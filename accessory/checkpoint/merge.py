@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, Weights, is_finite
-from accessory.checkpoint.layouts import BASE, Source
+from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.write import Writer, write_beside
-from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs
+from accessory.checkpoint.write import Writer, shards_like, write_beside, write_manifest
+from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
 from accessory.parallel.box import Box
@@ -33,9 +33,10 @@ def merge(
     adapter: str | Path,
     destination: str | Path,
     *,
+    to: str = BASE.name,
     llama_config: Sequence[str | Path] | None = None,
 ) -> MergeReport:
-    """Write ``base`` with ``adapter`` merged into it as an accessory checkpoint, in as many shards as the base has.
+    """Write ``base`` with ``adapter`` merged into it, as an accessory checkpoint in as many shards as the base has.
 
     It is one shard where that many do not divide the experts of a sparse base.
     On CPU, one tensor after another: beside the mapped files it takes memory for a few matrices. Sums are float32;
@@ -43,6 +44,7 @@ def merge(
     the adapter's folder holds of them: there they may be rounded to the dtype of the run.
 
     Args:
+        to: the layout of the result, a key of `layouts.WRITTEN`.
         llama_config: config files for an adapter that has none, or to overrule it; a base without one has its sizes.
 
     Raises:
@@ -52,6 +54,7 @@ def merge(
         FileExistsError: the destination is not empty.
         FileNotFoundError, OSError: a folder is not there; the disk is full.
     """
+    layout = written_layout(to)
     theirs = Folder(adapter)
     own = Folder(base)
     args, base_args = _args_of_both(theirs, own, llama_config)
@@ -61,16 +64,21 @@ def merge(
     merger.check_biases()
     peft = PeftArgs(bias_tuning=True) if merger.has_biases() else None
     out_args = base_args.replace(peft=peft)
-    files = len(own.files) if not BASE.obstacles(out_args, len(own.files)) else 1
+    if peft is not None and layout.plain:
+        raise ValueError(
+            f"{theirs.path} has trained biases, for which {layout.name} has no place: write accessory's form"
+        )
+    files = shards_like(merger.base, layout, out_args)
     with new_folder(Path(destination)) as aside:
         held = merger.base.held | merger.adapter.held
-        writer = Writer(aside, BASE, out_args, held=held, dtype=merger.dtype, files=files)
+        writer = Writer(aside, layout, out_args, held=held, dtype=merger.dtype, files=files)
         with showing("merging", writer.count, unit="tensors") as merging:
             writer.fill(lambda target, _: merger.merged(target), merging.advance)
         form = theirs if has_form(theirs.path) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
-        write_beside(aside, BASE, out_args, tokenizer, dtype=writer.most, form_of=form)
+        write_beside(aside, layout, out_args, tokenizer, dtype=writer.most, form_of=form)
+        write_manifest(aside)
     report = merger.report
     report.biases = peft is not None
     if report.untrained:
@@ -82,6 +90,9 @@ def _args_of_both(
     adapter: Folder, base: Folder, llama_config: Sequence[str | Path] | None
 ) -> tuple[ModelArgs, ModelArgs]:
     """Sizes of adapter and base: what one of them does not say is as with the other."""
+    if adapter.is_adapter_of_any:
+        base_args = base.stored_args(llama_config)
+        return base_args.replace(peft=peft_from_dict(adapter.adapter_settings(base_args))), base_args
     args = adapter.load_args(llama_config)
     if base.config is None:
         plain = args.replace(peft=None)
@@ -168,10 +179,10 @@ class _Merger:
         if change is not None and not is_finite(value):
             culprit = self.adapter if is_finite(before) else self.base
             raise CheckpointError(
-                f"{culprit.folder.path}: {target.key} has infinities or NaN, or gets them in {before.dtype}: copy the "
-                "folder again, or take the weights of an earlier step"
+                f"{culprit.folder.path}: {own_key(target)} has infinities or NaN, or gets them in {before.dtype}: copy "
+                "the folder again, or take the weights of an earlier step"
             )
-        self.report.change_of(target.key).add(change, before, value)
+        self.report.change_of(own_key(target)).add(change, before, value)
         return value
 
     def _update(self, name: str, box: Box) -> Tensor | None:
@@ -197,7 +208,7 @@ class _Merger:
         frozen = self.adapter.read(target.parameter, target.box)
         if not torch.allclose(frozen.float(), before.float(), **_ROUNDING, equal_nan=True):
             raise CheckpointError(
-                f"{self.adapter.folder.path}: {target.key}, which it has frozen, differs from that of "
+                f"{self.adapter.folder.path}: {own_key(target)}, which it has frozen, differs from that of "
                 f"{self.base.folder.path}: give the base that the adapter was trained on"
             )
 

@@ -10,7 +10,7 @@ import torch
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import BASE, Source
 from accessory.checkpoint.quantizing import pieces
-from accessory.checkpoint.write import Writer, write_beside
+from accessory.checkpoint.write import Writer, shards_like, write_beside, write_manifest
 from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.files import new_folder
 from accessory.parallel.box import Box
@@ -88,8 +88,8 @@ def quantize_checkpoint(
     """
     folder, plain = source_to_quantize(source, quant, llama_config)
     args = plain.replace(quant=quant)
-    files = 1 if BASE.obstacles(args, len(folder.files)) else len(folder.files)
     weights = folder.weights(plain)
+    files = shards_like(weights, BASE, args)
     # What a matrix becomes, by its name.
     tensors: dict[str, list[str]] = {}
     for name, _ in parameter_shapes(args):
@@ -102,6 +102,7 @@ def quantize_checkpoint(
         with writer.all_open():
             report = _fill(writer, tensors, weights, quant, calibration or {})
         write_beside(aside, BASE, args, folder, dtype=writer.most)
+        write_manifest(aside)
     return report
 
 

@@ -42,6 +42,9 @@ def describe(
         yield from _describe_config(Path(folder))
         return
     opened = Folder(folder)
+    if opened.is_adapter_of_any:
+        yield from _describe_adapter(opened)
+        return
     args = opened.stored_args(llama_config)
     weights = opened.weights(args, partial=True)
     adapter_alone = weights.is_adapter
@@ -80,6 +83,16 @@ def describe(
     if check_values:
         yield "values      all finite"
     yield from _remarks(opened)
+
+
+def _describe_adapter(folder: Folder) -> Iterator[str]:
+    """Of an adapter for whatever base: the sizes are that one's."""
+    tensors = folder.tensors(0)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    yield f"folder      {folder.path}"
+    yield f"format      {folder.form}: an adapter alone, which loads behind the folder of its base"
+    yield f"adapters    {count:,} parameters in {len(tensors)} tensors"
+    yield f"dtype       {', '.join(sorted({str(tensor.dtype).removeprefix('torch.') for tensor in tensors.values()}))}"
 
 
 def _describe_config(path: Path) -> Iterator[str]:

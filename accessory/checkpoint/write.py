@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.containers import create_tensors
-from accessory.checkpoint.folder import MANIFEST_NAME, Folder
+from accessory.checkpoint.folder import MANIFEST_NAME, Folder, Weights
 from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
 from accessory.config import PEFT_TYPES, ModelArgs, read_json
 from accessory.errors import CheckpointError
@@ -177,6 +177,14 @@ def _spread(sources: Sequence[Source], dtypes: Sequence[torch.dtype]) -> list[So
         size += own
         spread.append(dataclasses.replace(source, file=file))
     return spread
+
+
+def shards_like(weights: Weights, layout: Layout, args: ModelArgs) -> int | None:
+    """As many files as the source has, where it has shards and they can hold the model; None: the layout has none."""
+    if layout.cut is None:
+        return None
+    files = len(weights.folder.files) if weights.layout.cut is not None else 1
+    return 1 if layout.obstacles(args, files) else files
 
 
 def cut_out(parameters: Mapping[str, Tensor], layout: Layout, args: ModelArgs) -> dict[str, Tensor]:

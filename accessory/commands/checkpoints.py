@@ -85,8 +85,9 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory merge runs/tiny/converted runs/capitals/epoch29 runs/merged",
     )
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
-    merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
+    merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with an adapter, or of peft's")
     merge.add_argument("destination", type=given_path, help="folder to write")
+    merge.add_argument("--to", choices=FORMS, default=FORMS[0], metavar="FORM", help=_TO)
     add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
 
@@ -206,7 +207,13 @@ def _atol(text: str) -> float:
 def _merge(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.merge import merge
 
-    report = merge(arguments.base, arguments.adapter, arguments.destination, llama_config=arguments.llama_config)
+    report = merge(
+        arguments.base,
+        arguments.adapter,
+        arguments.destination,
+        to=arguments.to,
+        llama_config=arguments.llama_config,
+    )
     for line in (*report.lines(), f"wrote {arguments.destination}"):
         sys.stdout.write(f"{line}\n")
 

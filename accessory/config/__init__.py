@@ -2,7 +2,7 @@
 
 from .checks import part_of_config, read_json
 from .model import ModelArgs, MoEArgs
-from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, with_adapters
+from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
 from .quant import QUANT_FORMS, QuantArgs, QuantForm
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "QuantArgs",
     "QuantForm",
     "part_of_config",
+    "peft_from_dict",
     "read_json",
     "with_adapters",
 ]

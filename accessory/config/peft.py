@@ -82,7 +82,8 @@ def with_adapters(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[s
     return {**biases, **values, **asked}
 
 
-def peft_from_dict(values: dict[str, Any]) -> PeftArgs:
+def peft_from_dict(values: Mapping[str, Any]) -> PeftArgs:
+    """The settings that such keys of a config.json stand for."""
     targets = values.get("lora_targets", LORA_TARGETS)
     if not isinstance(targets, list | tuple):
         raise ValueError(f"lora_targets must be a list of {' and '.join(LORA_TARGETS)}, not {targets!r}")

@@ -70,12 +70,18 @@ class Pretrained:
             FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
         """
         folders = tuple(Folder(path) for path in _several(pretrained_path, "pretrained_path"))
-        last = folders[-1]
-        llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
+        # Above whatever base it is put, an adapter of peft's has neither sizes nor a type, and perhaps no tokenizer.
+        last = next((folder for folder in reversed(folders) if not folder.is_adapter_of_any), folders[-1])
         configs = None if llama_config is None else _several(llama_config, "llama_config")
+        for folder in folders:
+            if folder.is_adapter_of_any:
+                adapters = {**folder.adapter_settings(last.load_args(configs)), **(adapters or {})}
+                llama_type = llama_type or PEFT_TYPES[0]
+        llama_type = _known_type(llama_type if llama_type is not None else last.llama_type or None)
         args = _quantized(last.load_args(configs, llama_type, adapters), quant, folders)
+        beside = next((folder for folder in (folders[-1], last) if folder.has_tokenizer), last)
         tokenizer = Tokenizer(
-            _find_tokenizer(last.path) if tokenizer_path is None else _one(tokenizer_path),
+            _find_tokenizer(beside.path) if tokenizer_path is None else _one(tokenizer_path),
             beside=[folder.path for folder in folders],
         )
         if args.vocab_size == -1:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accessory.config import ModelArgs, read_json, with_adapters
+from accessory.errors import unknown
 
-from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release
-from .hf import HF, PEFT, find_hf, is_hf
+from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
+from .hf import HF, find_hf, is_hf
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
+from .peft import PEFT, find_peft
 from .rows import Parts, Source, parts_of
 
 __all__ = [
@@ -19,17 +21,22 @@ __all__ = [
     "MISTRAL",
     "PEFT",
     "SPARSE",
+    "WRITTEN",
     "Found",
     "Layout",
     "Parts",
     "Source",
     "find_weights",
     "load_args",
+    "own_key",
     "parts_of",
+    "written_layout",
 ]
 
+# What can be written as a whole model, by the name that --to gives it.
+WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF)}
 # In the order in which they rule where a folder holds several.
-_FINDERS = (find_hf, find_own, find_release)
+_FINDERS = (find_peft, find_hf, find_own, find_release)
 
 
 def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
@@ -39,6 +46,17 @@ def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
         CheckpointError: a set of shards with gaps or of several runs.
     """
     return [found for finder in _FINDERS if (found := finder(folder, names)) is not None]
+
+
+def written_layout(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        ValueError: none that can be written has it.
+    """
+    if name not in WRITTEN:
+        raise ValueError(unknown("to", name, WRITTEN))
+    return WRITTEN[name]
 
 
 def load_args(

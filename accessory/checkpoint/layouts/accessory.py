@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import ALL, EACH, STACKED, STACKED_TRANSPOSED, Row, by_parameter
+from accessory.checkpoint.layouts.rows import ALL, EACH, STACKED, STACKED_TRANSPOSED, Row, Source, by_parameter
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
-from accessory.parallel.plan import TABLE
+from accessory.parallel.plan import TABLE, generic_name
 
 PREFIX = "llma."
 _CONVERTED = re.compile(r"consolidated\.(?P<file>\d+)-of-(?P<files>\d+)\.model(?P<ending>\.pth|\.safetensors)")
@@ -140,6 +140,18 @@ MISTRAL = Layout(
     file_name=_release_name,
     config=_params,
 )
+
+
+def own_key(source: Source) -> str:
+    """What a tensor of any layout is called in our own files, for messages; of all experts at once without a number."""
+    pattern = generic_name(source.parameter)
+    if not pattern.startswith(EXPERTS):
+        return source.parameter
+    experts, _, stacked = source.parameter.rpartition(".")
+    matrix, _, adapter = stacked.partition("_")
+    single = MATRICES[matrix][source.box.start[1] if matrix == "w13" else 0][0]
+    number = f".{source.box.start[0]}" if source.box.size[0] == 1 else ""
+    return f"{experts}{number}.{single}.{ENDINGS[f'_{adapter}' if adapter else '']}"
 
 
 def find_own(folder: Path, names: Sequence[str]) -> Found | None:

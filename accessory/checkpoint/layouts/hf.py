@@ -1,4 +1,4 @@
-"""Hugging Face's folders of a Mixtral, as transformers 4 and 5 write them; and, over the same names, peft's adapters.
+"""Hugging Face's folders of a Mixtral, as transformers 4 and 5 write them.
 
 Their rotary embedding turns the two halves of a head against one another where ours turns neighbours, so that the rows
 of q and k lie in another order there (see docs/checkpoints.md).
@@ -34,24 +34,24 @@ LAYER_MODULES = {
     "feed_forward.gate": "block_sparse_moe.gate",
 }
 MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_ROTATED = ("attention.wq", "attention.wk")
-_IN_LAYER = "model.layers.{N}."
+ROTATED = ("attention.wq", "attention.wk")
+IN_LAYER = "model.layers.{N}."
 
 
 def _rows() -> Iterator[Row]:
     for ours, theirs in MODULES.items():
         yield Row(f"{ours}.weight", f"{theirs}.weight")
     for ours, theirs in LAYER_MODULES.items():
-        lies = ROTARY_HALVES if ours in _ROTATED else PLAIN
-        yield Row(f"layers.N.{ours}.weight", f"{_IN_LAYER}{theirs}.weight", lies=lies)
+        lies = ROTARY_HALVES if ours in ROTATED else PLAIN
+        yield Row(f"layers.N.{ours}.weight", f"{IN_LAYER}{theirs}.weight", lies=lies)
     for matrix, singles in MATRICES.items():
         for single, place in singles:
-            key = f"{_IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.weight"
+            key = f"{IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.weight"
             yield Row(f"{EXPERTS}{matrix}", key, (EACH, *place))
     # As transformers 5 holds them.
-    yield Row("layers.N.feed_forward.gate.weight", f"{_IN_LAYER}mlp.gate.weight", written=False)
-    yield Row(f"{EXPERTS}w13", f"{_IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
-    yield Row(f"{EXPERTS}w2", f"{_IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
+    yield Row("layers.N.feed_forward.gate.weight", f"{IN_LAYER}mlp.gate.weight", written=False)
+    yield Row(f"{EXPERTS}w13", f"{IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
+    yield Row(f"{EXPERTS}w2", f"{IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
 
 
 # Their settings by ours.
@@ -161,7 +161,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, float | None]:
     return theta, None
 
 
-def _config(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
+def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
     """The config.json of such a model, for transformers 4 and 5 alike."""
     rope: dict[str, Any] = {"rope_theta": args.rope_theta, "rope_type": "default"}
     old = None
@@ -201,7 +201,7 @@ HF = Layout(
     cut=None,
     file_name=_file_name,
     index_name=INDEX_NAMES[0],
-    config=_config,
+    config=config_of,
     plain=True,
 )
 # The output head is the embedding's matrix.
@@ -211,38 +211,6 @@ HF_TIED = dataclasses.replace(
     shown="Hugging Face's, tied",
     rows={**HF.rows, "output.weight": (_TIED,)},
     passed_over=re.compile(rf"{BUFFERS.pattern}|{re.escape(MODULES['output'])}\.weight"),
-)
-
-
-def _peft_rows() -> Iterator[Row]:
-    """An adapter's factors, experts one by one as they were in transformers 4, and norms that were trained whole."""
-    for ours, theirs in LAYER_MODULES.items():
-        module = f"{_IN_LAYER}{theirs}"
-        if ours.endswith("norm"):
-            yield Row(f"layers.N.{ours}.weight", f"{module}.weight")
-        if ours.startswith("attention."):
-            yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
-            lies = ROTARY_HALVES if ours in _ROTATED else PLAIN
-            yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lies)
-    for matrix, singles in MATRICES.items():
-        for single, place in singles:
-            for own, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-                key = f"{_IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.{theirs}.weight"
-                yield Row(f"{EXPERTS}{matrix}_{own}", key, (EACH, *place))
-    yield Row("norm.weight", f"{MODULES['norm']}.weight")
-
-
-# peft (0.19 and later) turns experts one by one itself into updates of transformers 5's fused ones, and other programs
-# read them as they are.
-PEFT = Layout(
-    name="peft",
-    shown="an adapter of peft's",
-    rows=by_parameter(_peft_rows()),
-    cut=None,
-    prefix="base_model.model.",
-    strips="base_model.model.",
-    file_name=lambda file, files, ending: "adapter_model.safetensors",
-    config=_config,
 )
 
 

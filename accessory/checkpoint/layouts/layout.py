@@ -35,6 +35,7 @@ class Layout:
         passed_over: keys that are not of weights.
         config: name and content of the file that says a model's sizes, by the dtype of most of its weights.
         plain: whether it holds neither adapters nor quantized matrices.
+        pads: whether what it lacks of a parameter is zero.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layout:
     passed_over: re.Pattern[str] = BUFFERS
     config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] = field(repr=False)
     plain: bool = False
+    pads: bool = False
 
     def sources(self, args: ModelArgs, files: int) -> Iterator[Source]:
         """What ``files`` files hold of a model of these sizes."""
@@ -76,16 +78,18 @@ class Found:
         files: in order; several names are one file that lies cut into several.
         layout: which layout they have, by the keys of files, the sizes, and the number of a file that is opened.
         rules: whether they are taken where other forms lie in the folder too.
+        adapter: of an adapter for any base: the keys of our config about it, by the files' and the base's sizes.
     """
 
     form: str
     files: tuple[tuple[str, ...], ...]
     layout: Callable[["Keys", ModelArgs, int], Layout]
     rules: bool = False
+    adapter: Callable[["Keys", ModelArgs], dict[str, Any]] | None = None
 
 
-# The keys of a file by its number, as they stand there.
-Keys = Callable[[int], Sequence[str]]
+# The tensors of a file by its number, under the keys that stand there.
+Keys = Callable[[int], Mapping[str, Any]]
 
 
 def numbered(folder: Path, matches: Sequence[re.Match[str]], name: str, *, first: int = 0) -> tuple[tuple[str], ...]:

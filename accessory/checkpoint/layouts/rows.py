@@ -8,6 +8,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -96,30 +97,43 @@ class Source:
         parameter: name in the Transformer.
         file: number of the file; None: it lies in whichever has it.
         key: name in the file, without the layout's prefix.
-        shape: shape in the file.
         box: the part of the whole parameter that the tensor holds.
         kept: which axes of the box the tensor has; the others have the length 1.
-        seen: turns the file's tensor into something that is indexed by the kept axes of the box.
+        head_dim: a head's width.
+        factor: what its values are multiplied by when they are read.
     """
 
     parameter: str
     file: int | None
     key: str
-    shape: Shape
     box: Box
     kept: tuple[int, ...]
-    seen: Callable[[Any], Any]
+    lies: Lie
+    head_dim: int
     written: bool
+    factor: float = 1.0
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The tensor's, in the file."""
+        return self.lies.stored(self._held)
+
+    @property
+    def _held(self) -> Shape:
+        return tuple(self.box.size[axis] for axis in self.kept)
 
     def read(self, stored: Any, part: Box) -> Tensor:
         """A part of the box, in its shape; of a plain tensor a view where its rows have our order."""
-        found: Tensor = self.seen(stored)[self._index(part)]
+        found: Tensor = self.lies.seen(stored, self._held, self.head_dim)[self._index(part)]
+        if self.factor != 1:
+            found = found.float() * self.factor
         return found[tuple(slice(None) if axis in self.kept else None for axis in range(len(part.size)))]
 
     def write(self, stored: Any, part: Box, values: Tensor) -> None:
         """Write a part of the box, which has its shape, into the file's tensor."""
         kept = [values.shape[axis] for axis in self.kept]
-        self.seen(stored)[self._index(part)] = values.reshape(kept).to(stored.dtype)
+        seen = self.lies.seen(stored, self._held, self.head_dim)
+        seen[self._index(part)] = values.reshape(kept).to(stored.dtype)
 
     def _index(self, part: Box) -> tuple[slice, ...]:
         index = part.within(self.box)
@@ -153,11 +167,6 @@ def _sources(
 ) -> Iterator[Source]:
     fixed = [axis for axis, index in enumerate(row.part) if index != ALL]
     kept = tuple(axis for axis in range(len(box.size)) if axis not in fixed)
-    shape = tuple(box.size[axis] for axis in kept)
-
-    def seen(stored: Any) -> Any:
-        return row.lies.seen(stored, shape, head_dim)
-
     for expert in range(box.start[0], box.start[0] + box.size[0]) if EACH in row.part else (0,):
         start, size = list(box.start), list(box.size)
         for axis in fixed:
@@ -165,7 +174,7 @@ def _sources(
             start[axis], size[axis] = expert if index == EACH else int(index), 1
         key = row.key.format(N=layer, E=expert) + ending
         part = Box(tuple(start), tuple(size))
-        yield Source(name, file, key, row.lies.stored(shape), part, kept, seen, row.written)
+        yield Source(name, file, key, part, kept, row.lies, head_dim, row.written)
 
 
 def by_parameter(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:

@@ -1,0 +1,278 @@
+"""Adapters of Hugging Face's peft library, over Hugging Face's names of the modules.
+
+A module's update is scale * B A. Ranks and scales may differ from module to module there, and experts have one each or
+one for all of a layer's fused matrices; here a model has one rank and one scale. So smaller updates are filled up with
+zeros, and where a module's scale is another its B is multiplied by the quotient.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
+from accessory.checkpoint.layouts.hf import IN_LAYER, LAYER_MODULES, MODULES, ROTATED, config_of
+from accessory.checkpoint.layouts.layout import Found, Keys, Layout
+from accessory.checkpoint.layouts.rows import ALL, EACH, PLAIN, ROTARY_HALVES, Lie, Row, Source, by_parameter
+from accessory.config import ModelArgs, read_json
+from accessory.config.checks import is_number
+from accessory.errors import CheckpointError, shown
+from accessory.parallel.box import Box
+from accessory.parallel.plan import split_of
+
+CONFIG_NAME = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+_FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+_FUSED = re.compile(r"model\.layers\.\d+\.mlp\.experts(\.base_layer)?")
+
+# Settings of LoraConfig that make something else of A and B than B A, or need more; and what is neutral there.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "kasa_config": (),
+    "velora_config": (),
+    "monteclora_config": (),
+    "alora_invocation_tokens": (),
+    "layer_replication": (),
+    "trainable_token_indices": (),
+    "arrow_config": (),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "bias": ("none",),
+}
+# Ways to begin that change the base's weights too, so that A and B alone are not the update.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _rows() -> Iterator[Row]:
+    """An adapter's factors, and norms that were trained whole."""
+    for ours, theirs in LAYER_MODULES.items():
+        module = f"{IN_LAYER}{theirs}"
+        if ours.endswith("norm"):
+            yield Row(f"layers.N.{ours}.weight", f"{module}.weight")
+        if ours.startswith("attention."):
+            yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
+            lies = ROTARY_HALVES if ours in ROTATED else PLAIN
+            yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lies)
+    for matrix, singles in MATRICES.items():
+        for single, place in singles:
+            for own, theirs in _FACTORS.items():
+                key = f"{IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.{theirs}.weight"
+                yield Row(f"{EXPERTS}{matrix}_{own}", key, (EACH, *place))
+    yield Row("norm.weight", f"{MODULES['norm']}.weight")
+
+
+# peft (0.19 and later) turns experts one by one itself into updates of transformers 5's fused ones, and other programs
+# read them as they are.
+PEFT = Layout(
+    name="peft",
+    shown="an adapter of peft's",
+    rows=by_parameter(_rows()),
+    cut=None,
+    prefix=PREFIX,
+    strips=PREFIX,
+    file_name=lambda file, files, ending: _FILES[0],
+    config=config_of,
+)
+
+# Of fused experts (E, r, in) lies as (E * r, in), and (E, out, r) as (out, r * E).
+_FUSED_A = Lie(lambda shape: (shape[0] * shape[1], shape[2]), lambda stored, shape, _: stored.view(shape))
+_FUSED_B = Lie(
+    lambda shape: (shape[1], shape[2] * shape[0]),
+    lambda stored, shape, _: stored.view(shape[1], shape[2], shape[0]).permute(2, 0, 1),
+)
+
+
+def _fused_half(half: int) -> Lie:
+    """Of (E, out, r) where gate and up are one below the other, one of the two."""
+    return Lie(
+        lambda shape: (2 * shape[1], shape[2] * shape[0]),
+        lambda stored, shape, _: stored.view(2, shape[1], shape[2], shape[0])[half].permute(2, 0, 1),
+    )
+
+
+def _fused_rows(module: str, parameter: str) -> Iterator[Row]:
+    """Of a layer's fused experts; their A is that of both halves of gate_up."""
+    for own, theirs in _FACTORS.items():
+        key, name = f"{module}.{theirs}.weight", f"{EXPERTS}{parameter}_{own}"
+        if parameter == "w2":
+            yield Row(name, key, (ALL,), _FUSED_A if own == "lora_a" else _FUSED_B)
+        else:
+            for half in (0, 1):
+                yield Row(name, key, (ALL, half), _FUSED_A if own == "lora_a" else _fused_half(half))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterLayout(Layout):
+    """The layout of one adapter's file, whose own ranks and scales it has.
+
+    Attributes:
+        ranks: of each tensor of a factor, by its key.
+        factors: what tensors of lora_b are multiplied by, by their keys, where it is not 1.
+    """
+
+    ranks: Mapping[str, int] = field(repr=False)
+    factors: Mapping[str, float] = field(repr=False)
+
+    def sources(self, args: ModelArgs, files: int) -> Iterator[Source]:
+        """As of any layout; boxes end where a tensor's own rank does."""
+        for source in super().sources(args, files):
+            if source.key in self.ranks:
+                axis = split_of(source.parameter).shape.index("rank")
+                size = [*source.box.size]
+                size[axis] = self.ranks[source.key]
+                box = Box(source.box.start, tuple(size))
+                source = dataclasses.replace(source, box=box, factor=self.factors.get(source.key, 1.0))
+            yield source
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module that has an update: its name as peft's patterns meet it, its keys' beginning, and its rank."""
+
+    name: str
+    begins: str
+    rank: int
+
+
+def find_peft(folder: Path, names: Sequence[str]) -> Found | None:
+    """adapter_config.json with adapter_model.safetensors, or .bin."""
+    file = next((name for name in _FILES if name in names), None)
+    if file is None or CONFIG_NAME not in names:
+        return None
+    path = folder / CONFIG_NAME
+    return Found(
+        form="peft", files=((file,),), layout=partial(_layout, path), rules=True, adapter=partial(_settings, path)
+    )
+
+
+def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayout:
+    del probe
+    config = _checked(path)
+    shapes = _shapes(path, keys)
+    modules = list(_modules(shapes, args, path))
+    fused = {module.begins: module.name.rpartition(".")[2] for module in modules if module.name != module.begins}
+    rows = [row for own in PEFT.rows.values() for row in own]
+    for begins, name in {(re.sub(r"\.\d+\.", ".{N}.", begins), name) for begins, name in fused.items()}:
+        rows += _fused_rows(begins, "w13" if name == "gate_up_proj" else "w2")
+    assert args.peft is not None
+    wanted = args.peft.scale
+    factors = {f"{module.begins}.lora_B.weight": _scale(module, config) / wanted for module in modules}
+    return AdapterLayout(
+        name=PEFT.name,
+        shown=PEFT.shown,
+        rows=by_parameter(rows),
+        cut=None,
+        prefix=PREFIX,
+        strips=PREFIX,
+        file_name=PEFT.file_name,
+        config=PEFT.config,
+        pads=True,
+        ranks={f"{module.begins}.{factor}.weight": module.rank for module in modules for factor in _FACTORS.values()},
+        factors={key: factor for key, factor in factors.items() if not math.isclose(factor, 1, rel_tol=1e-12)},
+    )
+
+
+def _settings(path: Path, keys: Keys, base: ModelArgs) -> dict[str, Any]:
+    """Keys of our config about adapters, above a base of these sizes."""
+    config, shapes = _checked(path), _shapes(path, keys)
+    modules = list(_modules(shapes, base, path))
+    if not modules:
+        raise CheckpointError(f"{path.parent} holds no lora_A and lora_B: it is no adapter")
+    rank = max(module.rank for module in modules)
+    scales = [_scale(module, config) for module in modules]
+    places = {"attention": ".self_attn.", "experts": ".experts"}
+    targets = [name for name, place in places.items() if any(place in module.begins for module in modules)]
+    return {
+        "lora_rank": rank,
+        "lora_alpha": max(set(scales), key=scales.count) * rank,
+        "lora_targets": targets,
+        "bias_tuning": False,
+        "norm_tuning": any("norm.weight" in key for key in shapes),
+    }
+
+
+def _checked(path: Path) -> Mapping[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+        CheckpointError: it is unusable, or of something else than plain LoRA.
+    """
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {shown(kind)}, and only LORA is read: merge it with peft itself")
+    for name, neutral in _REFUSED.items():
+        value = config.get(name)
+        if value not in (None, *neutral) and value != {}:
+            raise CheckpointError(
+                f"{path}: {name} is {shown(value)}, which plain LoRA has not: merge it with peft itself"
+            )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {shown(begun)}, which changed the base as well: let peft convert it "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise CheckpointError(f"{path}: {name} must be an object, not {shown(config[name])}")
+    if not is_number(config.get("lora_alpha")):
+        raise CheckpointError(f"{path}: lora_alpha is {shown(config.get('lora_alpha'))}, not a number: copy it again")
+    return config
+
+
+def _shapes(path: Path, keys: Keys) -> dict[str, tuple[int, ...]]:
+    """Of the adapter's tensors.
+
+    Raises:
+        CheckpointError: a factor without the other.
+    """
+    shapes = {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in keys(0).items()}
+    for key in shapes:
+        pair = [key.replace(f".lora_{one}.", f".lora_{other}.") for one, other in ("AB", "BA")]
+        if any(other not in shapes for other in pair):
+            other = next(other for other in pair if other not in shapes)
+            raise CheckpointError(f"{path.parent} holds {key} but not {other}: copy the adapter again")
+    return shapes
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path) -> Iterator[_Module]:
+    experts = args.moe.num_experts
+    for key, shape in shapes.items():
+        begins, dot, _ = key.partition(".lora_A.weight")
+        if not dot:
+            continue
+        other = shapes[f"{begins}.lora_B.weight"]
+        if len(shape) != 2 or len(other) != 2:
+            raise CheckpointError(f"{path.parent}: {key} has shape {shape}, and not that of a factor: copy it again")
+        if not _FUSED.fullmatch(begins):
+            yield _Module(begins, begins, shape[0])
+            continue
+        if shape[0] % experts:
+            raise CheckpointError(
+                f"{path.parent}: {key} has shape {shape}, not one of {experts} experts: copy it again"
+            )
+        # One wrapper lies around the other, in the order in which they were asked for.
+        sides = {"gate_up_proj": (args.dim, 2 * args.hidden_dim), "down_proj": (args.hidden_dim, args.dim)}
+        name = next((name for name, own in sides.items() if own == (shape[1], other[0])), None)
+        if name is None:
+            raise CheckpointError(f"{path.parent}: {key} and its lora_B fit no matrix of the experts: give its base")
+        yield _Module(f"{begins.removesuffix('.base_layer')}.{name}", begins, shape[0] // experts)
+
+
+def _scale(module: _Module, config: Mapping[str, Any]) -> float:
+    """Factor on a module's B A, as peft has it."""
+    patterns = config.get("alpha_pattern") or {}
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module.name))
+    alpha = next(matching, config["lora_alpha"])
+    return float(alpha) / (math.sqrt(module.rank) if config.get("use_rslora") else module.rank)
