@@ -34,8 +34,8 @@ from accessory.checkpoint.layouts import WRITTEN
 from accessory.checkpoint.layouts.hf import sizes
 from accessory.checkpoint.report import describe
 from accessory.checkpoint.write import check_manifest
-from accessory.commands.checkpoints import FORMS
 from accessory.config import ModelArgs
+from accessory.config.layouts import EXPORT_FORMS, LAYOUT_NAMES
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
@@ -449,7 +449,8 @@ def test_a_dtype_is_that_of_all_weights(tmp_path):
 
 
 def test_the_command_lists_what_can_be_written():
-    assert set(FORMS) == set(WRITTEN)
+    assert set(LAYOUT_NAMES) == set(WRITTEN)
+    assert set(EXPORT_FORMS) < set(WRITTEN)
 
 
 def test_settings_that_a_form_cannot_say_are_warned_of_and_kept_beside(tmp_path, caplog, monkeypatch):
@@ -553,7 +554,7 @@ def test_verify_finds_what_has_changed_since(small_tokenizer, tmp_path):
     config = small_config(n_layers=1)
     source = write_folder(tmp_path / "m", random_tensors(config, 4), config, files=2, tokenizer=small_tokenizer)
     convert(source, tmp_path / "out", to="hf")
-    assert check_manifest(tmp_path / "out") == 3
+    assert check_manifest(tmp_path / "out") == 4
     path = tmp_path / "out" / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -599,7 +600,7 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
     done = run_command([*accessory, "convert", tmp_path / "m", out, "--to", "hf", "--dtype", "fp32"])
     assert (done.returncode, done.stdout) == (0, f"wrote {out}\n"), done.stderr
     inspected = run_command([*accessory, "inspect", out, "--verify"])
-    assert inspected.stdout.startswith("verified    3 files are as they were written\n"), inspected.stderr
+    assert inspected.stdout.startswith("verified    4 files are as they were written\n"), inspected.stderr
     assert "Hugging Face" in inspected.stdout
     compared = run_command([*accessory, "diff", source, out])
     assert compared.returncode == code, compared.stderr

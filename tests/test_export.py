@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checkpoints import random_tensors, small_config, write_folder
+from checkpoints import random_prompts, random_tensors, small_config, write_folder
 from ranks import alike, error_of
 from test_training import CLIP_GRAD, SCHEDULE, step_rows
 from torch import Tensor
@@ -17,6 +17,7 @@ from accessory.checkpoint.containers import open_tensors
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
+from accessory.text.forms import DefaultForm
 from accessory.train.export import export_checkpoint, export_name
 from accessory.train.optim import adamw
 from accessory.train.sharding import device_mesh, shard_model
@@ -123,6 +124,42 @@ def test_an_export_loads_as_the_trained_model(
     assert json.loads((tmp_path / "epoch0" / "meta.json").read_text()) == {"llama_type": "mistral"}
     names = open_tensors(tmp_path / "epoch0" / f"consolidated.00-of-{mp_size:02d}.model.pth")
     assert "llma.layers.0.feed_forward.experts.0.w1.weight" in names, "base form"
+
+
+def export_for_others(folder: Path, output: Path, mp_size: int, placement: str) -> dict[str, torch.Tensor]:
+    model = trained_model(folder, mp_size, placement)
+    form = DefaultForm(model.tokenizer)
+    with mock.patch("accessory.checkpoint.write.LARGEST_FILE", 100_000):
+        for _ in range(2):  # the second takes the first one's place
+            export_checkpoint(model, output / "epoch0", dtype=torch.float32, form=form, to="hf")
+    export_checkpoint(model, output / "epoch1", dtype=torch.bfloat16, to="mistral")
+    return {name: parameter.detach().full_tensor() for name, parameter in model.llma.named_parameters()}
+
+
+@pytest.mark.parametrize(("dp_size", "mp_size", "placement"), [(1, 1, "auto"), (2, 2, "expert"), (1, 4, "tensor")])
+def test_a_model_is_exported_for_others(
+    dp_size: int, mp_size: int, placement: str, ranks: Any, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    size = dp_size * mp_size
+    weights = ranks(size).run(export_for_others, folder, tmp_path, mp_size, placement)[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch0", experts_implementation="eager")
+    assert len(list((tmp_path / "epoch0").glob("model-*.safetensors"))) > size
+    (prompt,) = random_prompts(1, (9,))
+    own = MetaModel.from_pretrained(tmp_path / "epoch0", max_seq_len=64, dtype="fp32", device="cpu")
+    for name, value in own.llma.named_parameters():
+        assert torch.equal(value, weights[name]), name
+    with torch.no_grad():
+        logits = theirs(torch.tensor([prompt])).logits[0], own.llma(torch.tensor([prompt]))[0][0]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    said = json.loads((tmp_path / "epoch0" / "generation_config.json").read_text())
+    assert said == {"bos_token_id": 1, "eos_token_id": 2, "stop_strings": ["\n### Human:"]}
+    assert (tmp_path / "epoch0" / "chat_template.jinja").is_file()
+    mistral = MetaModel.from_pretrained(tmp_path / "epoch1", max_seq_len=64, dtype="bf16", device="cpu")
+    for name, value in mistral.llma.named_parameters():
+        assert torch.equal(value, weights[name].bfloat16()), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0", "epoch1"]
 
 
 def test_experts_that_do_not_divide_are_exported_sparse(

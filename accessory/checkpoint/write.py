@@ -18,7 +18,8 @@ from accessory.config import PEFT_TYPES, ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
-from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text
+from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, write_ends
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,24 +94,23 @@ class Writer:
             for source in sources
         )
 
-    def open(self, file: int) -> None:
-        """Write a file's skeleton and map it.
+    def open(self, *files: int) -> None:
+        """Write files' skeletons and map them.
 
         Raises:
             OSError: the disk is full.
         """
         prefix, dtypes = self.layout.prefix, self._dtypes
-        tensors = {prefix + own.key: (own.shape, dtypes[file, own.key]) for own in self.sources[file]}
-        self._open[file] = create_tensors(self.folder / self.names[file], tensors)
+        for file in files:
+            tensors = {prefix + own.key: (own.shape, dtypes[file, own.key]) for own in self.sources[file]}
+            self._open[file] = create_tensors(self.folder / self.names[file], tensors)
 
     @contextmanager
     def all_open(self) -> Iterator[None]:
         """Meanwhile every file is open; at the end they are on the disk."""
-        for file in range(len(self.names)):
-            self.open(file)
+        self.open(*range(len(self.names)))
         yield
-        for file in range(len(self.names)):
-            self.close(file)
+        self.close(*range(len(self.names)))
 
     def boxes(self, name: str) -> list[Box]:
         """The parts of a parameter that the files hold, each once."""
@@ -123,10 +123,11 @@ class Writer:
             if source.file in self._open:
                 source.write(self._stored(source), common, values[common.within(box)])
 
-    def close(self, file: int) -> None:
-        """Let go of a file, and have it on the disk."""
-        del self._open[file]
-        sync(self.folder / self.names[file])
+    def close(self, *files: int) -> None:
+        """Let go of files, and have them on the disk."""
+        for file in files:
+            del self._open[file]
+            sync(self.folder / self.names[file])
 
     def fill(
         self,
@@ -217,9 +218,33 @@ def write_beside(
         dtype: of most weights.
         form_of: whose form, in which it is asked; None: the source's.
     """
-    form = copy_text(source.path, folder, form_of=(form_of or source).path)
+    said = copy_text(source.path, folder, form_of=(form_of or source).path)
     if not source.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
+    kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
+    write_config(folder, layout, args, {"llama_type": kind}, said, dtype=dtype)
+    if layout.says_ends and source.has_tokenizer:
+        tokenizer = Tokenizer(folder)
+        write_ends(tokenizer, find_form(tokenizer, [folder]), folder)
+
+
+def write_config(
+    folder: Path,
+    layout: Layout,
+    args: ModelArgs,
+    kind: Mapping[str, str],
+    said: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    always: bool = False,
+) -> None:
+    """Write the sizes in the layout's own file, and meta.json with what that has no word for.
+
+    Args:
+        kind: its llama_type.
+        said: of the form in which the model is asked.
+        always: meta.json is written even where it says nothing more.
+    """
     name, config = layout.config(args, dtype)
     write_json(folder / name, config)
     lost = settings_beside(args, folder / name)
@@ -229,10 +254,9 @@ def write_beside(
             "%s cannot say %s, which other programs will not know: it stands in %s",
             *(layout.shown, ", ".join(f"{key} {value}" for key, value in for_others.items()), META_NAME),
         )
-    meta = {**form, **({SETTINGS_KEY: lost} if lost else {})}
-    if meta or not layout.plain:
-        kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
-        write_json(folder / META_NAME, {"llama_type": kind, **meta})
+    meta = {**said, **({SETTINGS_KEY: lost} if lost else {})}
+    if meta or always or not layout.plain:
+        write_json(folder / META_NAME, {**kind, **meta})
 
 
 def write_manifest(folder: Path) -> None:

@@ -7,12 +7,11 @@ import sys
 from typing import Any
 
 from accessory.arguments import given_name, given_path, given_seed
+from accessory.config.layouts import LAYOUT_NAMES
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 from accessory.serve.options import DTYPES
 
-# What convert writes (checkpoint.convert.WRITTEN, whose import takes PyTorch's), the first unless told otherwise.
-FORMS = ("accessory", "accessory-sparse", "mistral", "hf")
-_TO = f"{', '.join(FORMS[:-1])} or {FORMS[-1]} (default {FORMS[0]})"
+_TO = f"{', '.join(LAYOUT_NAMES[:-1])} or {LAYOUT_NAMES[-1]} (default {LAYOUT_NAMES[0]})"
 
 
 def add_commands(commands: Any) -> None:
@@ -51,7 +50,7 @@ def add_commands(commands: Any) -> None:
     )
     convert.add_argument("source", type=given_path, help="checkpoint folder of any form")
     convert.add_argument("destination", type=given_path, help="folder to write")
-    convert.add_argument("--to", choices=FORMS, default=FORMS[0], metavar="FORM", help=_TO)
+    convert.add_argument("--to", choices=LAYOUT_NAMES, default=LAYOUT_NAMES[0], metavar="FORM", help=_TO)
     convert.add_argument("--mp", type=int, default=None, help="number of shards of accessory's forms (default 1)")
     convert.add_argument(
         "--dtype", choices=DTYPES[1:], default=None, help="of all weights (default: each keeps its own)"
@@ -87,7 +86,7 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with an adapter, or of peft's")
     merge.add_argument("destination", type=given_path, help="folder to write")
-    merge.add_argument("--to", choices=FORMS, default=FORMS[0], metavar="FORM", help=_TO)
+    merge.add_argument("--to", choices=LAYOUT_NAMES, default=LAYOUT_NAMES[0], metavar="FORM", help=_TO)
     add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from accessory.errors import nearest, shown
 from accessory.files import write_json
+from accessory.text.added_tokens import GENERATION_NAME
 from accessory.text.equivalents import equivalent_template
 from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
 from accessory.text.instruction import PROMPT_NAMES
@@ -144,6 +145,23 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
         write_json(config, {key: value for key, value in settings.items() if key != "chat_template"})
     (folder / TEMPLATE_NAME).write_text(equivalent_template(form), encoding="utf-8")
     return {FORM_KEY: form.recorded()}
+
+
+def write_ends(tokenizer: Tokenizer, form: Form, folder: Path) -> None:
+    """Write a folder's generation_config.json: the tokens and the strings that end an answer, for transformers.
+
+    The strings are those of a form that ends with text and not with a token; transformers wants the tokenizer handed to
+    generate for them.
+    """
+    path = folder / GENERATION_NAME
+    values: dict[str, Any] = {}
+    if path.is_file():
+        values = dict(json.loads(path.read_bytes()))
+    ends = sorted(tokenizer.eos_ids)
+    values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    if not form.assumed and form.ends.stop:
+        values["stop_strings"] = list(form.ends.stop)
+    write_json(path, values)
 
 
 def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from accessory.checkpoint.layouts import BASE, SPARSE, Layout
-from accessory.checkpoint.write import Writer
-from accessory.files import by_umask, sync, write_json
+from accessory.checkpoint.folder import CONFIG_FILES
+from accessory.checkpoint.layouts import BASE, SPARSE, Layout, written_layout
+from accessory.checkpoint.write import Writer, write_config
+from accessory.files import by_umask, exchange, sync
 from accessory.model.meta import MetaModel
+from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
 from accessory.parallel.state import agreed
-from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, write_text
+from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, find_form, write_ends, write_text
 from accessory.text.forms import Form
 from accessory.train.options import FinetuneOptions
 from accessory.train.snapshot import over_all_ranks, reshard
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 _EPOCHS_END, _WITHIN_EPOCH = re.compile(r"epoch\d+"), re.compile(r"epoch\d+-iter\d+")
 _ASIDE = re.compile(r"\.epoch\d+(-iter\d+)?\.(exporting|replaced|dropped)")
-_WRITTEN = frozenset({"config.json", META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the shards
+_WRITTEN = frozenset({*CONFIG_FILES, META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the weights
+_WEIGHTS = ("consolidated.*.pth", "consolidated.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
 
 def export_name(epoch: int, iteration: int | None = None) -> str:
@@ -77,7 +80,7 @@ def _is_export(folder: Path) -> bool:
     """Whether a folder is an export and nothing has been put into it."""
     if folder.is_symlink() or not (folder / META_NAME).is_file():
         return False
-    return all(path.name in _WRITTEN or path.match("consolidated.*.pth") for path in folder.iterdir())
+    return all(path.name in _WRITTEN or any(map(path.match, _WEIGHTS)) for path in folder.iterdir())
 
 
 def left_aside(folder: Path) -> list[Path]:
@@ -99,16 +102,18 @@ def export_checkpoint(
     dtype: torch.dtype,
     form: Form | None = None,
     only_trainable: bool = False,
+    to: str = BASE.name,
 ) -> Path:
-    """Write the model as accessory shards with config.json, meta.json and the tokenizer; collective over all ranks.
+    """Write the model with its config, meta.json and the tokenizer; collective over all ranks.
 
-    The files have the base form; where their number does not divide the experts, which then lie whole in none, they
-    have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
+    Accessory's shards have the base form; where their number does not divide the experts, which then lie whole in none,
+    they have the sparse form. All is written aside and renamed at the end. An export of the same name is replaced.
 
     Args:
         form: in which the model was trained, for all that ask it; None: nothing is said of it.
         only_trainable: leave frozen weights out; such a folder overlays that of its base. Of a model that is
             quantized they always stay out.
+        to: the layout, a key of `layouts.WRITTEN`; where that does not cut tensors, every rank has each whole in turn.
 
     Returns:
         The folder.
@@ -124,18 +129,20 @@ def export_checkpoint(
     everyone = over_all_ranks(state)
     aside = folder.with_name(f".{folder.name}.exporting")
     try:
-        layout = agreed(everyone, lambda: _choose_layout(model), (folder.name, dtype))
+        layout = agreed(everyone, lambda: _choose_layout(model, to), (folder.name, dtype, to))
         agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
         args = model.llma.args.replace(quant=None)
         only_trainable = only_trainable or model.llma.args.quant is not None
         kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
-        writer = Writer(aside, layout, args, held=kept, dtype=lambda _: dtype, files=state.mp_size)
-        writes = state.dp_rank == 0
-        agreed(everyone, lambda: writer.open(state.mp_rank) if writes else None)
+        files = None if layout.cut is None else state.mp_size
+        writer = Writer(aside, layout, args, held=kept, dtype=lambda _: dtype, files=files)
+        # Each rank of the first data-parallel row writes every so many-th file: of shards its own.
+        own = range(state.mp_rank, len(writer.names), state.mp_size) if state.dp_rank == 0 else range(0)
+        agreed(everyone, lambda: writer.open(*own))
         with torch.no_grad():
             _fill(model, kept, writer, dtype=dtype)
-        agreed(everyone, lambda: writer.close(state.mp_rank) if writes else None)
-        agreed(everyone, lambda: _finish(model, form, folder, aside, layout) if everyone.is_first else None)
+        agreed(everyone, lambda: writer.close(*own))
+        agreed(everyone, lambda: _finish(model, form, folder, writer, dtype) if everyone.is_first else None)
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -144,11 +151,13 @@ def export_checkpoint(
     return folder
 
 
-def _choose_layout(model: MetaModel) -> Layout:
-    """Base, where the number of files divides the experts."""
+def _choose_layout(model: MetaModel, to: str) -> Layout:
+    """The layout of that name; of accessory's two base, where the number of files divides the experts."""
     args, state = model.llma.args.replace(quant=None), model.llma.state
     if state.mp_size > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a model on several ranks must be sharded for training (shard_model) to be exported")
+    if to != BASE.name:
+        return written_layout(to)
     for layout in (BASE, SPARSE):
         if not layout.obstacles(args, state.mp_size):
             return layout
@@ -164,25 +173,26 @@ def _prepare(folder: Path, aside: Path) -> None:
 
 
 def _fill(model: MetaModel, kept: Set[str], writer: Writer, *, dtype: torch.dtype) -> None:
-    """Gather the parameters one by one and write them into this rank's file, if it has one open."""
+    """Gather the parameters one by one and write them into the files that this rank has open."""
     args, state = model.llma.args, model.llma.state
     placement = writer.layout.cut
-    assert placement is not None
     reshard(model)
     for name, parameter in model.llma.named_parameters():
-        if name in kept:
-            shape = tuple(parameter.shape)
-            own = local_box(name, shape, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
-            writer.put(name, own, _slice(name, parameter, placement, dtype))
+        if name not in kept:
+            continue
+        own = Box.whole(tuple(parameter.shape))
+        if placement is not None:
+            own = local_box(name, own.size, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
+        writer.put(name, own, _slice(name, parameter, placement, dtype))
 
 
-def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype: torch.dtype) -> Tensor:
-    """This rank's slice of a parameter, cut as ``placement`` says, whichever way it is cut now."""
+def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None, dtype: torch.dtype) -> Tensor:
+    """This rank's slice of a parameter, cut as ``placement`` says, whichever way it is cut now; None: the whole."""
     if not isinstance(parameter, DTensor):
         return parameter.to(dtype)
     cast = parameter.to(dtype)
     assert isinstance(cast, DTensor)
-    axis = split_of(name).axis[placement]
+    axis = None if placement is None else split_of(name).axis[placement]
     wanted: Placement = Replicate() if axis is None else Shard(axis)
     if cast.placements[-1] != wanted:
         # Whole in between: gloo has no direct way from one split to another.
@@ -190,25 +200,24 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement, dtype
     return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 
 
-def _finish(model: MetaModel, form: Form | None, folder: Path, aside: Path, layout: Layout) -> None:
-    """Write what lies beside the shards, then give the whole its name."""
+def _finish(model: MetaModel, form: Form | None, folder: Path, writer: Writer, dtype: torch.dtype) -> None:
+    """Write what lies beside the weights, then give the whole its name."""
+    aside, layout = writer.folder, writer.layout
+    writer.write_index()
     # An adapter fits its base however that is quantized.
-    write_json(aside / "config.json", model.llma.args.replace(quant=None).to_dict())
+    args = model.llma.args.replace(quant=None)
     kind = model.llama_type.removesuffix("_sparse")
-    suffix = (
-        "_sparse" if layout is SPARSE and model.llma.args.peft is None else ""
-    )  # with adapters the form has no name
-    write_json(aside / META_NAME, {"llama_type": kind + suffix, **write_text(model.tokenizer, form, aside)})
+    suffix = "_sparse" if layout is SPARSE and args.peft is None else ""  # with adapters the form has no name
+    said = write_text(model.tokenizer, form, aside)
+    write_config(aside, layout, args, {"llama_type": kind + suffix}, said, dtype=dtype, always=True)
+    if layout.says_ends:
+        write_ends(model.tokenizer, form or find_form(model.tokenizer, [aside]), aside)
     by_umask(aside)
     for file in aside.rglob("*"):
         sync(file)
     sync(aside)
     if folder.exists():
-        replaced = aside.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-        aside.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        exchange(aside, folder)  # what was there lies aside now, and goes with it
     else:
         aside.rename(folder)
     sync(folder.parent)

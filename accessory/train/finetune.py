@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from accessory.checkpoint.folder import Folder
-from accessory.config import PEFT_TYPES
+from accessory.checkpoint.layouts import written_layout
+from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
@@ -175,9 +176,21 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
         if (value := getattr(options, name)) is not None
     }
     refuse_nothing_to_train(found.args)
+    _refuse_parts(options, found.args)
     refuse_shared_heads(found.args, state.mp_size)
     resolve_placement(found.args, options.expert_placement, state.mp_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
+
+
+def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
+    """Raise ValueError where the models of the run have no place in the form in which they are to be written."""
+    if not written_layout(options.export_form).plain:
+        return
+    form = f"--export_form {options.export_form}"
+    if args.peft is not None:
+        raise ValueError(f"{form} takes whole models, and adapters are trained: leave it out, and merge afterwards")
+    if args.quant is not None or options.only_save_trainable:
+        raise ValueError(f"{form} takes whole models: leave --only_save_trainable and --quant out")
 
 
 def _llama_type(options: FinetuneOptions) -> str | None:

@@ -224,7 +224,12 @@ class FinetuneLoop:
     def _export(self, name: str) -> None:
         only_trainable = self.options.only_save_trainable
         export_checkpoint(
-            self.model, self._model(name), dtype=self.dtype, form=self.form, only_trainable=only_trainable
+            self.model,
+            self._model(name),
+            dtype=self.dtype,
+            form=self.form,
+            only_trainable=only_trainable,
+            to=self.options.export_form,
         )
         # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
         world, options = over_all_ranks(self.model.llma.state), self.options

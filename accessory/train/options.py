@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 from accessory.arguments import Parser
 from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
+from accessory.config.layouts import EXPORT_FORMS
 from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.errors import shown
 
@@ -68,6 +69,7 @@ class FinetuneOptions:
     keep_last: int = 2
     keep_models: int | None = None
     only_save_trainable: bool = False
+    export_form: str = EXPORT_FORMS[0]
     resume: str | None = None
     auto_resume: bool = False
 
@@ -287,6 +289,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--keep_last", type=int, help="training states, and models of within an epoch, that stay")
     help_text = "models of epochs' ends that stay, the newest (default: all)"
     group.add_argument("--keep_models", type=int, metavar="N", help=help_text)
+    help_text = f"form of the models: {', '.join(EXPORT_FORMS[:-1])} or {EXPORT_FORMS[-1]}, which others load"
+    group.add_argument("--export_form", choices=EXPORT_FORMS, metavar="FORM", help=help_text)
     group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
     group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
     group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")

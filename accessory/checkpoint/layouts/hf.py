@@ -203,6 +203,7 @@ HF = Layout(
     index_name=INDEX_NAMES[0],
     config=config_of,
     plain=True,
+    says_ends=True,
 )
 # The output head is the embedding's matrix.
 _TIED = Row("output.weight", f"{MODULES['tok_embeddings']}.weight")

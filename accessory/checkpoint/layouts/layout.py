@@ -35,6 +35,7 @@ class Layout:
         passed_over: keys that are not of weights.
         config: name and content of the file that says a model's sizes, by the dtype of most of its weights.
         plain: whether it holds neither adapters nor quantized matrices.
+        says_ends: whether generation_config.json says where an answer ends.
         pads: whether what it lacks of a parameter is zero.
     """
 
@@ -49,6 +50,7 @@ class Layout:
     passed_over: re.Pattern[str] = BUFFERS
     config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] = field(repr=False)
     plain: bool = False
+    says_ends: bool = False
     pads: bool = False
 
     def sources(self, args: ModelArgs, files: int) -> Iterator[Source]:

@@ -1,0 +1,5 @@
+"""The names of the forms in which checkpoints are written; what they are stands in checkpoint/layouts."""
+
+# As `accessory convert --to` has them, the first unless told otherwise; and those in which a run writes its models.
+LAYOUT_NAMES = ("accessory", "accessory-sparse", "mistral", "hf")
+EXPORT_FORMS = ("accessory", "mistral", "hf")
