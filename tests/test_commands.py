@@ -260,7 +260,13 @@ def test_split_as_the_reference_page_says(tiny, tmp_path):
     assert f"wrote {source / 'converted'}" in good(PYTHON, "split.py", cwd=source)
     converted = source / "converted"
     names = {f"consolidated.{file:02d}-of-08.model.pth" for file in range(8)}
-    assert {path.name for path in converted.iterdir()} == {*names, "config.json", "meta.json", "tokenizer.model"}
+    assert {path.name for path in converted.iterdir()} == {
+        *names,
+        "manifest.json",
+        "config.json",
+        "meta.json",
+        "tokenizer.model",
+    }
     before = {path.name: path.read_bytes() for path in converted.iterdir()}
     says = (str(converted), "exists already: remove it first")
     refused(PYTHON, "split.py", "--mp", "2", cwd=source, says=says)

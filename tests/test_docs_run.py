@@ -43,11 +43,14 @@ SHORTER = (
     (r"--save_interval \d+", "--save_interval 1"),
     (r"/epoch\d+", "/epoch0"),
     (r"python -m accessory.tools.docstring_dialogues (\S+) .*", r"cp -r runs/dialogues \1"),
-    (r"cat docs/\*\.md", "head -c 20000 docs/finetune.md"),
+    (r"(?m)^make finetune-demo$", "python -m accessory.tools.docstring_dialogues runs/dialogues --limit 24"),
+    (r"runs/finetuned/", "runs/answers/"),
+    (r"cat docs/\*\.md", "head -c 8000 docs/finetune.md"),
+    (r"--signal INT \d+", "--signal INT 8"),
     (r"--max-gen-len \d+", "--max-gen-len 8"),
     (r"max_gen_len=\d+", "max_gen_len=8"),
 )
-VARIABLES = ("EPOCHS=1", "LORA_EPOCHS=1", "DIALOGUES=24")
+VARIABLES = ("LORA_EPOCHS=1", "DIALOGUES=24")
 
 
 def ports() -> list[tuple[str, str]]:

@@ -44,7 +44,7 @@ ANSWERS = [
     "<s> and </s> and [INST]",
     *(f"{mark}{mark}gamma {number}" for number, mark in enumerate(MARKS[:10])),
 ]
-LENGTH = 60
+LENGTH, EPOCHS = 60, 28
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def system_of(number: int) -> str | None:
     return "Speak \u00abplainly\u00bb." if number % 7 == 3 else None
 
 
-RECORDS = [(system_of(number), turns(number, answer)) for number, answer in enumerate(ANSWERS)]
+# Two of three, which begin with all kinds of tokens: five trainings take minutes.
+RECORDS = [(system_of(number), turns(number, answer)) for number, answer in enumerate(ANSWERS) if number % 3]
 
 
 def messages_of(system: str | None, said: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -113,7 +114,7 @@ def trained(
     (folder / "data.yaml").write_text(f"META: [{{path: {folder}/data.json}}]")
     options = {
         "pretrained_path": folder / "base", "data_config": folder / "data.yaml", "output_dir": folder / "run",
-        "epochs": 30, "batch_size": 8, "lr": 3e-3, "min_lr": 1e-4, "warmup_epochs": 2, "max_words": 256,
+        "epochs": EPOCHS, "batch_size": 8, "lr": 3e-3, "min_lr": 1e-4, "warmup_epochs": 2, "max_words": 256,
         "precision": "fp32", "device": "cpu", "save_interval": 1000, "save_iteration_interval": 0,
         "load_balancing_weight": 0,
     }  # fmt: skip
@@ -124,7 +125,7 @@ def trained(
         assert program.wait(200) == 0, program.text
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["loss"] < 0.02
-    return folder / "run" / "epoch29"
+    return folder / "run" / f"epoch{EPOCHS - 1}"
 
 
 def control_piece(name: str) -> bytes:
