@@ -15,6 +15,10 @@ from accessory.errors import nearest
 IGNORED_KEYS = frozenset({"max_position_embeddings", "model_type", "torch_dtype"})
 
 
+# No model comes near it, and to list the tensors of more would take minutes.
+MOST_EXPERTS = 2**17
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
     """Experts of a layer, and how many of them each token visits (top-k)."""
@@ -89,6 +93,11 @@ class ModelArgs:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: give head_dim")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.n_layers * self.moe.num_experts > MOST_EXPERTS:
+            raise ValueError(
+                f"n_layers {self.n_layers} times moe.num_experts {self.moe.num_experts} is more than {MOST_EXPERTS}: "
+                "correct them"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:

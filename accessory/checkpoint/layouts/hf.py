@@ -221,23 +221,25 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
     for whole, index in zip(_WHOLE, INDEX_NAMES, strict=True):
         stem, dot, ending = whole.partition(".")
         own = [match for match in shards if match["stem"] == stem and match["ending"] == dot + ending]
+        indexed = None
         if index in names:
-            files = _indexed(folder / index)
+            indexed = folder / index
+            files = tuple((name,) for name in sorted({*_weight_map(indexed).values()}))
         elif whole in names:
             files = ((whole,),)
         elif own:
             files = numbered(folder, own, f"{stem}-{{:05d}}-of-{{:05d}}{dot}{ending}", first=1)
         else:
             continue
-        return Found(form="Hugging Face", files=files, layout=partial(_layout, folder / "config.json"), rules=True)
+        return Found(form="Hugging Face", files=files, layout=partial(_layout, folder, files, indexed), rules=True)
     return None
 
 
-def _indexed(path: Path) -> tuple[tuple[str], ...]:
-    """The files that an index names, in their order.
+def _weight_map(path: Path) -> Mapping[str, str]:
+    """Which tensor is in which file, as an index says it.
 
     Raises:
-        CheckpointError: it is unusable, or names what is not there.
+        CheckpointError: it is unusable, or names files that are not there.
     """
     try:
         named = read_json(path).get("weight_map")
@@ -253,9 +255,17 @@ def _indexed(path: Path) -> tuple[tuple[str], ...]:
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
-    return tuple((name,) for name in files)
+    return named
 
 
-def _layout(config: Path, keys: Keys, args: ModelArgs, probe: int) -> Layout:
-    del keys, args, probe
+def _layout(
+    folder: Path, files: Sequence[tuple[str]], index: Path | None, keys: Keys, args: ModelArgs, probe: int
+) -> Layout:
+    del args, probe
+    if index is not None:
+        places = {name: file for file, (name,) in enumerate(files)}
+        for key, name in _weight_map(index).items():
+            if key not in keys(places[name]):
+                raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
+    config = folder / "config.json"
     return HF_TIED if config.exists() and read_json(config).get("tie_word_embeddings") else HF
