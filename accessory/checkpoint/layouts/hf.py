@@ -222,7 +222,7 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
         stem, dot, ending = whole.partition(".")
         own = [match for match in shards if match["stem"] == stem and match["ending"] == dot + ending]
         if index in names:
-            files = _indexed(folder / index)
+            files = _indexed(folder / index, names)
         elif whole in names:
             files = ((whole,),)
         elif own:
@@ -233,8 +233,8 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
     return None
 
 
-def _indexed(path: Path) -> tuple[tuple[str], ...]:
-    """The files that an index names, in their order.
+def _indexed(path: Path, names: Sequence[str]) -> tuple[tuple[str], ...]:
+    """The files that an index names, in their order; ``names`` lie beside it.
 
     Raises:
         CheckpointError: it is unusable, or names what is not there.
@@ -249,7 +249,7 @@ def _indexed(path: Path) -> tuple[tuple[str], ...]:
     odd = [name for name in files if Path(name).name != name]
     if odd:
         raise CheckpointError(f"{path} names {shown(odd[0])}, which is no file beside it: copy it again")
-    lacking = [name for name in files if not (path.parent / name).exists()]
+    lacking = [name for name in files if name not in names]
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
