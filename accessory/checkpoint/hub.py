@@ -99,17 +99,20 @@ def local_folder(path: str | Path, *, weights: bool = True) -> Path:
 @functools.cache
 def _downloaded(place: Place, weights: bool) -> Path:
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
     with _explained(place):
-        commit = hub.HfApi().resolve_revision(place.repo, revision=place.revision).resolved
+        offline = constants.is_offline_mode()
+        found = hub.HfApi().resolve_revision(place.repo, revision=place.revision, local_files_only=offline)
+        commit = found.resolved
         sizes = _listed(place, commit)
         names = [name for name in sizes if "/" not in name]
         wanted = [name for name in sizes if name in COMPANIONS or _is_template(name)]
         if weights:
             index = next((name for name in INDEX_NAMES if name in names), None)
             folder = _fetched(place, commit, [] if index is None else [index], sizes)
-            found = choose_weights(folder, names, called=str(place))
-            wanted += [*([] if index is None else [index]), *(name for file in found.files for name in file)]
+            chosen = choose_weights(folder, names, called=str(place))
+            wanted += [*([] if index is None else [index]), *(name for file in chosen.files for name in file)]
         return _fetched(place, commit, wanted, sizes)
 
 
@@ -159,6 +162,7 @@ def _fetched(place: Place, commit: str, names: Sequence[str], sizes: Mapping[str
     folder = cache / repo_folder_name(repo_id=place.repo, repo_type="model") / "snapshots" / commit / place.folder
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
+        _see_that_it_answers(place, commit)
         count = sum(sizes[name] for name in missing)
         speaks = _speaks()
         if speaks:
@@ -173,6 +177,23 @@ def _fetched(place: Place, commit: str, names: Sequence[str], sizes: Mapping[str
                 tqdm_class=None if bars else _counting(downloading),
             )
     return folder
+
+
+def _see_that_it_answers(place: Place, commit: str) -> None:
+    """Ask the Hub for a commit, of which something is missing here: whoever downloads tries for long to reach it.
+
+    Raises:
+        LocalEntryNotFoundError, HfHubHTTPError: it cannot be reached; it refuses.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        hub.HfApi().model_info(place.repo, revision=commit)
+    except errors.HfHubHTTPError:
+        raise
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+        raise errors.LocalEntryNotFoundError(f"{place} is not whole in the cache") from error
 
 
 def _speaks() -> bool:

@@ -32,7 +32,8 @@ class Driver:
     """An `Engine` that owns its ranks.
 
     Args:
-        pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+        pretrained_path: a checkpoint folder, here or as hf://org/name[/sub/folder][@revision], or several of
+            which later ones overlay earlier ones.
         ranks: processes that hold the model together; None: one for each of ``gpu_ids``, else one.
         gpu_ids: their cards. On a machine without GPUs the ranks compute on the CPU.
         slots: requests that run at once.
