@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -55,6 +56,7 @@ class HubStandIn:
         gated, private: repositories for which a token is wanted.
         cut: bytes after which the next answer with a file breaks off, by the file's path.
         breaks: files of which no byte arrives.
+        pause: seconds before each 64 kB of a file.
         heads: how often it was asked about each file.
         together: of how many that ask about a file none gets it before all have asked.
         broken: whether it answers nothing but errors.
@@ -71,6 +73,7 @@ class HubStandIn:
         self.private: set[str] = set()
         self.cut: dict[str, int] = {}
         self.breaks: set[str] = set()
+        self.pause = 0.0
         self.heads: Counter[str] = Counter()
         self.together = 1
         self._news = threading.Condition()
@@ -157,6 +160,7 @@ class HubStandIn:
         self.asked[name] += 1
         end = start if name in self.breaks else self.cut.pop(name, len(data))
         for begin in range(start, end, 1 << 16):
+            time.sleep(self.pause)
             part = data[begin : min(begin + (1 << 16), end)]
             self.bytes[name] += len(part)
             request.wfile.write(part)
@@ -418,6 +422,29 @@ def test_what_is_whole_stays_where_a_download_broke_off(
     assert torch.equal(logits_of("hf://org/name"), logits_of(plain))
     assert before["model-00001-of-00002.safetensors"] == 1
     assert stand_in.asked - before == {"model-00002-of-00002.safetensors": 1}
+
+
+def test_ctrl_c_ends_a_download_and_leaves_no_part_of_a_file(
+    stand_in: HubStandIn, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 12)
+    stand_in.add("org/name", released)
+    stand_in.pause = 0.3
+
+    def interrupt() -> None:
+        while not stand_in.bytes["consolidated.00.pth"]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (thread := threading.Thread(target=interrupt)).start()
+    with pytest.raises(KeyboardInterrupt):
+        local_folder("hf://org/name")
+    thread.join()
+    assert stand_in.bytes["consolidated.00.pth"] < (released / "consolidated.00.pth").stat().st_size
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+    stand_in.pause = 0.0
+    assert torch.equal(logits_of("hf://org/name"), logits_of(released))
+    assert stand_in.asked["params.json"] == 1, "what was whole has stayed"
 
 
 def test_what_is_not_there_or_not_for_everyone_is_one_line(

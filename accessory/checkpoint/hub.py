@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,11 @@ class Place:
         begin = _BEGINS.match(str(path))
         if begin is None:
             return None
-        match = _FORM.fullmatch(str(path)[begin.end() :])
+        rest = str(path)[begin.end() :]
+        match = _FORM.fullmatch(rest)
         if match is None or {".", ".."} & {*match["repo"].split("/"), *match["folder"].split("/")}:
             raise CheckpointError(
-                f"{shown(str(path))} names no folder of a repository: give hf://org/name, "
+                f"{shown(f'hf://{rest}')} names no folder of a repository: give hf://org/name, "
                 "hf://org/name/sub/folder or hf://org/name@revision"
             )
         return cls(match["repo"], match["folder"].strip("/"), match["revision"])
@@ -154,7 +156,6 @@ def _listed(place: Place, commit: str) -> dict[str, int]:
 
 def _fetched(place: Place, commit: str, names: Sequence[str], sizes: Mapping[str, int]) -> Path:
     """Download files, but those that are there; returns the folder in which they lie."""
-    import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -170,12 +171,8 @@ def _fetched(place: Place, commit: str, names: Sequence[str], sizes: Mapping[str
         bars = speaks and sys.stderr.isatty()  # the library's own
         work = f"downloading {place}"
         with showing(work, -(-count // _MEGABYTE), unit="MB", shown=speaks and not bars) as downloading:
-            hub.snapshot_download(
-                place.repo,
-                revision=commit,
-                allow_patterns=[glob.escape(f"{place.folder}/{name}".lstrip("/")) for name in missing],
-                tqdm_class=None if bars else _counting(downloading),
-            )
+            paths = [glob.escape(f"{place.folder}/{name}".lstrip("/")) for name in missing]
+            _download(place.repo, commit, paths, downloading, bars=bars)
     return folder
 
 
@@ -214,27 +211,43 @@ def _warn_of_room(place: Place, count: int, cache: Path) -> None:
         )
 
 
-def _counting(progress: Progress) -> type:
-    """What `snapshot_download` draws its bars with: it draws none, and hands on what is downloaded."""
+def _download(repo: str, commit: str, patterns: list[str], progress: Progress, *, bars: bool) -> None:
+    """Bring files into the cache.
+
+    Args:
+        progress: of the bytes, where the library does not draw its ``bars``.
+    """
+    import huggingface_hub as hub
     from huggingface_hub.utils import tqdm
 
+    left = threading.Event()
     lock = threading.Lock()
     done = 0
 
-    class Counting(tqdm):
+    class Bar(tqdm):
         def __init__(self, *args: Any, name: str | None = None, **settings: Any) -> None:
             # Of its bars one counts bytes as they are written.
             self._counts = name == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**settings, "disable": True})
+            super().__init__(*args, name=name, **(settings if bars else {**settings, "disable": True}))
 
-        def update(self, n: float | None = 1) -> None:
+        def update(self, n: float | None = 1) -> bool | None:
             nonlocal done
+            if left.is_set():
+                raise InterruptedError("nobody waits for the download any more")
             if self._counts:
                 with lock:
                     before, done = done, done + int(n or 0)
                     progress.advance(done // _MEGABYTE - before // _MEGABYTE)
+            return super().update(n)
 
-    return Counting
+    # Its threads do not hear of Ctrl-C, and it waits for all files that they have begun.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(
+                hub.snapshot_download, repo, revision=commit, allow_patterns=patterns, tqdm_class=Bar
+            ).result()
+        finally:
+            left.set()
 
 
 @contextmanager

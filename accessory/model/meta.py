@@ -81,6 +81,7 @@ class MetaModel(nn.Module):
         Raises:
             FileNotFoundError, CheckpointError, ValueError: naming the file, tensor or setting and what to do; the
                 same on every rank.
+            OSError: what lies on the Hub cannot be downloaded; the same.
         """
         members = ParallelState.from_group(mp_group)
 
