@@ -79,6 +79,15 @@ def given_path(text: str) -> Path:
     return Path(given_name(text))
 
 
+def given_destination(text: str) -> Path:
+    """The path of a folder to write: on this machine."""
+    if text.startswith("hf:"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given: the Hub is only read, so name a folder here (`hf upload` brings it there)"
+        )
+    return given_path(text)
+
+
 def given_number(text: str, least: int, most: int | None, fit: str) -> int:
     """A whole number within bounds; ``fit`` says in words what to give."""
     try:

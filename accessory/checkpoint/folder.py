@@ -12,31 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.companions import CONFIG_FILES, KNOWN
 from accessory.checkpoint.containers import open_tensors
-from accessory.checkpoint.layouts import Found, Layout, Parts, Source, find_weights, load_args, parts_of
+from accessory.checkpoint.hub import local_folder
+from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
 from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
 from accessory.quant import TENSOR_DTYPES
-from accessory.text.form_files import META_NAME, MORE_TEMPLATES, SETTINGS_KEY, TEXT_NAMES
+from accessory.text.form_files import META_NAME, SETTINGS_KEY
 from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
 
 logger = logging.getLogger(__name__)
 
-# Sizes and sums of what a conversion has written.
-MANIFEST_NAME = "manifest.json"
-CONFIG_FILES = ("config.json", "params.json")
-_COMPANIONS = frozenset(
-    {
-        *(*CONFIG_FILES, META_NAME, MANIFEST_NAME, *TEXT_NAMES, MORE_TEMPLATES),
-        *("split.py", "README.md", "converted", "checklist.chk"),
-    }
-)
-
 
 class Folder:
     """A checkpoint folder, recognised by the names in it. Its files are mapped when they are asked for, once.
+
+    Of ``hf://org/name`` it is the folder to which that is downloaded.
 
     Attributes:
         path: the folder.
@@ -51,41 +45,27 @@ class Folder:
         FileNotFoundError: no such folder.
         CheckpointError: no weights in it, or a set of shards with gaps or of several runs.
         ValueError: an unreadable meta.json.
+        OSError: it cannot be downloaded.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local_folder(path)
         if not self.path.exists():
             raise FileNotFoundError(f"checkpoint folder {self.path} does not exist: check the path")
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; give the folder that holds the consolidated.* files")
         names = sorted(entry.name for entry in self.path.iterdir())
-        self._found = self._choose(names)
+        self._found = choose_weights(self.path, names)
         self.form, self._parts = self._found.form, [[self.path / name for name in own] for own in self._found.files]
         self.files, self.paths = tuple(first for first, *_ in self._parts), tuple(itertools.chain(*self._parts))
         self.config = next((self.path / name for name in CONFIG_FILES if name in names), None)
         self.llama_type, self._settings = _meta(self.path / META_NAME)
-        known = {*(path.name for path in self.paths), *_COMPANIONS}
+        known = {*(path.name for path in self.paths), *KNOWN}
         self.odd = tuple(name for name in names if name not in known)
         self._tensors: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tensors": {}}  # another process maps the files itself
-
-    def _choose(self, names: Sequence[str]) -> Found:
-        found = find_weights(self.path, names)
-        if not found:
-            raise CheckpointError(_no_weights(self.path, names))
-        first, *others = found
-        if others and not first.rules:
-            raise CheckpointError(
-                f"{self.path} holds both {first.files[0][0]} and {others[0].files[0][0]}: "
-                "keep one checkpoint in a folder, move the other away"
-            )
-        if others:
-            named = (self.path, first.files[0][0], others[0].files[0][0])
-            logger.warning("%s holds both %s and %s: the first is read", *named)
-        return first
 
     @property
     def has_tokenizer(self) -> bool:
@@ -478,16 +458,6 @@ def some(keys: Iterable[str], limit: int = 3) -> str:
     keys = list(keys)
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
-
-
-def _no_weights(folder: Path, names: Sequence[str]) -> str:
-    if not names:
-        return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
-    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return (
-        f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, consolidated.00.pth, or "
-        f"Hugging Face's model.safetensors or model-00001-of-NNNNN.safetensors and so on; found {listed}"
-    )
 
 
 def _meta(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.companions import MANIFEST_NAME
 from accessory.checkpoint.containers import create_tensors
-from accessory.checkpoint.folder import MANIFEST_NAME, Folder, Weights
+from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
 from accessory.config import PEFT_TYPES, ModelArgs, read_json
 from accessory.errors import CheckpointError

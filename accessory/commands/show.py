@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_name, given_number, given_path
@@ -30,7 +29,12 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory show data.yaml --model runs/tiny/converted --limit 3",
     )
     parser.add_argument("data_config", type=given_path, metavar="DATA.yaml", help="as main_finetune.py takes it")
-    parser.add_argument("--model", type=given_name, required=True, help="checkpoint folder, or a tokenizer's file")
+    parser.add_argument(
+        "--model",
+        type=given_name,
+        required=True,
+        help="checkpoint folder (hf://org/name: of one on the Hub), or a tokenizer's file",
+    )
     parser.add_argument("--limit", type=_count, default=5, metavar="N", help="examples of each source (default 5)")
     parser.add_argument("--tokens", action="store_true", help="list the tokens too")
     parser.add_argument("--dialog", action="store_true", help="as main_finetune.py has it")
@@ -42,6 +46,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from accessory.checkpoint.hub import local_folder
     from accessory.data.cache import refuse_several_forms
     from accessory.data.examples import Recipe
     from accessory.data.sources import read_data_config
@@ -51,8 +56,8 @@ def _show(arguments: argparse.Namespace) -> None:
     from accessory.text.tokenizer import Tokenizer
 
     sources = read_data_config(arguments.data_config)
-    tokenizer = Tokenizer(arguments.model)
-    folder = Path(arguments.model)
+    folder = local_folder(arguments.model, weights=False)
+    tokenizer = Tokenizer(folder)
     folders = [folder if folder.is_dir() else folder.parent]
     asked = arguments.chat_template
     form = None if asked is None else form_for_training(tokenizer, folders, asked)

@@ -63,7 +63,8 @@ class MetaModel(nn.Module):
         """Load a checkpoint onto the ranks of ``mp_group``, each reading only the slices that it owns.
 
         Args:
-            pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+            pretrained_path: a checkpoint folder, here or as hf://org/name[/sub/folder][@revision], or several of
+                which later ones overlay earlier ones.
             llama_type, llama_config, tokenizer_path: where the last folder does not say, or to overrule it;
                 several config files are merged, the last wins.
             with_visual: must be False; Mixtral reads no images.
@@ -80,6 +81,7 @@ class MetaModel(nn.Module):
         Raises:
             FileNotFoundError, CheckpointError, ValueError: naming the file, tensor or setting and what to do; the
                 same on every rank.
+            OSError: what lies on the Hub cannot be downloaded; the same.
         """
         members = ParallelState.from_group(mp_group)
 

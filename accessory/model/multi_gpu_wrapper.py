@@ -30,7 +30,8 @@ class MultiGpuWrapper:
         model.generate(["The list method"], max_gen_len=64)
 
     Args:
-        pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+        pretrained_path: a checkpoint folder, here or as hf://org/name[/sub/folder][@revision], or several of
+            which later ones overlay earlier ones.
         gpus: how many GPUs hold the model; on a machine without GPUs as many CPU ranks.
         gpu_ids: which GPUs, in place of ``gpus``.
         slots: prompts that are completed at once.

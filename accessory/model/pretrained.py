@@ -63,11 +63,12 @@ class Pretrained:
         """Find what is not given in the last folder.
 
         Args:
+            pretrained_path: what of it lies on the Hub is downloaded.
             quant: how to quantize; None: as the folders are.
             adapters: keys about adapters, which rule over the config files.
 
         Raises:
-            FileNotFoundError, CheckpointError, ValueError: naming the folder, file or setting.
+            FileNotFoundError, CheckpointError, ValueError, OSError: naming the folder, file or setting.
         """
         folders = tuple(Folder(path) for path in _several(pretrained_path, "pretrained_path"))
         # Above whatever base it is put, an adapter of peft's has neither sizes nor a type, and perhaps no tokenizer.
@@ -115,6 +116,11 @@ class Pretrained:
         tokenizer = Tokenizer(_one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(folders=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where the folders lie."""
+        return [folder.path for folder in self.folders]
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights on disk (of the first tensor of the first file)."""

@@ -21,7 +21,6 @@ from accessory.serve.processes import RankProcesses
 from accessory.serve.ranks import PREFILL_TOKENS, check_settings, name_of
 from accessory.serve.request import Load, OnEvent, RankLost
 from accessory.serve.stream import AnswerStream
-from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ class Driver:
     """An `Engine` that owns its ranks.
 
     Args:
-        pretrained_path: a checkpoint folder, or several of which later ones overlay earlier ones.
+        pretrained_path: a checkpoint folder, here or as hf://org/name[/sub/folder][@revision], or several of
+            which later ones overlay earlier ones.
         ranks: processes that hold the model together; None: one for each of ``gpu_ids``, else one.
         gpu_ids: their cards. On a machine without GPUs the ranks compute on the CPU.
         slots: requests that run at once.
@@ -71,9 +71,11 @@ class Driver:
         self._place = Placement.of(
             ranks, gpu_ids, device=settings.get("device"), master_addr=master_addr, master_port=master_port
         )
-        self.tokenizer = _check_model(given, self._place.size)
+        found = _check_model(given, self._place.size)
+        self.tokenizer = found.tokenizer
         self._setup = Setup(
-            settings={"pretrained_path": pretrained_path, **settings},
+            # Where they lie: ranks that are brought back are to load the same commit of what is on the Hub.
+            settings={"pretrained_path": found.paths, **settings},
             slots=slots,
             prefill_tokens=prefill_tokens,
             timeout=timeout,
@@ -240,8 +242,8 @@ class Driver:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _check_model(given: Mapping[str, Any], ranks: int) -> Tokenizer:
-    """Refuse what so many ranks cannot load, before a process is started for each of them; returns the tokenizer.
+def _check_model(given: Mapping[str, Any], ranks: int) -> Pretrained:
+    """Refuse what so many ranks cannot load, before a process is started for each of them; returns what is found.
 
     Args:
         given: arguments of `MetaModel.from_pretrained`.
@@ -254,4 +256,4 @@ def _check_model(given: Mapping[str, Any], ranks: int) -> Tokenizer:
         **{name: given[name] for name in names if name in given}, quant=QuantArgs.of(given.get("quant"))
     )
     resolve_placement(found.args, given.get("expert_placement", "auto"), ranks)
-    return found.tokenizer
+    return found

@@ -174,7 +174,7 @@ def form_of(arguments: argparse.Namespace) -> "Form":
 
     names = ("llama_type", "llama_config", "tokenizer_path", "max_seq_len")
     found = Pretrained.resolve(arguments.pretrained_path, **{name: getattr(arguments, name) for name in names})
-    return find_form(found.tokenizer, arguments.pretrained_path, arguments.chat_template)
+    return find_form(found.tokenizer, found.paths, arguments.chat_template)
 
 
 def serve_settings(arguments: argparse.Namespace) -> dict[str, Any]:

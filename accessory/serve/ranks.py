@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from accessory.checkpoint.hub import Place
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch
 from accessory.launch.peers import accepted, listening_address, published_host
@@ -93,9 +94,10 @@ def check_count(name: str, count: int, *, least: int) -> None:
 
 
 def name_of(pretrained_path: Paths) -> str:
-    """What a model is called: its last folder."""
+    """What a model is called: its last folder, on the Hub without the revision."""
     last = pretrained_path if isinstance(pretrained_path, str | Path) else list(pretrained_path)[-1]
-    return Path(last).resolve().name
+    place = Place.of(last)
+    return Path(last).resolve().name if place is None else place.name
 
 
 def serve_first(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from accessory.checkpoint.folder import CONFIG_FILES
+from accessory.checkpoint.companions import CONFIG_FILES
 from accessory.checkpoint.layouts import BASE, SPARSE, Layout, written_layout
 from accessory.checkpoint.write import Writer, write_config
 from accessory.files import by_umask, exchange, sync

@@ -89,9 +89,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
         asked = agreed(world, lambda: _asked_form(options, pretrained))
         data, sampler = _data(options, launch, pretrained, asked, store)
-        form = agreed(
-            world, lambda: trained_form(pretrained.tokenizer, options.pretrained_path, asked, data.prompt_form)
-        )
+        form = agreed(world, lambda: trained_form(pretrained.tokenizer, pretrained.paths, asked, data.prompt_form))
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
             agreed(world, lambda: _refuse_another_form(form, progress.get("form"), resumed))
@@ -226,7 +224,7 @@ def _asked_form(options: FinetuneOptions, pretrained: Pretrained) -> Form | None
     """The form that --chat_template names; None: the records' own."""
     if options.chat_template is None:
         return None
-    return form_for_training(pretrained.tokenizer, options.pretrained_path, options.chat_template)
+    return form_for_training(pretrained.tokenizer, pretrained.paths, options.chat_template)
 
 
 def _refuse_another_form(form: Form | None, saved: str | None, resumed: Path | None) -> None:

@@ -1,14 +1,15 @@
 """Layouts: the forms in which checkpoints lie, one file for each family of them, and what recognises them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accessory.config import ModelArgs, read_json, with_adapters
-from accessory.errors import unknown
+from accessory.errors import CheckpointError, unknown
 
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
-from .hf import HF, find_hf, is_hf
+from .hf import HF, INDEX_NAMES, find_hf, is_hf
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
 from .peft import PEFT, find_peft
@@ -17,6 +18,7 @@ from .rows import Parts, Source, parts_of
 __all__ = [
     "BASE",
     "HF",
+    "INDEX_NAMES",
     "META",
     "MISTRAL",
     "PEFT",
@@ -26,12 +28,15 @@ __all__ = [
     "Layout",
     "Parts",
     "Source",
+    "choose_weights",
     "find_weights",
     "load_args",
     "own_key",
     "parts_of",
     "written_layout",
 ]
+
+logger = logging.getLogger(__name__)
 
 # What can be written as a whole model, by the name that --to gives it.
 WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF)}
@@ -46,6 +51,44 @@ def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
         CheckpointError: a set of shards with gaps or of several runs.
     """
     return [found for finder in _FINDERS if (found := finder(folder, names)) is not None]
+
+
+def choose_weights(folder: Path, names: Sequence[str], *, called: str | None = None) -> Found:
+    """The weight files that are read of all that are in a folder.
+
+    Args:
+        called: the folder, as messages name it.
+
+    Raises:
+        CheckpointError: there are none, or several forms of which none rules; as `find_weights`.
+    """
+    called = called or str(folder)
+    try:
+        found = find_weights(folder, names)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), called)) from None
+    if not found:
+        raise CheckpointError(_no_weights(called, names))
+    first, *others = found
+    if others and not first.rules:
+        raise CheckpointError(
+            f"{called} holds both {first.files[0][0]} and {others[0].files[0][0]}: "
+            "keep one checkpoint in a folder, move the other away"
+        )
+    if others:
+        named = (called, first.files[0][0], others[0].files[0][0])
+        logger.warning("%s holds both %s and %s: the first is read", *named)
+    return first
+
+
+def _no_weights(folder: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, consolidated.00.pth, or "
+        f"Hugging Face's model.safetensors or model-00001-of-NNNNN.safetensors and so on; found {listed}"
+    )
 
 
 def written_layout(name: str) -> Layout:

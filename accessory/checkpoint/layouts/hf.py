@@ -224,7 +224,7 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
         indexed = None
         if index in names:
             indexed = folder / index
-            files = tuple((name,) for name in sorted({*_weight_map(indexed).values()}))
+            files = tuple((name,) for name in sorted({*_weight_map(indexed, names).values()}))
         elif whole in names:
             files = ((whole,),)
         elif own:
@@ -235,8 +235,8 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
     return None
 
 
-def _weight_map(path: Path) -> Mapping[str, str]:
-    """Which tensor is in which file, as an index says it.
+def _weight_map(path: Path, names: Sequence[str]) -> Mapping[str, str]:
+    """Which tensor is in which file, as an index says it; ``names`` lie beside it.
 
     Raises:
         CheckpointError: it is unusable, or names files that are not there.
@@ -251,7 +251,7 @@ def _weight_map(path: Path) -> Mapping[str, str]:
     odd = [name for name in files if Path(name).name != name]
     if odd:
         raise CheckpointError(f"{path} names {shown(odd[0])}, which is no file beside it: copy it again")
-    lacking = [name for name in files if not (path.parent / name).exists()]
+    lacking = [name for name in files if name not in names]
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
@@ -264,7 +264,7 @@ def _layout(
     del args, probe
     if index is not None:
         places = {name: file for file, (name,) in enumerate(files)}
-        for key, name in _weight_map(index).items():
+        for key, name in _weight_map(index, [path.name for path in folder.iterdir()]).items():
             if key not in keys(places[name]):
                 raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
     config = folder / "config.json"
