@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from accessory.config import ModelArgs, read_json, with_adapters
-from accessory.errors import unknown
+from accessory.errors import CheckpointError, unknown
+from accessory.gguf_header import SUFFIX, Header, read_header
 
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
+from .gguf import GGUF, find_gguf
+from .gguf import sizes as sizes_of_gguf
 from .hf import HF, find_hf, is_hf
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
@@ -16,6 +19,7 @@ from .rows import Parts, Source, parts_of
 
 __all__ = [
     "BASE",
+    "GGUF",
     "HF",
     "META",
     "MISTRAL",
@@ -34,9 +38,9 @@ __all__ = [
 ]
 
 # What can be written as a whole model, by the name that --to gives it.
-WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF)}
+WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF, GGUF)}
 # In the order in which they rule where a folder holds several.
-_FINDERS = (find_peft, find_hf, find_own, find_release)
+_FINDERS = (find_peft, find_hf, find_own, find_release, find_gguf)
 
 
 def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
@@ -66,7 +70,7 @@ def load_args(
     *,
     beside: Mapping[str, Any] | None = None,
 ) -> ModelArgs:
-    """Read one or several config files, ours, params.json or Hugging Face's; where several set a key, the last rules.
+    """Read config files, ours, params.json, Hugging Face's or GGUF's; where several set a key, the last rules.
 
     Args:
         llama_type: what `ModelArgs.for_type` is to make of them; None: they stand for themselves.
@@ -75,15 +79,21 @@ def load_args(
 
     Raises:
         FileNotFoundError: a file that is absent.
-        ValueError: not JSON, or contents that `ModelArgs.from_dict` refuses; names the file.
+        ValueError: not JSON, or contents that `ModelArgs.from_dict` refuses; names the file. Of a GGUF file it is a
+            CheckpointError.
     """
     merged: dict[str, Any] = {}
-    contents = [read_json(path) for path in paths]
+    contents = [read_header(Path(path)) if Path(path).suffix == SUFFIX else read_json(path) for path in paths]
     try:
-        for values in contents:
-            merged.update(sizes_of_hf(values) if is_hf(values) else values)
+        for own in contents:
+            if isinstance(own, Header):
+                merged.update(sizes_of_gguf(own))
+            else:
+                merged.update(sizes_of_hf(own) if is_hf(own) else own)
         merged.update(beside or {})
         args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
         return args if llama_type is None else args.for_type(llama_type)
     except ValueError as error:
-        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
+        of_weights = any(isinstance(own, Header) for own in contents)
+        kind = CheckpointError if of_weights else ValueError
+        raise kind(f"{', '.join(map(str, paths))}: {error}") from None
