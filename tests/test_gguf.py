@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from adapters import PEFT, random_adapter, write_adapter
 from checkpoints import hf_logits, random_mixtral, random_prompts, random_tensors, small_config, whole_tensors
 from checkpoints import write_folder as write_release
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from accessory.checkpoint.blocks import CODINGS, Blocks, BlockType, open_gguf
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts.gguf import TYPES
+from accessory.checkpoint.merge import merge
 from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.config import ModelArgs
@@ -487,8 +489,9 @@ def test_a_chat_template_comes_along(small_tokenizer, tmp_path):
     assert Tokenizer(tmp_path / "back").encode("a list", True, False) == Tokenizer(small_tokenizer).encode(
         "a list", True, False
     )
-    (tmp_path / "alone" / "chat_template.jinja").write_text("the folder's own")
-    assert templates_of(tmp_path / "alone")["default"][0] == "the folder's own"
+    own = tmp_path / "alone" / "chat_template.jinja"
+    own.write_text("the folder's own")
+    assert templates_of(tmp_path / "alone") == {"default": ("the folder's own", own)}
 
 
 def test_a_tokenizer_of_another_kind_is_refused_with_the_way_out(tensors, tmp_path):
@@ -616,6 +619,21 @@ def test_settings_that_float32_does_not_hold_are_said(small_tokenizer, tmp_path,
     with caplog.at_level("WARNING", logger="accessory.checkpoint.write"):
         convert(tmp_path / "r", tmp_path / "g", to="gguf")
     assert "cannot say rope_scaling 0.3, load_balancing_weight 0.5, which other programs will not know" in caplog.text
+
+
+def test_an_adapter_is_merged_from_and_into_gguf(small_tokenizer, tmp_path):
+    config = small_config(dim=32, hidden_dim=32, n_layers=1)
+    peft = {**PEFT, "bias_tuning": False, "norm_tuning": False}
+    tensors = random_tensors(config, 1)
+    write_release(tmp_path / "r", tensors, config, files=1, form="released", tokenizer=small_tokenizer)
+    convert(tmp_path / "r", tmp_path / "g", to="gguf")
+    alone = random_adapter(config, 2, biases=False)
+    adapter = write_adapter(tmp_path / "adapter", alone, config, files=1, tokenizer=small_tokenizer, peft=peft)
+    merge(tmp_path / "r", adapter, tmp_path / "truth", to="mistral")
+    merge(tmp_path / "g", adapter, tmp_path / "merged", to="gguf")
+    expected = load_file(tmp_path / "truth" / "consolidated.safetensors")
+    assert_equal(released(tmp_path / "merged", tmp_path / "out"), expected)
+    assert not torch.equal(expected["layers.0.attention.wq.weight"], tensors["layers.0.attention.wq.weight"])
 
 
 def test_the_command_says_which_of_type_and_dtype(release, tmp_path, capsys):

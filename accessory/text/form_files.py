@@ -113,8 +113,7 @@ def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
     Raises:
         ValueError: a file is not UTF-8, or too large.
     """
-    gguf = find_gguf(folder)
-    found = {name: (template, gguf) for name, template in templates_in(gguf).items()} if gguf is not None else {}
+    found = {}
     config = folder / CONFIG_NAME
     if config.is_file():
         try:
@@ -129,6 +128,8 @@ def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
         found[file.stem] = (_read(file), file)
     if (file := folder / TEMPLATE_NAME).is_file():
         found["default"] = (_read(file), file)
+    if not found and (gguf := find_gguf(folder)) is not None:
+        found = {name: (template, gguf) for name, template in templates_in(gguf).items()}
     return found
 
 
