@@ -532,16 +532,7 @@ def test_what_is_written_is_what_the_package_reads(type, tensors, release, small
         assert own.tensor_type == kind, own.name
         assert tuple(reversed(own.shape.tolist())) == tuple(tensor.shape)
         coded = coded_as(tensor, kind)
-        if type != "Q4_0" or kind != Kind.Q4_0:
-            assert np.array_equal(np.asarray(own.data).view(np.uint8), coded.view(np.uint8)), own.name
-        else:  # llama.cpp rounds with a fused multiply-add, so that a code at the edge is the next one
-            blocks, truth = (array.view(np.uint8).reshape(-1, 18) for array in (np.asarray(own.data), coded))
-            assert np.array_equal(blocks[:, :2], truth[:, :2])
-            gaps = [
-                np.abs((blocks[:, 2:] >> shift & 15).astype(int) - (truth[:, 2:] >> shift & 15)) for shift in (0, 4)
-            ]
-            assert max(gap.max() for gap in gaps) <= 1
-            assert sum(gap.sum() for gap in gaps) <= 1e-4 * tensor.numel()
+        assert np.array_equal(np.asarray(own.data).view(np.uint8), coded.view(np.uint8)), own.name
     said = {key: own.contents() for key, own in reader.fields.items() if not key.startswith("GGUF.")}
     assert {key: said[key] for key in metadata_of(CONFIG)} == {
         **metadata_of(CONFIG),
