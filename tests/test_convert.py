@@ -342,7 +342,8 @@ def test_a_round_trip_over_all_forms_loses_nothing(model, route, tmp_path_factor
             convert(before, folder / f"{form}-{number}", to=step, mp=mp)
             before = folder / f"{form}-{number}"
             assert Folder(before).stored_args() == Folder(source).stored_args(), step
-        convert(before, folder / f"{form}-back", to=form, mp=files)
+        # GGUF's vectors and routers are float32.
+        convert(before, folder / f"{form}-back", to=form, mp=files, dtype=dtype)
         assert_same(contents(folder / f"{form}-back"), truth)
         assert Folder(folder / f"{form}-back").load_args() == Folder(source).load_args()
     shutil.rmtree(folder)

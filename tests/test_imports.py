@@ -22,7 +22,7 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|progress|launch|launch\.launcher)"),
+    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|gguf_header|progress|launch|launch\.launcher)"),
     ("launch", r"accessory\.launch\..*"),
     ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),
@@ -182,6 +182,7 @@ def test_no_file_of_the_package_hides_a_module_of_python() -> None:
     names = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     assert not names & set(sys.stdlib_module_names)
     assert not names & {
+        "gguf",
         "matplotlib",
         "numpy",
         "sentencepiece",

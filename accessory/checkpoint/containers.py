@@ -1,6 +1,7 @@
-"""Files of tensors: PyTorch's archives and safetensors, mapped for reading and for writing; nothing in one is executed.
+"""Files of tensors: PyTorch's archives, safetensors and GGUF, mapped for reading and for writing.
 
-Both ways no tensor's bytes are in memory until they are asked for, and then they are the file's own pages.
+Nothing in a file is executed. Both ways no tensor's bytes are in memory until they are asked for, and then they are the
+file's own pages.
 """
 
 import json
@@ -8,7 +9,7 @@ import mmap
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
+from accessory.checkpoint.blocks import Blocks, Coding, Stored, gguf_header, nbytes_of, open_gguf, seen
 from accessory.checkpoint.joined import Unmapped, open_joined
 from accessory.errors import CheckpointError, first_line
 from accessory.files import no_room, replacing
+from accessory.gguf_header import SUFFIX
 
 SAFETENSORS = ".safetensors"
 # How torch.save began a file before it wrote zip archives: its magic number, pickled.
@@ -42,8 +45,8 @@ _DTYPES = {
 }
 _ALIGNED = 8
 
-# Shape and dtype of a tensor that is to be written.
-Wanted = tuple[tuple[int, ...], torch.dtype]
+# Shape and dtype of a tensor that is to be written; the second may be a type of GGUF in a file of that form.
+Wanted = tuple[tuple[int, ...], Coding]
 
 
 def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
@@ -62,11 +65,12 @@ def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"shard {file} does not exist: copy it again")
         if not file.is_file():
             raise CheckpointError(f"{file} is no plain file. Copy it again")
-    content = _safetensors(path) if path.suffix == SAFETENSORS else _archive(path, *more)
+    openers: dict[str, Callable[[Path], dict[str, Any]]] = {SAFETENSORS: _safetensors, SUFFIX: open_gguf}
+    content = openers[path.suffix](path) if path.suffix in openers else _archive(path, *more)
     if not content:
         raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
     for key, value in content.items():
-        if isinstance(value, Unmapped):
+        if isinstance(value, Unmapped | Blocks):
             continue
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
@@ -136,8 +140,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def create_tensors(
-    path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
+    path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, Any] | None = None
+) -> dict[str, Stored]:
     """Write the skeleton of a file of tensors, every byte of theirs still a hole, and map it for writing.
 
     The returned tensors lie in the file itself (a shared mapping), so that a file of any size is filled in bounded
@@ -145,37 +149,37 @@ def create_tensors(
     look at them.
 
     Args:
-        path: a name that ends in .safetensors, or any other for an archive.
-        metadata: of a safetensors file.
+        path: a name that ends in .safetensors or .gguf, or any other for an archive.
+        metadata: of a file that is no archive.
 
     Raises:
         OSError: the disk is full.
     """
-    if path.suffix == SAFETENSORS:
-        header, places = _header(tensors, metadata or {"format": "pt"})
+    if path.suffix in (SAFETENSORS, SUFFIX):
+        if path.suffix == SUFFIX:
+            header, places = gguf_header(tensors, metadata or {})
+        else:
+            header, places = _header(tensors, metadata or {"format": "pt"})
         with _named(path):
             path.write_bytes(header)
-        size = len(header) + sum(_nbytes(wanted) for wanted in tensors.values())
+        size = len(header) + max(place + nbytes_of(*tensors[key]) for key, place in places.items())
         _fill_up(path, size)
         whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         return {
-            key: whole[len(header) + place :][: _nbytes(tensors[key])].view(tensors[key][1]).view(tensors[key][0])
+            key: seen(f"{path}: {key}", whole[len(header) + place :][: nbytes_of(*tensors[key])], *tensors[key])
             for key, place in places.items()
         }
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        _save({"model": {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in tensors.items()}}, path)
+        _save({"model": {key: torch.empty(shape, dtype=_plain(own)) for key, (shape, own) in tensors.items()}}, path)
     _fill_up(path, path.stat().st_size)
     with set_default_mmap_options(mmap.MAP_SHARED):
-        mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)["model"]
+        mapped: dict[str, Stored] = torch.load(path, mmap=True, weights_only=True)["model"]
     return mapped
 
 
-def _nbytes(wanted: Wanted) -> int:
-    shape, dtype = wanted
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count
+def _plain(coding: Coding) -> torch.dtype:
+    assert isinstance(coding, torch.dtype), f"only GGUF holds {coding}"
+    return coding
 
 
 def _header(tensors: Mapping[str, Wanted], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -185,8 +189,8 @@ def _header(tensors: Mapping[str, Wanted], metadata: Mapping[str, str]) -> tuple
     place = 0
     for key in sorted(tensors, key=lambda key: (-tensors[key][1].itemsize, key)):
         shape, dtype = tensors[key]
-        places[key], end = place, place + _nbytes(tensors[key])
-        described[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        places[key], end = place, place + nbytes_of(shape, dtype)
+        described[key] = {"dtype": _DTYPES[_plain(dtype)], "shape": list(shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)

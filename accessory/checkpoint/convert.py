@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
+from accessory.checkpoint.blocks import Coding
 from accessory.checkpoint.containers import SAFETENSORS
 from accessory.checkpoint.folder import Folder
-from accessory.checkpoint.layouts import BASE, Layout, Source, written_layout
-from accessory.checkpoint.write import AT_ONCE, Writer, write_beside, write_manifest
+from accessory.checkpoint.layouts import BASE, GGUF, Layout, Source, written_layout
+from accessory.checkpoint.layouts.gguf import TYPES
+from accessory.checkpoint.write import AT_ONCE, Writer, say_within, write_beside, write_manifest
 from accessory.config import ModelArgs
+from accessory.errors import unknown
 from accessory.files import new_folder
 from accessory.progress import showing
 
@@ -21,6 +24,7 @@ def convert(
     to: str = BASE.name,
     mp: int | None = None,
     dtype: torch.dtype | None = None,
+    type: str | None = None,
     safetensors: bool = False,
     overwrite: bool = False,
     llama_config: Sequence[str | Path] | None = None,
@@ -35,6 +39,8 @@ def convert(
         mp: number of shards, of a layout that cuts tensors (default 1).
         dtype: of all weights; None: each keeps its own, and a tensor that is put together from several of unlike
             dtypes gets one that rounds none of them.
+        type: of GGUF's matrices, a key of `layouts.gguf.TYPES`; None: that of each one's dtype. Vectors and
+            routers are F32, and what Q8_0's and Q4_0's blocks of 32 do not divide is F16.
         safetensors: write accessory's shards as safetensors files in place of PyTorch's archives.
         overwrite: a folder that is there stays until the new one is whole, and is then exchanged for it.
         llama_config: config files for a source that has none, or to overrule it.
@@ -48,16 +54,19 @@ def convert(
     layout = written_layout(to)
     folder = Folder(source)
     args = folder.stored_args(llama_config)
-    _refuse(folder, args, layout, mp)
+    _refuse(folder, args, layout, mp, type, dtype)
     weights = folder.weights(args)
 
-    def of(target: Source) -> torch.dtype:
-        return weights.dtype_of(target) if dtype is None else dtype
+    coding = dtype if type is None else TYPES[type][0]
+
+    def of(target: Source) -> Coding:
+        return weights.dtype_of(target) if coding is None else coding
 
     files = (mp or 1) if layout.cut is not None else None
     with new_folder(Path(destination), replaces=_refuse_more if overwrite else None) as aside:
         ending = SAFETENSORS if safetensors else None
         writer = Writer(aside, layout, args, held=weights.held, dtype=of, files=files, ending=ending)
+        say_within(writer, folder, name=Path(destination).name)
         with showing(f"writing {to}", writer.count, unit="tensors") as writing:
             writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance, at_once=AT_ONCE)
         write_beside(aside, layout, args, folder, dtype=writer.most)
@@ -85,7 +94,9 @@ def split(
     convert(source, destination, mp=mp, llama_config=llama_config)
 
 
-def _refuse(folder: Folder, args: ModelArgs, layout: Layout, mp: int | None) -> None:
+def _refuse(
+    folder: Folder, args: ModelArgs, layout: Layout, mp: int | None, type: str | None, dtype: torch.dtype | None
+) -> None:
     if layout.plain and args.quant is not None:
         raise ValueError(
             f"{folder.path} is quantized ({args.quant.type}), which {layout.name} cannot hold: give the weights it was "
@@ -96,6 +107,12 @@ def _refuse(folder: Folder, args: ModelArgs, layout: Layout, mp: int | None) -> 
             f"{folder.path} has adapters or biases, which {layout.name} cannot hold: merge an adapter into its base, "
             "or write it alone with export-adapter"
         )
+    if type is not None and layout is not GGUF:
+        raise ValueError(f"type {type} is of gguf, and {layout.name} has none: leave it out, or take a dtype")
+    if type is not None and dtype is not None:
+        raise ValueError(f"both a type ({type}) and a dtype are given: gguf takes one of them")
+    if type is not None and type not in TYPES:
+        raise ValueError(unknown("type", type, TYPES))
     if mp is None:
         return
     if layout.cut is None:

@@ -22,7 +22,7 @@ from accessory.parallel.box import Box
 from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
 from accessory.quant import TENSOR_DTYPES
 from accessory.text.form_files import META_NAME, SETTINGS_KEY
-from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME
+from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Folder:
         form: as messages name it: "converted" (our shards), "consolidated" (a release), "Hugging Face".
         files: of its weights, in order; of one that lies cut into several the first.
         paths: of all of them.
-        config: config.json or params.json, if there is one.
+        config: the file that says its sizes, if there is one: config.json or params.json, or one of the weights.
         llama_type: what meta.json says, if there is one.
         odd: names of entries that belong to no checkpoint.
 
@@ -53,12 +53,13 @@ class Folder:
         if not self.path.exists():
             raise FileNotFoundError(f"checkpoint folder {self.path} does not exist: check the path")
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is a file; give the folder that holds the consolidated.* files")
+            raise CheckpointError(f"{self.path} is a file; give the folder that holds it")
         names = sorted(entry.name for entry in self.path.iterdir())
         self._found = choose_weights(self.path, names)
         self.form, self._parts = self._found.form, [[self.path / name for name in own] for own in self._found.files]
         self.files, self.paths = tuple(first for first, *_ in self._parts), tuple(itertools.chain(*self._parts))
-        self.config = next((self.path / name for name in CONFIG_FILES if name in names), None)
+        config = next((name for name in CONFIG_FILES if name in names), self._found.config)
+        self.config = None if config is None else self.path / config
         self.llama_type, self._settings = _meta(self.path / META_NAME)
         known = {*(path.name for path in self.paths), *KNOWN}
         self.odd = tuple(name for name in names if name not in known)
@@ -69,9 +70,10 @@ class Folder:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the folder holds a tokenizer in one of its two forms."""
+        """Whether the folder holds a tokenizer in one of its forms."""
         pair = (self.path / JSON_NAME, self.path / CONFIG_NAME)
-        return (self.path / SENTENCEPIECE_NAME).exists() or all(file.exists() for file in pair)
+        found = Tokenizer.find(self.path)
+        return found is not None and (found != pair[0] or pair[1].exists())
 
     def load_args(
         self,
@@ -122,7 +124,7 @@ class Folder:
             ValueError: what it says of quantization is unusable; names the file.
         """
         try:
-            values = {} if self.config is None else read_json(self.config)
+            values = {} if self.config is None or self.config in self.files else read_json(self.config)
         except ValueError:
             return None
         try:
@@ -399,7 +401,7 @@ class Weights:
         for source, common in self._sources[name].within(box):
             if missing == 0:  # the others are copies in other files
                 break
-            part[common.within(box)].copy_(source.read(self._tensor(source), common))
+            source.copy(self._tensor(source), common, part[common.within(box)])
             missing -= common.numel
         assert missing == 0 or self.layout.pads, f"{name}: {missing} elements have no source"
 

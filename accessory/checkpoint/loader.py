@@ -116,7 +116,7 @@ def _load_folder(
                 continue
             target = parameters[source.parameter][common.within(boxes[source.parameter])]
             stored = as_bits(tensor) if matrix_of(source.parameter)[1] else tensor
-            target.copy_(source.read(stored, common))
+            source.copy(stored, common, target)
             copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
     if weights.layout.pads:
         copied |= {name: boxes[name].numel for name in boxes.keys() & weights.held}

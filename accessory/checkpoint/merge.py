@@ -11,7 +11,7 @@ from torch import Tensor
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.write import Writer, shards_like, write_beside, write_manifest
+from accessory.checkpoint.write import Writer, say_within, shards_like, write_beside, write_manifest
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
@@ -72,11 +72,12 @@ def merge(
     with new_folder(Path(destination)) as aside:
         held = merger.base.held | merger.adapter.held
         writer = Writer(aside, layout, out_args, held=held, dtype=merger.dtype, files=files)
-        with showing("merging", writer.count, unit="tensors") as merging:
-            writer.fill(lambda target, _: merger.merged(target), merging.advance)
         form = theirs if has_form(theirs.path) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
+        say_within(writer, tokenizer, name=Path(destination).name, form_of=form)
+        with showing("merging", writer.count, unit="tensors") as merging:
+            writer.fill(lambda target, _: merger.merged(target), merging.advance)
         write_beside(aside, layout, out_args, tokenizer, dtype=writer.most, form_of=form)
         write_manifest(aside)
     report = merger.report

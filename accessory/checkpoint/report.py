@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.blocks import Blocks
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import Source, load_args
+from accessory.checkpoint.write import AT_ONCE
 from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
@@ -51,18 +53,22 @@ def describe(
     if not adapter_alone:
         weights = opened.weights(args)
     dtypes: set[torch.dtype] = set()
+    codings: set[str] = set()
     itemsizes: dict[str, int] = {}
     first_copies: dict[Part, tuple[Path, Tensor]] = {}
     for file, path in enumerate(opened.files):
         tensors = weights.tensors(file)
-        dtypes |= {tensor.dtype for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
+        plain = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in TENSOR_DTYPES}
+        dtypes |= {tensor.dtype for tensor in plain.values()}
+        codings |= {str(tensor.coding if isinstance(tensor, Blocks) else tensor.dtype) for tensor in plain.values()}
         for source in weights.expected(file):
             if source.key in tensors:
                 own = tensors[source.key].dtype.itemsize
                 itemsizes[source.parameter] = max(own, itemsizes.get(source.parameter, 0))
         if check_values:
             _check_finite(path, tensors)
-            _check_copies(path, tensors, weights.expected(file), first_copies)
+            if weights.layout.cut is not None:  # others hold each tensor once
+                _check_copies(path, tensors, weights.expected(file), first_copies)
     layout = _layout(weights)
     size = sum(path.stat().st_size for path in opened.paths)
     yield f"folder      {opened.path}"
@@ -74,7 +80,7 @@ def describe(
         head = " and output head" if args.quant.head else ""
         yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
     yield from _adapters(args, alone=adapter_alone)
-    yield f"dtype       {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    yield f"dtype       {', '.join(sorted(coding.removeprefix('torch.') for coding in codings))}"
     # An adapter's folder does not say which its base has.
     default = max(dtype.itemsize for dtype in dtypes)
     itemsizes = {name: itemsizes.get(name, default) for name, _ in parameter_shapes(args)}
@@ -119,10 +125,13 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             continue
-        tensor = tensor[:]
-        # PyTorch looks for NaN in some 8-bit floats only.
-        values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
-        bad = tensor.numel() - int(torch.isfinite(values).sum())
+        whole = Box.whole(tuple(tensor.shape))
+        bad = 0
+        for part in whole.pieces(AT_ONCE):
+            values = tensor[part.within(whole)]
+            # PyTorch looks for NaN in some 8-bit floats only.
+            values = values.to(torch.bfloat16) if values.dtype.itemsize == 1 else values
+            bad += part.numel - int(torch.isfinite(values).sum())
         if bad:
             raise CheckpointError(
                 f"{path}: {key} holds {bad} values that are NaN or infinite: copy it again, or take the weights "

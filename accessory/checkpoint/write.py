@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.blocks import Coding, Stored, nbytes_of
 from accessory.checkpoint.companions import MANIFEST_NAME
 from accessory.checkpoint.containers import create_tensors
 from accessory.checkpoint.folder import Folder, Weights
@@ -19,7 +21,8 @@ from accessory.config import PEFT_TYPES, ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
-from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, write_ends
+from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, templates_of, write_ends
+from accessory.text.gguf import is_of_merges, normalizes, text_metadata
 from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class Writer:
     Args:
         folder: where they are to lie; it is there.
         held: names of the parameters that are to be written; all that the layout can hold of them are.
-        dtype: of each tensor.
+        dtype: of each tensor; of GGUF also how it is coded.
         files: how many; of a layout whose tensors lie in any file as few as `LARGEST_FILE` allows, where it is None.
         ending: of the files' names, which decides what kind they are; None: the layout's usual one.
     """
@@ -50,25 +53,28 @@ class Writer:
         args: ModelArgs,
         *,
         held: Iterable[str],
-        dtype: Callable[[Source], torch.dtype],
+        dtype: Callable[[Source], Coding],
         files: int | None = None,
         ending: str | None = None,
     ) -> None:
         self.folder, self.layout, self.args = folder, layout, args
+        self.metadata: Mapping[str, Any] | None = None  # of `say_within`
         held = frozenset(held)
         sources = [one for one in layout.sources(args, files or 1) if one.written and one.parameter in held]
         dtypes = [dtype(source) for source in sources]
+        if layout.coded is not None:
+            dtypes = [layout.coded(source, own) for source, own in zip(sources, dtypes, strict=True)]
         if layout.cut is None:
-            sources = _spread(sources, dtypes)
+            sources = _spread(sources, dtypes, math.inf if layout.one_file else LARGEST_FILE)
         self.files = max((source.file or 0 for source in sources), default=0) + 1
         self.sources: list[list[Source]] = [[] for _ in range(files or self.files)]
-        self._dtypes: dict[tuple[int, str], torch.dtype] = {}
+        self._dtypes: dict[tuple[int, str], Coding] = {}
         for source, own in zip(sources, dtypes, strict=True):
             assert source.file is not None
             self.sources[source.file].append(source)
             self._dtypes[source.file, source.key] = own
         self.names = [layout.file_name(file, len(self.sources), ending) for file in range(len(self.sources))]
-        self._open: dict[int, dict[str, Tensor]] = {}
+        self._open: dict[int, dict[str, Stored]] = {}
         self._parts = parts_of(source for own in self.sources for source in own)
 
     @property
@@ -77,9 +83,9 @@ class Writer:
         return len(self._dtypes)
 
     @property
-    def most(self) -> torch.dtype:
+    def most(self) -> Coding:
         """The dtype of most weights."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[Coding, int] = {}
         for file, sources in enumerate(self.sources):
             for source in sources:
                 own = self._dtypes[file, source.key]
@@ -90,7 +96,7 @@ class Writer:
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(
-            Box.whole(source.shape).numel * self._dtypes[file, source.key].itemsize
+            nbytes_of(source.shape, self._dtypes[file, source.key])
             for file, sources in enumerate(self.sources)
             for source in sources
         )
@@ -102,9 +108,10 @@ class Writer:
             OSError: the disk is full.
         """
         prefix, dtypes = self.layout.prefix, self._dtypes
+        assert self.layout.metadata is None or self.metadata, "say_within comes first"
         for file in files:
             tensors = {prefix + own.key: (own.shape, dtypes[file, own.key]) for own in self.sources[file]}
-            self._open[file] = create_tensors(self.folder / self.names[file], tensors)
+            self._open[file] = create_tensors(self.folder / self.names[file], tensors, self.metadata)
 
     @contextmanager
     def all_open(self) -> Iterator[None]:
@@ -163,18 +170,18 @@ class Writer:
             {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
         )
 
-    def _stored(self, source: Source) -> Tensor:
+    def _stored(self, source: Source) -> Stored:
         assert source.file is not None
         return self._open[source.file][self.layout.prefix + source.key]
 
 
-def _spread(sources: Sequence[Source], dtypes: Sequence[torch.dtype]) -> list[Source]:
-    """The sources with the files that they are to lie in, none larger than `LARGEST_FILE` but for one tensor."""
+def _spread(sources: Sequence[Source], dtypes: Sequence[Coding], largest: float) -> list[Source]:
+    """The sources with the files that they are to lie in, none larger than that but for one tensor."""
     spread = []
     file, size = 0, 0
     for source, dtype in zip(sources, dtypes, strict=True):
-        own = Box.whole(source.shape).numel * dtype.itemsize
-        if size and size + own > LARGEST_FILE:
+        own = nbytes_of(source.shape, dtype)
+        if size and size + own > largest:
             file, size = file + 1, 0
         size += own
         spread.append(dataclasses.replace(source, file=file))
@@ -207,7 +214,7 @@ def write_beside(
     args: ModelArgs,
     source: Folder,
     *,
-    dtype: torch.dtype,
+    dtype: Coding,
     form_of: Folder | None = None,
 ) -> None:
     """Write what lies beside a checkpoint's weights; says so where the source has no tokenizer.
@@ -229,6 +236,30 @@ def write_beside(
         write_ends(tokenizer, find_form(tokenizer, [folder]), folder)
 
 
+def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | None = None) -> None:
+    """Have a writer's files say what those of other layouts have beside them, where its layout's do.
+
+    Args:
+        source: whose tokenizer it is.
+        name: of the model.
+        form_of: whose chat templates; None: the source's.
+    """
+    layout, args = writer.layout, writer.args
+    if layout.metadata is None:
+        return
+    tokenizer = Tokenizer(source.path) if source.has_tokenizer else None
+    if tokenizer is not None and (tokenizer.is_json or not is_of_merges(tokenizer.sentencepiece_model)):
+        logger.warning(
+            "%s is no sentencepiece model of byte pairs, and %s is given no other: llama.cpp takes token ids alone",
+            *(tokenizer.path, layout.name),
+        )
+        tokenizer = None
+    if tokenizer is not None and normalizes(tokenizer.sentencepiece_model):
+        logger.warning("%s changes texts before it reads them, and llama.cpp does not", tokenizer.path)
+    templates = {own: text for own, (text, _) in templates_of((form_of or source).path).items()}
+    writer.metadata = layout.metadata(args, writer.most, name) | text_metadata(tokenizer, templates, args.vocab_size)
+
+
 def write_config(
     folder: Path,
     layout: Layout,
@@ -236,7 +267,7 @@ def write_config(
     kind: Mapping[str, str],
     said: Mapping[str, Any],
     *,
-    dtype: torch.dtype,
+    dtype: Coding,
     always: bool = False,
 ) -> None:
     """Write the sizes in the layout's own file, and meta.json with what that has no word for.
@@ -246,8 +277,12 @@ def write_config(
         said: of the form in which the model is asked.
         always: meta.json is written even where it says nothing more.
     """
-    name, config = layout.config(args, dtype)
-    write_json(folder / name, config)
+    if layout.config is None:
+        name = layout.file_name(0, 1, None)
+    else:
+        assert isinstance(dtype, torch.dtype)
+        name, config = layout.config(args, dtype)
+        write_json(folder / name, config)
     lost = settings_beside(args, folder / name)
     for_others = {key: value for key, value in lost.items() if key not in HINTS}
     if for_others:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from accessory.arguments import given_destination, given_name, given_path, given_seed
-from accessory.config.layouts import LAYOUT_NAMES
+from accessory.config.layouts import GGUF_TYPES, LAYOUT_NAMES
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 from accessory.serve.options import DTYPES
 
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
         "convert",
         help="write a checkpoint in another form",
         description="Write a checkpoint in another form, tensor by tensor: accessory's own shards (base or sparse), "
-        "Mistral's or Hugging Face's. Any folder that loads may be the source.",
+        "Mistral's, Hugging Face's or llama.cpp's GGUF. Any folder that loads may be the source.",
         epilog="example: accessory convert Mixtral-8x7B-Instruct-v0.1 converted --to accessory --mp 8",
     )
     convert.add_argument("source", type=given_path, help="checkpoint folder of any form")
@@ -54,6 +54,13 @@ def add_commands(commands: Any) -> None:
     convert.add_argument("--mp", type=int, default=None, help="number of shards of accessory's forms (default 1)")
     convert.add_argument(
         "--dtype", choices=DTYPES[1:], default=None, help="of all weights (default: each keeps its own)"
+    )
+    convert.add_argument(
+        "--type",
+        choices=GGUF_TYPES,
+        default=None,
+        metavar="TYPE",
+        help=f"of gguf's matrices: {', '.join(GGUF_TYPES)} (default: that of each one's dtype)",
     )
     convert.add_argument(
         "--safetensors", action="store_true", help="accessory's shards as safetensors files, without pickle"
@@ -176,6 +183,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         to=arguments.to,
         mp=arguments.mp,
         dtype=None if arguments.dtype is None else dtypes.DTYPES[arguments.dtype],
+        type=arguments.type,
         safetensors=arguments.safetensors,
         overwrite=arguments.overwrite,
         llama_config=arguments.llama_config,

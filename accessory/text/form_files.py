@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from os.path import isfile
@@ -12,9 +13,11 @@ from typing import Any
 
 from accessory.errors import nearest, shown
 from accessory.files import write_json
+from accessory.gguf_header import SUFFIX
 from accessory.text.added_tokens import GENERATION_NAME
 from accessory.text.equivalents import equivalent_template
 from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
+from accessory.text.gguf import find_gguf, templates_in
 from accessory.text.instruction import PROMPT_NAMES
 from accessory.text.jinja import TemplateError
 from accessory.text.template import TEMPLATE_NAME, TemplateForm
@@ -125,6 +128,8 @@ def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
         found[file.stem] = (_read(file), file)
     if (file := folder / TEMPLATE_NAME).is_file():
         found["default"] = (_read(file), file)
+    if not found and (gguf := find_gguf(folder)) is not None:
+        found = {name: (template, gguf) for name, template in templates_in(gguf).items()}
     return found
 
 
@@ -134,9 +139,11 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
     For the named forms an equivalent chat template is written, for use by other programs.
     """
     for file in tokenizer.files:
-        # A sentencepiece model may have any name.
-        name = file.name if tokenizer.is_json or file != tokenizer.path else SENTENCEPIECE_NAME
-        shutil.copyfile(file, folder / name)
+        # A sentencepiece model may have any name, and may lie within another file.
+        if tokenizer.is_json or file != tokenizer.path:
+            shutil.copyfile(file, folder / file.name)
+        else:
+            (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
     config = folder / CONFIG_NAME
     if form is None:
         return {}
@@ -177,8 +184,29 @@ def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dic
             shutil.copyfile(place / name, folder / name)
     if (form_of / MORE_TEMPLATES).is_dir():
         shutil.copytree(form_of / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    _copy_from_gguf(source, folder, form_of)
     recorded = _recorded(form_of)
     return {} if recorded is None else {FORM_KEY: recorded}
+
+
+def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
+    """Write what of tokenizer and form lies in GGUF files alone as files of their own."""
+    found = Tokenizer.find(source)
+    if found is not None and found.suffix == SUFFIX:
+        try:
+            tokenizer = Tokenizer(found)
+        except ValueError as error:
+            logger.warning("%s", error)
+        else:
+            (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
+            if len(tokenizer.eos_ids) > 1 and not (folder / GENERATION_NAME).exists():
+                write_json(folder / GENERATION_NAME, {"eos_token_id": sorted(tokenizer.eos_ids)})
+    for name, (template, file) in templates_of(form_of).items():
+        if file.suffix != SUFFIX or not re.fullmatch(r"[\w-]+", name):
+            continue
+        place = folder / TEMPLATE_NAME if name == "default" else folder / MORE_TEMPLATES / f"{name}.jinja"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(template, encoding="utf-8")
 
 
 def has_form(folder: Path) -> bool:

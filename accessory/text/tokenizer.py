@@ -1,7 +1,8 @@
 """Text to token ids and back, with the tokenizer that lies beside a checkpoint.
 
 A checkpoint carries either a sentencepiece model (`tokenizer.model`) or Hugging Face's pair `tokenizer.json`
-and `tokenizer_config.json`. One class, `Tokenizer`, hides which: nothing else in the library asks.
+and `tokenizer_config.json`; a GGUF file has one within it. One class, `Tokenizer`, hides which: nothing else in the
+library asks.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from accessory.gguf_header import SUFFIX
 from accessory.text.added_tokens import BESIDE_NAMES as BESIDE_NAMES
 from accessory.text.added_tokens import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME, AddedToken, TokenSettings, read_file
+from accessory.text.gguf import find_gguf, holds_tokenizer, is_pad, more_ends, sentencepiece_of
 
 _SPACES = re.compile(r"\s*")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -32,8 +35,8 @@ class Tokenizer:
     """The tokenizer of a checkpoint.
 
     `path` is a sentencepiece model under any name, a `tokenizer.json` with its `tokenizer_config.json` beside
-    it, or a folder that holds one of the two (`tokenizer.model` wins). `beside` are the folders of its model: the last
-    one whose generation_config.json says what ends a text rules over the tokenizer's own.
+    it, a GGUF file, or a folder that holds one of these (in this order they win). `beside` are the folders of its
+    model: the last one whose generation_config.json says what ends a text rules over the tokenizer's own.
 
     Attributes: `path`, the file that was read; `files`, all that were; `n_words`, the number of token ids, 0 to
     n_words - 1; `gaps`, those of them that are no token; `bos_id` and `eos_id`, the ids that begin and end a sequence;
@@ -58,22 +61,30 @@ class Tokenizer:
         self.eos_id: int = self._backend.eos_id
         self.gaps: tuple[int, ...] = self._backend.gaps
         known = sorted(set(range(self.n_words)).difference(self.gaps))
-        self.eos_ids = frozenset({self.eos_id, *set(known).intersection(settings.ends)})
+        ends = settings.ends or (more_ends(found) if found.suffix == SUFFIX else ())
+        self.eos_ids = frozenset({self.eos_id, *set(known).intersection(ends)})
         self.controls: Mapping[str, int] = {self.name(token): token for token in known if self.is_control(token)}
         self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
     def find(folder: str | Path) -> Path | None:
-        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json`, None without either."""
+        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before a GGUF file, or None."""
         for name in (SENTENCEPIECE_NAME, JSON_NAME):
             if (candidate := Path(folder) / name).is_file():
                 return candidate
-        return None
+        gguf = find_gguf(Path(folder))
+        return gguf if gguf is not None and holds_tokenizer(gguf) else None
 
     @property
     def is_json(self) -> bool:
         """Whether it is Hugging Face's form."""
         return isinstance(self._backend, _Json)
+
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """The sentencepiece model, as it was read; none of Hugging Face's form."""
+        assert isinstance(self._backend, _SentencePiece)
+        return self._backend.model
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `text`, with the begin and end tokens where `bos` and `eos` ask for them.
@@ -161,7 +172,7 @@ class _SentencePiece:
     """A sentencepiece model, with the tokens that Hugging Face's files add to it."""
 
     def __init__(self, path: Path, settings: TokenSettings) -> None:
-        data = read_file(path)
+        self.model = data = sentencepiece_of(path) if path.suffix == SUFFIX else read_file(path)
         advice = f"{path} is not a whole sentencepiece model: copy or download it again"
         # The format ends without a mark: a file cut off between two pieces still parses, as a smaller
         # vocabulary with default settings. The settings, fields 2 and 3, come after the pieces, field 1.
@@ -200,6 +211,9 @@ class _SentencePiece:
         self.stripping = {token.name: (token.lstrip, token.rstrip) for token in self._added.values()}
         self._anchor = self._processor.encode("a")
         self._prefixes = settings.prefixes
+        if path.suffix == SUFFIX:  # which has no ids without a token
+            fillers = (token for token in range(size) if is_pad(token, self._processor.id_to_piece(token)))
+            self.gaps = (*self.gaps, *(token for token in fillers if self._processor.is_unused(token)))
         self._added |= {gap: AddedToken(gap, _unused(gap), path) for gap in self.gaps}
         self._control |= set(self.gaps)
 

@@ -7,8 +7,11 @@ from typing import Any
 
 from accessory.config import ModelArgs, read_json, with_adapters
 from accessory.errors import CheckpointError, unknown
+from accessory.gguf_header import SUFFIX, Header, read_header
 
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
+from .gguf import GGUF, find_gguf
+from .gguf import sizes as sizes_of_gguf
 from .hf import HF, INDEX_NAMES, find_hf, is_hf
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
@@ -17,6 +20,7 @@ from .rows import Parts, Source, parts_of
 
 __all__ = [
     "BASE",
+    "GGUF",
     "HF",
     "INDEX_NAMES",
     "META",
@@ -39,9 +43,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # What can be written as a whole model, by the name that --to gives it.
-WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF)}
+WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF, GGUF)}
 # In the order in which they rule where a folder holds several.
-_FINDERS = (find_peft, find_hf, find_own, find_release)
+_FINDERS = (find_peft, find_hf, find_own, find_release, find_gguf)
 
 
 def find_weights(folder: Path, names: Sequence[str]) -> list[Found]:
@@ -78,6 +82,8 @@ def choose_weights(folder: Path, names: Sequence[str], *, called: str | None = N
     if others:
         named = (called, first.files[0][0], others[0].files[0][0])
         logger.warning("%s holds both %s and %s: the first is read", *named)
+    if first.unusable is not None:
+        raise CheckpointError(first.unusable.replace(str(folder), called))
     return first
 
 
@@ -87,7 +93,7 @@ def _no_weights(folder: str, names: Sequence[str]) -> str:
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return (
         f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, consolidated.00.pth, or "
-        f"Hugging Face's model.safetensors or model-00001-of-NNNNN.safetensors and so on; found {listed}"
+        f"Hugging Face's model.safetensors or model-00001-of-NNNNN.safetensors and so on, or GGUF; found {listed}"
     )
 
 
@@ -109,7 +115,7 @@ def load_args(
     *,
     beside: Mapping[str, Any] | None = None,
 ) -> ModelArgs:
-    """Read one or several config files, ours, params.json or Hugging Face's; where several set a key, the last rules.
+    """Read config files, ours, params.json, Hugging Face's or GGUF's; where several set a key, the last rules.
 
     Args:
         llama_type: what `ModelArgs.for_type` is to make of them; None: they stand for themselves.
@@ -118,15 +124,21 @@ def load_args(
 
     Raises:
         FileNotFoundError: a file that is absent.
-        ValueError: not JSON, or contents that `ModelArgs.from_dict` refuses; names the file.
+        ValueError: not JSON, or contents that `ModelArgs.from_dict` refuses; names the file. Of a GGUF file it is a
+            CheckpointError.
     """
     merged: dict[str, Any] = {}
-    contents = [read_json(path) for path in paths]
+    contents = [read_header(Path(path)) if Path(path).suffix == SUFFIX else read_json(path) for path in paths]
     try:
-        for values in contents:
-            merged.update(sizes_of_hf(values) if is_hf(values) else values)
+        for own in contents:
+            if isinstance(own, Header):
+                merged.update(sizes_of_gguf(own))
+            else:
+                merged.update(sizes_of_hf(own) if is_hf(own) else own)
         merged.update(beside or {})
         args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
         return args if llama_type is None else args.for_type(llama_type)
     except ValueError as error:
-        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from None
+        of_weights = any(isinstance(own, Header) for own in contents)
+        kind = CheckpointError if of_weights else ValueError
+        raise kind(f"{', '.join(map(str, paths))}: {error}") from None

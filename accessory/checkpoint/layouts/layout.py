@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from accessory.checkpoint.blocks import Coding
 from accessory.checkpoint.layouts.rows import Row, Source, expand
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
@@ -31,9 +32,13 @@ class Layout:
         prefix: what is written before the names in the files.
         strips: what may stand before them in those that are read.
         file_name: of file i of n, with another ending where one is given.
+        one_file: whether it is one, however large.
+        coded: how a tensor is coded that is to have a dtype, or GGUF's type; None: as that.
+        metadata: what its files say of the model's sizes, by the coding of most weights and the model's name.
         index_name: of the file that says which of several holds which tensor.
         passed_over: keys that are not of weights.
-        config: name and content of the file that says a model's sizes, by the dtype of most of its weights.
+        config: name and content of the file that says a model's sizes, by the dtype of most of its weights; None: the
+            files of weights say them.
         plain: whether it holds neither adapters nor quantized matrices.
         says_ends: whether generation_config.json says where an answer ends.
         pads: whether what it lacks of a parameter is zero.
@@ -46,9 +51,12 @@ class Layout:
     prefix: str = ""
     strips: str = ""
     file_name: Callable[[int, int, str | None], str] = field(repr=False)
+    one_file: bool = False
+    coded: Callable[[Source, Coding], Coding] | None = field(repr=False, default=None)
+    metadata: Callable[[ModelArgs, Coding, str], dict[str, Any]] | None = field(repr=False, default=None)
     index_name: str | None = None
     passed_over: re.Pattern[str] = BUFFERS
-    config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] = field(repr=False)
+    config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] | None = field(repr=False)
     plain: bool = False
     says_ends: bool = False
     pads: bool = False
@@ -81,6 +89,8 @@ class Found:
         layout: which layout they have, by the keys of files, the sizes, and the number of a file that is opened.
         rules: whether they are taken where other forms lie in the folder too.
         adapter: of an adapter for any base: the keys of our config about it, by the files' and the base's sizes.
+        config: which of them says the model's sizes, of a form whose files do.
+        unusable: why they cannot be read, where their names say it already.
     """
 
     form: str
@@ -88,6 +98,8 @@ class Found:
     layout: Callable[["Keys", ModelArgs, int], Layout]
     rules: bool = False
     adapter: Callable[["Keys", ModelArgs], dict[str, Any]] | None = None
+    config: str | None = None
+    unusable: str | None = None
 
 
 # The tensors of a file by its number, under the keys that stand there.

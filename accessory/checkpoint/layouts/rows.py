@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.blocks import Blocks
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement, generic_name, local_box, matrix_of, parameter_shapes
@@ -128,6 +129,11 @@ class Source:
         if self.factor != 1:
             found = found.float() * self.factor
         return found[tuple(slice(None) if axis in self.kept else None for axis in range(len(part.size)))]
+
+    def copy(self, stored: Any, part: Box, target: Tensor) -> None:
+        """Write a part of the box into a tensor of its shape; of coded values only so many at once are decoded."""
+        for piece in part.pieces(stored.at_once) if isinstance(stored, Blocks) else (part,):
+            target[piece.within(part)].copy_(self.read(stored, piece))
 
     def write(self, stored: Any, part: Box, values: Tensor) -> None:
         """Write a part of the box, which has its shape, into the file's tensor."""
