@@ -15,6 +15,7 @@ from accessory.tools.tiny import TinyReport
 NOT_RUN = Counter(
     {
         "README.md: installs": 1,
+        "docs/checkpoints.md: downloads gigabytes": 1,
         "docs/serving.md: downloads a task": 1,
         "docs/serving.md: measures for minutes": 1,
         "docs/finetune.md: downloads gigabytes": 1,
