@@ -1,6 +1,7 @@
 """Forms of checkpoints: read where they lie, and written exactly. transformers' own folders are the truth."""
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -247,6 +248,17 @@ def test_a_config_of_the_hub_says_the_sizes():
     assert (args.rope_theta, args.rope_scaling, args.sliding_window, args.peft) == (100000, None, None, None)
 
 
+def test_keys_that_nobody_knows_are_named_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HUB))
+    for _ in range(2):
+        list(describe(path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: passed over, as transformers does: lora_rank, use_lora"
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -455,8 +467,6 @@ def test_the_command_lists_what_can_be_written():
 
 
 def test_settings_that_a_form_cannot_say_are_warned_of_and_kept_beside(tmp_path, caplog, monkeypatch):
-    import logging
-
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     config = small_config(n_layers=1, load_balancing_weight=0.02, rope_scaling=0.5)
     source = write_folder(tmp_path / "m", random_tensors(config, 4), config, files=2)
@@ -487,8 +497,6 @@ def test_what_cannot_be_written_is_said_before_anything_is(asked, says, tmp_path
 
 
 def test_two_forms_in_a_folder_give_hugging_face_s_and_say_so(hf, small_tokenizer, tmp_path, caplog, monkeypatch):
-    import logging
-
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     hf.save_pretrained(tmp_path)
     torch.save(whole_tensors(random_mixtral(9)), tmp_path / "consolidated.00.pth")

@@ -1,5 +1,6 @@
 """Layouts: the forms in which checkpoints lie, one file for each family of them, and what recognises them."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from accessory.gguf_header import SUFFIX, Header, read_header
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
 from .gguf import GGUF, find_gguf
 from .gguf import sizes as sizes_of_gguf
-from .hf import HF, INDEX_NAMES, find_hf, is_hf
+from .hf import HF, INDEX_NAMES, find_hf, is_hf, unknown_keys
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
 from .peft import PEFT, find_peft
@@ -130,11 +131,14 @@ def load_args(
     merged: dict[str, Any] = {}
     contents = [read_header(Path(path)) if Path(path).suffix == SUFFIX else read_json(path) for path in paths]
     try:
-        for own in contents:
+        for path, own in zip(paths, contents, strict=True):
             if isinstance(own, Header):
                 merged.update(sizes_of_gguf(own))
+            elif is_hf(own):
+                merged.update(sizes_of_hf(own))
+                _say_unknown(str(path), tuple(unknown_keys(own)))
             else:
-                merged.update(sizes_of_hf(own) if is_hf(own) else own)
+                merged.update(own)
         merged.update(beside or {})
         args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
         return args if llama_type is None else args.for_type(llama_type)
@@ -142,3 +146,10 @@ def load_args(
         of_weights = any(isinstance(own, Header) for own in contents)
         kind = CheckpointError if of_weights else ValueError
         raise kind(f"{', '.join(map(str, paths))}: {error}") from None
+
+
+@functools.cache
+def _say_unknown(path: str, keys: tuple[str, ...]) -> None:
+    """Say once in a process which keys of a config nobody here knows."""
+    if keys:
+        logger.warning("%s: passed over, as transformers does: %s", path, ", ".join(keys))
