@@ -307,6 +307,7 @@ def test_what_is_read_of_a_repository_is_what_is_downloaded(stand_in: HubStandIn
     files = {str(file.relative_to(plain)) for file in plain.rglob("*") if file.is_file()}
     assert stand_in.asked == dict.fromkeys(files, 1)
     assert {"model.safetensors.index.json", "additional_chat_templates/short.jinja", "tokenizer.model"} <= files
+    assert Folder(plain).odd == ()
     # What is there is not asked for again.
     hub._downloaded.cache_clear()
     folder = local_folder(Path("hf://org/name@v1"))
