@@ -430,10 +430,11 @@ def test_ctrl_c_ends_a_download_and_leaves_no_part_of_a_file(
 ) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 12)
     stand_in.add("org/name", released)
-    stand_in.pause = 0.3
+    stand_in.pause = 0.5
+    cache = Path(constants.HF_HUB_CACHE)
 
     def interrupt() -> None:
-        while not stand_in.bytes["consolidated.00.pth"]:
+        while not stand_in.bytes["consolidated.00.pth"] or not list(cache.rglob("params.json")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -442,7 +443,7 @@ def test_ctrl_c_ends_a_download_and_leaves_no_part_of_a_file(
         local_folder("hf://org/name")
     thread.join()
     assert stand_in.bytes["consolidated.00.pth"] < (released / "consolidated.00.pth").stat().st_size
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+    assert not list(cache.rglob("*.incomplete"))
     stand_in.pause = 0.0
     assert torch.equal(logits_of("hf://org/name"), logits_of(released))
     assert stand_in.asked["params.json"] == 1, "what was whole has stayed"
@@ -503,6 +504,18 @@ def test_a_repository_without_weights_that_are_known(stand_in: HubStandIn, relea
         assert text.startswith(f"hf://org/{name}")
         assert what in text
     assert set(stand_in.asked) == {"model.safetensors.index.json"}, "no weights before all is known to be there"
+
+
+def test_of_gguf_files_one_model_is_downloaded(stand_in: HubStandIn) -> None:
+    split = {f"m-Q8_0-0000{number}-of-00002.gguf": bytes(number) for number in (1, 2)}
+    stand_in.repos["org/one"] = {MAIN: {"README.md": b"#", "m.imatrix": b"?", "Q8_0/x": b"", **split}}
+    stand_in.repos["org/many"] = {MAIN: {"m-Q8_0.gguf": b"GGUF", "m-Q4_0.gguf": b"GGUF"}}
+    assert sorted(file.name for file in local_folder("hf://org/one").iterdir()) == sorted(stand_in.asked) == [*split]
+    kind, text = said("hf://org/many")
+    assert kind is CheckpointError
+    assert text.startswith("hf://org/many holds several GGUF files (")
+    assert text.endswith("; `hf download org/many FILE --local-dir FOLDER` brings those of one")
+    assert "m-Q8_0.gguf" not in stand_in.asked
 
 
 def test_the_cache_serves_without_a_network(

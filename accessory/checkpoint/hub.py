@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from accessory.checkpoint.companions import COMPANIONS
-from accessory.checkpoint.layouts import INDEX_NAMES, choose_weights
+from accessory.checkpoint.layouts import INDEX_NAMES, Found, choose_weights
 from accessory.errors import CheckpointError, first_line, shown, shown_bytes
+from accessory.gguf_header import SUFFIX
 from accessory.launch.launcher import Launch
 from accessory.progress import Progress, showing
 from accessory.text.form_files import MORE_TEMPLATES
@@ -113,9 +114,21 @@ def _downloaded(place: Place, weights: bool) -> Path:
         if weights:
             index = next((name for name in INDEX_NAMES if name in names), None)
             folder = _fetched(place, commit, [] if index is None else [index], sizes)
-            chosen = choose_weights(folder, names, called=str(place))
+            chosen = _chosen(place, folder, names)
             wanted += [*([] if index is None else [index]), *(name for file in chosen.files for name in file)]
         return _fetched(place, commit, wanted, sizes)
+
+
+def _chosen(place: Place, folder: Path, names: Sequence[str]) -> Found:
+    """The weights that are read of a repository's folder, of which nothing but an index is there yet."""
+    try:
+        return choose_weights(folder, names, called=str(place))
+    except CheckpointError as error:
+        if not any(name.endswith(SUFFIX) for name in names):
+            raise
+        # There it is usual that one folder holds a model in many types.
+        way = f"`hf download {place.repo} FILE --local-dir FOLDER` brings those of one"
+        raise CheckpointError(f"{error}; {way}") from None
 
 
 def _is_template(name: str) -> bool:
