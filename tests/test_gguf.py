@@ -8,8 +8,7 @@ import resource
 import shutil
 import struct
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import sentencepiece
 import torch
 from adapters import PEFT, random_adapter, write_adapter
+from ask_llama import ask_llama_cpp
 from checkpoints import hf_logits, random_mixtral, random_prompts, random_tensors, small_config, whole_tensors
 from checkpoints import write_folder as write_release
 from hypothesis import given, settings
@@ -289,7 +289,9 @@ def test_two_ranks_read_their_slices(kind, tensors, small_tokenizer, ranks, tmp_
     shutil.copyfile(small_tokenizer, tmp_path / "m" / "tokenizer.model")
     convert(tmp_path / "m", tmp_path / "plain")
     prompts = random_prompts(1, (5, 9))
-    ((truth),) = ranks(1).run(logits_of, tmp_path / "plain", prompts)
+    plain = MetaModel.from_pretrained(tmp_path / "plain", max_seq_len=64, dtype="fp32").llma
+    with torch.inference_mode():
+        truth = [plain(torch.tensor([prompt]))[0][0] for prompt in prompts]
     for found in ranks(2).run(logits_of, tmp_path / "m", prompts):
         for own, expected in zip(found, truth, strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
@@ -642,41 +644,6 @@ def test_the_command_says_which_of_type_and_dtype(release, tmp_path, capsys):
 # -- llama.cpp itself
 
 
-class LlamaCpp:
-    """llama.cpp with a file: one thread, everything in float32, no flash attention."""
-
-    def __init__(self, path: Path) -> None:
-        xllamacpp = pytest.importorskip("xllamacpp")
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 256, 1, False, False
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.verbosity = 0
-        self._server = xllamacpp.Server(params)
-
-    def greedy(self, prompt: Sequence[int], count: int) -> Iterator[tuple[int, dict[int, float]]]:
-        """Tokens that it says, and beside each the most likely ones with their logarithmic probabilities.
-
-        A byte's token is never said: the server holds those back until they make up a character.
-        """
-        asked = {"prompt": list(prompt), "n_predict": count, "temperature": 0, "n_probs": 8, "cache_prompt": False}
-        never = [[token, False] for token in range(3, 259)]
-        answer = self._server.handle_completions({**asked, "logit_bias": never, "samplers": ["top_k"], "top_k": 1})
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        for step in answer["choices"][0]["logprobs"]["content"]:
-            yield step["id"], {own["id"]: own["logprob"] for own in step["top_logprobs"]}
-
-    def tokenize(self, text: str) -> list[int]:
-        body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)["tokens"]
-
-
 @pytest.fixture(scope="module")
 def hf() -> Any:
     return random_mixtral(3, hidden_size=64, intermediate_size=64)
@@ -691,17 +658,14 @@ def hf_gguf(hf, small_tokenizer, tmp_path_factory) -> Path:
     return folder / "gguf"
 
 
-@pytest.fixture(scope="module")
-def llama_cpp(hf_gguf) -> LlamaCpp:
-    return LlamaCpp(hf_gguf / "model.gguf")
-
-
-def test_llama_cpp_says_the_same_tokens(hf, llama_cpp):
+def test_llama_cpp_says_the_same_tokens(hf, hf_gguf):
     """Which also shows that rows of q and k have the order of the release there: this model's are of Hugging Face's."""
     compared = 0
-    for prompt in random_prompts(5, (4, 9, 17, 30)):
+    prompts = random_prompts(5, (4, 9, 17, 30))
+    answers, _ = ask_llama_cpp(hf_gguf / "model.gguf", prompts=prompts, count=12)
+    for prompt, answer in zip(prompts, answers, strict=True):
         text = list(prompt)
-        for said, best in llama_cpp.greedy(prompt, 12):
+        for said, best in answer:
             truth = hf_logits(hf, text)[-1].log_softmax(-1)
             for token, probability in best.items():
                 assert abs(probability - truth[token].item()) < 1e-3
@@ -714,7 +678,7 @@ def test_llama_cpp_says_the_same_tokens(hf, llama_cpp):
     assert compared > 40
 
 
-def test_llama_cpp_tokenizes_alike(llama_cpp, small_tokenizer):
+def test_llama_cpp_tokenizes_alike(hf_gguf, small_tokenizer):
     original = Tokenizer(small_tokenizer)
     texts = [
         "a list of things",
@@ -725,8 +689,8 @@ def test_llama_cpp_tokenizes_alike(llama_cpp, small_tokenizer):
         "def f(x):\n    return x ** 2  # 123456",
         Path(__file__).read_text()[:3000],
     ]
-    for text in texts:
-        assert llama_cpp.tokenize(text) == original.encode(text, True, False), text
+    _, found = ask_llama_cpp(hf_gguf / "model.gguf", texts=texts)
+    assert found == [original.encode(text, True, False) for text in texts]
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
@@ -736,7 +700,7 @@ def test_llama_cpp_loads_blocks_and_says_nearly_what_we_do(type, hf_gguf, small_
     (prompt,) = random_prompts(6, (11,))
     with torch.inference_mode():
         truth = ours(torch.tensor([prompt]))[0][0, -1].log_softmax(-1)
-    ((_, best),) = LlamaCpp(tmp_path / "g" / "model.gguf").greedy(prompt, 1)
+    [[(_, best)]], _ = ask_llama_cpp(tmp_path / "g" / "model.gguf", prompts=[prompt])
     for token, probability in best.items():
         # llama.cpp rounds the inputs of such products to 8 bits.
         assert abs(probability - truth[token].item()) < 0.1
@@ -751,10 +715,9 @@ def test_llama_cpp_loads_a_padded_vocabulary_and_added_tokens(small_tokenizer, t
         vocab_size=392,
         tokenizer_config={"added_tokens_decoder": added},
     )
-    original = Tokenizer(tmp_path / "r")
-    assert LlamaCpp(tmp_path / "g" / "model.gguf").tokenize("a <|end|> b") == original.encode(
-        "a <|end|> b", True, False
-    )
+    text = "a <|end|> b"
+    _, found = ask_llama_cpp(tmp_path / "g" / "model.gguf", texts=[text])
+    assert found == [Tokenizer(tmp_path / "r").encode(text, True, False)]
 
 
 def test_a_file_of_its_own_writer_is_the_same_to_us_and_to_llama_cpp(hf, small_tokenizer, tmp_path):
@@ -785,7 +748,7 @@ def test_a_file_of_its_own_writer_is_the_same_to_us_and_to_llama_cpp(hf, small_t
             model.llma(torch.tensor([prompt]))[0][0], hf_logits(hf, prompt), rtol=1e-5, atol=1e-5
         )
     truth = hf_logits(hf, prompt)[-1].log_softmax(-1)
-    ((_, best),) = LlamaCpp(path).greedy(prompt, 1)
+    [[(_, best)]], _ = ask_llama_cpp(path, prompts=[prompt])
     for token, probability in best.items():
         assert abs(probability - truth[token].item()) < 1e-3
 

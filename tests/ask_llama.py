@@ -1,0 +1,72 @@
+"""llama.cpp with a GGUF file, in a process of its own that ends at once: its server's threads are none of the tests'.
+
+Run as a program it reads {"path", "prompts", "count", "texts"} as JSON from its input, and writes {"said", "tokens"}.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Of each token that is said: it, and the most likely ones with their logarithmic probabilities.
+Said = list[tuple[int, dict[int, float]]]
+
+
+def ask_llama_cpp(
+    path: Path, *, prompts: Sequence[Sequence[int]] = (), count: int = 1, texts: Sequence[str] = ()
+) -> tuple[list[Said], list[list[int]]]:
+    """What it says greedily to each of the prompts, and the tokens of each of the texts.
+
+    One thread, everything in float32, no flash attention. A byte's token is never said: the server holds those back
+    until they make up a character.
+    """
+    pytest.importorskip("xllamacpp")
+    asked = {"path": str(path), "prompts": list(map(list, prompts)), "count": count, "texts": list(texts)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    said = [[(token, dict(map(tuple, best))) for token, best in own] for own in found["said"]]
+    return said, found["tokens"]
+
+
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = asked["path"]
+    params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 256, 1, False, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+    never = [[token, False] for token in range(3, 259)]
+    settings = {"temperature": 0, "n_probs": 8, "cache_prompt": False, "samplers": ["top_k"], "top_k": 1}
+    said = []
+    for prompt in asked["prompts"]:
+        own = {"prompt": prompt, "n_predict": asked["count"], "logit_bias": never, **settings}
+        answer = server.handle_completions(own)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        steps = answer["choices"][0]["logprobs"]["content"]
+        said.append([(step["id"], [(own["id"], own["logprob"]) for own in step["top_logprobs"]]) for step in steps])
+    tokens = []
+    for text in asked["texts"]:
+        body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/tokenize", body, header)
+        with urllib.request.urlopen(request) as response:
+            tokens.append(json.load(response)["tokens"])
+    return {"said": said, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"\n{json.dumps(_answer(json.load(sys.stdin)))}\n")
+    sys.stdout.flush()
+    os._exit(0)
