@@ -1,10 +1,15 @@
 """Forms of checkpoints: read where they lie, and written exactly. transformers' own folders are the truth."""
 
+import contextlib
 import json
 import logging
+import os
+import random
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -543,6 +548,33 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "m", "out"]
     convert(tmp_path / "out", tmp_path / "out", mp=4, overwrite=True)  # onto itself
     assert_same(contents(tmp_path / "out"), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    """Both are the same model; each conversion is killed somewhere between its beginning and its end."""
+    config = small_config(n_layers=1)
+    source = write_folder(tmp_path / "m", random_tensors(config, 4), config, files=2)
+    out, forms, rng = tmp_path / "out", ("hf", "accessory"), random.Random(5)
+    begin = time.monotonic()
+    convert(source, out)
+    whole = time.monotonic() - begin
+    seen = set()
+    for number in range(12):
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                convert(source, out, to=forms[number % 2], overwrite=True)
+            os._exit(0)
+        time.sleep(1.5 * whole * rng.random())
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert diff(source, out).same
+        check_manifest(out)
+        seen.add(Folder(out).form)
+    convert(source, out, to="hf", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"], "leavings go with the next one"
+    assert seen <= {"Hugging Face", "converted"}
 
 
 def test_only_a_checkpoint_is_overwritten(tmp_path):
