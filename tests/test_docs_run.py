@@ -114,7 +114,7 @@ def test_what_would_stop_a_reader_is_found_and_named(language: str, code: str, s
     assert str(caught.value).startswith("docs/a.md:2 fails:")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_pages_run_with_little_of_each_training(tiny: tuple[Path, TinyReport], tmp_path: Path) -> None:
     clone(folder := tmp_path / "clone")
     shutil.copytree(tiny[0], folder / "runs" / "tiny")

@@ -74,6 +74,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "save_iteration_interval": (5000, "100", 100),
     "keep_last": (2, "3", 3),
     "keep_models": (None, "4", 4),
+    "export_form": ("accessory", "hf", "hf"),
     "only_save_trainable": (False, "", True),
     "resume": (None, "run", "run"),
     "auto_resume": (False, "", True),

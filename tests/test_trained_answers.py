@@ -44,7 +44,7 @@ ANSWERS = [
     "<s> and </s> and [INST]",
     *(f"{mark}{mark}gamma {number}" for number, mark in enumerate(MARKS[:10])),
 ]
-LENGTH, EPOCHS = 60, 28
+LENGTH, EPOCHS = 60, 40
 
 
 @dataclass(frozen=True)

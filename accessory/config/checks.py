@@ -19,7 +19,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object from a file; errors name the file."""
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path} is no plain file: put the checkpoint's own there")
+        raise ValueError(f"{path} cannot be read as JSON (it is no plain file): put the checkpoint's own there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
