@@ -501,6 +501,13 @@ def test_what_cannot_be_written_is_said_before_anything_is(asked, says, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_run_s_folder_names_its_newest_model(tmp_path):
+    for name in ("epoch2", "epoch10", "epoch9-iter500", "checkpoints"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"such as {re.escape(str(tmp_path))}/epoch10$"):
+        Folder(tmp_path)
+
+
 def test_two_forms_in_a_folder_give_hugging_face_s_and_say_so(hf, small_tokenizer, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     hf.save_pretrained(tmp_path)

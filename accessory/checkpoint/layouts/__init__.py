@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_EXPORTED = re.compile(r"epoch\d+(-iter\d+)?")  # by a training run
 
 # What can be written as a whole model, by the name that --to gives it.
 WRITTEN: dict[str, Layout] = {layout.name: layout for layout in (BASE, SPARSE, MISTRAL, HF, GGUF)}
@@ -91,6 +94,10 @@ def choose_weights(folder: Path, names: Sequence[str], *, called: str | None = N
 def _no_weights(folder: str, names: Sequence[str]) -> str:
     if not names:
         return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
+    models = [name for name in names if _EXPORTED.fullmatch(name)]
+    if models:
+        newest = max(models, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+        return f"{folder} is the folder of a run: give one of the models in it, such as {folder}/{newest}"
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return (
         f"{folder} holds no weights: expected consolidated.00-of-NN.model.pth and so on, consolidated.00.pth, or "
