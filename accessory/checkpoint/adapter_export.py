@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.write import Writer
@@ -56,7 +57,7 @@ def export_adapter(
 
     with new_folder(Path(destination)) as aside:
         Writer(aside, PEFT, args, held=norms | factors, dtype=weights.dtype_of).fill(read)
-        write_json(aside / "adapter_config.json", _config(args, norms=bool(norms)))
+        write_json(aside / ADAPTER_CONFIG, _config(args, norms=bool(norms)))
         if (template := folder.path / TEMPLATE_NAME).is_file():
             shutil.copyfile(template, aside / TEMPLATE_NAME)
 

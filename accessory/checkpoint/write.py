@@ -66,8 +66,8 @@ class Writer:
             dtypes = [layout.coded(source, own) for source, own in zip(sources, dtypes, strict=True)]
         if layout.cut is None:
             sources = _spread(sources, dtypes, math.inf if layout.one_file else LARGEST_FILE)
-        self.files = max((source.file or 0 for source in sources), default=0) + 1
-        self.sources: list[list[Source]] = [[] for _ in range(files or self.files)]
+        files = files or 1 + max((source.file or 0 for source in sources), default=0)
+        self.sources: list[list[Source]] = [[] for _ in range(files)]
         self._dtypes: dict[tuple[int, str], Coding] = {}
         for source, own in zip(sources, dtypes, strict=True):
             assert source.file is not None

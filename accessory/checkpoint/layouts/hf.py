@@ -220,17 +220,18 @@ def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
     for whole, index in zip(_WHOLE, INDEX_NAMES, strict=True):
         stem, dot, ending = whole.partition(".")
         own = [match for match in shards if match["stem"] == stem and match["ending"] == dot + ending]
-        indexed = None
+        named: Mapping[str, str] = {}
         if index in names:
-            indexed = folder / index
-            files = tuple((name,) for name in sorted({*_weight_map(indexed, names).values()}))
+            named = _weight_map(folder / index, names)
+            files = tuple((name,) for name in sorted({*named.values()}))
         elif whole in names:
             files = ((whole,),)
         elif own:
             files = numbered(folder, own, f"{stem}-{{:05d}}-of-{{:05d}}{dot}{ending}", first=1)
         else:
             continue
-        return Found(form="Hugging Face", files=files, layout=partial(_layout, folder, files, indexed), rules=True)
+        layout = partial(_layout, folder / index, named, [name for (name,) in files])
+        return Found(form="Hugging Face", files=files, layout=layout, rules=True)
     return None
 
 
@@ -258,13 +259,13 @@ def _weight_map(path: Path, names: Sequence[str]) -> Mapping[str, str]:
 
 
 def _layout(
-    folder: Path, files: Sequence[tuple[str]], index: Path | None, keys: Keys, args: ModelArgs, probe: int
+    index: Path, named: Mapping[str, str], files: Sequence[str], keys: Keys, args: ModelArgs, probe: int
 ) -> Layout:
+    """The layout of a folder; what its index says (nothing, where it has none) is held against its files."""
     del args, probe
-    if index is not None:
-        places = {name: file for file, (name,) in enumerate(files)}
-        for key, name in _weight_map(index, [path.name for path in folder.iterdir()]).items():
-            if key not in keys(places[name]):
-                raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
-    config = folder / "config.json"
+    held = {name: keys(file).keys() for file, name in enumerate(files if named else ())}
+    for key, name in named.items():
+        if key not in held[name]:
+            raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
+    config = index.with_name("config.json")
     return HF_TIED if config.exists() and read_json(config).get("tie_word_embeddings") else HF

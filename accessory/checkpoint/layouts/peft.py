@@ -68,19 +68,6 @@ def _rows() -> Iterator[Row]:
     yield Row("norm.weight", f"{MODULES['norm']}.weight")
 
 
-# peft (0.19 and later) turns experts one by one itself into updates of transformers 5's fused ones, and other programs
-# read them as they are.
-PEFT = Layout(
-    name="peft",
-    shown="an adapter of peft's",
-    rows=by_parameter(_rows()),
-    cut=None,
-    prefix=PREFIX,
-    strips=PREFIX,
-    file_name=lambda file, files, ending: _FILES[0],
-    config=config_of,
-)
-
 # Of fused experts (E, r, in) lies as (E * r, in), and (E, out, r) as (out, r * E).
 _FUSED_A = Lie(lambda shape: (shape[0] * shape[1], shape[2]), lambda stored, shape, _: stored.view(shape))
 _FUSED_B = Lie(
@@ -132,6 +119,22 @@ class AdapterLayout(Layout):
             yield source
 
 
+# peft (0.19 and later) turns experts one by one itself into updates of transformers 5's fused ones, and other programs
+# read them as they are.
+PEFT = AdapterLayout(
+    name="peft",
+    shown="an adapter of peft's",
+    rows=by_parameter(_rows()),
+    cut=None,
+    prefix=PREFIX,
+    strips=PREFIX,
+    file_name=lambda file, files, ending: _FILES[0],
+    config=config_of,
+    ranks={},
+    factors={},
+)
+
+
 @dataclass(frozen=True)
 class _Module:
     """A module that has an update: its name as peft's patterns meet it, its keys' beginning, and its rank."""
@@ -164,15 +167,9 @@ def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayou
     assert args.peft is not None
     wanted = args.peft.scale
     factors = {f"{module.begins}.lora_B.weight": _scale(module, config) / wanted for module in modules}
-    return AdapterLayout(
-        name=PEFT.name,
-        shown=PEFT.shown,
+    return dataclasses.replace(
+        PEFT,
         rows=by_parameter(rows),
-        cut=None,
-        prefix=PREFIX,
-        strips=PREFIX,
-        file_name=PEFT.file_name,
-        config=PEFT.config,
         pads=True,
         ranks={f"{module.begins}.{factor}.weight": module.rank for module in modules for factor in _FACTORS.values()},
         factors={key: factor for key, factor in factors.items() if not math.isclose(factor, 1, rel_tol=1e-12)},
