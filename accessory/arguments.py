@@ -107,3 +107,17 @@ def given_count(text: str) -> int:
 def given_seed(text: str) -> int:
     """What `torch.manual_seed` takes."""
     return given_number(text, -(2**63), 2**64 - 1, "a whole number from -2^63 to 2^64 - 1")
+
+
+def add_nproc_argument(parser: argparse.ArgumentParser) -> None:
+    """How many ranks of this host a command starts itself."""
+    help_text = "processes to start on this host, one for each GPU; without GPUs they share the CPU (default 1)"
+    parser.add_argument(
+        "--nproc", "--n_gpus", "--n-gpus", dest="ranks", type=given_count, default=1, metavar="N", help=help_text
+    )
+
+
+def add_threads_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """How many threads a rank has on the processor; see `launch.threads.settle_count`."""
+    help_text = "threads of each rank on the processor (default: its share of the cores; under torchrun 1)"
+    parser.add_argument("--threads", type=given_count, metavar="N", help=help_text)

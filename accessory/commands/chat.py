@@ -5,10 +5,10 @@ import io
 import sys
 from typing import Any
 
+from accessory.arguments import add_nproc_argument
 from accessory.serve.options import (
     add_master_arguments,
     add_model_arguments,
-    add_nproc_argument,
     add_template_argument,
     driver_settings,
     form_of,

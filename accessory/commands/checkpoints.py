@@ -2,11 +2,10 @@
 
 import argparse
 import math
-import os
 import sys
 from typing import Any
 
-from accessory.arguments import given_destination, given_name, given_path, given_seed
+from accessory.arguments import add_threads_argument, given_destination, given_name, given_path, given_seed
 from accessory.config.layouts import GGUF_TYPES, LAYOUT_NAMES
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 from accessory.serve.options import DTYPES
@@ -26,6 +25,7 @@ def add_commands(commands: Any) -> None:
     tiny.add_argument("--out", type=given_path, required=True, help="folder to write, e.g. runs/tiny")
     tiny.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the full recipe)")
     tiny.add_argument("--seed", type=given_seed, default=0, help="of the weights and of the order (default 0)")
+    add_threads_argument(tiny)
     tiny.set_defaults(run=_tiny)
 
     split = commands.add_parser(
@@ -152,9 +152,6 @@ def add_config_argument(parser: argparse.ArgumentParser, whose: str = "the folde
 
 
 def _tiny(arguments: argparse.Namespace) -> None:
-    # Read when PyTorch is imported: a thread that waits for another soon lets go of its core. Beside other work on 2
-    # busy cores that made 3.6 steps a second of 0.15.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from accessory.tools.tiny import make_tiny
 
     steps = {} if arguments.steps is None else {"steps": arguments.steps}

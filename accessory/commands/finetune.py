@@ -5,7 +5,7 @@ import logging
 import traceback
 from typing import Any
 
-from accessory.arguments import given_count
+from accessory.arguments import add_nproc_argument
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
 from accessory.train.interruption import Interruption
@@ -36,8 +36,7 @@ def add_commands(commands: Any) -> None:
         formatter_class=_Help,
     )
     add_finetune_flags(finetune)
-    help_text = "processes to start on this host, one for each GPU; without GPUs they share the CPU"
-    finetune.add_argument("--nproc", dest="ranks", type=given_count, default=1, metavar="N", help=help_text)
+    add_nproc_argument(finetune)
     finetune.set_defaults(run=_finetune)
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from accessory.arguments import given_path, given_seed
+from accessory.arguments import add_nproc_argument, given_path, given_seed
 from accessory.commands.output import say, show
 from accessory.files import check_writable, growing
 from accessory.log import global_rank
 from accessory.serve.options import (
     add_model_arguments,
-    add_nproc_argument,
     add_template_argument,
     form_of,
     model_settings,

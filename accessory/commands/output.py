@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
+from accessory.launch.threads import settle_count
 from accessory.log import global_rank
 
 
@@ -34,13 +35,13 @@ def show(text: str) -> None:
 
 
 def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
-    """What a program was given; where that is wrong no rank leaves before all have met.
+    """What a program was given; where that is wrong no rank leaves before all have met. Settles the threads.
 
     Raises:
         SystemExit: the parser has said what is wrong, or shown its help.
     """
     try:
-        return parser.parse_args(given)
+        arguments = parser.parse_args(given)
     except SystemExit as error:
         # With wrong variables of a launcher they cannot meet.
         with contextlib.suppress(ValueError):
@@ -49,6 +50,8 @@ def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argp
 
                 refuse_together("its arguments are wrong")
         raise
+    settle_count(getattr(arguments, "threads", None))
+    return arguments
 
 
 def refuse(error: ValueError) -> NoReturn:

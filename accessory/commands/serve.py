@@ -6,14 +6,13 @@ import os
 import re
 from typing import Any
 
-from accessory.arguments import given_name
+from accessory.arguments import add_nproc_argument, given_name
 from accessory.errors import shown
 from accessory.log import setup_logging
 from accessory.serve.options import (
     LOOPBACK,
     add_batch_arguments,
     add_model_arguments,
-    add_nproc_argument,
     add_template_argument,
     driver_settings,
     form_of,

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from accessory.launch.launcher import PARENT_VARIABLE
+from accessory.launch.threads import COUNT, let_go_early, share_of
 from accessory.parallel.state import check_device
 
 
@@ -91,14 +92,9 @@ def environment_of(placement: Placement) -> dict[str, str]:
     """What all ranks inherit, without another launcher's variables."""
     others = ("SLURM_", "TORCHELASTIC_", PARENT_VARIABLE)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(others)}
-    if placement.on_cpu:
-        threads = max(1, len(os.sched_getaffinity(0)) // placement.size)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        if "OMP_WAIT_POLICY" not in environment:
-            # A thread that waits for another soon lets go of its core. By default it holds it for milliseconds, and
-            # beside a server that wants some of the cores itself a step then took ten times as long.
-            environment.setdefault("GOMP_SPINCOUNT", "1000")
-    elif placement.cards is not None:
+    environment.setdefault(COUNT, str(share_of(placement.size)))
+    let_go_early(environment)
+    if placement.cards is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = seen.split(",") if seen else [str(card) for card in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[card] for card in placement.cards)

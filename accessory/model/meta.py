@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accessory.config import QuantArgs
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
+from accessory.launch.threads import say_if_late
 from accessory.model.balance import RouterStats, TrainingLosses, not_padding, router_losses
 from accessory.model.cross_entropy import cross_entropy
 from accessory.model.dtypes import settle_dtype
@@ -101,6 +102,8 @@ class MetaModel(nn.Module):
             return state, found, settle_dtype(dtype, found.stored_dtype, state)
 
         state, pretrained, chosen_dtype = agreed(members, settle)
+        if state.device.type == "cpu":
+            say_if_late()
         llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
         if state.device.type == "cuda":
             lay_out_for_gpu(llma)

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accessory.arguments import given_count, given_name, given_number
+from accessory.arguments import add_threads_argument, given_count, given_name, given_number
 from accessory.config.quant import add_quant_flags, quant_of_flags
 
 if TYPE_CHECKING:
@@ -74,14 +74,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     group.add_argument(
         *_spellings("expert_placement"), choices=("auto", "expert", "tensor"), default="auto", help=help_text
     )
-
-
-def add_nproc_argument(parser: argparse.ArgumentParser) -> None:
-    """How many ranks hold the model, for a command that starts them itself."""
-    help_text = "processes that hold the model together (default 1)"
-    parser.add_argument(
-        "--nproc", "--n_gpus", "--n-gpus", dest="ranks", type=given_count, default=1, metavar="N", help=help_text
-    )
+    add_threads_argument(group)
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from accessory.arguments import Parser
+from accessory.arguments import Parser, add_threads_argument
 from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
 from accessory.config.layouts import EXPORT_FORMS
 from accessory.config.quant import add_quant_flags, quant_of_flags
@@ -279,6 +279,7 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     help_text = "what is computed again in the backward pass: full (each block), moe (its experts), none"
     group.add_argument("--grad_ckpt_policy", choices=get_args(RecomputePolicy), help=help_text)
     group.add_argument("--device", choices=["cpu", "cuda"], help="by default CUDA where every rank has a card")
+    add_threads_argument(group)
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
