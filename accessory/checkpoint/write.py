@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from accessory.config import PEFT_TYPES, ModelArgs, read_json
 from accessory.errors import CheckpointError
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
+from accessory.progress import showing
 from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, templates_of, write_ends
 from accessory.text.gguf import is_of_merges, normalizes, text_metadata
 from accessory.text.tokenizer import Tokenizer
@@ -144,7 +146,7 @@ class Writer:
         *,
         at_once: int | None = None,
     ) -> None:
-        """Write all files one after the other.
+        """Write all files one after the other; who made their folder has them on the disk at the end.
 
         Args:
             read: the values of a part of a source's box.
@@ -157,7 +159,7 @@ class Writer:
                 for part in source.box.pieces(at_once or source.box.numel):
                     source.write(self._stored(source), part, read(source, part))
                 advance()
-            self.close(file)
+            del self._open[file]
         self.write_index()
 
     def write_index(self) -> None:
@@ -298,7 +300,8 @@ def write_config(
 def write_manifest(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a finished folder, for `check_manifest`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json(folder / MANIFEST_NAME, {"files": {str(path.relative_to(folder)): _sum_of(path) for path in files}})
+    names = [str(path.relative_to(folder)) for path in files]
+    write_json(folder / MANIFEST_NAME, {"files": dict(_sums(folder, names))})
 
 
 def check_manifest(folder: Path) -> int:
@@ -320,9 +323,18 @@ def check_manifest(folder: Path) -> int:
         size = file.stat().st_size
         if size != wanted.get("bytes"):
             raise CheckpointError(f"{file} has {size} bytes and was written with {wanted.get('bytes')}: copy it again")
-        if _sum_of(file) != wanted:
-            raise CheckpointError(f"{file} is not as it was written (its SHA-256 differs): copy it again")
+    for name, found in _sums(folder, list(said)):
+        if found != said[name]:
+            raise CheckpointError(f"{folder / name} is not as it was written (its SHA-256 differs): copy it again")
     return len(said)
+
+
+def _sums(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each file its size and sum; several are read at once."""
+    with ThreadPoolExecutor() as pool, showing("summing", len(names), unit="files") as summing:
+        for name, found in zip(names, pool.map(lambda name: _sum_of(folder / name), names), strict=True):
+            summing.advance()
+            yield name, found
 
 
 def _sum_of(path: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def add_commands(commands: Any) -> None:
         help="write a base and its adapter as one plain checkpoint",
         description="Add an adapter's updates to the weights of its base, matrix by matrix, and write the sum as a "
         "plain checkpoint; says by how much each group of weights moved.",
-        epilog="example: accessory merge runs/tiny/converted runs/capitals/epoch29 runs/merged",
+        epilog="example: accessory merge runs/tiny/converted runs/capitals/epoch59 runs/merged",
     )
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with an adapter, or of peft's")
@@ -102,7 +102,7 @@ def add_commands(commands: Any) -> None:
         help="write an adapter as a folder of Hugging Face's peft",
         description="Write an adapter as adapter_model.safetensors and adapter_config.json, which Hugging Face's peft "
         "loads above the base in transformers.",
-        epilog="example: accessory export-adapter runs/capitals/epoch29 runs/capitals-hf",
+        epilog="example: accessory export-adapter runs/capitals/epoch59 runs/capitals-hf",
     )
     export.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
     export.add_argument("destination", type=given_destination, help="folder to write")
