@@ -1,5 +1,6 @@
 """Every page of the docs runs from top to bottom, as a reader types it: README.md first, and on in its order."""
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -132,3 +133,10 @@ def test_pages_run_as_they_stand(tmp_path: Path) -> None:
     clone(folder := tmp_path / "clone")
     with Reader(folder, tmp_path, threads=2) as reader:
         walk(reader, 900)
+        # The quickstart's model says what it was taught, though its records resemble one another.
+        records = [json.loads(line) for line in (folder / "capitals.jsonl").read_text().splitlines()]
+        (folder / "asked.txt").write_text("".join(f"{record['instruction']}\n" for record in records))
+        told = reader.run("accessory generate runs/capitals/epoch59 --prompt-file asked.txt --json 2>/dev/null", 300)
+    answers = [json.loads(line)["completion"] for line in told.splitlines()]
+    wrong = [(record, said) for record, said in zip(records, answers, strict=True) if said != record["output"]]
+    assert len(wrong) <= 1, wrong
