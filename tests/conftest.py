@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import accessory  # noqa: F401  # first: it says how threads wait, here and in what the tests start
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when PyTorch is imported, here and in what the tests start: a thread that waits for another soon lets go of its
-# core. By default it holds it for milliseconds, in which the other thread may be the one that wants to run.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
