@@ -15,10 +15,10 @@ from accessory.log import global_rank
 
 
 def say(error: Exception) -> None:
-    """One line on standard error, and in torchrun's report."""
+    """One line on standard error, as the log writes its own, and in torchrun's report."""
     text = str(out_of_memory(error) or error)
     report_failure(text)
-    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.write(f"ERROR: {text}\n")
     sys.stderr.flush()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.arguments import Parser, given_name
+from accessory.commands.output import say
 from accessory.data.readers import READERS, Record, read_records
 from accessory.data.records import Instruction, Talk, read_said
 from accessory.files import parents_of, replacing
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = convert_data(given.dataset, given.source, given.target)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(error)
         return 1
     if outcome.left_out:
         logger.warning("%d records are left out, the first of them:", outcome.left_out)
