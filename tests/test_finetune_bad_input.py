@@ -194,7 +194,7 @@ def _(folder, good):
 # -- the data
 
 
-@case("data yaml missing", "no data yaml", "absent.yaml", "check --data_config")
+@case("data yaml missing", "no data yaml", "absent.yaml", "check the path")
 def _(folder, good):
     return {"data_config": folder / "absent.yaml"}
 
