@@ -112,7 +112,8 @@ class StopSignals:
         if not self._waits or self.asked is not None:
             raise _end_by(signal.Signals(number))
         self.asked = signal.Signals(number)
-        logger.info("%s: ending the step and saving it; another one ends at once", self.asked.name)
+        name = "Ctrl-C" if number == signal.SIGINT else self.asked.name
+        logger.info("%s: ending the step and saving it; another one ends at once", name)
 
 
 def _end_by(number: signal.Signals) -> BaseException:
