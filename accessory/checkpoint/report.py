@@ -101,7 +101,7 @@ def _opened(path: Path) -> Folder:
     try:
         return Folder(path)
     except CheckpointError as error:
-        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         config = next((path / name for name in CONFIG_FILES if name in names), None)
         if config is None or find_weights(path, names):
             raise
