@@ -45,6 +45,7 @@ demo: coming $(TINY)/converted
 		| tee $(TINY)/two.txt
 	cmp $(TINY)/one.txt $(TINY)/two.txt
 	@echo "1 and 2 processes wrote the same text."
+	@echo "Next: source $(VENV)/bin/activate, then go on with docs/quickstart.md."
 
 # What is still to come, before it begins.
 coming:

@@ -15,11 +15,21 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says what is wrong in one line, once, however many ranks were started with it.
 
     An unknown option or command is said first, with the known one that is nearest: what argparse would complain of, a
-    required option, is then mostly the one that was misspelt.
+    required option, is then mostly the one that was misspelt. What is missing is said of all that is.
+
+    Attributes:
+        needed: options of which one at least must be given, though the parser lets it pass: whoever looks at them says
+            more than it can. It names the first, and the others as well, beside what it misses itself.
     """
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.needed: list[tuple[str, ...]] = []
+        self._given: Sequence[str] = ()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        self._refuse_unknown(sys.argv[1:] if args is None else list(args))
+        self._given = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(self._given)
         return super().parse_known_args(args, namespace)
 
     def print_help(self, file: Any = None) -> None:
@@ -28,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; rank 0 says why."""
+        if message.startswith("the following"):
+            message = ", ".join([message, *self._missing()])
         where = (
             f"; see {self.prog} --help"
             if message.startswith(("unknown option", "the following", "one of the arg", "unrec"))
@@ -36,6 +48,18 @@ class Parser(argparse.ArgumentParser):
         text = f"{self.prog}: error: {message}{where}"
         report_failure(text)
         self.exit(2, f"{text}\n" if global_rank() == 0 else None)
+
+    def _missing(self) -> Iterator[str]:
+        """Options of which one must be given, and none is, each with those that may stand in its place."""
+        exclusive = [
+            tuple(action.option_strings[0] for action in group._group_actions)
+            for group in self._mutually_exclusive_groups
+            if group.required
+        ]
+        given = [option for option, _ in self._options_among(self._given)]
+        for names in (*exclusive, *self.needed):
+            if not any(name.startswith(option) for option in given for name in names):
+                yield names[0] + (f" (or {', '.join(names[1:])})" if names[1:] else "")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -60,9 +60,16 @@ def nearest(name: Any, known: Iterable[str], *, likeness: float = 0.6) -> str:
     Example: nearest("ratoi", ["path", "ratio"]) is " (did you mean ratio?)".
     """
     # Capitals and the two ways to join words are no other names, and what all options begin with is not likeness.
-    plain = {_plain(other): other for other in known}
-    found = difflib.get_close_matches(_plain(str(name)[:100]), plain, n=1, cutoff=likeness)
-    return f" (did you mean {plain[found[0]]}?)" if found else ""
+    given, plain = str(name)[:100], dict[str, list[str]]()
+    for other in known:
+        plain.setdefault(_plain(other), []).append(other)
+    found = difflib.get_close_matches(_plain(given), plain, n=1, cutoff=likeness)
+    if not found:
+        return ""
+    # Of several spellings the one with the joints that were typed, else the first.
+    joint = next((mark for mark in "-_" if mark in given.lstrip("-")), "")
+    spellings = plain[found[0]]
+    return f" (did you mean {next((one for one in spellings if joint in one.lstrip('-')), spellings[0])}?)"
 
 
 def unknown(what: str, name: Any, known: Iterable[str]) -> str:

@@ -44,6 +44,12 @@ def setup_logging(rank: int | None = None, *, level: int = logging.INFO, file: P
     logger.propagate = False
 
 
+def say_error(text: str) -> None:
+    """One line on standard error as the log writes its own, also where no log is set up or it is told to be silent."""
+    sys.stderr.write(f"ERROR: {text}\n")
+    sys.stderr.flush()
+
+
 def say_once(logger: logging.Logger, level: int, message: str) -> None:
     """Log ``message`` unless this process has logged the same text before."""
     if message not in _said:

@@ -8,7 +8,8 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -19,8 +20,11 @@ logger = logging.getLogger(__name__)
 
 # Seconds between lines.
 INTERVAL = 10.0
-# What the first units take tells little of the rest: they open files, or are the largest.
-_FEW = 3
+# What the first advances take tells little of the rest: they open files, allocate, compile, or are the largest. Nothing
+# is said of the pace before as many more have been measured, or for so many seconds.
+_FEW, _ENOUGH = 3, 10.0
+# The pace is that of the last seconds, or of the last marks where these are further back; a mark is set once a second.
+_RECENT, _MARKS, _APART = 60.0, 10, 1.0
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -71,12 +75,22 @@ class Pace:
 
     def __init__(self, total: int | None, *, done: int = 0, clock: Clock = time.monotonic) -> None:
         self.total, self.done, self._clock = total, done, clock
-        self._since = self._said_at = clock()
-        self._first = done
+        self._begin = self._said_at = self._at = clock()
+        self._advances = 0
+        self._marks: deque[tuple[float, int, int]] = deque()  # when so much was done, in so many advances
 
-    def restart(self) -> None:
-        """Count from here on: what went before was slower than what comes."""
-        self._since, self._first = self._clock(), self.done
+    def advance(self, count: int) -> None:
+        """So much more is done."""
+        self.done += count
+        self._advances += 1
+        self._at = self._clock()
+        marks = self._marks
+        if self._advances <= _FEW and self.rate is None:
+            marks.clear()
+        if not marks or self._at - marks[-1][0] >= _APART:
+            marks.append((self._at, self.done, self._advances))
+        while len(marks) > _MARKS and self._at - marks[1][0] >= _RECENT:
+            marks.popleft()
 
     @property
     def due(self) -> bool:
@@ -89,14 +103,16 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since the begin, or the last `restart`."""
-        return self._clock() - self._since
+        """Since the begin."""
+        return self._clock() - self._begin
 
     @property
     def rate(self) -> float | None:
-        """Units a second; None before one is done."""
-        count, seconds = self.done - self._first, self.seconds
-        return count / seconds if count > 0 and seconds > 0 else None
+        """Units a second, of late; None before enough is done to tell."""
+        at, done, advances = self._marks[0] if self._marks else (self._at, self.done, self._advances)
+        seconds = self._at - at
+        told = self._advances - advances >= _FEW or seconds >= _ENOUGH
+        return (self.done - done) / seconds if told and self.done > done and seconds > 0 else None
 
     @property
     def left(self) -> float | None:
@@ -115,16 +131,16 @@ class Lines(Progress):
         self, what: str, total: int | None, *, unit: str, done: int = 0, clock: Clock = time.monotonic
     ) -> None:
         self._what, self._unit, self._pace = what, unit, Pace(total, done=done, clock=clock)
-        self._spoke, self._note, self._few = False, "", done + _FEW
+        self._spoke, self._note = False, ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self._pace.done += count
+        self._pace.advance(count)
         self._note = f"; {note}" if note else ""
         if self._pace.due and self._pace.done != self._pace.total:
             rate, left = self._pace.rate, self._pace.left
             how_fast = "" if rate is None else f", {in_digits(rate)} a second"
             how_long = "" if left is None else f", {duration(left)} left"
-            self._say(how_fast + how_long if self._pace.done >= self._few else "")
+            self._say(how_fast + how_long)
             self._pace.said()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -154,14 +170,28 @@ class _Bar(Progress):
 
 
 def bar(stack: contextlib.ExitStack, **settings: Any) -> "tqdm[None]":
-    """A bar of tqdm on standard error, until the stack is closed; the package's log lines are written above it."""
+    """A bar of tqdm on standard error, until the stack is closed; the package's log lines are written above it.
+
+    Its rate and the time left are `Pace`'s: tqdm's own begin with what the first steps took.
+    """
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
+
+    pace = Pace(settings.get("total"), done=settings.get("initial", 0))
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            pace.advance(int(n or 0))
+            return super().update(n)
+
+        @property
+        def format_dict(self) -> MutableMapping[str, Any]:
+            return {**super().format_dict, "rate": pace.rate or 0.0}  # 0 is shown as ?
 
     package = logging.getLogger(__name__.partition(".")[0])
     if package.handlers:
         stack.enter_context(logging_redirect_tqdm([package]))
-    return stack.enter_context(tqdm(file=sys.stderr, dynamic_ncols=True, **settings))
+    return stack.enter_context(Bar(file=sys.stderr, dynamic_ncols=True, **settings))
 
 
 def duration(seconds: float) -> str:

@@ -263,7 +263,7 @@ def test_a_disk_that_refuses_is_one_line(limit, released, tmp_path):
     command = [sys.executable, "-c", LIMITED, str(limit), source, out]
     done = run_command(command)
     assert done.returncode == 1, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]
+    assert [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] == [done.stderr.splitlines()[-1]]
     assert "Traceback" not in done.stderr
     assert "consolidated.00-of-02.model.pth" in done.stderr
     assert "or choose another destination" in done.stderr

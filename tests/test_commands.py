@@ -44,7 +44,7 @@ def good(*command: str | Path, cwd: Path | None = None, seconds: float = 90) -> 
     """Standard output of a command that must succeed without a word of trouble."""
     done = run_command(command, cwd=cwd, seconds=seconds)
     assert done.returncode == 0, done.stderr
-    for word in ("Traceback", "Warning", "error:"):
+    for word in ("Traceback", "Warning", "ERROR:"):
         assert word not in done.stderr, done.stderr
     return done.stdout
 
@@ -54,9 +54,9 @@ def refused(*command: str | Path, cwd: Path | None = None, says: tuple[str, ...]
     done = run_command(command, cwd=cwd, seconds=seconds)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    errors = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
     assert len(errors) == 1, done.stderr
-    assert errors[0].startswith("error: ")
+    assert errors[0].startswith("ERROR: ")
     assert all(text in errors[0] for text in says), errors[0]
     return done.stderr
 
@@ -235,7 +235,8 @@ def tiny(tmp_path_factory) -> Path:
     """A barely trained tiny model."""
     folder = tmp_path_factory.mktemp("runs") / "deep" / "tiny"
     output = good(*SCRIPT, "tiny", "--out", folder, "--steps", "3", seconds=200)
-    assert re.search(rf"wrote {folder}: [\d,]+ parameters, loss [\d.]+, lightest expert", output)
+    says = r"[\d,]+ parameters, loss [\d.]+ on documents that were held back from the training, lightest expert"
+    assert re.search(f"wrote {folder}: {says}", output)
     return folder
 
 
@@ -284,6 +285,53 @@ def test_split_as_the_reference_page_says(tiny, tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_only_what_can_overwrite_names_the_option(folder, tmp_path, capsys):
+    for name in ("checkpoint", "other"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(folder, tmp_path / "checkpoint", dirs_exist_ok=True)
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    way_out = "exists already: remove it first or choose another destination"
+    for words, name, more in (
+        (["convert", str(folder)], "checkpoint", ", or give --overwrite"),
+        (["convert", str(folder)], "other", ""),  # which would be refused with it as well
+        (["split", str(folder)], "checkpoint", ""),
+        (["quantize", "--quant", "int8", str(folder)], "checkpoint", ""),
+        (["tiny", "--out"], "checkpoint", ""),
+    ):
+        assert main([*words, str(tmp_path / name)]) == 1
+        assert capsys.readouterr().err == f"ERROR: {tmp_path / name} {way_out}{more}\n"
+
+
+# Each of a path that is absent, and of a file of another kind: one line that says what is wanted.
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "{}"],
+        ["generate", "{}", "--prompt", "x"],
+        ["quantize", "{}", "out"],
+        ["convert", "{}", "out"],
+        ["split", "{}", "out"],
+        ["merge", "{}", "{}", "out"],
+        ["export-adapter", "{}", "out"],
+        ["diff", "{}", "{}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_of_another_kind(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("# Read me\n")
+    Path("model.safetensors").write_bytes(b"\0" * 100)
+    for path, says in (
+        ("nowhere", "checkpoint folder nowhere does not exist: check the path"),
+        ("README.md", "README.md is a file, and no checkpoint's folder: give one"),
+        ("model.safetensors", "model.safetensors is a file: give the folder that holds it"),
+    ):
+        assert main([word.format(path) for word in words]) == 1
+        said = capsys.readouterr()
+        assert (said.out, said.err) == ("", f"ERROR: {says}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.safetensors"]
+
+
 def test_split_refuses(tiny, tmp_path):
     says = ("cannot write 3 shards", "n_heads 16 is not a multiple of 3", "Numbers that work: [1, 2, 4, 8]")
     refused(*MODULE, "split", tiny, tmp_path / "out", "--mp", "3", says=says)
@@ -297,7 +345,7 @@ def test_split_refuses_a_folder_that_cannot_be_replaced(folder, tmp_path, capsys
     assert main(["split", str(folder), "."]) == 1
     assert (
         capsys.readouterr().err
-        == f"error: {tmp_path} is the current folder, which cannot be replaced: name a new folder in it\n"
+        == f"ERROR: {tmp_path} is the current folder, which cannot be replaced: name a new folder in it\n"
     )
     (tmp_path / "volume").mkdir()
     with monkeypatch.context() as patched:
@@ -335,7 +383,7 @@ def test_torchrun_prints_the_same_once(processes, folder, texts):
     done = run_command(torchrun(processes, "generate", folder, *asked(*prompts)), seconds=150)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "error:" not in done.stderr
+    assert "ERROR:" not in done.stderr
     assert done.stdout == (f"{texts[0]}\n" if processes == 2 else labelled(texts))
 
 
@@ -395,7 +443,7 @@ def test_a_lack_of_memory_is_one_line(step, error, facts, folder, capsys, monkey
     assert main(["generate", str(folder), "--prompt", "a", "--device", "cpu"]) == 1
     told = capsys.readouterr()
     assert told.out == ""
-    says = f"error: out of memory{facts}: hold the model on more ranks or in fewer bits (quant), or let it do less"
+    says = f"ERROR: out of memory{facts}: hold the model on more ranks or in fewer bits (quant), or let it do less"
     assert told.err.splitlines()[-1].startswith(says)
     assert "Traceback" not in told.err
 
@@ -416,14 +464,14 @@ def test_generate_refuses_once_under_torchrun(processes, folder, tmp_path):
     done = run_command(command, seconds=150)
     assert done.returncode != 0
     assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
     assert len(errors) == 1, done.stderr
     assert all(text in errors[0] for text in says), errors[0]
     # The one traceback is torchrun's.
     assert done.stderr.count("Traceback") == 1
     assert re.search(r"Traceback .*\n  File \"\S+/torchrun", done.stderr)
     # Its report of what came first ends with our line, above the last rule.
-    assert done.stderr.splitlines()[-2] == f"  traceback : {errors[0].removeprefix('error: ')}"
+    assert done.stderr.splitlines()[-2] == f"  traceback : {errors[0].removeprefix('ERROR: ')}"
 
 
 @pytest.mark.parametrize(
@@ -438,7 +486,7 @@ def test_commands_of_one_process_refuse_a_launcher_once(command, says, folder, t
     done = run_command(torchrun(2, command, *arguments), seconds=150)
     assert done.returncode != 0
     assert done.stdout == ""
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [f"error: {says}"], done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] == [f"ERROR: {says}"], done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -670,7 +670,7 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
                 "num_local_experts": 8,
             },
             "46,702,792,704, of which 12,879,925,248 active",
-            "bf16 11.68 GB, int8 5.88 GB, int4 3.24 GB",
+            "bf16 11.68 GB, int8 5.88 GB, int4 3.24 GB, nf4 3.33 GB",
         ),
         (
             {
@@ -685,7 +685,7 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
                 "moe": {"num_experts_per_tok": 2, "num_experts": 8},
             },
             "140,630,071,296, of which 39,161,468,928 active",
-            "bf16 35.16 GB, int8 17.65 GB, int4 9.69 GB",
+            "bf16 35.16 GB, int8 17.65 GB, int4 9.69 GB, nf4 9.97 GB",
         ),
     ],
     ids=["8x7B", "8x22B"],
@@ -696,3 +696,9 @@ def test_a_config_alone_says_parameters_and_bytes(content, parameters, at_8, tmp
     lines = list(describe(path))
     assert any(parameters in line for line in lines)
     assert lines[-1] == f"at mp 8     each rank {at_8}"
+    with pytest.raises(CheckpointError, match=rf"holds no weights: .*; accessory inspect {path} says its sizes$"):
+        list(describe(tmp_path))
+    other = path.rename(tmp_path / "other.json")
+    other.write_text('{"dim": 3}')
+    with pytest.raises(ValueError, match="takes a checkpoint's folder, or its config"):
+        list(describe(other))

@@ -476,5 +476,5 @@ def test_the_home_of_an_unknown_user(tmp_path: Path) -> None:
 
 
 def test_an_absent_config(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no data yaml .*absent\.yaml: check --data_config"):
+    with pytest.raises(FileNotFoundError, match=r"no data yaml .*absent\.yaml: check the path"):
         read_data_config(tmp_path / "absent.yaml")

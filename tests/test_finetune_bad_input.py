@@ -194,7 +194,7 @@ def _(folder, good):
 # -- the data
 
 
-@case("data yaml missing", "no data yaml", "absent.yaml", "check --data_config")
+@case("data yaml missing", "no data yaml", "absent.yaml", "check the path")
 def _(folder, good):
     return {"data_config": folder / "absent.yaml"}
 
@@ -482,18 +482,39 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("left", ["all", "a model"])
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        ("all", "a finished run (2 steps, newest model epoch0-iter2): {anew}"),
+        ("all, to the end of its epochs", "a finished run (1 epochs, newest model epoch0): {anew}"),
+        ("a model", "models of an earlier run without its training states (newest model epoch0-iter2): {anew}"),
+        ("no model", "a run that was stopped (step-00000002, no model): {on}"),
+        ("a part", "a run that was stopped (step-00000002, newest model epoch0-iter2): {on}"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_folder_of_an_earlier_run_is_left_alone(left, size, good, earlier, ranks, tmp_path):
+def test_a_folder_of_an_earlier_run_is_left_alone(left, says, size, good, earlier, ranks, tmp_path):
     output = Path(shutil.copytree(earlier, tmp_path / "run"))
     if left == "a model":
         shutil.rmtree(output / "checkpoints")
+    elif left == "no model":
+        shutil.rmtree(output / "epoch0-iter2")
+    elif left != "all":
+        options = json.loads((output / "options.json").read_text())
+        changes = {"max_steps": 3} if left == "a part" else {"epochs": 1}
+        (output / "options.json").write_text(json.dumps(options | changes))
+    if left == "all, to the end of its epochs":
+        (output / "epoch0-iter2").rename(output / "epoch0")
+        (index,) = output.glob("checkpoints/*/state.json")
+        state = json.loads(index.read_text())
+        state["progress"]["sampler"]["examples"] = 2 * state["progress"]["sampler"]["global_batch"]
+        index.write_text(json.dumps(state))
     before = contents(output)
     answers = ranks(size).run(outcome, good, good.arguments(output, max_steps=3, seed=1))
     text = alike([text for _, text, _ in answers])
-    name = "step-00000002" if left == "all" else "epoch0-iter2"
-    assert f"output_dir {output} holds an earlier run ({name})" in text
-    assert text.endswith("go on with it by --auto_resume, or choose another output_dir")
+    anew = "choose another --output_dir, or remove it"
+    on = "go on with it by --auto_resume, or choose another --output_dir"
+    assert text == f"output_dir {output} holds {says.format(anew=anew, on=on)}"
     assert contents(output) == before
 
 

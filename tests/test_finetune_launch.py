@@ -292,7 +292,7 @@ def test_scripts_are_sound(script):
     [
         (("--lr", "nan"), 1, "ERROR: --lr is nan: give a finite number"),
         (("--xyzzy",), 2, "main_finetune.py: error: unknown option --xyzzy; see main_finetune.py --help"),
-        (("--data_config", "/absent.yaml"), 1, "ERROR: no data yaml /absent.yaml: check --data_config"),
+        (("--data_config", "/absent.yaml"), 1, "ERROR: no data yaml /absent.yaml: check the path"),
     ],
 )
 def test_wrong_arguments_are_said_once_under_srun(wrong, code, says, setting, tmp_path):

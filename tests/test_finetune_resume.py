@@ -1,7 +1,6 @@
 """Finetuning that is stopped and gone on with: the same losses and the same weights as in one go."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,11 +194,11 @@ def test_a_run_that_begins_finds_no_other_runs_models(
     for changes in ({}, {"resume": stopped}):
         arguments = setting.arguments(output, **LAYOUTS["2 x 2"], **changes)
         for _, text in ranks(4).run(error_on_rank, setting, arguments):
-            assert re.search(r"holds an earlier run \(\S+\): go on with it by --auto_resume", text)
+            assert "holds a finished run (13 steps, newest model epoch1-iter12): choose another --output_dir" in text
     shutil.rmtree(output / "checkpoints")  # without its states a finished run cannot be gone on with
     arguments = setting.arguments(output, **LAYOUTS["2 x 2"], auto_resume=True)
     for _, text in ranks(4).run(error_on_rank, setting, arguments):
-        assert "holds an earlier run (epoch1-iter12)" in text
+        assert "holds models of an earlier run without its training states (newest model epoch1-iter12)" in text
     assert contents(output) == before
 
 

@@ -230,5 +230,5 @@ def test_what_makes_no_sense_is_said_before_the_model_is_loaded(
     code, out, err = run(folder, *arguments)
     assert (code, out) == (1, "")
     (line,) = err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("ERROR: ")
     assert says in line

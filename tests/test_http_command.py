@@ -150,7 +150,7 @@ def test_a_dead_rank_is_said_and_ends_the_program(folder: Path) -> None:
             assert_error(answer, 503, "rank")
         assert program.wait(30) == 1
         program.wait_for_all(5)
-    assert len([line for line in program.lines if line.startswith("error: ")]) == 1
+    assert len([line for line in program.lines if line.startswith("ERROR: ")]) == 1
     assert "Traceback" not in program.text
 
 
@@ -201,7 +201,7 @@ def test_a_gpu_that_is_not_there_is_said_first(
     else:
         code = main([name, str(folder), *more, "--device", device])
     assert code == 1
-    says = f"error: the device {device} was asked for, but PyTorch sees no CUDA device: give the device cpu"
+    says = f"ERROR: the device {device} was asked for, but PyTorch sees no CUDA device: give the device cpu"
     assert capsys.readouterr().err.splitlines() == [says]
 
 
@@ -253,7 +253,7 @@ def test_settings_that_make_no_sense(
 ) -> None:
     assert main(["serve", str(folder), *arguments]) == 1
     *logged, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("ERROR: ")
     assert says in line
     assert not [other for other in logged if "chats are put into the form" not in other]
 
@@ -263,7 +263,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert len(errors) == 1, done.stderr
-    assert errors[0].startswith("error: ")
+    assert errors[0].startswith("ERROR: ")
     assert str(tmp_path / "none") in errors[0]
 
 

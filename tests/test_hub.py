@@ -369,7 +369,7 @@ def test_commands_take_such_a_path(
     capsys.readouterr()
     assert main(["inspect", "hf://org/absent"]) == 1
     assert capsys.readouterr().err == (
-        "error: hf://org/absent does not exist: check the name; of a private one, log in with `hf auth login`, or set "
+        "ERROR: hf://org/absent does not exist: check the name; of a private one, log in with `hf auth login`, or set "
         "HF_TOKEN\n"
     )
     with pytest.raises(SystemExit):

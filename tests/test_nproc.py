@@ -194,7 +194,7 @@ def test_gpus_that_are_not_there_are_said_once(folder: Path, capsys: pytest.Capt
     given = ["generate", str(folder), "--prompt", "a", "--device", "cuda", "--nproc", "2"]
     assert cli.main(given) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: ")
+    assert said.startswith("ERROR: ")
     assert said.endswith(": give the device cpu")
 
 
@@ -231,7 +231,7 @@ def test_torchruns_report_ends_with_what_a_program_has_said(
         assert program(arguments) != 0
     said = capsys.readouterr().err.splitlines()[-1]
     report = report_of(error_file)
-    assert report[-2] == f"  traceback : {said.removeprefix('error: ').removeprefix('ERROR: ')}"
+    assert report[-2] == f"  traceback : {said.removeprefix('ERROR: ')}"
     assert not list(error_file.parent.glob("error.json.*"))
 
 

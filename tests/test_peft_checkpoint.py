@@ -294,5 +294,9 @@ def test_inspect_says_what_the_adapters_are(folders: Folders, small_tokenizer: P
     for folder in (tmp_path / "whole", folders.adapter):
         lines = "\n".join(describe(folder, check_values=True))
         assert f"adapters    {count:,} parameters: lora_rank 4, bias_tuning True, norm_tuning True" in lines
-    assert "an adapter alone" in lines
+    held = sum(tensor.numel() for name, tensor in folders.adapter_tensors.items())
+    assert f"holds       {held:,} parameters, an adapter alone: it loads behind the folder of its base" in lines
+    both = [line for line in lines.splitlines() if line.startswith(("parameters", "at mp"))]
+    assert len(both) == 5
+    assert all(line.endswith("base and adapter together") for line in both)
     assert PEFT["lora_alpha"] == 6

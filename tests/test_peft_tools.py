@@ -301,7 +301,7 @@ def test_export_onto_a_full_disk_is_one_line(folders: Folders, tmp_path: Path) -
     done = run_command([sys.executable, "-c", program, "export-adapter", folders.plain, tmp_path / "hf"])
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("ERROR: ")
     assert "adapter_model.safetensors cannot be written: free space, or choose another destination" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -457,5 +457,5 @@ def test_the_commands(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export-adapter", str(folders.adapter), str(tmp_path / "no")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ")
+    assert captured.err.startswith("ERROR: ")
     assert len(captured.err.splitlines()) == 1

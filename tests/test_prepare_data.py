@@ -154,7 +154,7 @@ def test_what_cannot_be_converted(
         convert_data("evol-codealpaca", tmp_path / name, target)
     assert main(["evol-codealpaca", str(tmp_path / name), str(target)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("ERROR: ")
     assert error.count("\n") == 1
     assert target.read_text() == "as before"
     assert not list(tmp_path.glob("*.tmp"))
@@ -187,7 +187,7 @@ def test_as_a_program(tmp_path: Path) -> None:
     command[4] = "absent.jsonl"
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == "error: no data file absent.jsonl: check the path\n"
+    assert done.stderr == "ERROR: no data file absent.jsonl: check the path\n"
 
 
 @pytest.mark.parametrize("program", [main, docstring_dialogues.main], ids=["prepare_data", "docstring_dialogues"])

@@ -75,5 +75,5 @@ def test_a_page_that_starts_its_ranks_is_refused_on_those_of_a_launcher(tmp_path
         for place in by_hand(2)
     ]
     said = [rank.communicate(timeout=90)[1] for rank in ranks]
-    assert said == ["error: multi_turn.py starts its ranks itself: give --n_gpus N in place of torchrun\n", ""]
+    assert said == ["ERROR: multi_turn.py starts its ranks itself: give --n_gpus N in place of torchrun\n", ""]
     assert [rank.returncode for rank in ranks] == [1, 1]

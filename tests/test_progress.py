@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import accessory
-from accessory.progress import Lines, duration, in_digits, showing
+from accessory.progress import Lines, Pace, duration, in_digits, showing
 
 ROOT = Path(accessory.__file__).parent
 
@@ -74,21 +74,45 @@ def test_short_work_says_nothing(log: pytest.LogCaptureFixture) -> None:
 def test_work_that_goes_on_counts_its_pace_from_where_it_began_again(log: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     work = Lines("training", 2400, unit="steps", done=2000, clock=clock)
-    clock.now += 20
-    work.advance(10)
-    assert said(log) == ["training: 2,010 of 2,400 steps, 0.5 a second, 13 min 0 s left"]
+    for _ in range(2):
+        clock.now += 20
+        work.advance(10)
+    assert said(log) == [
+        "training: 2,010 of 2,400 steps",
+        "training: 2,020 of 2,400 steps, 0.5 a second, 12 min 40 s left",
+    ]
+
+
+# Seconds of each unit, and what is said to be left after so many of them; "" where nothing is.
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [
+        ([60], ""),
+        ([60, 1], ""),
+        ([60, 1, 1, 1], ""),
+        ([60, 5, 2, 1, 1, 1], "1 min 34 s"),  # the first three tell nothing
+        ([60, 20], "32 min 40 s"),  # slow ones tell sooner
+        ([60, *[1] * 40, *[2] * 50], "20 s"),  # at the pace of late
+    ],
+)
+def test_the_time_left_is_that_at_the_pace_of_late(seconds: list[float], left: str) -> None:
+    clock = Clock()
+    pace = Pace(100 if len(seconds) < 90 else 101, clock=clock)
+    for each in seconds:
+        clock.now += each
+        pace.advance(1)
+    assert ("" if pace.left is None else duration(pace.left)) == left
 
 
 def test_work_without_a_known_end_says_how_far_it_is(log: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     with Lines("checking a.json", None, unit="records", clock=clock) as work:
-        clock.now += 10
-        work.advance(12_000)
-        clock.now += 5
-        work.advance(1)
+        for _ in range(12):
+            clock.now += 1
+            work.advance(1200)
     assert said(log) == [
         "checking a.json: 12,000 records, 1,200 a second",
-        "checking a.json: 12,001 records in 15 s",
+        "checking a.json: 14,400 records in 12 s",
     ]
 
 

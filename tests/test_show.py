@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,9 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Show:
         told = capsys.readouterr()
         assert code == 0
         assert all(line.startswith('INFO: chats are put into the form "') for line in told.err.splitlines())
-        return told.out
+        text, _, end = told.out.rstrip("\n").rpartition("\n")
+        assert re.fullmatch(rf"--- shown: \d+ of {len(records)} records of data.json", end)
+        return f"{text}\n"
 
     return shown
 
@@ -86,7 +89,7 @@ def test_what_is_learned_has_a_colour_on_a_terminal(tmp_path: Path) -> None:
     text, tokens = SHOWN.replace("⟦", "\x1b[30;42m").replace("⟧", "\x1b[0m"), told.partition("\n  ")[2]
     assert text in told
     assert "⟦" not in told
-    assert tokens.endswith("\n  \x1b[30;42m2 '</s>'\x1b[0m\n")
+    assert tokens.endswith("\n  \x1b[30;42m2 '</s>'\x1b[0m\n--- shown: 1 of 1 records of data.json\n")
 
 
 def test_the_tokens_are_those_that_are_trained(show: Show) -> None:
@@ -112,7 +115,11 @@ def test_a_limit_counts_the_examples_of_each_source(tmp_path: Path, capsys: pyte
     command = ["show", str(tmp_path / "both.yaml"), "--model", str(MODEL)]
     for words, count in (([], 5), (["--limit", "2"], 2), (["--limit", "99"], 9)):
         assert main([*command, *words]) == 0
-        heads = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+        told = capsys.readouterr().out
+        assert re.findall("--- shown: (.*)", told) == [
+            f"{count} of 9 records of {name}" for name in ("a.json", "b.jsonl")
+        ]
+        heads = [line.split(":")[0] for line in told.splitlines() if re.match("--- [^s]", line)]
         places = range(1, count + 1)
         assert heads == [*(f"--- a.json, record {n}" for n in places), *(f"--- b.jsonl, line {n}" for n in places)]
 
@@ -156,7 +163,7 @@ def test_faults_before_an_unknown_field_are_told_first(tmp_path: Path, capsys: p
     told = capsys.readouterr()
     assert told.out.index(SHOWN) < told.out.index("--- left out: data.jsonl, line 1: it is 3, not an object")
     fix = "(or what follows it) has the unknown ['foo', 'baz']: pass --ignore_fields foo,baz"
-    assert told.err == f"error: {tmp_path}/data.jsonl, line 3: it {fix}\n"
+    assert told.err == f"ERROR: {tmp_path}/data.jsonl, line 3: it {fix}\n"
 
 
 def test_an_input_that_the_prompt_leaves_out_is_told(show: Show) -> None:
@@ -195,7 +202,7 @@ def test_options_are_those_of_training(show: Show, tmp_path: Path, capsys: pytes
     noted = {**WHY, "notes": "a", "score, all": 3}
     assert main(["show", str(yaml_of(tmp_path, [noted])), "--model", str(MODEL)]) == 1
     told = capsys.readouterr()
-    assert told.err.startswith(f"error: {tmp_path}/data.json, record 1: it has the unknown ['notes', ")
+    assert told.err.startswith(f"ERROR: {tmp_path}/data.json, record 1: it has the unknown ['notes', ")
     assert SHOWN in show([{**WHY, "notes": "a", "more": 3}], "--ignore_fields notes,more")
     assert main(["show", str(yaml_of(tmp_path, [alpaca, WHY])), "--model", str(MODEL)]) == 1
     told = capsys.readouterr()
@@ -232,7 +239,13 @@ def test_control_characters_of_the_data_are_harmless(show: Show) -> None:
     ("words", "says"),
     [
         ([], "not valid YAML"),
-        (["--model", "/absent"], "/absent"),
+        (["--model", "/absent"], "--model /absent does not exist: give a checkpoint's folder, or a tokenizer's file"),
+        (
+            ["--model", __file__],
+            "test_show.py is not a whole sentencepiece model: copy or download it again, or give --m",
+        ),
+        (["--model", str(MODELS.parent)], "holds neither tokenizer.model nor tokenizer.json: copy it there"),
+        (["absent.yaml"], "no data yaml absent.yaml: check the path"),
         (["--chat_template", "vicuna"], "chat_template 'vicuna' is no file and unknown as a name"),
         (["--chat_template", "model"], "no chat template lies in"),
     ],
@@ -243,10 +256,11 @@ def test_what_is_wrong_is_said_in_one_line(
     file = yaml_of(tmp_path, [WHY])
     if not words:
         file.write_text("META: [{path: data.json")
-    assert main(["show", str(file), "--model", str(MODEL), *words]) == 1
+    data = [str(file)] if len(words) != 1 else []
+    assert main(["show", *data, "--model", str(MODEL), *words]) == 1
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)
-    assert told.err.startswith("error: ")
+    assert told.err.startswith("ERROR: ")
     assert says in told.err
 
 
@@ -265,5 +279,5 @@ def test_several_ranks_are_refused(tmp_path: Path) -> None:
     command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "accessory", "show"]
     done = run_command([*command, yaml_of(tmp_path, [WHY]), "--model", MODEL])
     assert done.returncode != 0
-    assert done.stderr.count("error: accessory show works in one process: start it without torchrun") == 1
+    assert done.stderr.count("ERROR: accessory show works in one process: start it without torchrun") == 1
     assert "⟦" not in done.stdout

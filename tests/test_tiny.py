@@ -94,16 +94,22 @@ def test_nothing_of_the_users_is_overwritten(tmp_path):
 
 # -- stopped, and gone on with
 
-# The command with a short corpus, in steps that are saved one by one.
+# The command with a short corpus, in steps that are said, each after so many seconds; states are kept at a stop alone.
 COMMAND = """
-import sys
+import sys, time
 from accessory.cli import main
 from accessory.tools import tiny, unfinished
 from accessory.tools.corpus import documentation_corpus
 tiny.documentation_corpus = lambda: documentation_corpus(200_000)
 tiny.ARGS = tiny.ARGS.replace(dim=64, n_layers=1, hidden_dim=64)
-unfinished.SAVE_EVERY = 0.0
-sys.exit(main(sys.argv[1:]))
+unfinished.SAVE_EVERY = 1e6
+train_step = tiny.train_step
+def slow(*arguments, **settings):
+    print("a step begins", flush=True)
+    time.sleep(float(sys.argv[1]))
+    return train_step(*arguments, **settings)
+tiny.train_step = slow
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -207,18 +213,33 @@ def test_two_do_not_make_the_same_folder(short, tmp_path):
         make_tiny(tmp_path / "out", **short)
 
 
-def test_ctrl_c_and_the_same_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", COMMAND, "tiny", "--out", "runs/tiny", "--steps", "40"]
-    with Program(command, folder=tmp_path) as first:
-        state = tmp_path / "runs" / ".tiny.partial" / "state.pt"
-        first.wait_for(r"training 0\.\d M parameters")
-        while not state.exists():
-            assert first.process.poll() is None, first.text
-        first.send(signal.SIGINT)
-        assert first.wait() == 130
-        assert "the same command goes on behind" in first.lines[-1]
-    with Program(command, folder=tmp_path) as second:
+def training(seconds: float, folder: Path) -> Program:
+    command = [sys.executable, "-c", COMMAND, str(seconds), "tiny", "--out", "runs/tiny", "--steps", "9"]
+    return Program(command, folder=folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_and_the_same_command(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """No step is lost: the one at which it came is ended and kept."""
+    with training(0.3, tmp_path) as first:
+        first.wait_for("a step begins")
+        first.send(number)
+        assert first.wait() == code
+        begun = first.lines.count("a step begins")
+        assert begun < 9
+        assert first.lines[-1] == f"WARNING: stopped: the same command goes on behind step {begun}"
+    with training(0, tmp_path) as second:
         assert second.wait() == 0
-        assert "an earlier training was stopped: going on behind step" in second.text
-        assert "step/s" not in second.text
+        assert f"an earlier training was stopped: going on behind step {begun} of 9" in second.text
+        assert second.lines.count("a step begins") == 9 - begun
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with training(60, tmp_path) as program:
+        program.wait_for("a step begins")
+        program.send(signal.SIGINT)
+        program.wait_for("INFO: Ctrl-C: ending the step and saving it; another one ends at once")
+        program.send(signal.SIGTERM)
+        assert program.wait(20) == 143
+    assert not list((tmp_path / "runs").iterdir())

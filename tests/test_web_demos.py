@@ -131,6 +131,6 @@ def one_line(*command: str | Path) -> str:
     with Program([sys.executable, *command]) as program:
         assert program.wait(60) == 1
         program.wait_for_all(5)
-        assert program.lines[-1].startswith("error: ")
+        assert program.lines[-1].startswith("ERROR: ")
         assert "Traceback" not in program.text
         return program.lines[-1]

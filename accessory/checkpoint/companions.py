@@ -7,6 +7,8 @@ from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES
 # Sizes and sums of what a conversion has written.
 MANIFEST_NAME = "manifest.json"
 CONFIG_FILES = ("config.json", "params.json")
+# Of weights, in whatever form.
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".gguf")
 # What is read. The folder MORE_TEMPLATES holds templates too.
 COMPANIONS = frozenset({*CONFIG_FILES, ADAPTER_CONFIG, META_NAME, MANIFEST_NAME, *TEXT_NAMES})
 # What belongs to a checkpoint's folder.

@@ -63,7 +63,7 @@ def convert(
         return weights.dtype_of(target) if coding is None else coding
 
     files = (mp or 1) if layout.cut is not None else None
-    with new_folder(Path(destination), replaces=_refuse_more if overwrite else None) as aside:
+    with new_folder(Path(destination), replaces=check_replaceable if overwrite else None) as aside:
         ending = SAFETENSORS if safetensors else None
         writer = Writer(aside, layout, args, held=weights.held, dtype=of, files=files, ending=ending)
         say_within(writer, folder, name=Path(destination).name)
@@ -73,8 +73,8 @@ def convert(
         write_manifest(aside)
 
 
-def _refuse_more(folder: Path) -> None:
-    """See that nothing is overwritten but a checkpoint.
+def check_replaceable(folder: Path) -> None:
+    """See that `convert` with ``overwrite`` overwrites nothing but a checkpoint.
 
     Raises:
         FileExistsError: the folder holds none, or something besides.

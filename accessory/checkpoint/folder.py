@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.companions import CONFIG_FILES, KNOWN
+from accessory.checkpoint.companions import CONFIG_FILES, KNOWN, WEIGHT_SUFFIXES
 from accessory.checkpoint.containers import open_tensors
 from accessory.checkpoint.hub import local_folder
 from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
@@ -53,7 +53,11 @@ class Folder:
         if not self.path.exists():
             raise FileNotFoundError(f"checkpoint folder {self.path} does not exist: check the path")
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is a file; give the folder that holds it")
+            weights = self.path.suffix in WEIGHT_SUFFIXES
+            what = (
+                "a file: give the folder that holds it" if weights else "a file, and no checkpoint's folder: give one"
+            )
+            raise CheckpointError(f"{self.path} is {what}")
         names = sorted(entry.name for entry in self.path.iterdir())
         self._found = choose_weights(self.path, names)
         self.form, self._parts = self._found.form, [[self.path / name for name in own] for own in self._found.files]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.blocks import Blocks
+from accessory.checkpoint.companions import CONFIG_FILES
 from accessory.checkpoint.folder import Folder, Weights
-from accessory.checkpoint.layouts import Source, load_args
+from accessory.checkpoint.layouts import Source, find_weights, load_args
 from accessory.checkpoint.write import AT_ONCE
 from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.errors import CheckpointError, shown_bytes
@@ -21,7 +22,7 @@ from accessory.quant import TENSOR_DTYPES
 RANK_COUNTS = (1, 2, 4, 8)
 # For what a config alone describes: bytes of a plain weight, and the forms of quantized ones.
 _PLAIN = torch.bfloat16
-_FORMS: tuple[QuantForm, ...] = ("int8", "int4")
+_FORMS: tuple[QuantForm, ...] = ("int8", "int4", "nf4")
 
 # A parameter's name and a part of it.
 Part = tuple[str, Box]
@@ -43,7 +44,7 @@ def describe(
     if Path(folder).is_file() and Path(folder).suffix == ".json":
         yield from _describe_config(Path(folder))
         return
-    opened = Folder(folder)
+    opened = _opened(Path(folder))
     if opened.is_adapter_of_any:
         yield from _describe_adapter(opened)
         return
@@ -74,21 +75,37 @@ def describe(
     yield f"folder      {opened.path}"
     yield f"format      {opened.form}, {layout}, llama_type {opened.llama_type or 'not said (mistral)'}"
     yield f"shards      {len(opened.files)}, {shown_bytes(size)} in all"
-    yield from _sizes(args)
+    together = ", base and adapter together" if adapter_alone else ""
+    if adapter_alone:
+        count = sum(math.prod(shape) for name, shape in parameter_shapes(args) if name in weights.held)
+        yield f"holds       {count:,} parameters, an adapter alone: it loads behind the folder of its base"
+    yield from _sizes(args, together)
     if args.quant is not None:
         groups = f", groups of {args.quant.group_size}" if args.quant.type == "int4" else ""
         head = " and output head" if args.quant.head else ""
         yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
-    yield from _adapters(args, alone=adapter_alone)
+    yield from _adapters(args)
     yield f"dtype       {', '.join(sorted(coding.removeprefix('torch.') for coding in codings))}"
     # An adapter's folder does not say which its base has.
     default = max(dtype.itemsize for dtype in dtypes)
     itemsizes = {name: itemsizes.get(name, default) for name, _ in parameter_shapes(args)}
     for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
-        yield f"at mp {ranks}     {_per_rank(args, ranks, itemsizes)}"
+        yield f"at mp {ranks}     {_per_rank(args, ranks, itemsizes)}{together}"
     if check_values:
         yield "values      all finite"
     yield from _remarks(opened)
+
+
+def _opened(path: Path) -> Folder:
+    """The folder; CheckpointError of one that holds a config alone says how to ask for its sizes."""
+    try:
+        return Folder(path)
+    except CheckpointError as error:
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        config = next((path / name for name in CONFIG_FILES if name in names), None)
+        if config is None or find_weights(path, names):
+            raise
+        raise CheckpointError(f"{error}; accessory inspect {config} says its sizes") from None
 
 
 def _describe_adapter(folder: Folder) -> Iterator[str]:
@@ -103,7 +120,12 @@ def _describe_adapter(folder: Folder) -> Iterator[str]:
 
 def _describe_config(path: Path) -> Iterator[str]:
     """Of a model whose weights are not there."""
-    args = load_args([path])
+    try:
+        args = load_args([path])
+    except ValueError as error:
+        if path.name in CONFIG_FILES:
+            raise
+        raise ValueError(f"{error} (inspect takes a checkpoint's folder, or its {' or '.join(CONFIG_FILES)})") from None
     yield f"config      {path}"
     yield from _sizes(args)
     for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
@@ -163,7 +185,7 @@ def _layout(weights: Weights) -> str:
     return weights.layout.shown if any(".experts." in name for name in weights.held) else "no experts"
 
 
-def _sizes(args: ModelArgs) -> Iterator[str]:
+def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
     total = active = 0
     for name, shape in parameter_shapes(args.replace(quant=None)):
         count = math.prod(shape)
@@ -179,17 +201,15 @@ def _sizes(args: ModelArgs) -> Iterator[str]:
         f"hidden {args.hidden_dim}"
     )
     beside = " beside embedding and output head" if args.vocab_size == -1 else ""
-    yield f"parameters  {total:,}{beside}, of which {active:,} active for each token"
+    yield f"parameters  {total:,}{beside}, of which {active:,} active for each token{of}"
 
 
-def _adapters(args: ModelArgs, *, alone: bool) -> Iterator[str]:
+def _adapters(args: ModelArgs) -> Iterator[str]:
     if args.peft is None:
         return
     count = sum(math.prod(shape) for name, shape in parameter_shapes(args) if is_adapter(name))
     settings = ", ".join(f"{name} {value}" for name, value in args.peft.to_dict().items())
     yield f"adapters    {count:,} parameters: {settings}"
-    if alone:
-        yield "            an adapter alone: it loads behind the folder of its base"
 
 
 def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int], *, placed: bool = True) -> str:

@@ -1,8 +1,10 @@
 """Commands about checkpoint folders: tiny, split, merge, export-adapter, quantize and inspect."""
 
 import argparse
+import contextlib
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from accessory.arguments import add_threads_argument, given_destination, given_name, given_path, given_seed
@@ -158,8 +160,8 @@ def _tiny(arguments: argparse.Namespace) -> None:
     report = make_tiny(arguments.out, seed=arguments.seed, **steps)
     lightest = report.expert_share.min().item()
     sys.stdout.write(
-        f"wrote {arguments.out}: {report.parameters:,} parameters, loss {report.loss:.2f}, "
-        f"lightest expert {lightest:.1%} of its layer's tokens\n"
+        f"wrote {arguments.out}: {report.parameters:,} parameters, loss {report.loss:.2f} on documents that were held "
+        f"back from the training, lightest expert {lightest:.1%} of its layer's tokens\n"
     )
 
 
@@ -174,18 +176,32 @@ def _convert(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.convert import convert
     from accessory.model import dtypes
 
-    convert(
-        arguments.source,
-        arguments.destination,
-        to=arguments.to,
-        mp=arguments.mp,
-        dtype=None if arguments.dtype is None else dtypes.DTYPES[arguments.dtype],
-        type=arguments.type,
-        safetensors=arguments.safetensors,
-        overwrite=arguments.overwrite,
-        llama_config=arguments.llama_config,
-    )
+    try:
+        convert(
+            arguments.source,
+            arguments.destination,
+            to=arguments.to,
+            mp=arguments.mp,
+            dtype=None if arguments.dtype is None else dtypes.DTYPES[arguments.dtype],
+            type=arguments.type,
+            safetensors=arguments.safetensors,
+            overwrite=arguments.overwrite,
+            llama_config=arguments.llama_config,
+        )
+    except FileExistsError as error:
+        if arguments.overwrite or not _is_replaceable(arguments.destination):
+            raise
+        raise FileExistsError(f"{error}, or give --overwrite") from None
     sys.stdout.write(f"wrote {arguments.destination}\n")
+
+
+def _is_replaceable(folder: Path) -> bool:
+    from accessory.checkpoint.convert import check_replaceable
+
+    with contextlib.suppress(FileExistsError):
+        check_replaceable(folder)
+        return True
+    return False
 
 
 def _diff(arguments: argparse.Namespace) -> None:

@@ -12,15 +12,14 @@ from typing import NoReturn
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
 from accessory.launch.threads import settle_count
-from accessory.log import global_rank
+from accessory.log import global_rank, say_error
 
 
 def say(error: Exception) -> None:
     """One line on standard error, and in torchrun's report."""
     text = str(out_of_memory(error) or error)
     report_failure(text)
-    sys.stderr.write(f"error: {text}\n")
-    sys.stderr.flush()
+    say_error(text)
 
 
 def show(text: str) -> None:

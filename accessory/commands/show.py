@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_name, given_number, given_path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from accessory.data.sources import Source
     from accessory.data.tokenise import SourceReport
     from accessory.text.chat import Segment
+    from accessory.text.tokenizer import Tokenizer
 
 _COLOURS = ("\x1b[30;42m", "\x1b[0m")  # black on green, and back
 _BRACKETS = ("\u27e6", "\u27e7")
@@ -49,15 +51,16 @@ def _show(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.hub import local_folder
     from accessory.data.cache import refuse_several_forms
     from accessory.data.examples import Recipe
+    from accessory.data.readers import read_records
     from accessory.data.sources import read_data_config
     from accessory.data.tokenise import SourceReport
+    from accessory.progress import showing
     from accessory.serve.terminal import printable
     from accessory.text.form_files import form_for_training
-    from accessory.text.tokenizer import Tokenizer
 
     sources = read_data_config(arguments.data_config)
     folder = local_folder(arguments.model, weights=False)
-    tokenizer = Tokenizer(folder)
+    tokenizer = _tokenizer(folder)
     folders = [folder if folder.is_dir() else folder.parent]
     asked = arguments.chat_template
     form = None if asked is None else form_for_training(tokenizer, folders, asked)
@@ -67,14 +70,39 @@ def _show(arguments: argparse.Namespace) -> None:
     reports = [SourceReport(str(source.path)) for source in sources]
     for source, report in zip(sources, reports, strict=True):
         try:
-            for line in islice(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit):
-                show(line)
+            shown = _show_examples(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit)
         finally:  # where the file has an unknown field too, or is malformed further on
             for line in _left_out(source.path.name, report):
                 show(printable(f"--- left out: {line}\n"))
             if report.bad:
                 show("--- training stops at the first bad record, unless it is told --skip_bad_records\n")
+        with showing(f"counting {source.path.name}", unit="records") as counting:
+            count = sum(1 for _ in counting.over(read_records(source.path)))
+        show(printable(f"--- shown: {shown} of {count} records of {source.path.name}\n"))
     refuse_several_forms(reports)
+
+
+def _show_examples(examples: Iterator[tuple[str, str]], limit: int) -> int:
+    """Print so many examples at most; returns of how many records they are."""
+    records, last = 0, ""
+    for place, text in islice(examples, limit):
+        records, last = records + (place != last), place
+        show(text)
+    return records
+
+
+def _tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer of a checkpoint's folder, or of a file; an error says what the option takes."""
+    from accessory.text.tokenizer import Tokenizer
+
+    if not path.exists():
+        raise FileNotFoundError(f"--model {path} does not exist: give a checkpoint's folder, or a tokenizer's file")
+    try:
+        return Tokenizer(path)
+    except ValueError as error:
+        if path.is_dir():
+            raise
+        raise ValueError(f"{error}, or give --model a checkpoint's folder") from None
 
 
 def _left_out(name: str, report: "SourceReport") -> Iterator[str]:
@@ -89,7 +117,8 @@ def _left_out(name: str, report: "SourceReport") -> Iterator[str]:
 
 def _examples(
     source: "Source", recipe: "Recipe", report: "SourceReport", marks: tuple[str, str], *, tokens: bool
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    """The places of records and their examples as they are printed, each of them or why it is left out."""
     from accessory.data.tokenise import usable_records
     from accessory.serve.terminal import printable
 
@@ -100,7 +129,7 @@ def _examples(
             try:
                 ids, labels, _ = recipe.encode(part)
             except ValueError as error:
-                yield f"--- left out: {file}, {record.place}: {error}\n"
+                yield record.place, f"--- left out: {file}, {record.place}: {error}\n"
                 continue
             whole = sum(len(segment.encode(recipe.tokenizer)) for segment in part)
             which = f", example {number} of {len(record.parts)}" if len(record.parts) > 1 else ""
@@ -109,7 +138,7 @@ def _examples(
             head = f"{len(ids)} tokens, {int((labels != 0).sum())} learned{cut}{lost}"
             text = "".join(_marked(part, recipe, marks))
             listed = "".join(_listed(ids.tolist(), labels.tolist(), recipe, marks)) if tokens else ""
-            yield f"--- {file}, {record.place}{which}: {head}; {name}\n{text}\n{listed}"
+            yield record.place, f"--- {file}, {record.place}{which}: {head}; {name}\n{text}\n{listed}"
 
 
 def _marked(part: "Sequence[Segment]", recipe: "Recipe", marks: tuple[str, str]) -> Iterator[str]:

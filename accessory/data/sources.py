@@ -55,7 +55,7 @@ def read_data_config(path: str | Path) -> list[Source]:
 
 def _entries(config: Path) -> list[Any]:
     if not config.is_file():
-        raise FileNotFoundError(f"no data yaml {config}: check --data_config")
+        raise FileNotFoundError(f"no data yaml {config}: check the path")
     if config.suffix in _RECORDS:
         raise ValueError(_NO_YAML.format(config=config, why="holds records"))
     if (size := config.stat().st_size) > _LARGEST:

@@ -50,7 +50,7 @@ class Tokenizer:
         given = Path(path)
         found = self.find(given) if given.is_dir() else given
         if found is None:
-            raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}")
+            raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}: copy it there")
         self.path: Path = found
         self._beside = tuple(Path(folder).absolute() for folder in beside)
         settings = TokenSettings.beside(found, self._beside)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from accessory.arguments import Parser, given_path
 from accessory.files import new_folder
+from accessory.log import say_error
 from accessory.tools.corpus import library_trees
 
 Dialogue = dict[str, list[dict[str, str]]]
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train, held_out = write_dialogues(options.folder, limit=options.limit)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(str(error))
         return 1
     sys.stdout.write(f"wrote {options.folder}: {train} dialogues to train on, {held_out} held out\n")
     return 0

@@ -23,7 +23,7 @@ from accessory.arguments import Parser, given_name
 from accessory.data.readers import READERS, Record, read_records
 from accessory.data.records import Instruction, Talk, read_said
 from accessory.files import parents_of, replacing
-from accessory.log import setup_logging
+from accessory.log import say_error, setup_logging
 from accessory.progress import showing
 from accessory.text.chat import Message
 
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = convert_data(given.dataset, given.source, given.target)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(str(error))
         return 1
     if outcome.left_out:
         logger.warning("%d records are left out, the first of them:", outcome.left_out)

@@ -14,6 +14,7 @@ from pathlib import Path
 try:
     from accessory.arguments import Parser
     from accessory.checkpoint.convert import split
+    from accessory.log import say_error
 except ImportError as error:
     sys.exit(f"split.py needs the accessory package ({error}): run it with the Python where it is installed")
 
@@ -28,7 +29,7 @@ def main() -> int:
     try:
         split(folder, folder / "converted", mp=arguments.mp)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(str(error))
         return 1
     sys.stdout.write(f"wrote {folder / 'converted'}\n")
     return 0

@@ -134,13 +134,16 @@ def _train(model: MetaModel, windows: Iterator[Tensor], recipe: dict[str, Any], 
         optimizer.load_state_dict(state["optimizer"])
         logger.info("an earlier training was stopped: going on behind step %d of %d", progress.kept, steps)
     begin = progress.kept
-    with showing("training", steps, unit="steps", done=begin) as work:
+    with showing("training", steps, unit="steps", done=begin) as work, progress.stop.steps():
         # Nothing else is drawn at random, so the windows that were trained on are left out and all is as it was.
         for step, rows in enumerate(islice(windows, begin, steps), begin):
             result = train_step(model, optimizer, [(rows, rows)], lr=schedule(step), clip_grad=1.0)
-            work.advance(note=f"loss {result.loss:.3f}, balance {result.balance_loss:.3f}")
-            if progress.due and step + 1 < steps:
+            work.advance(note=f"training loss {result.loss:.3f}, balance {result.balance_loss:.3f}")
+            # The last one too: its model is still to be measured and written.
+            if progress.due or step + 1 == steps:
                 progress.save(recipe, step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            if progress.stop.asked is not None:
+                break
 
 
 def token_stream(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

@@ -3,11 +3,14 @@
 import logging
 import pickle
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch
 
@@ -28,10 +31,11 @@ class Unfinished:
 
     Attributes:
         kept: steps of the last state; 0 where there is none.
+        stop: who asks it to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.kept = folder, 0
+    def __init__(self, folder: Path, stop: "StopSignals") -> None:
+        self.folder, self.kept, self.stop = folder, 0, stop
         self._saved_at = time.monotonic()
 
     def load(self, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -61,7 +65,7 @@ class Unfinished:
     @property
     def due(self) -> bool:
         """Whether it is time to save."""
-        return time.monotonic() - self._saved_at >= SAVE_EVERY
+        return self.stop.asked is not None or time.monotonic() - self._saved_at >= SAVE_EVERY
 
     def save(self, recipe: Mapping[str, Any], step: int, state: Mapping[str, Any]) -> None:
         """Keep the state after so many steps in place of the last one. OSError where the disk is full."""
@@ -70,11 +74,59 @@ class Unfinished:
         self.kept, self._saved_at = step, time.monotonic()
 
 
+class StopSignals:
+    """While entered, Ctrl-C (SIGINT) and SIGTERM end the process by an exception, so that it cleans up.
+
+    Within `steps` the first of them only asks for a stop, to be noticed at the step's end; a second one ends it at
+    once. Other threads than the main one get no signals, and what this process was told to ignore stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._waits = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for its background jobs
+                    self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """While the work consists of steps that can be saved; ends as asked, once the last of them is."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        if self.asked is not None:
+            raise _end_by(self.asked)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._waits or self.asked is not None:
+            raise _end_by(signal.Signals(number))
+        self.asked = signal.Signals(number)
+        name = "Ctrl-C" if number == signal.SIGINT else self.asked.name
+        logger.info("%s: ending the step and saving it; another one ends at once", name)
+
+
+def _end_by(number: signal.Signals) -> BaseException:
+    """What ends a program as a shell has it of one that a signal ended: with the exit code 128 + its number."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
 @contextmanager
 def unfinished(path: Path) -> Iterator[Unfinished]:
     """Hold what has been reached of a training that will write `path`; it goes when the training is done.
 
-    It also goes with a training that fails, and with one that was stopped before anything was kept.
+    It also goes with a training that fails, and with one that was stopped before anything was kept. Signals are
+    `StopSignals`'s meanwhile.
 
     Raises:
         BlockingIOError: another process is at the same training.
@@ -85,13 +137,14 @@ def unfinished(path: Path) -> Iterator[Unfinished]:
         with locked(folder / "lock", patience=0):
             for leftover in folder.glob("*.tmp"):  # of a process that was killed while it saved
                 leftover.unlink()
-            progress = Unfinished(folder)
+            progress = Unfinished(folder, stop := StopSignals())
             try:
-                yield progress
+                with stop:
+                    yield progress
             except BaseException as error:
                 if not progress.exists or isinstance(error, ValueError | FloatingPointError):
                     shutil.rmtree(folder, ignore_errors=True)
-                elif isinstance(error, KeyboardInterrupt):
+                elif isinstance(error, KeyboardInterrupt | SystemExit):
                     where = f"step {progress.kept}" if progress.kept else "the last step that was kept"
                     logger.warning("stopped: the same command goes on behind %s", where)
                 raise

@@ -175,9 +175,10 @@ class ToldDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if says_nothing else super()._get_help_string(action)
 
 
-def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
+def add_finetune_flags(parser: Parser) -> None:
     """Give a parser the flags of a run, for `FinetuneOptions.of`; a flag that is not given has the field's default."""
     parser.usage = "%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)"
+    parser.needed.append(("--pretrained_path", "--llama_config"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_adapter_flags(parser.add_argument_group("adapters"))
     _add_data_flags(parser.add_argument_group("data"))

@@ -2,14 +2,17 @@
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from accessory.config import read_json
 from accessory.files import locked, make_folders, remove_empty, remove_leftovers
 from accessory.log import setup_logging
-from accessory.train.export import left_aside
+from accessory.text.form_files import META_NAME
+from accessory.train.export import export_name, left_aside
 from accessory.train.run_log import LINES, PICTURE
 from accessory.train.shelf import Shelf
 
@@ -118,10 +121,36 @@ def refuse_earlier_run(folder: Path) -> None:
     Raises:
         FileExistsError: there are checkpoints or models.
     """
-    states = sorted((folder / Shelf.CHECKPOINTS).glob(f"[!.]*/{Shelf.INDEX}"))
-    models = sorted(folder.glob("epoch*/meta.json"))
-    for found in (*states, *models):
-        raise FileExistsError(
-            f"output_dir {folder} holds an earlier run ({found.parent.name}): "
-            "go on with it by --auto_resume, or choose another output_dir"
-        )
+    states, models = (
+        sorted(folder.glob(names), key=lambda path: path.stat().st_mtime_ns)
+        for names in (f"{Shelf.CHECKPOINTS}/[!.]*/{Shelf.INDEX}", f"epoch*/{META_NAME}")
+    )
+    if not states and not models:
+        return
+    newest = f"newest model {models[-1].parent.name}" if models else "no model"
+    anew = "choose another --output_dir, or remove it"
+    if not states:
+        what, way_out = f"models of an earlier run without its training states ({newest})", anew
+    elif (ended := _ended(folder, states[-1])) is not None:
+        what, way_out = f"a finished run ({ended}, {newest})", anew
+    else:
+        what = f"a run that was stopped ({states[-1].parent.name}, {newest})"
+        way_out = "go on with it by --auto_resume, or choose another --output_dir"
+    raise FileExistsError(f"output_dir {folder} holds {what}: {way_out}")
+
+
+def _ended(folder: Path, state: Path) -> str | None:
+    """How long a finished run was whose last state this is; None where it is not finished, or nobody can tell."""
+    try:
+        told, progress = read_json(folder / OPTIONS), read_json(state)["progress"]
+        steps, position = progress["step"], progress["sampler"]
+        epoch, step = position["epoch"], position["step"]
+        whole = step * position["global_batch"] >= position["examples"]
+        model = export_name(epoch, None if whole else step * told["accum_iter"])
+        if not (folder / model / META_NAME).exists():  # stopped before it was written
+            return None
+        if epoch + whole >= told["epochs"]:
+            return f"{epoch + whole} epochs"
+        return f"{steps} steps" if steps >= (told["max_steps"] or math.inf) else None
+    except (KeyError, OSError, TypeError, ValueError):  # of a version before, or not ours
+        return None

@@ -52,14 +52,11 @@ class ProgressLines:
 
     def update(self, metrics: StepMetrics) -> None:
         """Say a step, where it is time to."""
-        self._pace.done = metrics.step
+        self._pace.advance(metrics.step - self._pace.done)
         if self._latest is None or metrics.step == self._total or self._pace.due:
             left = self._pace.left
             self._say(metrics, f", {duration(left)} left" if left else "")
             self._pace.said()
-        if self._latest is None:
-            # What the first step takes longer (allocations, compilation) says nothing about the others.
-            self._pace.restart()
         self._latest = metrics
 
     def close(self) -> None:
