@@ -22,7 +22,7 @@ from accessory.parallel.box import Box
 from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
 from accessory.quant import TENSOR_DTYPES
 from accessory.text.form_files import META_NAME, SETTINGS_KEY
-from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, Tokenizer
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ class Folder:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer in one of its forms."""
-        pair = (self.path / JSON_NAME, self.path / CONFIG_NAME)
-        found = Tokenizer.find(self.path)
-        return found is not None and (found != pair[0] or pair[1].exists())
+        return Tokenizer.find(self.path) is not None
 
     def load_args(
         self,

@@ -239,15 +239,21 @@ def write_beside(
 def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | None = None) -> None:
     """Have a writer's files say what those of other layouts have beside them, where its layout's do.
 
+    A tokenizer that the layout's files are to tell of is opened before any weight is written.
+
     Args:
         source: whose tokenizer it is.
         name: of the model.
         form_of: whose chat templates; None: the source's.
+
+    Raises:
+        ValueError, FileNotFoundError: the tokenizer cannot be read.
     """
     layout, args = writer.layout, writer.args
+    of_tokenizer = layout.says_ends or layout.metadata is not None
+    tokenizer = Tokenizer(source.path) if of_tokenizer and source.has_tokenizer else None
     if layout.metadata is None:
         return
-    tokenizer = Tokenizer(source.path) if source.has_tokenizer else None
     if tokenizer is not None and (tokenizer.is_json or not is_of_merges(tokenizer.sentencepiece_model)):
         logger.warning(
             "%s is no sentencepiece model of byte pairs, and %s is given no other: llama.cpp takes token ids alone",

@@ -145,6 +145,8 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
         else:
             (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
     config = folder / CONFIG_NAME
+    if tokenizer.is_json and not config.exists():
+        _write_names(tokenizer, config)
     if form is None:
         return {}
     if config.is_file():  # its template is of the model before
@@ -184,9 +186,21 @@ def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dic
             shutil.copyfile(place / name, folder / name)
     if (form_of / MORE_TEMPLATES).is_dir():
         shutil.copytree(form_of / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    if (folder / JSON_NAME).exists() and not any(
+        (folder / name).exists() for name in (CONFIG_NAME, SENTENCEPIECE_NAME)
+    ):
+        try:
+            _write_names(Tokenizer(source), folder / CONFIG_NAME)
+        except (ValueError, FileNotFoundError) as error:
+            logger.warning("%s", error)
     _copy_from_gguf(source, folder, form_of)
     recorded = _recorded(form_of)
     return {} if recorded is None else {FORM_KEY: recorded}
+
+
+def _write_names(tokenizer: Tokenizer, config: Path) -> None:
+    """Write the settings that a tokenizer.json lacked: they may have been in a config.json, which stays behind."""
+    write_json(config, {key: tokenizer.names[key] for key in ("bos_token", "eos_token")})
 
 
 def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
