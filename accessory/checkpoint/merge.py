@@ -72,7 +72,7 @@ def merge(
     with new_folder(Path(destination)) as aside:
         held = merger.base.held | merger.adapter.held
         writer = Writer(aside, layout, out_args, held=held, dtype=merger.dtype, files=files)
-        form = theirs if has_form(theirs.path) else own
+        form = theirs if has_form(theirs.place) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
         say_within(writer, tokenizer, name=Path(destination).name, form_of=form)

@@ -226,7 +226,7 @@ def write_beside(
         dtype: of most weights.
         form_of: whose form, in which it is asked; None: the source's.
     """
-    said = copy_text(source.path, folder, form_of=(form_of or source).path)
+    said = copy_text(source.place, folder, form_of=(form_of or source).place)
     if not source.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
     kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
@@ -251,7 +251,8 @@ def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | N
     """
     layout, args = writer.layout, writer.args
     of_tokenizer = layout.says_ends or layout.metadata is not None
-    tokenizer = Tokenizer(source.path) if of_tokenizer and source.has_tokenizer else None
+    found = Tokenizer.find(source.place) if of_tokenizer else None
+    tokenizer = None if found is None else Tokenizer(found)
     if layout.metadata is None:
         return
     if tokenizer is not None and (tokenizer.is_json or not is_of_merges(tokenizer.sentencepiece_model)):
@@ -262,7 +263,7 @@ def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | N
         tokenizer = None
     if tokenizer is not None and normalizes(tokenizer.sentencepiece_model):
         logger.warning("%s changes texts before it reads them, and llama.cpp does not", tokenizer.path)
-    templates = {own: text for own, (text, _) in templates_of((form_of or source).path).items()}
+    templates = {own: text for own, (text, _) in templates_of((form_of or source).place).items()}
     writer.metadata = layout.metadata(args, writer.most, name) | text_metadata(tokenizer, templates, args.vocab_size)
 
 

@@ -255,13 +255,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.hub import local_folder
+    from accessory.checkpoint.hub import local_path
     from accessory.checkpoint.report import describe
 
-    folder = local_folder(arguments.folder)
+    folder = local_path(arguments.folder)
     if arguments.verify:
         from accessory.checkpoint.write import check_manifest
+        from accessory.gguf_header import folder_of
 
-        sys.stdout.write(f"verified    {check_manifest(folder)} files are as they were written\n")
+        sys.stdout.write(f"verified    {check_manifest(folder_of(folder))} files are as they were written\n")
     for line in describe(folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
         sys.stdout.write(f"{line}\n")

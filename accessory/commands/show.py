@@ -46,19 +46,21 @@ def add_commands(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.hub import local_folder
+    from accessory.checkpoint.hub import local_path
     from accessory.data.cache import refuse_several_forms
     from accessory.data.examples import Recipe
     from accessory.data.sources import read_data_config
     from accessory.data.tokenise import SourceReport
+    from accessory.gguf_header import SUFFIX
     from accessory.serve.terminal import printable
     from accessory.text.form_files import form_for_training
     from accessory.text.tokenizer import Tokenizer
 
     sources = read_data_config(arguments.data_config)
-    folder = local_folder(arguments.model, weights=False)
-    tokenizer = Tokenizer(folder)
-    folders = [folder if folder.is_dir() else folder.parent]
+    model = local_path(arguments.model, weights=False)
+    is_model = model.is_dir() or model.suffix == SUFFIX  # and no tokenizer's file
+    tokenizer = Tokenizer(Tokenizer.find(model) or model if is_model else model)
+    folders = [model if is_model else model.parent]
     asked = arguments.chat_template
     form = None if asked is None else form_for_training(tokenizer, folders, asked)
     ignore = frozenset(filter(None, map(str.strip, arguments.ignore_fields.split(","))))

@@ -19,7 +19,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from accessory.gguf_header import SUFFIX
+from accessory.gguf_header import SUFFIX, folder_of
 from accessory.text.added_tokens import BESIDE_NAMES as BESIDE_NAMES
 from accessory.text.added_tokens import (
     CONFIG_NAME,
@@ -62,7 +62,7 @@ class Tokenizer:
         if found is None:
             raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}")
         self.path: Path = found
-        self._beside = tuple(Path(folder).absolute() for folder in beside)
+        self._beside = tuple(folder_of(Path(place)).absolute() for place in beside)
         settings = TokenSettings.beside(found, self._beside)
         self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
         self.files: tuple[Path, ...] = (found, *settings.files)
@@ -77,12 +77,15 @@ class Tokenizer:
         self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
-    def find(folder: str | Path) -> Path | None:
-        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before a GGUF file, or None."""
+    def find(place: str | Path) -> Path | None:
+        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before a GGUF file, or None.
+
+        Of a GGUF file what lies beside it, in the same order, and then itself.
+        """
         for name in (SENTENCEPIECE_NAME, JSON_NAME):
-            if (candidate := Path(folder) / name).is_file():
+            if (candidate := folder_of(Path(place)) / name).is_file():
                 return candidate
-        gguf = find_gguf(Path(folder))
+        gguf = find_gguf(Path(place))
         return gguf if gguf is not None and holds_tokenizer(gguf) else None
 
     @property
