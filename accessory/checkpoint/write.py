@@ -229,8 +229,7 @@ def write_beside(
     said = copy_text(source.place, folder, form_of=(form_of or source).place)
     if not source.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
-    kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
-    write_config(folder, layout, args, {"llama_type": kind}, said, dtype=dtype)
+    write_config(folder, layout, args, PEFT_TYPES[0] if args.peft else "mistral", said, dtype=dtype)
     if layout.says_ends and source.has_tokenizer:
         tokenizer = Tokenizer(folder)
         write_ends(tokenizer, find_form(tokenizer, [folder]), folder)
@@ -271,7 +270,7 @@ def write_config(
     folder: Path,
     layout: Layout,
     args: ModelArgs,
-    kind: Mapping[str, str],
+    llama_type: str,
     said: Mapping[str, Any],
     *,
     dtype: Coding,
@@ -280,7 +279,7 @@ def write_config(
     """Write the sizes in the layout's own file, and meta.json with what that has no word for.
 
     Args:
-        kind: its llama_type.
+        llama_type: of the model; meta.json adds that the layout is sparse, for which adapters have no name.
         said: of the form in which the model is asked.
         always: meta.json is written even where it says nothing more.
     """
@@ -299,7 +298,8 @@ def write_config(
         )
     meta = {**said, **({SETTINGS_KEY: lost} if lost else {})}
     if meta or always or not layout.plain:
-        write_json(folder / META_NAME, {**kind, **meta})
+        kind = llama_type.removesuffix("_sparse") + ("_sparse" if layout is SPARSE and args.peft is None else "")
+        write_json(folder / META_NAME, {"llama_type": kind, **meta})
 
 
 def write_manifest(folder: Path) -> None:
