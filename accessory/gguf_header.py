@@ -10,7 +10,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,6 +72,20 @@ class Header:
     begin: int
     alignment: int
     size: int
+
+
+def folder_of(place: Path) -> Path:
+    """The folder of a model's place, which is that folder itself or one of its GGUF files."""
+    return place.parent if place.suffix == SUFFIX and place.is_file() else place
+
+
+def set_of(name: str, names: Iterable[str]) -> list[str]:
+    """Of a folder's files those that are one model's with a GGUF file: itself, or the set that was split."""
+    own = SPLIT_NAME.fullmatch(name)
+    if own is None:
+        return [name]
+    matches = (match for other in names if (match := SPLIT_NAME.fullmatch(other)))
+    return sorted(match.string for match in matches if match["stem"] == own["stem"])
 
 
 def are_one(names: Sequence[str]) -> bool:

@@ -324,7 +324,7 @@ def test_a_path_of_another_kind(words, tmp_path, capsys, monkeypatch):
     for path, says in (
         ("nowhere", "checkpoint folder nowhere does not exist: check the path"),
         ("README.md", "README.md is a file, and no checkpoint's folder: give one"),
-        ("model.safetensors", "model.safetensors is a file: give the folder that holds it"),
+        ("model.safetensors", "model.safetensors is a file: give the folder that holds it, ."),
     ):
         assert main([word.format(path) for word in words]) == 1
         said = capsys.readouterr()

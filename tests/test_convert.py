@@ -413,14 +413,46 @@ def test_the_torrent_is_read_in_its_splits(cuts, tmp_path):
             split(folder, tmp_path / "never", mp=1)
 
 
-def test_what_is_written_for_mistral_has_its_names(tmp_path):
-    config = small_config(n_layers=1)
+# Of each tensor of Mistral's releases name and shape; mistral_inference (transformer.py, transformer_layers.py, moe.py,
+# args.py) loads the first list strictly, and has no name beside them. Some of the releases stack the experts.
+OF_MODEL = {"tok_embeddings.weight": "VD", "norm.weight": "D", "output.weight": "VD"}
+OF_LAYER = {
+    "attention.wq.weight": "HD",
+    "attention.wk.weight": "KD",
+    "attention.wv.weight": "KD",
+    "attention.wo.weight": "DH",
+    "attention_norm.weight": "D",
+    "ffn_norm.weight": "D",
+}
+ONE_BY_ONE = {
+    "feed_forward.gate.weight": "ED",
+    "feed_forward.experts.{E}.w1.weight": "FD",
+    "feed_forward.experts.{E}.w2.weight": "DF",
+    "feed_forward.experts.{E}.w3.weight": "FD",
+}
+STACKED = {"block_sparse_moe.gate.weight": "ED", **{f"block_sparse_moe.w{number}": "SD" for number in (1, 2, 3)}}
+PARAMS = {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "moe"}
+
+
+def test_mistral_s_form_has_the_names_of_its_releases(tmp_path):
+    config = small_config(n_layers=2, dim=24, hidden_dim=20, head_dim=4, n_heads=4, n_kv_heads=2, vocab_size=28)
+    config["moe"] = {"num_experts": 3, "num_experts_per_tok": 2}
+    sizes = {"V": 28, "D": 24, "H": 16, "K": 8, "E": 3, "F": 20, "S": 60}
     tensors = random_tensors(config, 4, torch.bfloat16)
-    convert(write_folder(tmp_path / "m", tensors, config, files=4), tmp_path / "out", to="mistral")
+    convert(write_folder(tmp_path / "m", tensors, config, files=1), tmp_path / "out", to="mistral")
+    written = load_file(tmp_path / "out" / "consolidated.safetensors")
+    # The second is what the tests of reading are made of.
+    for found, of_experts in ((written, ONE_BY_ONE), (stacked(tensors, 3), STACKED)):
+        listed = dict(OF_MODEL)
+        for layer in (0, 1):
+            for name, shape in (OF_LAYER | of_experts).items():
+                listed |= {f"layers.{layer}.{name.format(E=expert)}": shape for expert in range(3)}
+        shapes = {name: tuple(sizes[letter] for letter in shape) for name, shape in listed.items()}
+        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
     assert_same(contents(tmp_path / "out"), {"consolidated.safetensors": tensors})
-    assert json.loads((tmp_path / "out" / "params.json").read_text()) == {
-        key: value for key, value in config.items() if not key.startswith("max_")
-    }
+    params = json.loads((tmp_path / "out" / "params.json").read_text())
+    assert params == {key: value for key, value in config.items() if not key.startswith("max_")}
+    assert params.keys() - {"rope_theta"} == PARAMS
 
 
 @pytest.mark.parametrize("files", [2, 4])

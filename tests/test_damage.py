@@ -1,9 +1,11 @@
 """Damaged checkpoints of every form: each is refused in one line that names a file, or read to the right numbers."""
 
+import contextlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from checkpoints import random_tensors, small_config, write_folder
 from safetensors.torch import load_file, save_file
 
 from accessory.checkpoint.convert import convert
+from accessory.checkpoint.report import describe
 from accessory.errors import CheckpointError
 
 CONFIG = small_config(n_layers=1, dim=16, hidden_dim=8, head_dim=4, n_heads=4, n_kv_heads=2, vocab_size=24)
@@ -170,7 +173,7 @@ def with_config(**changes: Any) -> Damage:
     def damage(folder: Path) -> None:
         path = config_of(folder)
         config = json.loads(path.read_text())
-        theirs = {"n_layers": "num_hidden_layers", "dim": "hidden_size", "moe": "num_local_experts"}
+        theirs = {"n_layers": "num_hidden_layers", "dim": "hidden_size", "n_heads": "num_attention_heads"}
         for name, value in changes.items():
             config[theirs[name] if "hidden_size" in config else name] = value
         path.write_text(json.dumps(config))
@@ -231,6 +234,8 @@ def damages() -> Iterator[tuple[str, Damage]]:
     yield "an empty index", with_index(lambda own, keys: own.clear())
     yield "more layers", with_config(n_layers=3)
     yield "a million layers", with_config(n_layers=10**6)
+    yield "many layers", with_config(n_layers=2**15)
+    yield "a million heads", with_config(n_heads=2**20)
     yield "another width", with_config(dim=32)
     yield "a huge width", with_config(dim=2**30)
     yield "sizes of words", with_config(dim="wide")
@@ -247,10 +252,11 @@ def test_there_are_enough_of_them() -> None:
     assert len(DAMAGES) * len(FORMS) > 200
 
 
+@pytest.mark.timeout(150)  # one of 77 damages takes a tenth of a second or so
 @pytest.mark.parametrize("form", FORMS)
 def test_damage_is_refused_in_one_line_or_harmless(form, folders, tmp_path):
     truth = torch.load(folders["truth"] / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
-    refused = 0
+    refused, before = 0, peak()
     for number, (name, damage) in enumerate(DAMAGES.items()):
         folder = shutil.copytree(folders[form], tmp_path / str(number))
         damage(folder)
@@ -273,3 +279,19 @@ def test_damage_is_refused_in_one_line_or_harmless(form, folders, tmp_path):
         shutil.rmtree(folder)
         shutil.rmtree(out, ignore_errors=True)
     assert refused > 20
+    assert peak() - before < 2000
+
+
+def peak() -> float:
+    """The most memory that this process ever had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("sizes", [{"n_layers": 2**15}, {"n_heads": 2**30}, {"n_layers": 2**9, "dim": 2**30}])
+def test_absurd_sizes_are_refused_or_counted_soon(sizes, tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(CONFIG | sizes))
+    before = peak()
+    with contextlib.suppress(ValueError):
+        list(describe(tmp_path / "params.json"))
+    assert peak() - before < 2000

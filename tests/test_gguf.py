@@ -40,6 +40,7 @@ from accessory.config.layouts import GGUF_TYPES
 from accessory.errors import CheckpointError
 from accessory.gguf_header import read_header
 from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained
 from accessory.text.form_files import templates_of
 from accessory.text.tokenizer import Tokenizer
 
@@ -379,7 +380,7 @@ def test_files_of_several_models_are_listed(tensors, tmp_path):
         write_gguf(tmp_path / "m" / name, values, theirs)
     kind, message = error_of(Folder, tmp_path / "m")
     assert kind == "CheckpointError"
-    assert "several GGUF files (a.gguf, b.gguf): keep those of one model" in message
+    assert "several GGUF files (a.gguf, b.gguf): give the path of one of them" in message
     write_split(tmp_path / "n", values, theirs, 3)
     (tmp_path / "n" / "m-00002-of-00003.gguf").unlink()
     assert "lacks m-00002-of-00003.gguf" in error_of(Folder, tmp_path / "n")[1]
@@ -387,6 +388,33 @@ def test_files_of_several_models_are_listed(tensors, tmp_path):
     first, second = (tmp_path / "o" / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
     shutil.copyfile(first, second)
     assert "says that it is file 0 (the first is 0) of 2" in error_of(released, tmp_path / "o", tmp_path / "x")[1]
+
+
+def test_one_of_several_files_is_a_model_by_its_path(tensors, small_tokenizer, tmp_path, capsys):
+    """With what is said within it, and what lies beside it; of a set any file stands for all."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (both := tmp_path / "both").mkdir()
+    with_tokenizer(tmp_path / "m", small_tokenizer, tmp_path / "one")
+    shutil.copyfile(tmp_path / "one" / "model.gguf", both / "own.gguf")
+    write_split(both, metadata_of(CONFIG) | {"tokenizer.chat_template": template}, gguf_tensors(tensors), 3)
+    (both / "model.safetensors").write_bytes(b"of another form, which a folder's path would name")
+    config = small_config()
+    assert Folder(both / "own.gguf").stored_args().vocab_size == config["vocab_size"]
+    convert(both / "own.gguf", tmp_path / "a", dtype=torch.float32)
+    assert Tokenizer(tmp_path / "a").encode("a text", True, True) == Tokenizer(small_tokenizer).encode(
+        "a text", True, True
+    )
+    for number in (1, 3):
+        split = both / f"m-0000{number}-of-00003.gguf"
+        assert Folder(split).place.name == "m-00001-of-00003.gguf"
+        assert_equal(released(split, tmp_path / f"b{number}"), tensors)
+        assert (tmp_path / f"b{number}" / "chat_template.jinja").read_text() == template
+    for arguments in (["inspect", "--check-values"], ["generate", "--raw", "--prompt", "a", "--max-gen-len", "2"]):
+        assert main([arguments[0], str(both / "own.gguf"), *arguments[1:]]) == 0
+    shutil.copyfile(small_tokenizer, both / "tokenizer.model")  # rules over the file's own
+    assert Pretrained.resolve(both / "own.gguf").tokenizer.path == both / "tokenizer.model"
+    kind, message = error_of(Folder, both / "tokenizer.model")
+    assert (kind, f"give the folder that holds it, {both}" in message) == ("CheckpointError", True)
 
 
 def test_hugging_face_s_folder_rules_beside_gguf_files(tensors, tmp_path, caplog):

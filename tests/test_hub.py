@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from accessory.checkpoint import hub
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.folder import Folder
-from accessory.checkpoint.hub import Place, local_folder
+from accessory.checkpoint.hub import Place, local_path
 from accessory.cli import main
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
@@ -270,6 +270,8 @@ def said(path: Any) -> tuple[type[Exception], str]:
         ("hf://org/name@refs/pr/3", Place("org/name", revision="refs/pr/3")),
         ("hf://org/na.me-2/sub/folder@v1", Place("org/na.me-2", "sub/folder", "v1")),
         (Path("hf://org/name/sub@v1"), Place("org/name", "sub", "v1")),
+        ("hf://org/name/config.json", Place("org/name", file="config.json")),
+        ("hf://org/name/sub/m.gguf@v1", Place("org/name", "sub", "v1", "m.gguf")),
         ("models/hf", None),
         (Path("/hf:/org/name"), None),
         ("hfx", None),
@@ -284,12 +286,12 @@ def test_a_path_names_repository_folder_and_revision(path: str | Path, place: Pl
 @pytest.mark.parametrize("text", ["", "org", "org/", "/org/name", "org/name@", "org@v1/name", "org/name/../up", "a//b"])
 def test_a_malformed_path_is_refused_with_its_forms(text: str) -> None:
     with pytest.raises(CheckpointError, match="names no folder of a repository: give hf://org/name, ") as caught:
-        local_folder(f"hf://{text}")
+        local_path(f"hf://{text}")
     assert f"'hf://{text}'" in str(caught.value)
 
 
 def test_a_path_of_this_machine_stays_and_the_library_is_not_imported() -> None:
-    code = "from accessory.checkpoint.hub import local_folder as f; import sys; print(f('a/b'), f('hf'))"
+    code = "from accessory.checkpoint.hub import local_path as f; import sys; print(f('a/b'), f('hf'))"
     done = run_command([sys.executable, "-c", f"{code}; print('huggingface_hub' in sys.modules)"])
     assert done.stdout.split() == ["a/b", "hf", "False"]
 
@@ -310,7 +312,7 @@ def test_what_is_read_of_a_repository_is_what_is_downloaded(stand_in: HubStandIn
     assert Folder(plain).odd == ()
     # What is there is not asked for again.
     hub._downloaded.cache_clear()
-    folder = local_folder(Path("hf://org/name@v1"))
+    folder = local_path(Path("hf://org/name@v1"))
     assert (stand_in.asked.total(), folder.name) == (len(files), TAGGED)
 
 
@@ -365,6 +367,13 @@ def test_commands_take_such_a_path(
     assert main(["quantize", "hf://org/name", str(tmp_path / "int8"), "--quant", "int8"]) == 0
     arguments = ["generate", "hf://org/name", "--prompt", "a", "--raw", "--max-gen-len", "2", "--device", "cpu"]
     assert main(arguments) == 0
+    for name in ("params.json", "meta.json", "tokenizer.model"):
+        (tmp_path / "made" / name).unlink(missing_ok=True)
+    arguments[1] = str(tmp_path / "made")
+    for config, tokenizer in (("/config.json", "/tokenizer.model@main"), ("", "")):
+        said = ["--llama_config", f"hf://org/name{config}", "--tokenizer_path", f"hf://org/name{tokenizer}"]
+        assert main([*arguments, *said]) == 0
+    assert main(["inspect", "hf://org/name/config.json"]) == 0
     assert all(count == 1 for count in stand_in.asked.values())
     capsys.readouterr()
     assert main(["inspect", "hf://org/absent"]) == 1
@@ -402,7 +411,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     stand_in.add("org/name", released)
     whole = (released / "consolidated.00.pth").read_bytes()
     stand_in.cut["consolidated.00.pth"] = half = 5 << 12
-    folder = local_folder("hf://org/name")
+    folder = local_path("hf://org/name")
     assert (folder / "consolidated.00.pth").read_bytes() == whole
     assert stand_in.ranges == {"consolidated.00.pth": f"bytes={half}-"}
     assert stand_in.bytes["consolidated.00.pth"] == len(whole), "each byte once"
@@ -440,7 +449,7 @@ def test_ctrl_c_ends_a_download_and_leaves_no_part_of_a_file(
 
     (thread := threading.Thread(target=interrupt)).start()
     with pytest.raises(KeyboardInterrupt):
-        local_folder("hf://org/name")
+        local_path("hf://org/name")
     thread.join()
     assert stand_in.bytes["consolidated.00.pth"] < (released / "consolidated.00.pth").stat().st_size
     assert not list(cache.rglob("*.incomplete"))
@@ -510,12 +519,22 @@ def test_of_gguf_files_one_model_is_downloaded(stand_in: HubStandIn) -> None:
     split = {f"m-Q8_0-0000{number}-of-00002.gguf": bytes(number) for number in (1, 2)}
     stand_in.repos["org/one"] = {MAIN: {"README.md": b"#", "m.imatrix": b"?", "Q8_0/x": b"", **split}}
     stand_in.repos["org/many"] = {MAIN: {"m-Q8_0.gguf": b"GGUF", "m-Q4_0.gguf": b"GGUF"}}
-    assert sorted(file.name for file in local_folder("hf://org/one").iterdir()) == sorted(stand_in.asked) == [*split]
+    assert sorted(file.name for file in local_path("hf://org/one").iterdir()) == sorted(stand_in.asked) == [*split]
     kind, text = said("hf://org/many")
     assert kind is CheckpointError
     assert text.startswith("hf://org/many holds several GGUF files (")
-    assert text.endswith("; `hf download org/many FILE --local-dir FOLDER` brings those of one")
+    assert text.endswith("; give one of them, hf://org/many/FILE.gguf")
     assert "m-Q8_0.gguf" not in stand_in.asked
+    stand_in.repos["org/many"][MAIN] |= {**split, "config.json": b"{}", "tokenizer.model": b"?", "x.bin": b"?"}
+    for repository, cached in list(stand_in.repos.items()):  # whose list of files the cache has
+        stand_in.repos[repository.replace("many", "more")] = cached
+    stand_in.asked.clear()
+    found = local_path("hf://org/more/m-Q8_0-00002-of-00002.gguf")
+    assert found.name == "m-Q8_0-00001-of-00002.gguf"
+    wanted = {*split, "config.json", "tokenizer.model"}
+    assert set(stand_in.asked) == {file.name for file in found.parent.iterdir()} == wanted
+    kind, text = said("hf://org/more/m-Q5.gguf")
+    assert (kind, text) == (CheckpointError, "hf://org/more/m-Q5.gguf: org/more has no such file: check its name")
 
 
 def test_the_cache_serves_without_a_network(
@@ -551,7 +570,7 @@ def test_the_cache_serves_without_a_network(
     hub._downloaded.cache_clear()
     assert torch.equal(logits_of("hf://org/name"), expected)
     # One file is missing.
-    folder = local_folder("hf://org/name")
+    folder = local_path("hf://org/name")
     (folder / "tokenizer.model").unlink()
     unreachable = f"hf://org/name is not whole in {cache}, and {stand_in.url} cannot be reached (ConnectError"
     assert offline_says("hf://org/name").startswith(unreachable)
@@ -602,7 +621,7 @@ def test_how_far_a_download_is_stands_in_the_log(
     monkeypatch.setattr(hub, "_MEGABYTE", 1000)
     stand_in.add("org/name", released)
     with caplog.at_level("INFO", "accessory"):
-        local_folder("hf://org/name")
+        local_path("hf://org/name")
     size = sum(file.stat().st_size for file in released.iterdir())
     said_last = [record.message for record in caplog.records if "downloading" in record.message][-1]
     assert re.match(rf"downloading hf://org/name: {size // 1000:,} of {-(-size // 1000):,} MB", said_last)

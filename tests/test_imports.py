@@ -22,7 +22,10 @@ MODULES = {
 LAYERS: list[tuple[str, str]] = [
     ("package", r"accessory"),
     ("kernels", r"accessory\.kernels(\..*)?"),
-    ("ground", r"accessory\.(config(\..*)?|arguments|log|errors|files|gguf_header|progress|launch|launch\.launcher)"),
+    (
+        "ground",
+        r"accessory\.(config(\..*)?|arguments|log|errors|files|gguf_header|progress|launch|launch\.launcher|launch\.threads)",
+    ),
     ("launch", r"accessory\.launch\..*"),
     ("quant", r"accessory\.quant(\..*)?"),
     ("parallel", r"accessory\.parallel(\..*)?"),
@@ -41,7 +44,7 @@ LAYERS: list[tuple[str, str]] = [
 ]
 
 BELOW: dict[str, set[str]] = {
-    "package": set(),
+    "package": {"ground"},  # what must be set before PyTorch is imported
     "kernels": set(),
     "ground": set(),
     "quant": {"kernels", "ground"},

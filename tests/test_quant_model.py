@@ -10,13 +10,23 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import accessory_config, hf_greedy, hf_logits, random_prompts, write_checkpoint
+from checkpoints import (
+    accessory_config,
+    hf_greedy,
+    hf_logits,
+    random_prompts,
+    random_tensors,
+    small_config,
+    write_checkpoint,
+    write_folder,
+)
 from models import completions
 from quantized import mixtral_to_quantize, quantized_by_hand
 from ranks import RankPool, alike, error_of, on_ranks
 from torch import Tensor
 
-from accessory.checkpoint.convert import split
+from accessory.checkpoint.convert import convert, split
+from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
@@ -383,3 +393,22 @@ def test_calibration_reads_the_beginning_of_a_text_alone(
     expected = calibrate(case.folders["base"], beginning, group_size=64)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key].sums, expected[key].sums) for key in expected)
+
+
+def test_whatever_form_the_weights_have_they_become_the_same_bytes(small_tokenizer: Path, tmp_path: Path) -> None:
+    config = small_config(n_layers=1, dim=64, hidden_dim=64, n_heads=4, n_kv_heads=2, head_dim=16)
+    config["moe"] = {"num_experts": 2, "num_experts_per_tok": 2}
+    base = tmp_path / "accessory"
+    write_folder(base, random_tensors(config, 4), config, files=1, tokenizer=small_tokenizer)
+    forms = ("accessory", "hf", "mistral", "gguf")
+    for form in forms[1:]:
+        convert(base, tmp_path / form, to=form)
+    (tmp_path / "text").write_text("some words to look at, and some more of them. " * 20)
+    for words in (["int8"], ["nf4"], ["int4"], ["int4", "--calibrate", str(tmp_path / "text")]):
+        found = []
+        for form in forms:
+            out = tmp_path / f"{form}-{len(words)}-{words[0]}"
+            assert main(["quantize", str(tmp_path / form), str(out), "--quant", *words]) == 0
+            found.append((out / "consolidated.00-of-01.model.pth").read_bytes())
+            assert Folder(out).stored_args().quant == QuantArgs(type=words[0])
+        assert [own == found[0] for own in found] == [True] * len(forms), words

@@ -19,9 +19,11 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from accessory.model.pretrained import Pretrained
 from accessory.text.chat import Message
+from accessory.text.form_files import copy_text, write_text
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
@@ -236,7 +238,69 @@ def test_absent_files_are_named(tmp_path: Path) -> None:
             Tokenizer(path)
     folder = train_json("byte_level", tmp_path / "json")
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"eos_token.*config\.json.*add tokenizer_config\.json"):
+        Tokenizer(folder)
+
+
+AROUND = {
+    "begin": processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)]),
+    "both": processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]),
+        ]
+    ),
+    "neither": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("around", "files", "ends"),
+    [
+        ("begin", {"config.json": {"bos_token_id": 0, "eos_token_id": 2}}, {2}),  # the tokenizer's own word rules
+        ("begin", {"generation_config.json": {"eos_token_id": [2, 5]}}, {2, 5}),
+        ("both", {}, {2}),
+        ("neither", {"config.json": {"bos_token_id": 1, "eos_token_id": [2, 7]}}, {2, 7}),
+        ("neither", {"special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"}}, {2}),
+    ],
+)
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_a_tokenizer_json_alone(
+    kind: str, around: str, files: dict[str, Any], ends: set[int], loaded: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    """transformers knows its control tokens by the file as well; begin and end are those of the pair."""
+    folder = train_json(kind, tmp_path / "json")
+    (folder / "tokenizer_config.json").unlink()
+    layout = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    layout.no_truncation()
+    layout.no_padding()
+    layout.post_processor = AROUND[around] or processors.ByteLevel()
+    layout.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    own, theirs = Tokenizer(folder), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert (own.bos_id, own.eos_id, own.eos_ids) == (1, 2, ends)
+    assert set(own.controls.values()) == set(loaded[kind].controls.values())
+    for text in TEXT:
+        ids = own.encode(text, True, True)
+        assert ids == [1, *theirs.encode(text, add_special_tokens=False), 2]
+        assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # Our own folders have another config.json, so what it said goes along.
+    for name in ("copied", "written"):
+        (tmp_path / name).mkdir()
+    copy_text(folder, target := tmp_path / "copied")
+    assert "config.json" not in {path.name for path in target.iterdir()}
+    write_text(own, None, written := tmp_path / "written")
+    for copy in (target, written):
+        assert (Tokenizer(copy).bos_id, Tokenizer(copy).eos_id) == (1, 2)
+
+
+@pytest.mark.parametrize("number", [-1, 10**6])
+def test_an_id_of_the_model_that_is_no_token_is_refused(number: int, tmp_path: Path) -> None:
+    folder = train_json("metaspace", tmp_path / "json")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": number}))
+    with pytest.raises(ValueError, match=f"{folder}/tokenizer.json has no token {number}, .*eos_token"):
         Tokenizer(folder)
 
 

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.companions import CONFIG_FILES, KNOWN, WEIGHT_SUFFIXES
+from accessory.checkpoint.companions import COMPANIONS, CONFIG_FILES, KNOWN, WEIGHT_SUFFIXES
 from accessory.checkpoint.containers import open_tensors
-from accessory.checkpoint.hub import local_folder
+from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.errors import CheckpointError
+from accessory.gguf_header import folder_of, set_of
 from accessory.parallel.box import Box
 from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
 from accessory.quant import TENSOR_DTYPES
 from accessory.text.form_files import META_NAME, SETTINGS_KEY
-from accessory.text.tokenizer import CONFIG_NAME, JSON_NAME, Tokenizer
+from accessory.text.gguf import find_gguf
+from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,11 @@ logger = logging.getLogger(__name__)
 class Folder:
     """A checkpoint folder, recognised by the names in it. Its files are mapped when they are asked for, once.
 
-    Of ``hf://org/name`` it is the folder to which that is downloaded.
+    Of ``hf://org/name`` it is the folder to which that is downloaded. The path of a GGUF file stands for a folder that
+    holds this model alone, with what lies beside it.
 
     Attributes:
+        place: the folder, or the GGUF file (of a set the first).
         path: the folder.
         form: as messages name it: "converted" (our shards), "consolidated" (a release), "Hugging Face".
         files: of its weights, in order; of one that lies cut into several the first.
@@ -49,16 +53,19 @@ class Folder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = local_folder(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"checkpoint folder {self.path} does not exist: check the path")
+        self.place = local_path(path)
+        if not self.place.exists():
+            raise FileNotFoundError(f"checkpoint folder {self.place} does not exist: check the path")
+        self.path = folder_of(self.place)
         if not self.path.is_dir():
-            weights = self.path.suffix in WEIGHT_SUFFIXES
-            what = (
-                "a file: give the folder that holds it" if weights else "a file, and no checkpoint's folder: give one"
-            )
-            raise CheckpointError(f"{self.path} is {what}")
+            if self.path.suffix in WEIGHT_SUFFIXES:
+                raise CheckpointError(f"{self.path} is a file: give the folder that holds it, {self.path.parent}")
+            raise CheckpointError(f"{self.path} is a file, and no checkpoint's folder: give one")
         names = sorted(entry.name for entry in self.path.iterdir())
+        if self.place != self.path:
+            own = set_of(self.place.name, names)
+            self.place = self.path / own[0]
+            names = own + [name for name in names if name in COMPANIONS]
         self._found = choose_weights(self.path, names)
         self.form, self._parts = self._found.form, [[self.path / name for name in own] for own in self._found.files]
         self.files, self.paths = tuple(first for first, *_ in self._parts), tuple(itertools.chain(*self._parts))
@@ -75,9 +82,7 @@ class Folder:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer in one of its forms."""
-        pair = (self.path / JSON_NAME, self.path / CONFIG_NAME)
-        found = Tokenizer.find(self.path)
-        return found is not None and (found != pair[0] or pair[1].exists())
+        return Tokenizer.find(self.place) is not None
 
     def load_args(
         self,
@@ -102,7 +107,7 @@ class Folder:
                 f"{self.path} has neither config.json nor params.json: add it, or pass llama_config=PATH"
             )
         own = llama_config is None and self.config is not None
-        files = [self.config] if own and self.config is not None else list(llama_config or ())
+        files = [self.config] if own and self.config is not None else config_files(llama_config or ())
         return load_args(files, llama_type or self.llama_type, adapters, beside=self._settings if own else None)
 
     @property
@@ -452,6 +457,25 @@ class Weights:
     def _tensor(self, source: Source) -> Tensor:
         assert source.file is not None
         return self.tensors(source.file)[source.key]
+
+
+def config_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The config files that are meant by paths, which may be those of folders, here or on the Hub.
+
+    Raises:
+        FileNotFoundError: a folder has no config.
+        CheckpointError, OSError: as `local_path`.
+    """
+    return [_config_of(local_path(path, weights=False)) for path in paths]
+
+
+def _config_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = next((file for name in CONFIG_FILES if (file := path / name).is_file()), find_gguf(path))
+    if found is None:
+        raise FileNotFoundError(f"{path} has neither {' nor '.join(CONFIG_FILES)}: give the file that says the sizes")
+    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints on Hugging Face's Hub: hf://org/name[/sub/folder][@revision], and what is downloaded of them.
+"""Checkpoints on Hugging Face's Hub: hf://org/name[/sub/folder][/file][@revision], and what is downloaded of them.
 
 huggingface_hub keeps the files, locks them while a process downloads them, and knows the token, the cache and the Hub's
 address (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). It is imported where it is asked, so that nobody else waits
@@ -22,7 +22,7 @@ from typing import Any, Self
 from accessory.checkpoint.companions import COMPANIONS
 from accessory.checkpoint.layouts import INDEX_NAMES, Found, choose_weights
 from accessory.errors import CheckpointError, first_line, shown, shown_bytes
-from accessory.gguf_header import SUFFIX
+from accessory.gguf_header import SUFFIX, set_of
 from accessory.launch.launcher import Launch
 from accessory.progress import Progress, showing
 from accessory.text.form_files import MORE_TEMPLATES
@@ -38,17 +38,19 @@ _MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of a repository.
+    """A folder of a repository, or one file of it.
 
     Attributes:
         repo: org/name.
         folder: within it; "" for all of it.
+        file: of that folder: a GGUF file, or one that lies beside weights; None: the whole folder.
         revision: a branch, a tag or a commit; None: the repository's main branch.
     """
 
     repo: str
     folder: str = ""
     revision: str | None = None
+    file: str | None = None
 
     @classmethod
     def of(cls, path: str | Path) -> Self | None:
@@ -67,11 +69,14 @@ class Place:
                 f"{shown(f'hf://{rest}')} names no folder of a repository: give hf://org/name, "
                 "hf://org/name/sub/folder or hf://org/name@revision"
             )
+        folder, _, last = match["folder"].strip("/").rpartition("/")
+        if last in COMPANIONS or last.endswith(SUFFIX):
+            return cls(match["repo"], folder, match["revision"], last)
         return cls(match["repo"], match["folder"].strip("/"), match["revision"])
 
     def __str__(self) -> str:
-        folder = f"/{self.folder}" if self.folder else ""
-        return f"hf://{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
+        inner = "".join(f"/{part}" for part in (self.folder, self.file) if part)
+        return f"hf://{self.repo}{inner}" + (f"@{self.revision}" if self.revision else "")
 
     @property
     def name(self) -> str:
@@ -79,19 +84,21 @@ class Place:
         return (self.folder or self.repo).rpartition("/")[2]
 
 
-def local_folder(path: str | Path, *, weights: bool = True) -> Path:
+def local_path(path: str | Path, *, weights: bool = True) -> Path:
     """Where the files of a checkpoint's folder lie: of one on the Hub in huggingface_hub's cache.
+
+    A path that names a file is that file's. With a GGUF file comes all of its set, and what lies beside it.
 
     What is needed and not there is downloaded: the weights of the form that is read, and what lies beside them. However
     many processes of a host ask at once, each file is downloaded by one of them. A process that asks twice for a branch
     gets the same commit.
 
     Args:
-        path: a path of this machine, which is returned as it is, or hf://org/name[/sub/folder][@revision].
-        weights: False leaves the weights out.
+        path: a path of this machine, which is returned as it is, or hf://org/name[/sub/folder][/file][@revision].
+        weights: False leaves the weights of a folder out.
 
     Raises:
-        CheckpointError: the path is malformed, there is no such folder, or it holds no weights that are known.
+        CheckpointError: the path is malformed, there is no such folder or file, or no weights that are known.
         FileNotFoundError: no such repository or revision.
         OSError: it may not be read, the Hub cannot be reached, the download broke off, or the disk is full.
     """
@@ -111,6 +118,11 @@ def _downloaded(place: Place, weights: bool) -> Path:
         sizes = _listed(place, commit)
         names = [name for name in sizes if "/" not in name]
         wanted = [name for name in sizes if name in COMPANIONS or _is_template(name)]
+        if place.file is not None:
+            if place.file not in names:
+                raise CheckpointError(f"{place}: {place.repo} has no such file: check its name")
+            files = set_of(place.file, names)
+            return _fetched(place, commit, [*(wanted if files[0].endswith(SUFFIX) else ()), *files], sizes) / files[0]
         if weights:
             index = next((name for name in INDEX_NAMES if name in names), None)
             folder = _fetched(place, commit, [] if index is None else [index], sizes)
@@ -127,7 +139,7 @@ def _chosen(place: Place, folder: Path, names: Sequence[str]) -> Found:
         if not any(name.endswith(SUFFIX) for name in names):
             raise
         # There it is usual that one folder holds a model in many types.
-        way = f"`hf download {place.repo} FILE --local-dir FOLDER` brings those of one"
+        way = f"give one of them, hf://{place.repo}/{place.folder and place.folder + '/'}FILE{SUFFIX}"
         raise CheckpointError(f"{error}; {way}") from None
 
 

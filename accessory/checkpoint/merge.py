@@ -70,9 +70,8 @@ def merge(
         )
     files = shards_like(merger.base, layout, out_args)
     with new_folder(Path(destination)) as aside:
-        held = merger.base.held | merger.adapter.held
-        writer = Writer(aside, layout, out_args, held=held, dtype=merger.dtype, files=files)
-        form = theirs if has_form(theirs.path) else own
+        writer = Writer(aside, layout, out_args, held=merger.held, dtype=merger.dtype, files=files)
+        form = theirs if has_form(theirs.place) else own
         # A template may stand in the tokenizer's own files.
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
         say_within(writer, tokenizer, name=Path(destination).name, form_of=form)
@@ -137,6 +136,7 @@ class _Merger:
     def __init__(self, base: Weights, adapter: Weights, args: ModelArgs) -> None:
         assert args.peft is not None
         self.base, self.adapter, self.args, self.peft = base, adapter, args, args.peft
+        self.held = base.held | adapter.held
         self.report = MergeReport()
 
     def check_biases(self) -> None:
@@ -152,11 +152,8 @@ class _Merger:
     def has_biases(self) -> bool:
         """Whether any bias is other than zero."""
         shapes = dict(parameter_shapes(self.args.replace(peft=PeftArgs(bias_tuning=True))))
-        biases = [name for name in shapes if name.endswith("bias") and self.has(name)]
+        biases = [name for name in shapes if name.endswith("bias") and name in self.held]
         return any(bool(self._stored(name, Box.whole(shapes[name])).any()) for name in biases)
-
-    def has(self, name: str) -> bool:
-        return name in self.adapter.held or name in self.base.held
 
     def dtype(self, target: Source) -> torch.dtype:
         held = self.base if target.parameter in self.base.held else self.adapter

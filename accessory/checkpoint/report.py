@@ -72,7 +72,7 @@ def describe(
                 _check_copies(path, tensors, weights.expected(file), first_copies)
     layout = _layout(weights)
     size = sum(path.stat().st_size for path in opened.paths)
-    yield f"folder      {opened.path}"
+    yield f"folder      {opened.place}"
     yield f"format      {opened.form}, {layout}, llama_type {opened.llama_type or 'not said (mistral)'}"
     yield f"shards      {len(opened.files)}, {shown_bytes(size)} in all"
     together = ", base and adapter together" if adapter_alone else ""

@@ -228,11 +228,10 @@ def write_beside(
         dtype: of most weights.
         form_of: whose form, in which it is asked; None: the source's.
     """
-    said = copy_text(source.path, folder, form_of=(form_of or source).path)
+    said = copy_text(source.place, folder, form_of=(form_of or source).place)
     if not source.has_tokenizer:
         logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
-    kind = PEFT_TYPES[0] if args.peft else "mistral_sparse" if layout is SPARSE else "mistral"
-    write_config(folder, layout, args, {"llama_type": kind}, said, dtype=dtype)
+    write_config(folder, layout, args, PEFT_TYPES[0] if args.peft else "mistral", said, dtype=dtype)
     if layout.says_ends and source.has_tokenizer:
         tokenizer = Tokenizer(folder)
         write_ends(tokenizer, find_form(tokenizer, [folder]), folder)
@@ -241,15 +240,22 @@ def write_beside(
 def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | None = None) -> None:
     """Have a writer's files say what those of other layouts have beside them, where its layout's do.
 
+    A tokenizer that the layout's files are to tell of is opened before any weight is written.
+
     Args:
         source: whose tokenizer it is.
         name: of the model.
         form_of: whose chat templates; None: the source's.
+
+    Raises:
+        ValueError, FileNotFoundError: the tokenizer cannot be read.
     """
     layout, args = writer.layout, writer.args
+    of_tokenizer = layout.says_ends or layout.metadata is not None
+    found = Tokenizer.find(source.place) if of_tokenizer else None
+    tokenizer = None if found is None else Tokenizer(found)
     if layout.metadata is None:
         return
-    tokenizer = Tokenizer(source.path) if source.has_tokenizer else None
     if tokenizer is not None and (tokenizer.is_json or not is_of_merges(tokenizer.sentencepiece_model)):
         logger.warning(
             "%s is no sentencepiece model of byte pairs, and %s is given no other: llama.cpp takes token ids alone",
@@ -258,7 +264,7 @@ def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | N
         tokenizer = None
     if tokenizer is not None and normalizes(tokenizer.sentencepiece_model):
         logger.warning("%s changes texts before it reads them, and llama.cpp does not", tokenizer.path)
-    templates = {own: text for own, (text, _) in templates_of((form_of or source).path).items()}
+    templates = {own: text for own, (text, _) in templates_of((form_of or source).place).items()}
     writer.metadata = layout.metadata(args, writer.most, name) | text_metadata(tokenizer, templates, args.vocab_size)
 
 
@@ -266,7 +272,7 @@ def write_config(
     folder: Path,
     layout: Layout,
     args: ModelArgs,
-    kind: Mapping[str, str],
+    llama_type: str,
     said: Mapping[str, Any],
     *,
     dtype: Coding,
@@ -275,7 +281,7 @@ def write_config(
     """Write the sizes in the layout's own file, and meta.json with what that has no word for.
 
     Args:
-        kind: its llama_type.
+        llama_type: of the model; meta.json adds that the layout is sparse, for which adapters have no name.
         said: of the form in which the model is asked.
         always: meta.json is written even where it says nothing more.
     """
@@ -294,7 +300,8 @@ def write_config(
         )
     meta = {**said, **({SETTINGS_KEY: lost} if lost else {})}
     if meta or always or not layout.plain:
-        write_json(folder / META_NAME, {**kind, **meta})
+        kind = llama_type.removesuffix("_sparse") + ("_sparse" if layout is SPARSE and args.peft is None else "")
+        write_json(folder / META_NAME, {"llama_type": kind, **meta})
 
 
 def write_manifest(folder: Path) -> None:

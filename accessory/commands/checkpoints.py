@@ -38,7 +38,6 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory split runs/tiny runs/tiny/converted --mp 8",
     )
     split.add_argument("source", type=given_path, help="folder with consolidated.00.pth, or with other shards")
-    split.add_argument("destination", type=given_destination, help="folder to write")
     split.add_argument("--mp", type=int, default=8, help="number of shards (default 8)")
     add_config_argument(split)
     split.set_defaults(run=_split)
@@ -51,7 +50,6 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory convert Mixtral-8x7B-Instruct-v0.1 converted --to accessory --mp 8",
     )
     convert.add_argument("source", type=given_path, help="checkpoint folder of any form")
-    convert.add_argument("destination", type=given_destination, help="folder to write")
     convert.add_argument("--to", choices=LAYOUT_NAMES, default=LAYOUT_NAMES[0], metavar="FORM", help=_TO)
     convert.add_argument("--mp", type=int, default=None, help="number of shards of accessory's forms (default 1)")
     convert.add_argument(
@@ -94,7 +92,6 @@ def add_commands(commands: Any) -> None:
     )
     merge.add_argument("base", type=given_path, help="checkpoint folder that the adapter was trained on")
     merge.add_argument("adapter", type=given_path, help="folder of a finetuning run with an adapter, or of peft's")
-    merge.add_argument("destination", type=given_destination, help="folder to write")
     merge.add_argument("--to", choices=LAYOUT_NAMES, default=LAYOUT_NAMES[0], metavar="FORM", help=_TO)
     add_config_argument(merge, "the adapter's")
     merge.set_defaults(run=_merge)
@@ -107,7 +104,6 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory export-adapter runs/capitals/epoch59 runs/capitals-hf",
     )
     export.add_argument("adapter", type=given_path, help="folder of a finetuning run with llama_type mistral_peft")
-    export.add_argument("destination", type=given_destination, help="folder to write")
     add_config_argument(export)
     export.set_defaults(run=_export_adapter)
 
@@ -119,7 +115,6 @@ def add_commands(commands: Any) -> None:
         epilog="example: accessory quantize runs/tiny/converted runs/tiny/int4 --quant int4 --calibrate README.md",
     )
     quantize.add_argument("source", type=given_path, help="checkpoint folder")
-    quantize.add_argument("destination", type=given_destination, help="folder to write")
     add_quant_flags(quantize, always=True)
     quantize.add_argument(
         "--calibrate", type=given_path, metavar="FILE", help="text file: int4 is then rounded with an eye on its inputs"
@@ -142,6 +137,8 @@ def add_commands(commands: Any) -> None:
     add_config_argument(inspect)
     inspect.set_defaults(run=_inspect)
 
+    for command in (split, convert, merge, export, quantize):
+        command.add_argument("destination", type=given_destination, help="folder to write")
     for command in (tiny, split, convert, diff, merge, export, quantize, inspect):
         # Several would write the same folder at once.
         command.set_defaults(alone=f"{command.prog} works in one process: start it without torchrun")
@@ -268,13 +265,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.hub import local_folder
+    from accessory.checkpoint.hub import local_path
     from accessory.checkpoint.report import describe
 
-    folder = local_folder(arguments.folder)
+    folder = local_path(arguments.folder)
     if arguments.verify:
         from accessory.checkpoint.write import check_manifest
+        from accessory.gguf_header import folder_of
 
-        sys.stdout.write(f"verified    {check_manifest(folder)} files are as they were written\n")
+        sys.stdout.write(f"verified    {check_manifest(folder_of(folder))} files are as they were written\n")
     for line in describe(folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
         sys.stdout.write(f"{line}\n")

@@ -50,18 +50,20 @@ def add_commands(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from accessory.checkpoint.hub import local_folder
+    from accessory.checkpoint.hub import local_path
     from accessory.data.cache import refuse_several_forms
     from accessory.data.examples import Recipe
     from accessory.data.sources import read_data_config
     from accessory.data.tokenise import SourceReport
+    from accessory.gguf_header import SUFFIX
     from accessory.serve.terminal import printable
     from accessory.text.form_files import form_for_training
 
     sources = read_data_config(arguments.data_config)
-    folder = local_folder(arguments.model, weights=False)
-    tokenizer = _tokenizer(folder)
-    folders = [folder if folder.is_dir() else folder.parent]
+    model = local_path(arguments.model, weights=False)
+    is_model = model.is_dir() or model.suffix == SUFFIX  # and no tokenizer's file
+    tokenizer = _tokenizer(model, is_model=is_model)
+    folders = [model if is_model else model.parent]
     asked = arguments.chat_template
     form = None if asked is None else form_for_training(tokenizer, folders, asked)
     ignore = frozenset(filter(None, map(str.strip, arguments.ignore_fields.split(","))))
@@ -98,16 +100,16 @@ def _show_examples(examples: Iterator[tuple[str, str]], limit: int) -> int:
     return records
 
 
-def _tokenizer(path: Path) -> "Tokenizer":
-    """The tokenizer of a checkpoint's folder, or of a file; an error says what the option takes."""
+def _tokenizer(path: Path, *, is_model: bool) -> "Tokenizer":
+    """A checkpoint's tokenizer, or that of a file; an error says what the option takes."""
     from accessory.text.tokenizer import Tokenizer
 
     if not path.exists():
         raise FileNotFoundError(f"--model {path} does not exist: give a checkpoint's folder, or a tokenizer's file")
     try:
-        return Tokenizer(path)
+        return Tokenizer(Tokenizer.find(path) or path if is_model else path)
     except ValueError as error:
-        if path.is_dir():
+        if is_model:
             raise
         raise ValueError(f"{error}, or give --model a checkpoint's folder") from None
 

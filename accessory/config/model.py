@@ -15,8 +15,8 @@ from accessory.errors import nearest
 IGNORED_KEYS = frozenset({"max_position_embeddings", "model_type", "torch_dtype"})
 
 
-# No model comes near it, and to list the tensors of more would take minutes.
-MOST_EXPERTS = 2**17
+# No model comes near them, and to list the tensors of more, or the rank counts that divide it, would take minutes.
+MOST_LAYERS, MOST_HEADS, MOST_EXPERTS = 2**10, 2**12, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,9 @@ class ModelArgs:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: give head_dim")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        for name, most in (("n_layers", MOST_LAYERS), ("n_heads", MOST_HEADS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} {getattr(self, name)} is more than {most}: correct it")
         if self.n_layers * self.moe.num_experts > MOST_EXPERTS:
             raise ValueError(
                 f"n_layers {self.n_layers} times moe.num_experts {self.moe.num_experts} is more than {MOST_EXPERTS}: "

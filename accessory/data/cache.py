@@ -154,6 +154,7 @@ def _key(sources: Sequence[Source], recipe: Recipe) -> str:
         "max_words": recipe.max_words,
         "seed": recipe.seed if drawn else None,
         "tokenizer": [[file.name, _digest(file)] for file in recipe.tokenizer.files],
+        "ends": [recipe.tokenizer.bos_id, recipe.tokenizer.eos_id],  # which a model's config may have said
         "libraries": [importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers", "jinja2")],
         "sources": [
             [

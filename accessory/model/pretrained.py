@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accessory.checkpoint.folder import Folder
+from accessory.checkpoint.folder import Folder, config_files
+from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.loader import load_parameters
 from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
@@ -82,8 +83,8 @@ class Pretrained:
         args = _quantized(last.load_args(configs, llama_type, adapters), quant, folders)
         beside = next((folder for folder in (folders[-1], last) if folder.has_tokenizer), last)
         tokenizer = Tokenizer(
-            _find_tokenizer(beside.path) if tokenizer_path is None else _one(tokenizer_path),
-            beside=[folder.path for folder in folders],
+            _find_tokenizer(beside.place) if tokenizer_path is None else _one(tokenizer_path),
+            beside=[folder.place for folder in folders],
         )
         if args.vocab_size == -1:
             args = args.replace(vocab_size=_vocabulary(folders, args, tokenizer))
@@ -112,15 +113,15 @@ class Pretrained:
         if quant is not None:
             raise ValueError("quantization was asked for without a pretrained_path: there are no weights to quantize")
         llama_type = _known_type(llama_type)
-        args = load_args(_several(llama_config, "llama_config"), llama_type, adapters)
+        args = load_args(config_files(_several(llama_config, "llama_config")), llama_type, adapters)
         tokenizer = Tokenizer(_one(tokenizer_path))
         args = _settle(args, tokenizer, max_seq_len)
         return cls(folders=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
 
     @property
     def paths(self) -> list[Path]:
-        """Where the folders lie."""
-        return [folder.path for folder in self.folders]
+        """Where the folders lie; of a GGUF file that was named, this file."""
+        return [folder.place for folder in self.folders]
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights on disk (of the first tensor of the first file)."""
@@ -260,10 +261,10 @@ def _several(paths: Paths, setting: str) -> list[str | Path]:
     return listed
 
 
-def _one(tokenizer_path: Any) -> str | Path:
+def _one(tokenizer_path: Any) -> Path:
     if not isinstance(tokenizer_path, str | Path) or not str(tokenizer_path):
         raise ValueError(f"tokenizer_path must be a path, not {tokenizer_path!r}")
-    return tokenizer_path
+    return local_path(tokenizer_path, weights=False)
 
 
 def _find_tokenizer(folder: Path) -> Path:

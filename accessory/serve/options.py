@@ -61,9 +61,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     group.add_argument(*_spellings("llama_type"), help="architecture, where meta.json does not say")
     help_text = "config files in place of the folder's own, the last rules"
     group.add_argument(*_spellings("llama_config"), nargs="+", type=given_name, metavar="FILE", help=help_text)
-    group.add_argument(
-        *_spellings("tokenizer_path"), type=given_name, help="tokenizer.model, or folder of tokenizer.json"
-    )
+    group.add_argument(*_spellings("tokenizer_path"), type=given_name, help="a tokenizer's file, or a folder with one")
     help_text = "tokens of prompt and answer together (default 4096)"
     group.add_argument(*_spellings("max_seq_len"), type=_context, default=4096, help=help_text)
     help_text = "of the weights (default auto: as they are stored; MetaModel.from_pretrained takes bf16)"

@@ -13,6 +13,7 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
+MODEL_NAME = "config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
 # What else of Hugging Face's folders says which tokens there are.
@@ -40,7 +41,8 @@ class TokenSettings:
     """What Hugging Face's files beside a tokenizer say of its tokens.
 
     `names` are those of "bos_token" and so on, `homes` the files that say them; `special` all that are called special;
-    `prefixes` whether Hugging Face's tokenizer puts a space before a text behind a control token too.
+    `prefixes` whether Hugging Face's tokenizer puts a space before a text behind a control token too; `ids` the
+    tokens of "bos_token" and so on by the model's own config, where a tokenizer.json has no settings beside it.
     """
 
     files: tuple[Path, ...]
@@ -50,6 +52,7 @@ class TokenSettings:
     added: tuple[AddedToken, ...]
     ends: tuple[int, ...]
     prefixes: bool
+    ids: dict[str, int]
 
     @classmethod
     def beside(cls, tokenizer: Path, folders: Sequence[Path]) -> TokenSettings:
@@ -74,7 +77,11 @@ class TokenSettings:
         places = (folder / GENERATION_NAME for folder in (*reversed(folders), tokenizer.parent))
         generations = {file: _read_json(file).get("eos_token_id") for file in places if file.is_file()}
         generation = sorted(generations, key=lambda file: generations[file] is None)[:1]
-        ends = generations[generation[0]] if generation else None
+        bare = tokenizer.suffix == ".json" and tokenizer.with_name(CONFIG_NAME) not in read
+        models = (folder / MODEL_NAME for folder in (*reversed(folders), tokenizer.parent)) if bare else ()
+        said = next((_read_json(file) for file in models if file.is_file()), {})
+        ends = _numbers(generations[generation[0]] if generation else None) or _numbers(said.get("eos_token_id"))
+        firsts = {"bos_token": _numbers(said.get("bos_token_id")), "eos_token": ends}
         return cls(
             files=(*read, *generation),
             names=names,
@@ -82,7 +89,8 @@ class TokenSettings:
             special=frozenset({*special, *names.values()}),
             added=tuple(added[token] for token in sorted(added)),
             prefixes=_prefixes(read.get(tokenizer.with_name(JSON_NAME), {})),
-            ends=tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int),
+            ends=ends,
+            ids={key: numbers[0] for key, numbers in firsts.items() if numbers} if bare else {},
         )
 
     def controls(self, name: str) -> bool:
@@ -123,6 +131,11 @@ def _tokens(file: Path, content: dict[str, Any]) -> Iterator[tuple[int, Any]]:
         yield from ((one["id"], one) for one in listed if isinstance(one, dict) and type(one.get("id")) is int)
     elif file.name == ADDED_NAME:
         yield from ((token, name) for name, token in content.items() if type(token) is int)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """The ids that a config says, one or several."""
+    return tuple(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
 
 
 def _name(value: Any) -> str:

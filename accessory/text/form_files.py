@@ -13,7 +13,7 @@ from typing import Any
 
 from accessory.errors import nearest, shown
 from accessory.files import write_json
-from accessory.gguf_header import SUFFIX
+from accessory.gguf_header import SUFFIX, folder_of
 from accessory.text.added_tokens import GENERATION_NAME
 from accessory.text.equivalents import equivalent_template
 from accessory.text.forms import FORMS, AlpacaForm, DefaultForm, Form, MistralForm
@@ -107,13 +107,17 @@ def _name_of_lying(folder: Path) -> str | None:
     return record["name"] if record else TEMPLATE_NAME if "default" in templates_of(folder) else None
 
 
-def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
-    """A folder's chat templates by name, each with the file that it is from. "default" is the one for chats.
+def templates_of(place: Path) -> dict[str, tuple[str, Path]]:
+    """A checkpoint's chat templates by name, each with the file that it is from. "default" is the one for chats.
+
+    Args:
+        place: its folder, or its GGUF file in a folder of several.
 
     Raises:
         ValueError: a file is not UTF-8, or too large.
     """
     found = {}
+    folder = folder_of(place)
     config = folder / CONFIG_NAME
     if config.is_file():
         try:
@@ -128,7 +132,7 @@ def templates_of(folder: Path) -> dict[str, tuple[str, Path]]:
         found[file.stem] = (_read(file), file)
     if (file := folder / TEMPLATE_NAME).is_file():
         found["default"] = (_read(file), file)
-    if not found and (gguf := find_gguf(folder)) is not None:
+    if not found and (gguf := find_gguf(place)) is not None:
         found = {name: (template, gguf) for name, template in templates_in(gguf).items()}
     return found
 
@@ -145,6 +149,8 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
         else:
             (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
     config = folder / CONFIG_NAME
+    if tokenizer.is_json and not config.exists():
+        _write_names(tokenizer, config)
     if form is None:
         return {}
     if config.is_file():  # its template is of the model before
@@ -172,21 +178,33 @@ def write_ends(tokenizer: Tokenizer, form: Form, folder: Path) -> None:
 
 
 def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dict[str, Any]:
-    """Copy tokenizer and form from one checkpoint's folder to another; returns what meta.json is to say of the form.
+    """Copy a checkpoint's tokenizer and form to another folder; returns what meta.json is to say of the form.
 
     Args:
-        form_of: the folder whose form it is; None: the same.
+        source, form_of: whose tokenizer and whose form it is, folders or GGUF files; the second None: the same.
     """
     form_of = form_of or source
     for name in TEXT_NAMES:
-        place = form_of if name == TEMPLATE_NAME else source
-        if (place / name).is_file():
-            shutil.copyfile(place / name, folder / name)
-    if (form_of / MORE_TEMPLATES).is_dir():
-        shutil.copytree(form_of / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+        file = folder_of(form_of if name == TEMPLATE_NAME else source) / name
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
+    if (more := folder_of(form_of) / MORE_TEMPLATES).is_dir():
+        shutil.copytree(more, folder / MORE_TEMPLATES)
+    if (folder / JSON_NAME).exists() and not any(
+        (folder / name).exists() for name in (CONFIG_NAME, SENTENCEPIECE_NAME)
+    ):
+        try:
+            _write_names(Tokenizer(folder_of(source)), folder / CONFIG_NAME)
+        except (ValueError, FileNotFoundError) as error:
+            logger.warning("%s", error)
     _copy_from_gguf(source, folder, form_of)
     recorded = _recorded(form_of)
     return {} if recorded is None else {FORM_KEY: recorded}
+
+
+def _write_names(tokenizer: Tokenizer, config: Path) -> None:
+    """Write the settings that a tokenizer.json lacked: they may have been in a config.json, which stays behind."""
+    write_json(config, {key: tokenizer.names[key] for key in ("bos_token", "eos_token")})
 
 
 def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
@@ -245,7 +263,7 @@ def _made(tokenizer: Tokenizer, template: str, file: Path, *, name: str | None =
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """What a folder's meta.json says of the form; ValueError where that is unusable."""
-    file = folder / META_NAME
+    file = folder_of(folder) / META_NAME
     try:
         meta = json.loads(file.read_bytes())
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from accessory.errors import shown
-from accessory.gguf_header import SUFFIX, are_one, read_header
+from accessory.gguf_header import SUFFIX, are_one, folder_of, read_header, set_of
 
 _KEY = "tokenizer.ggml."
 _NONE = ("none", "no_vocab")
@@ -43,9 +43,12 @@ class SentencePieceTokenizer(Protocol):
     def is_control(self, token_id: int) -> bool: ...
 
 
-def find_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that says what is asked here: its only one, or the first of a split set."""
+def find_gguf(place: Path) -> Path | None:
+    """The GGUF file that says what is asked here of a folder or of one of its files: the first of a split set."""
+    folder = folder_of(place)
     names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    if place != folder:
+        names = set_of(place.name, names)
     return folder / names[0] if names and are_one(names) else None
 
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, with the tokenizer that lies beside a checkpoint.
 
-A checkpoint carries either a sentencepiece model (`tokenizer.model`) or Hugging Face's pair `tokenizer.json`
-and `tokenizer_config.json`; a GGUF file has one within it. One class, `Tokenizer`, hides which: nothing else in the
+A checkpoint carries either a sentencepiece model (`tokenizer.model`) or Hugging Face's `tokenizer.json`, as a rule with
+`tokenizer_config.json`; a GGUF file has one within it. One class, `Tokenizer`, hides which: nothing else in the
 library asks.
 """
 
@@ -19,9 +19,17 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from accessory.gguf_header import SUFFIX
+from accessory.gguf_header import SUFFIX, folder_of
 from accessory.text.added_tokens import BESIDE_NAMES as BESIDE_NAMES
-from accessory.text.added_tokens import CONFIG_NAME, JSON_NAME, SENTENCEPIECE_NAME, AddedToken, TokenSettings, read_file
+from accessory.text.added_tokens import (
+    CONFIG_NAME,
+    JSON_NAME,
+    MODEL_NAME,
+    SENTENCEPIECE_NAME,
+    AddedToken,
+    TokenSettings,
+    read_file,
+)
 from accessory.text.gguf import find_gguf, holds_tokenizer, is_pad, more_ends, sentencepiece_of
 
 _SPACES = re.compile(r"\s*")
@@ -34,9 +42,11 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
-    `path` is a sentencepiece model under any name, a `tokenizer.json` with its `tokenizer_config.json` beside
-    it, a GGUF file, or a folder that holds one of these (in this order they win). `beside` are the folders of its
-    model: the last one whose generation_config.json says what ends a text rules over the tokenizer's own.
+    `path` is a sentencepiece model under any name, a `tokenizer.json`, a GGUF file, or a folder that holds one of these
+    (in this order they win). What begins and ends a text stands in the `tokenizer_config.json` beside a
+    `tokenizer.json`; without one in its post-processor, or in the model's generation_config.json or config.json.
+    `beside` are the folders of its model: the last one whose generation_config.json says what ends a text rules over
+    the tokenizer's own.
 
     Attributes: `path`, the file that was read; `files`, all that were; `n_words`, the number of token ids, 0 to
     n_words - 1; `gaps`, those of them that are no token; `bos_id` and `eos_id`, the ids that begin and end a sequence;
@@ -52,7 +62,7 @@ class Tokenizer:
         if found is None:
             raise FileNotFoundError(f"{given} holds neither {SENTENCEPIECE_NAME} nor {JSON_NAME}: copy it there")
         self.path: Path = found
-        self._beside = tuple(Path(folder).absolute() for folder in beside)
+        self._beside = tuple(folder_of(Path(place)).absolute() for place in beside)
         settings = TokenSettings.beside(found, self._beside)
         self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
         self.files: tuple[Path, ...] = (found, *settings.files)
@@ -67,12 +77,15 @@ class Tokenizer:
         self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
-    def find(folder: str | Path) -> Path | None:
-        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before a GGUF file, or None."""
+    def find(place: str | Path) -> Path | None:
+        """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before a GGUF file, or None.
+
+        Of a GGUF file what lies beside it, in the same order, and then itself.
+        """
         for name in (SENTENCEPIECE_NAME, JSON_NAME):
-            if (candidate := Path(folder) / name).is_file():
+            if (candidate := folder_of(Path(place)) / name).is_file():
                 return candidate
-        gguf = find_gguf(Path(folder))
+        gguf = find_gguf(Path(place))
         return gguf if gguf is not None and holds_tokenizer(gguf) else None
 
     @property
@@ -276,7 +289,7 @@ class _SentencePiece:
 
 
 class _Json:
-    """A `tokenizer.json`, whose begin and end tokens `tokenizer_config.json` names."""
+    """A `tokenizer.json`, whose begin and end tokens `tokenizer_config.json` names, if there is one."""
 
     def __init__(self, path: Path, settings: TokenSettings) -> None:
         self._advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
@@ -297,9 +310,7 @@ class _Json:
                 raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {token.file.name} says")
         self.n_words = last + 1
         self.gaps = tuple(token for token in range(self.n_words) if token not in self._names)
-        config = path.with_name(CONFIG_NAME)
-        read_file(config)
-        self.bos_id, self.eos_id = (self._id_of(key, config) for key in ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = (self._id_of(key, path) for key in ("bos_token", "eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
         self.stripping = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
@@ -328,13 +339,25 @@ class _Json:
         made.encode_special_tokens = True  # "<s>" in a text is text
         return made
 
-    def _id_of(self, key: str, config: Path) -> int:
-        name = self._settings.names.get(key)
+    def _id_of(self, key: str, path: Path) -> int:
+        """The token of a role: as the settings name it; without any, as the file or the model's config says."""
+        config = path.with_name(CONFIG_NAME)
+        bare = not config.is_file()
+        name, home = self._settings.names.get(key), self._settings.homes.get(key, config)
+        if name is None and bare:
+            name, home = _around(self._content).get(key), path
+        if name is None and bare and (number := self._settings.ids.get(key)) is not None:
+            if number not in self._names:
+                raise ValueError(f"{path} has no token {number}, which the model's config names as {key}: correct it")
+            return number
+        if name is None and bare:
+            raise FileNotFoundError(
+                f"{path} does not say its {key}, and neither does a {MODEL_NAME}: add {config.name}, which names it"
+            )
         if name is None:
             raise ValueError(f"{config} names no {key}: add one of the tokens of {JSON_NAME} there")
         token_id = self._tokenizer.token_to_id(name)
         if token_id is None:
-            home = self._settings.homes[key]
             raise ValueError(f"{home}: correct {key}, {name!r} is no token of the {JSON_NAME} beside it")
         return int(token_id)
 
@@ -388,6 +411,18 @@ class _Json:
     def joins_next(self, token_id: int) -> bool:
         # Control tokens are left out before the bytes are joined, so they do not part a run.
         return token_id in self._control or _BYTE_TOKEN.fullmatch(self._names[token_id]) is not None
+
+
+def _around(content: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that a tokenizer.json's post-processor puts before and behind a text, where it is one each."""
+    whole: dict[str, Any] = content.get("post_processor") or {}
+    for part in whole.get("processors", [whole]):
+        if part.get("type") == "TemplateProcessing":
+            names = [piece.get("SpecialToken", {}).get("id") for piece in part["single"]]
+            at = names.index(None)  # of the text
+            sides = {"bos_token": names[:at], "eos_token": names[at + 1 :]}
+            return {key: side[0] for key, side in sides.items() if len(side) == 1}
+    return {}
 
 
 def _unused(gap: int) -> str:

@@ -206,10 +206,8 @@ def _finish(model: MetaModel, form: Form | None, folder: Path, writer: Writer, d
     writer.write_index()
     # An adapter fits its base however that is quantized.
     args = model.llma.args.replace(quant=None)
-    kind = model.llama_type.removesuffix("_sparse")
-    suffix = "_sparse" if layout is SPARSE and args.peft is None else ""  # with adapters the form has no name
     said = write_text(model.tokenizer, form, aside)
-    write_config(aside, layout, args, {"llama_type": kind + suffix}, said, dtype=dtype, always=True)
+    write_config(aside, layout, args, model.llama_type, said, dtype=dtype, always=True)
     if layout.says_ends:
         write_ends(model.tokenizer, form or find_form(model.tokenizer, [aside]), aside)
     by_umask(aside)

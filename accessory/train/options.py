@@ -204,7 +204,7 @@ def finetune_parser() -> argparse.ArgumentParser:
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--llama_type", help="architecture; by default what the checkpoint's meta.json says")
     group.add_argument("--llama_config", nargs="+", help="config files, merged, the last rules")
-    group.add_argument("--tokenizer_path", help="tokenizer.model, or a folder with tokenizer.json")
+    group.add_argument("--tokenizer_path", help="a tokenizer's file, or a folder with one")
     help_text = "checkpoint folders, later ones overlay earlier ones; none: train from nothing"
     group.add_argument("--pretrained_path", nargs="+", help=help_text)
     group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")

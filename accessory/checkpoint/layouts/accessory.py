@@ -3,6 +3,7 @@
 Byte-for-byte descriptions stand in docs/checkpoints.md.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -109,36 +110,23 @@ BASE = Layout(
     config=_own_config,
 )
 # The experts' adapters have the names of the base form, cut as placement "tensor" cuts them.
-SPARSE = Layout(
+SPARSE = dataclasses.replace(
+    BASE,
     name="accessory-sparse",
     shown="experts cut in slices (sparse)",
     rows=by_parameter([*_WHOLE, *_stacked_rows("feed_forward", written=True), *_ADAPTERS]),
     cut="tensor",
-    prefix=PREFIX,
-    strips=PREFIX,
-    file_name=_shard_name,
-    config=_own_config,
 )
 # Several consolidated.NN.pth of which each has a slice of every tensor that is split.
-META = Layout(
-    name="meta",
-    shown="whole experts (base)",
-    rows=BASE.rows,
-    cut="expert",
-    strips=PREFIX,
-    file_name=_release_name,
-    config=_params,
-)
+META = dataclasses.replace(BASE, name="meta", prefix="", file_name=_release_name, config=_params)
 # Whole tensors, the experts' one by one or stacked.
-MISTRAL = Layout(
+MISTRAL = dataclasses.replace(
+    META,
     name="mistral",
     shown="whole tensors",
     rows=by_parameter([*_WHOLE, *_EXPERTS, _GATE, *_stacked_rows("block_sparse_moe", written=False)]),
     cut=None,
     plain=True,
-    strips=PREFIX,
-    file_name=_release_name,
-    config=_params,
 )
 
 

@@ -72,7 +72,7 @@ def find_gguf(folder: Path, names: Sequence[str]) -> Found | None:
             unusable = str(error)
     elif len(own) > 1:
         listed = ", ".join(own[:5]) + (", ..." if own[5:] else "")
-        unusable = f"{folder} holds several GGUF files ({listed}): keep those of one model there, move the others away"
+        unusable = f"{folder} holds several GGUF files ({listed}): give the path of one of them"
     return Found(
         form="GGUF", files=files, layout=partial(_layout, folder, files), config=files[0][0], unusable=unusable
     )
