@@ -58,7 +58,7 @@ class Folder:
             raise FileNotFoundError(f"checkpoint folder {self.place} does not exist: check the path")
         self.path = folder_of(self.place)
         if not self.path.is_dir():
-            if self.path.suffix in WEIGHT_SUFFIXES:
+            if self.path.suffix in WEIGHT_SUFFIXES or self.path.name in COMPANIONS:
                 raise CheckpointError(f"{self.path} is a file: give the folder that holds it, {self.path.parent}")
             raise CheckpointError(f"{self.path} is a file, and no checkpoint's folder: give one")
         names = sorted(entry.name for entry in self.path.iterdir())
