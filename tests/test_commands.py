@@ -1,8 +1,10 @@
 """The commands as a user types them: whole processes, their output, their exit codes."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -496,3 +498,18 @@ def test_a_batch_script_of_slurm_is_one_process(folder, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main(["inspect", str(folder)]) == 0
     assert str(folder) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect", "{}"], ["diff", "{}", "{}"], ["quantize", "{}", "{}-int8", "--quant", "int8"]]
+)
+def test_nobody_reads_on(words, folder, tmp_path, capsys, monkeypatch):
+    """As behind `head`, which has gone: the command ends as the signal of a pipe would end it, without a word."""
+    (source := tmp_path / "model").symlink_to(folder)
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main([word.format(source) for word in words]) == 128 + signal.SIGPIPE
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""

@@ -3,11 +3,11 @@
 import argparse
 import contextlib
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from accessory.arguments import add_threads_argument, given_destination, given_name, given_path, given_seed
+from accessory.commands.output import show
 from accessory.config.layouts import GGUF_TYPES, LAYOUT_NAMES
 from accessory.config.quant import DEFAULT_FORM, QuantArgs, add_quant_flags
 from accessory.serve.options import DTYPES
@@ -156,7 +156,7 @@ def _tiny(arguments: argparse.Namespace) -> None:
     steps = {} if arguments.steps is None else {"steps": arguments.steps}
     report = make_tiny(arguments.out, seed=arguments.seed, **steps)
     lightest = report.expert_share.min().item()
-    sys.stdout.write(
+    show(
         f"wrote {arguments.out}: {report.parameters:,} parameters, loss {report.loss:.2f} on documents that were held "
         f"back from the training, lightest expert {lightest:.1%} of its layer's tokens\n"
     )
@@ -166,7 +166,7 @@ def _split(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.convert import split
 
     split(arguments.source, arguments.destination, mp=arguments.mp, llama_config=arguments.llama_config)
-    sys.stdout.write(f"wrote {arguments.destination}\n")
+    show(f"wrote {arguments.destination}\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -189,7 +189,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         if arguments.overwrite or not _is_replaceable(arguments.destination):
             raise
         raise FileExistsError(f"{error}, or give --overwrite") from None
-    sys.stdout.write(f"wrote {arguments.destination}\n")
+    show(f"wrote {arguments.destination}\n")
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -206,7 +206,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 
     found = diff(arguments.first, arguments.second, atol=arguments.atol)
     for line in found.lines():
-        sys.stdout.write(f"{line}\n")
+        show(f"{line}\n")
     if not found.same:
         raise SystemExit(1)
 
@@ -232,14 +232,14 @@ def _merge(arguments: argparse.Namespace) -> None:
         llama_config=arguments.llama_config,
     )
     for line in (*report.lines(), f"wrote {arguments.destination}"):
-        sys.stdout.write(f"{line}\n")
+        show(f"{line}\n")
 
 
 def _export_adapter(arguments: argparse.Namespace) -> None:
     from accessory.checkpoint.adapter_export import export_adapter
 
     export_adapter(arguments.adapter, arguments.destination, llama_config=arguments.llama_config)
-    sys.stdout.write(f"wrote {arguments.destination}\n")
+    show(f"wrote {arguments.destination}\n")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -261,7 +261,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     report = quantize_checkpoint(
         arguments.source, arguments.destination, quant, calibration, llama_config=arguments.llama_config
     )
-    sys.stdout.write(f"{report}\nwrote {arguments.destination}\n")
+    show(f"{report}\nwrote {arguments.destination}\n")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -273,6 +273,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         from accessory.checkpoint.write import check_manifest
         from accessory.gguf_header import folder_of
 
-        sys.stdout.write(f"verified    {check_manifest(folder_of(folder))} files are as they were written\n")
+        show(f"verified    {check_manifest(folder_of(folder))} files are as they were written\n")
     for line in describe(folder, check_values=arguments.check_values, llama_config=arguments.llama_config):
-        sys.stdout.write(f"{line}\n")
+        show(f"{line}\n")
