@@ -16,7 +16,7 @@ from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
-from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes
+from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes, share_of_tokens, split_of
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
@@ -182,7 +182,7 @@ def _check_copies(
 
 
 def _layout(weights: Weights) -> str:
-    return weights.layout.shown if any(".experts." in name for name in weights.held) else "no experts"
+    return weights.layout.shown if any(split_of(name).per_expert for name in weights.held) else "no experts"
 
 
 def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
@@ -190,8 +190,7 @@ def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
     for name, shape in parameter_shapes(args.replace(quant=None)):
         count = math.prod(shape)
         total += count
-        share = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1
-        active += round(count * share)
+        active += round(count * share_of_tokens(split_of(name), args))
     yield (
         f"model       {args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.n_kv_heads} key/value) of "
         f"{args.head_dim}, vocabulary {args.vocab_size if args.vocab_size != -1 else 'left to the tokenizer'}"

@@ -1,6 +1,7 @@
-"""The table: which parameters a model has, and how each is split over the model-parallel ranks.
+"""The table: which parameters a model has, what each is, and how it is split over the model-parallel ranks.
 
-The loader, the converter, checkpoint saving, counting and the layers ask here; none has a rule of its own. Names
+The loader, the converter, checkpoint saving, initial weights, the optimizer, counting and the layers ask here; none has
+a rule of its own, and none reads a parameter's name. Names
 are those of the Transformer's ``named_parameters()``. The experts of a layer are stacked, so that both
 placements are the same parameter with another split axis (see docs/architecture.md).
 """
@@ -18,6 +19,9 @@ from accessory.parallel.box import Box
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
 
+# What a parameter is. "lora" is either factor of a low-rank update.
+Kind = Literal["embedding", "attention", "router", "expert", "norm", "bias", "lora", "head"]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -25,37 +29,65 @@ class Split:
 
     Attributes:
         pattern: full match for the parameter's name; ``N`` stands for a layer number.
+        kind: what it is.
         axis: for each placement of the experts the axis that is cut; None where every rank holds the whole.
         unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
+        to_residual: what the matrix makes is added to the residual stream.
     """
 
     pattern: str
+    kind: Kind
     shape: tuple[str, ...]
     axis: dict[str, int | None]
     unit: dict[str, str]
     adapter: str = ""
     quantized: str = ""
+    to_residual: bool = False
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a part of its own, so that a token meets only those of its experts."""
+        return self.unit["expert"] == "experts"
 
 
 def _row(
-    pattern: str, shape: str, axis: int | None, unit: str = "", *, adapter: str = "", quantized: str = ""
+    pattern: str,
+    kind: Kind,
+    shape: str,
+    axis: int | None,
+    unit: str = "",
+    *,
+    adapter: str = "",
+    quantized: str = "",
+    to_residual: bool = False,
 ) -> Split:
     axes: dict[str, int | None] = dict.fromkeys(PLACEMENTS[1:], axis)
     units = dict.fromkeys(PLACEMENTS[1:], unit)
-    return Split(pattern, tuple(shape.split()), axes, units, adapter, quantized)
+    return Split(pattern, kind, tuple(shape.split()), axes, units, adapter, quantized, to_residual)
 
 
-def _of_experts(name: str, shape: str, tensor_axis: int | None, *, adapter: str = "", quantized: str = "") -> Split:
+def _of_experts(
+    name: str,
+    kind: Kind,
+    shape: str,
+    tensor_axis: int | None,
+    *,
+    adapter: str = "",
+    quantized: str = "",
+    to_residual: bool = False,
+) -> Split:
     """A stacked parameter: cut by expert, or along its hidden dimension where it has one."""
     return Split(
         f"layers.N.feed_forward.experts.{name}",
+        kind,
         tuple(shape.split()),
         {"expert": 0, "tensor": tensor_axis},
         {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
         adapter,
         quantized,
+        to_residual,
     )
 
 
@@ -63,37 +95,42 @@ def _column_adapters(name: str, out: str, unit: str) -> list[Split]:
     """Of a matrix whose rows are split."""
     prefix = f"layers.N.attention.{name}"
     return [
-        _row(f"{prefix}.lora_a.weight", "rank dim", None, adapter="attention"),
-        _row(f"{prefix}.lora_b.weight", f"{out} rank", 0, unit, adapter="attention"),
-        _row(f"{prefix}.bias", out, 0, unit, adapter="bias"),
+        _row(f"{prefix}.lora_a.weight", "lora", "rank dim", None, adapter="attention"),
+        _row(f"{prefix}.lora_b.weight", "lora", f"{out} rank", 0, unit, adapter="attention"),
+        _row(f"{prefix}.bias", "bias", out, 0, unit, adapter="bias"),
     ]
 
 
 TABLE: tuple[Split, ...] = (
-    _row("tok_embeddings.weight", "vocab dim", 1, "dim"),
-    _row("layers.N.attention.wq.weight", "heads*head_dim dim", 0, "heads", quantized="layers"),
-    _row("layers.N.attention.wk.weight", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
-    _row("layers.N.attention.wv.weight", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
-    _row("layers.N.attention.wo.weight", "dim heads*head_dim", 1, "heads", quantized="layers"),
-    _row("layers.N.attention_norm.weight", "dim", None),
-    _row("layers.N.feed_forward.gate.weight", "experts dim", None),
-    _of_experts("w13", "experts 2 hidden dim", 2, quantized="layers"),
-    _of_experts("w2", "experts dim hidden", 2, quantized="layers"),
+    _row("tok_embeddings.weight", "embedding", "vocab dim", 1, "dim"),
+    _row("layers.N.attention.wq.weight", "attention", "heads*head_dim dim", 0, "heads", quantized="layers"),
+    _row("layers.N.attention.wk.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
+    _row("layers.N.attention.wv.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
+    _row(
+        "layers.N.attention.wo.weight",
+        *("attention", "dim heads*head_dim", 1, "heads"),
+        quantized="layers",
+        to_residual=True,
+    ),
+    _row("layers.N.attention_norm.weight", "norm", "dim", None),
+    _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None),
+    _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized="layers"),
+    _of_experts("w2", "expert", "experts dim hidden", 2, quantized="layers", to_residual=True),
     *_column_adapters("wq", "heads*head_dim", "heads"),
     *_column_adapters("wk", "kv_heads*head_dim", "kv_heads"),
     *_column_adapters("wv", "kv_heads*head_dim", "kv_heads"),
-    _row("layers.N.attention.wo.lora_a.weight", "rank heads*head_dim", 1, "heads", adapter="attention"),
-    _row("layers.N.attention.wo.lora_b.weight", "dim rank", None, adapter="attention"),
-    _row("layers.N.attention.wo.bias", "dim", None, adapter="bias"),
-    _of_experts("w13_lora_a", "experts 2 rank dim", None, adapter="experts"),
-    _of_experts("w13_lora_b", "experts 2 hidden rank", 2, adapter="experts"),
-    _of_experts("w13_bias", "experts 2 hidden", 2, adapter="bias"),
-    _of_experts("w2_lora_a", "experts rank hidden", 2, adapter="experts"),
-    _of_experts("w2_lora_b", "experts dim rank", None, adapter="experts"),
-    _of_experts("w2_bias", "experts dim", None, adapter="bias"),
-    _row("layers.N.ffn_norm.weight", "dim", None),
-    _row("norm.weight", "dim", None),
-    _row("output.weight", "vocab dim", 0, "vocab", quantized="head"),
+    _row("layers.N.attention.wo.lora_a.weight", "lora", "rank heads*head_dim", 1, "heads", adapter="attention"),
+    _row("layers.N.attention.wo.lora_b.weight", "lora", "dim rank", None, adapter="attention"),
+    _row("layers.N.attention.wo.bias", "bias", "dim", None, adapter="bias"),
+    _of_experts("w13_lora_a", "lora", "experts 2 rank dim", None, adapter="experts"),
+    _of_experts("w13_lora_b", "lora", "experts 2 hidden rank", 2, adapter="experts"),
+    _of_experts("w13_bias", "bias", "experts 2 hidden", 2, adapter="bias"),
+    _of_experts("w2_lora_a", "lora", "experts rank hidden", 2, adapter="experts"),
+    _of_experts("w2_lora_b", "lora", "experts dim rank", None, adapter="experts"),
+    _of_experts("w2_bias", "bias", "experts dim", None, adapter="bias"),
+    _row("layers.N.ffn_norm.weight", "norm", "dim", None),
+    _row("norm.weight", "norm", "dim", None),
+    _row("output.weight", "head", "vocab dim", 0, "vocab", quantized="head"),
 )
 
 
@@ -168,6 +205,11 @@ def is_adapter(name: str) -> bool:
     return bool(split_of(name).adapter)
 
 
+def share_of_tokens(row: Split, args: ModelArgs) -> float:
+    """Which share of the tokens goes through each part of a parameter: of an expert's those that chose it."""
+    return args.moe.num_experts_per_tok / args.moe.num_experts if row.per_expert else 1.0
+
+
 def other_factor(name: str) -> str | None:
     """Of a factor of a low-rank update (lora_a or lora_b) the other one's name; None for any other parameter."""
     if "lora_" not in name:
@@ -179,7 +221,8 @@ def trains(name: str, args: ModelArgs) -> bool:
     """Whether finetuning changes the parameter: all of a plain model, adapters (and norms) of one with adapters."""
     if args.peft is None:
         return not matrix_of(name)[1]
-    return is_adapter(name) or (args.peft.norm_tuning and name.endswith("norm.weight"))
+    row = split_of(name)
+    return bool(row.adapter) or (args.peft.norm_tuning and row.kind == "norm")
 
 
 def _asked_for(row: Split, args: ModelArgs) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from accessory.config import ModelArgs
-from accessory.parallel.plan import parameter_shapes, trains
+from accessory.parallel.plan import parameter_shapes, share_of_tokens, split_of, trains
 
 
 def flops_per_token(args: ModelArgs, length: float) -> float:
@@ -24,10 +24,9 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
     """
     active = 0.0
     for name, (*counts, width) in parameter_shapes(args.replace(quant=None)):
-        if not counts or name == "tok_embeddings.weight":
-            continue
-        used = args.moe.num_experts_per_tok / args.moe.num_experts if ".experts." in name else 1.0
-        active += (6 if trains(name, args) else 4) * used * math.prod(counts) * width
+        row = split_of(name)
+        if counts and row.kind != "embedding":
+            active += (6 if trains(name, args) else 4) * share_of_tokens(row, args) * math.prod(counts) * width
     return active + 12 * args.n_layers * args.n_heads * args.head_dim * length / 2
 
 

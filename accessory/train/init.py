@@ -6,10 +6,12 @@ from accessory.model.LLM.mistral import Transformer
 from accessory.model.lora import begin_adapters
 from accessory.parallel.box import Box
 from accessory.parallel.ops import local
-from accessory.parallel.plan import is_adapter, parameter_shapes
+from accessory.parallel.plan import parameter_shapes, split_of
 from accessory.train.sharding import own_boxes
 
 ROUTER_STD = 0.02
+# Of what does not begin at 1 / sqrt(inputs).
+_STD = {"embedding": 1.0, "router": ROUTER_STD}
 
 
 @torch.no_grad()
@@ -27,21 +29,15 @@ def init_weights(model: Transformer, *, seed: int) -> None:
     residual_scale = (2 * model.args.n_layers) ** -0.5
     shapes, boxes = dict(parameter_shapes(model.args)), own_boxes(model)
     for name, parameter in model.named_parameters():
-        own = local(parameter)
-        if is_adapter(name):
+        own, row = local(parameter), split_of(name)
+        if row.adapter:
             begin_adapters({name: own}, boxes, [name], model.args, seed=seed)
             continue
-        if "norm" in name:
+        if row.kind == "norm":
             own.fill_(1.0)
             continue
         shape = shapes[name]
-        if name.endswith("tok_embeddings.weight"):
-            std = 1.0
-        elif name.endswith("gate.weight"):
-            std = ROUTER_STD
-        else:
-            std = shape[-1] ** -0.5
-        adds_to_residual = name.endswith((".wo.weight", ".w2"))
+        std = _STD.get(row.kind, shape[-1] ** -0.5)
         whole = torch.empty(shape, dtype=parameter.dtype, device=device)
-        whole.normal_(0.0, std * (residual_scale if adds_to_residual else 1.0), generator=generator)
+        whole.normal_(0.0, std * (residual_scale if row.to_residual else 1.0), generator=generator)
         own.copy_(whole[boxes[name].within(Box.whole(shape))])

@@ -9,16 +9,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from accessory.parallel.ops import reduce_from_region
+from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
 
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW with betas 0.9 and 0.95; norms and biases do not decay."""
+    """Fused AdamW with betas 0.9 and 0.95; norms and biases do not decay.
+
+    Args:
+        parameters: of a Transformer or of the MetaModel around it.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
-            (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
+            kind = split_of(name.removeprefix("llma.")).kind
+            (plain if kind in ("norm", "bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 

@@ -5,18 +5,18 @@ from collections import Counter
 
 from accessory.config import ModelArgs
 from accessory.model.meta import MetaModel
-from accessory.parallel.plan import parameter_shapes
+from accessory.parallel.plan import Kind, parameter_shapes, split_of
 
-# The first whose text stands in a parameter's name.
-_GROUPS = {
-    "LoRA": "lora_",
-    "biases": "bias",
-    "norms": "norm",
-    "router": "gate.",
-    "experts": ".experts.",
-    "attention": ".attention.",
-    "embedding": "tok_embeddings",
-    "output head": "output.",
+# What a reader calls each kind.
+_GROUPS: dict[Kind, str] = {
+    "lora": "LoRA",
+    "bias": "biases",
+    "norm": "norms",
+    "router": "router",
+    "expert": "experts",
+    "attention": "attention",
+    "embedding": "embedding",
+    "head": "output head",
 }
 
 
@@ -25,9 +25,9 @@ def describe_trainable(model: MetaModel) -> str:
     trained: Counter[str] = Counter()
     whole = parameter_shapes(model.llma.args.replace(quant=None))
     total = sum(math.prod(shape) for _, shape in whole)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.llma.named_parameters():
         if parameter.requires_grad:
-            trained[next(group for group, part in _GROUPS.items() if part in name)] += parameter.numel()
+            trained[_GROUPS[split_of(name).kind]] += parameter.numel()
     groups = ", ".join(f"{group} {count:,}" for group, count in trained.most_common())
     return f"training {trained.total():,} of {total:,} parameters: {groups}"
 

@@ -22,6 +22,7 @@ from accessory.checkpoint.layouts.rows import ALL, EACH, Row, Source, by_paramet
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, shown
 from accessory.gguf_header import SPLIT_NAME, SUFFIX, Header, are_one, read_header
+from accessory.parallel.plan import split_of
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\..+")
 ARCHITECTURE = "llama"
@@ -234,7 +235,7 @@ def coded(source: Source, wanted: Coding) -> Coding:
     Vectors and routers are F32, and rows that blocks do not divide F16. Of dtypes that GGUF has no type for, those of
     8 bits become BF16, and float64 F32.
     """
-    if len(source.shape) == 1 or source.parameter.endswith(f"{_GATE}.weight"):
+    if len(source.shape) == 1 or split_of(source.parameter).kind == "router":
         return torch.float32
     if isinstance(wanted, BlockType):
         return torch.float16 if source.shape[-1] % wanted.size else wanted
