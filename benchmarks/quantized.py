@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from accessory.kernels import native_variant
-from accessory.quant import QuantizedWeight, gathered_linear, grouped_linear, linear, quantize
+from accessory.products import gathered_linear, grouped_linear, linear
+from accessory.quant import QuantizedWeight, quantize
 
 DENSE = ((7168, 1024), (1024, 3584))
 EXPERTS, CHOSEN = 8, 2

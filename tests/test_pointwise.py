@@ -133,7 +133,7 @@ def test_choice_of_experts_is_its_twin(dtype: torch.dtype, tokens: int, experts:
     weights, chosen = probs.topk(top_k, dim=-1)
     assert torch.equal(choice.experts_TK, chosen)
     assert torch.equal(choice.asked_TK, chosen.where(active[:, None], -1))
-    assert torch.equal(choose_experts(logits, top_k, None).asked_TK, chosen)
+    assert choose_experts(logits, top_k, None).asked_TK is None
     assert torch.equal(choice.logits_TE, logits.float())
     for ours, truth in ((choice.probs_TE, probs), (choice.weights_TK, weights / weights.sum(-1, keepdim=True))):
         assert ours.dtype == torch.float32

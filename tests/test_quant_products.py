@@ -18,7 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 from accessory import kernels
 from accessory.config import QuantArgs
 from accessory.kernels import quantized_ops
-from accessory.quant import QuantizedParameter, QuantizedWeight, gathered_linear, grouped_linear, linear, quantize
+from accessory.products import gathered_linear, grouped_linear, linear
+from accessory.quant import QuantizedParameter, QuantizedWeight, quantize
 
 DIM, HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 8, 8, 4, 64
 Weight = Tensor | QuantizedWeight

@@ -1,126 +1,17 @@
-"""The products and the loss of training, each beside plain PyTorch and its autograd."""
-
-from unittest import mock
+"""The loss of training and its linear layers, each beside plain PyTorch and its autograd."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from accessory.model import expert_products
 from accessory.model.cross_entropy import cross_entropy
-from accessory.model.expert_products import experts_product
-from accessory.parallel.layers import linear
-
-
-def plain_experts(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """Token by token, as the formula reads; experts that are not there give nothing."""
-    rows = []
-    for x, weights, experts in zip(x_TD, weights_TK, experts_TK, strict=True):
-        row = torch.zeros_like(x)
-        for weight, expert in zip(weights, experts.tolist(), strict=True):
-            if expert < len(w13):
-                row = row + weight * (w2[expert] @ (F.silu(w13[expert, 0] @ x) * (w13[expert, 1] @ x)))
-        rows.append(row)
-    return torch.stack(rows)
-
-
-def sorted_pairs(experts_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    flat = experts_TK.flatten().clamp(max=count)
-    ends = F.one_hot(flat, count + 1).sum(0)[:count].cumsum(0).to(torch.int32)
-    return flat.argsort(stable=True)[: int(ends[-1])], ends
-
-
-def draw(tokens: int, dim: int, hidden: int, experts: int, foreign: int, top_k: int, seed: int) -> list[Tensor]:
-    """x, weights, experts (some on other ranks), w13, w2 in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    scores = torch.rand(tokens, experts + foreign, generator=generator)
-    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
-    return [
-        normal(tokens, dim),
-        weights,
-        scores.topk(top_k).indices,
-        normal(experts, 2, hidden, dim),
-        normal(experts, dim, hidden),
-    ]
-
-
-def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), inputs))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    tokens=st.integers(1, 40),
-    dim=st.integers(1, 12),
-    hidden=st.integers(1, 12),
-    experts=st.integers(1, 6),
-    foreign=st.integers(0, 6),
-    top_k=st.integers(1, 3),
-    seed=st.integers(0, 999),
-)
-def test_experts_are_the_plain_formula(
-    tokens: int, dim: int, hidden: int, experts: int, foreign: int, top_k: int, seed: int
-) -> None:
-    top_k = min(top_k, experts + foreign)
-    x, weights, chosen, w13, w2 = draw(tokens, dim, hidden, experts, foreign, top_k, seed)
-    order, ends = sorted_pairs(chosen, experts)
-    inputs = [tensor.float().requires_grad_() for tensor in (x, weights, w13, w2)]
-    with mock.patch.object(expert_products, "_BLOCK", 7):
-        ours = experts_product(inputs[0], inputs[1], inputs[2], inputs[3], order, ends)
-        found = gradients(ours, inputs)
-    truth_inputs = [tensor.requires_grad_() for tensor in (x, weights, w13, w2)]
-    truth = plain_experts(truth_inputs[0], truth_inputs[1], chosen, truth_inputs[2], truth_inputs[3])
-    assert_close(ours, truth)
-    if not truth.requires_grad:  # no pair is this rank's
-        assert not any(gradient.any() for gradient in found)
-        return
-    for own, theirs in zip(found, gradients(truth, truth_inputs), strict=True):
-        assert_close(own, theirs)
+from accessory.products import linear
 
 
 def assert_close(ours: Tensor, truth: Tensor, tolerance: float = 2e-5) -> None:
     assert ours.shape == truth.shape
     assert (ours.double() - truth.double()).abs().max() <= tolerance * max(1.0, truth.abs().max().item())
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_experts_in_bfloat16(weight_dtype: torch.dtype) -> None:
-    x, weights, chosen, w13, w2 = draw(64, 32, 48, 8, 0, 2, 3)
-    order, ends = sorted_pairs(chosen, 8)
-    rounded = [x.bfloat16(), weights.float(), w13.bfloat16().to(weight_dtype), w2.bfloat16().to(weight_dtype)]
-    inputs = [tensor.requires_grad_() for tensor in rounded]
-    ours = experts_product(inputs[0], inputs[1], inputs[2], inputs[3], order, ends)
-    assert ours.dtype == torch.float32
-    found = gradients(ours, inputs)
-    assert [gradient.dtype for gradient in found] == [tensor.dtype for tensor in inputs]
-    truth_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    truth = plain_experts(truth_inputs[0], truth_inputs[1], chosen, truth_inputs[2], truth_inputs[3])
-    assert_close(ours, truth, 0.02)
-    for own, theirs in zip(found, gradients(truth, truth_inputs), strict=True):
-        assert_close(own, theirs, 0.03)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_grouped_call_is_the_loop(dtype: torch.dtype) -> None:
-    """What a GPU does, on the CPU's grouped_mm."""
-    x, weights, chosen, w13, w2 = draw(96, 32, 48, 8, 4, 2, 5)
-    order, ends = sorted_pairs(chosen, 8)
-    results = []
-    for in_one_call in (False, True):
-        inputs = [tensor.to(kind).requires_grad_() for tensor, kind in ((x, dtype), (weights, torch.float32))]
-        inputs += [tensor.float().requires_grad_() for tensor in (w13, w2)]
-        with mock.patch.object(expert_products, "_in_one_call", return_value=in_one_call):
-            ours = experts_product(inputs[0], inputs[1], inputs[2], inputs[3], order, ends)
-            results.append([ours, *gradients(ours, inputs)])
-    for looped, grouped in zip(*results, strict=True):
-        assert_close(grouped, looped.detach(), 0.02 if dtype is torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

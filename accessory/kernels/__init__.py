@@ -22,7 +22,16 @@ from .quantized_ops import (
     quantized_experts_synchronise,
     quantized_linear,
 )
-from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
+from .step_ops import (
+    add_rms_norm,
+    rms_norm,
+    route,
+    silu_gate,
+    silu_gate_reference,
+    steps_serve,
+    sum_pairs,
+    turn_heads,
+)
 
 __all__ = [
     "FEW_TOKENS",
@@ -51,6 +60,7 @@ __all__ = [
     "round_activations",
     "route",
     "silu_gate",
+    "silu_gate_reference",
     "steps_natively",
     "steps_serve",
     "sum_pairs",

@@ -60,7 +60,7 @@ def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
 def plain_experts_synchronise(x_TD: Tensor, pairs: int) -> bool:
     """Whether on a GPU the products of so many pairs with plain weights wait for a number from the device.
 
-    `gathered_linear` does not. grouped_mm copies the ends of the groups to the host wherever PyTorch (2.11 to 2.13) has
+    `gathered_linear` does not. grouped_mm copies the groups' offsets to the host wherever PyTorch (2.11 to 2.13) has
     no kernel for it.
     """
     if gathering_pays(x_TD, pairs):

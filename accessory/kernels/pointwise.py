@@ -72,7 +72,7 @@ def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Ro
     Of equally probable experts the first is taken.
 
     Args:
-        active_T: bool; tokens for which it is False ask no expert, which is -1 in ``asked``.
+        active_T: bool; tokens for which it is False ask no expert, which is -1 in ``asked`` (None: all ask theirs).
     """
     if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(f"of logits_TE {shown(logits_TE)} no {top_k} experts can be chosen")
@@ -98,7 +98,7 @@ def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Ro
         top_k,
         torch.get_num_threads(),
     )
-    return Routed(weights_TK, experts_TK, probs_TE, wide_TE, asked_TK)
+    return Routed(weights_TK, experts_TK, probs_TE, wide_TE, None if active_T is None else asked_TK)
 
 
 def rotate_heads(

@@ -71,12 +71,14 @@ def gathered_quantized_linear(
     return torch.ops.accessory.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P)
 
 
-def grouped_quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of x times expert e's matrix transposed, for many; (P, R) in x's dtype.
+def grouped_quantized_linear(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor
+) -> Tensor:
+    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, for many; (P, R) in x's dtype.
 
-    Rows behind the last end come back as zeros.
+    Rows behind the last offset come back as zeros.
     """
-    return torch.ops.accessory.grouped_quantized_linear(x_PD, codes, scale, zero, ends_E)
+    return torch.ops.accessory.grouped_quantized_linear(x_PD, codes, scale, zero, offsets_E)
 
 
 def quantized_experts_synchronise() -> bool:
@@ -183,12 +185,12 @@ def _gathered_quantized_linear_fake(
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
 
 
-def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor) -> Tensor:
+def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
-    _check_index(ends_E, torch.int32, codes.shape[0], "expert")
+    _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
     y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
     begin = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    for expert, end in enumerate(offsets_E.tolist()):
         if end > begin:
             own = (codes[expert], scale[expert], None if zero is None else zero[expert])
             _by_blocks(x_PD[begin:end], *own, out=y_PR[begin:end])
@@ -204,21 +206,21 @@ _grouped_quantized_linear = torch.library.custom_op(
 
 @_grouped_quantized_linear.register_kernel("cuda")
 def _multiply_grouped_on_cuda(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor
 ) -> Tensor:
     if not triton_products.triton_serves(x_PD, codes, scale, zero):
-        return _multiply_grouped(x_PD, codes, scale, zero, ends_E)
+        return _multiply_grouped(x_PD, codes, scale, zero, offsets_E)
     _check(x_PD, codes, scale, zero, axes=3)
-    _check_index(ends_E, torch.int32, codes.shape[0], "expert")
-    return triton_products.grouped_quantized_linear(x_PD, codes, scale, zero, ends_E)
+    _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
+    return triton_products.grouped_quantized_linear(x_PD, codes, scale, zero, offsets_E)
 
 
 @_grouped_quantized_linear.register_fake
 def _grouped_quantized_linear_fake(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor
 ) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
-    _check_index(ends_E, torch.int32, codes.shape[0], "expert")
+    _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
 
 

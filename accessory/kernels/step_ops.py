@@ -74,6 +74,10 @@ def silu_gate(both_PO: Tensor) -> Tensor:
         return launch_gate(both_PO)
     if steps_natively(both_PO):
         return pointwise.gate(both_PO)
+    return silu_gate_reference(both_PO)
+
+
+def silu_gate_reference(both_PO: Tensor) -> Tensor:
     gate_PF, up_PF = both_PO.chunk(2, dim=-1)
     return F.silu(gate_PF).mul_(up_PF)
 

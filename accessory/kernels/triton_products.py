@@ -115,9 +115,11 @@ def quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | 
     return _multiply(x_PD, codes[None], scale[None], None if zero is None else zero[None], None, "dense")
 
 
-def grouped_quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of x times expert e's matrix transposed, (P, R); zeros behind the last end."""
-    return _multiply(x_PD, codes, scale, zero, ends_E, "sorted")
+def grouped_quantized_linear(
+    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor
+) -> Tensor:
+    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R); zeros behind the last offset."""
+    return _multiply(x_PD, codes, scale, zero, offsets_E, "sorted")
 
 
 def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
+from accessory.model.layers import Layers
 from accessory.model.rope import rotate_both
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.parallel.ops import copy_to_region
 from accessory.parallel.plan import local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -135,15 +135,15 @@ class _SingleTokens:
 class Attention(nn.Module):
     """Projections, rotary embedding and output product of one layer; heads are split over the ranks."""
 
-    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place) -> None:
+    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place, layers: Layers) -> None:
         super().__init__()
         self.layer, self.head_dim, self.group = layer, args.head_dim, state.mp_group
         own = local_sizes(args, state.mp_size)
         heads, kv_heads = own["heads"], own["kv_heads"]
-        self.wq = ColumnParallelLinear(args.dim, heads * args.head_dim, place)
-        self.wk = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)
-        self.wv = ColumnParallelLinear(args.dim, kv_heads * args.head_dim, place)
-        self.wo = RowParallelLinear(heads * args.head_dim, args.dim, state, place)
+        self.wq = layers.column(args.dim, heads * args.head_dim, place)
+        self.wk = layers.column(args.dim, kv_heads * args.head_dim, place)
+        self.wv = layers.column(args.dim, kv_heads * args.head_dim, place)
+        self.wo = layers.row(heads * args.head_dim, args.dim, state, place)
 
     def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], pattern: Pattern) -> Tensor:
         """(T, D) -> (T, D), the same on every rank."""

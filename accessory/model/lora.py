@@ -1,8 +1,7 @@
 """Adapters: biases and low-rank updates beside frozen matrices (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
 
-Output = W x + bias + (lora_alpha / lora_rank) lora_b (lora_a x). Each class here is a layer of the plain model that
-has been given such parameters: `AdaptedColumnLinear.adapt(layer, ...)` changes the layer itself, so that whatever
-holds it goes on, and its parameters keep their names.
+Output = W x + bias + (lora_alpha / lora_rank) lora_b (lora_a x). Each class here is a layer of the plain model with
+such parameters beside its own; a model has them that is built of `adapted_layers`.
 
 Between `copy_to_region` and `reduce_from_region` a rank sees but a part of every gradient. An adapter that all ranks
 hold alike, and use there, goes through `copy_to_region` itself, which gives it the sum.
@@ -12,23 +11,53 @@ Shape letters: as in model/moe.py, and r lora_rank; a trailing l marks a rank's 
 
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.config import ModelArgs, PeftArgs
+from accessory.model.dispatch import Pairs
+from accessory.model.layers import Layers
 from accessory.model.moe import Experts
-from accessory.model.pair_products import Way
 from accessory.parallel.box import Box
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.parallel.ops import copy_to_region, local
 from accessory.parallel.plan import Placement, parameter_shapes
 from accessory.parallel.state import ParallelState, Place
+from accessory.products import linear
 from accessory.quant import QuantizedParameter
 
 _INITIAL_STD = 0.02
+
+
+class Adapters(NamedTuple):
+    """What a layer is given beside its own parameters.
+
+    Attributes:
+        place: of the adapters, whose dtype may be another than the layer's.
+    """
+
+    peft: PeftArgs
+    state: ParallelState
+    place: Place
+
+    def update(self, target: str) -> bool:
+        """Whether matrices of such a target get a low-rank update."""
+        return self.peft.lora_rank > 0 and target in self.peft.lora_targets
+
+
+def adapted_layers(peft: PeftArgs, state: ParallelState, place: Place) -> Layers:
+    """For a model that has adapters, created in ``place``."""
+    adapters = Adapters(peft, state, place)
+    return Layers(
+        partial(AdaptedColumnLinear, adapters=adapters),
+        partial(AdaptedRowLinear, adapters=adapters),
+        partial(AdaptedExperts, adapters=adapters),
+    )
 
 
 class _LowRank(nn.Module):
@@ -43,25 +72,15 @@ class _AdaptedLinear(nn.Module):
     """A linear layer's adapters."""
 
     weight: nn.Parameter | QuantizedParameter
-    peft: PeftArgs
-    region: dist.ProcessGroup | None
-    updated: bool
-    lora_a: _LowRank
-    lora_b: _LowRank
-    bias: nn.Parameter | None
 
-    @classmethod
-    def adapt(cls, layer: nn.Module, peft: PeftArgs, state: ParallelState, place: Place) -> None:
-        """Give a layer of the plain model adapters, in place."""
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.peft, layer.region = peft, state.mp_group
-        layer.updated = peft.lora_rank > 0 and "attention" in peft.lora_targets
-        out_features, in_features = layer.weight.shape
-        if layer.updated:
-            layer.lora_a = _LowRank(peft.lora_rank, in_features, place)
-            layer.lora_b = _LowRank(out_features, peft.lora_rank, place)
-        layer.bias = place.parameter(out_features) if peft.bias_tuning else None
+    def _add(self, adapters: Adapters) -> None:
+        (out_features, in_features), place = self.weight.shape, adapters.place
+        self.peft, self.region = adapters.peft, adapters.state.mp_group
+        self.updated = adapters.update("attention")
+        if self.updated:
+            self.lora_a = _LowRank(self.peft.lora_rank, in_features, place)
+            self.lora_b = _LowRank(out_features, self.peft.lora_rank, place)
+        self.bias = place.parameter(out_features) if self.peft.bias_tuning else None
 
     def _update(self, x_TD: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         inner_Tr = linear(F.dropout(x_TD, self.peft.lora_dropout, self.training), lora_a)
@@ -74,6 +93,10 @@ class _AdaptedLinear(nn.Module):
 class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
     """Rows are split over the ranks: lora_a is whole on each, lora_b and the bias are split."""
 
+    def __init__(self, in_features: int, out_features: int, place: Place, *, adapters: Adapters) -> None:
+        super().__init__(in_features, out_features, place)
+        self._add(adapters)
+
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TO = ColumnParallelLinear.forward(self, x_TD)
         if self.updated:
@@ -84,6 +107,12 @@ class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
 
 class AdaptedRowLinear(_AdaptedLinear, RowParallelLinear):
     """Columns are split over the ranks: lora_a is split, lora_b whole on each; the bias is added to the sum."""
+
+    def __init__(
+        self, in_features: int, out_features: int, state: ParallelState, place: Place, *, adapters: Adapters
+    ) -> None:
+        super().__init__(in_features, out_features, state, place)
+        self._add(adapters)
 
     def forward(self, x_TDl: Tensor) -> Tensor:
         return self._with_bias(RowParallelLinear.forward(self, x_TDl))
@@ -104,65 +133,51 @@ class AdaptedExperts(Experts):
     every rank. The bias of w2 stands inside the expert: the router's weight scales it.
     """
 
-    peft: PeftArgs
-    region: dist.ProcessGroup | None
-    updated: bool
-    adds_w2_bias: bool
-    w13_lora_a: nn.Parameter
-    w13_lora_b: nn.Parameter
-    w13_bias: nn.Parameter
-    w2_lora_a: nn.Parameter
-    w2_lora_b: nn.Parameter
-    w2_bias: nn.Parameter
-
-    @classmethod
-    def adapt(cls, layer: nn.Module, peft: PeftArgs, state: ParallelState, placement: Placement, place: Place) -> None:
-        """Give a layer of the plain model adapters, in place."""
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        experts, dim, hidden = layer.w2.shape
+    def __init__(
+        self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, *, adapters: Adapters
+    ) -> None:
+        super().__init__(args, state, placement, place)
+        experts, dim, hidden = self.w2.shape
         # Where every rank holds a slice of every expert, these are shared: their gradient is the ranks' sum.
-        layer.region = state.mp_group if placement == "tensor" else None
-        layer.adds_w2_bias = placement == "expert" or state.is_first
-        layer.peft = peft
-        layer.updated = peft.lora_rank > 0 and "experts" in peft.lora_targets
-        if layer.updated:
-            rank = peft.lora_rank
-            layer.w13_lora_a = place.parameter(experts, 2, rank, dim)
-            layer.w13_lora_b = place.parameter(experts, 2, hidden, rank)
-            layer.w2_lora_a = place.parameter(experts, rank, hidden)
-            layer.w2_lora_b = place.parameter(experts, dim, rank)
-        if peft.bias_tuning:
-            layer.w13_bias = place.parameter(experts, 2, hidden)
-            layer.w2_bias = place.parameter(experts, dim)
+        self.region = state.mp_group if placement == "tensor" else None
+        self.adds_w2_bias = placement == "expert" or state.is_first
+        self.peft, place = adapters.peft, adapters.place
+        self.updated = adapters.update("experts")
+        self.fuses = False
+        if self.updated:
+            rank = self.peft.lora_rank
+            self.w13_lora_a = place.parameter(experts, 2, rank, dim)
+            self.w13_lora_b = place.parameter(experts, 2, hidden, rank)
+            self.w2_lora_a = place.parameter(experts, rank, hidden)
+            self.w2_lora_b = place.parameter(experts, dim, rank)
+        if self.peft.bias_tuning:
+            self.w13_bias = place.parameter(experts, 2, hidden)
+            self.w2_bias = place.parameter(experts, dim)
 
-    @property
-    def has_plain_matrices(self) -> bool:
-        return self.updated or super().has_plain_matrices
+    def synchronises(self, x_TD: Tensor, pairs: int) -> bool:
+        own = self.updated and kernels.plain_experts_synchronise(x_TD, pairs)
+        return own or super().synchronises(x_TD, pairs)
 
-    def trained(self, x_TD: Tensor, weights_TK: Tensor, order_P: Tensor, ends_E: Tensor) -> Tensor:
-        return self._trained_apart(x_TD, weights_TK, order_P, ends_E)
-
-    def first(self, x_PD: Tensor, way: Way) -> Tensor:
-        both_PO = super().first(x_PD, way)
+    def gate_up(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
+        both_PO = super().gate_up(x_PD, pairs)
         if self.updated:
             lora_a = copy_to_region(local(self.w13_lora_a), self.region)
-            inner_PR = way.product(self._dropped(x_PD), lora_a) * self.peft.scale
+            inner_PR = pairs.product(self._dropped(x_PD), lora_a) * self.peft.scale
             halves = zip(inner_PR.chunk(2, dim=-1), local(self.w13_lora_b).unbind(1), strict=True)
-            both_PO = both_PO + torch.cat([way.product(inner.contiguous(), lora_b) for inner, lora_b in halves], -1)
+            both_PO = both_PO + torch.cat([pairs.product(inner.contiguous(), lora_b) for inner, lora_b in halves], -1)
         if self.peft.bias_tuning:
-            both_PO = both_PO + way.rows(local(self.w13_bias).flatten(1), like=both_PO)
+            both_PO = both_PO + pairs.bias(local(self.w13_bias).flatten(1), like=both_PO)
         return both_PO
 
-    def second(self, hidden_PF: Tensor, way: Way) -> Tensor:
-        y_PD = super().second(hidden_PF, way)
+    def down(self, hidden_PF: Tensor, pairs: Pairs) -> Tensor:
+        y_PD = super().down(hidden_PF, pairs)
         if self.updated:
-            inner_Pr = way.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.peft.scale
-            y_PD = y_PD + way.product(inner_Pr, copy_to_region(local(self.w2_lora_b), self.region))
+            inner_Pr = pairs.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.peft.scale
+            y_PD = y_PD + pairs.product(inner_Pr, copy_to_region(local(self.w2_lora_b), self.region))
         if self.peft.bias_tuning:
-            rows_PD = way.rows(copy_to_region(local(self.w2_bias), self.region), like=y_PD)
+            bias_PD = pairs.bias(copy_to_region(local(self.w2_bias), self.region), like=y_PD)
             # Once over all ranks, but on each of them in the graph: they sum its gradient together.
-            y_PD = y_PD + rows_PD * float(self.adds_w2_bias)
+            y_PD = y_PD + bias_PD * float(self.adds_w2_bias)
         return y_PD
 
     def _dropped(self, x_PD: Tensor) -> Tensor:

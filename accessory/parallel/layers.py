@@ -1,11 +1,8 @@
 """Linear layers and the embedding, each holding its rank's slice.
 
 Shape letters: T tokens, D input width, O output width, V vocabulary; a trailing l marks a rank's own slice.
-Parameters are created uninitialised: a loader or `init_weights` fills them. Products run in the dtype of what comes
-in; in training, weights in another one (float32) are cast to it.
+Parameters are created uninitialised: a loader or `init_weights` fills them. Products run in the dtype of what comes in.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +10,7 @@ from torch import Tensor, nn
 
 from accessory.parallel.ops import copy_to_region, gather_last_dim, local, reduce_from_region
 from accessory.parallel.state import ParallelState, Place
-from accessory.quant import QuantizedWeight, products
-
-
-def linear(x_TD: Tensor, weight_OD: Tensor | QuantizedWeight) -> Tensor:
-    """x @ weight.T in x's dtype, whatever the weight's; ``x`` may have more axes before D."""
-    if isinstance(weight_OD, Tensor) and weight_OD.dtype != x_TD.dtype:
-        return _CastLinear.apply(x_TD, weight_OD)
-    return products.linear(x_TD, weight_OD)
+from accessory.products import linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -101,18 +91,3 @@ class ParallelOutput(nn.Module):
         logits_TV = logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
         # In place, since logits may be the largest tensor of all; no backward pass needs what stood there.
         return logits_TV if self.gaps is None else logits_TV.index_fill_(-1, self.gaps, float("-inf"))
-
-
-class _CastLinear(torch.autograd.Function):
-    """Casts the weight for each pass, so that no copy of it is kept from the one to the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_OD)
-        return F.linear(x_TD, weight_OD.to(x_TD.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight_OD = ctx.saved_tensors
-        grad_weight = grad_TO.flatten(0, -2).T @ x_TD.flatten(0, -2)
-        return grad_TO @ weight_OD.to(x_TD.dtype), grad_weight.to(weight_OD.dtype)

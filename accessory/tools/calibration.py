@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from accessory.checkpoint.quantize import Calibration, source_to_quantize
 from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
+from accessory.model.dispatch import GatheredPairs, GroupedPairs, Pairs
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Experts
-from accessory.model.pair_products import GatheredPairs, GroupedPairs, Way
 from accessory.model.scoring import score_tokens
 from accessory.progress import showing
 from accessory.quant import InputMoments
@@ -108,36 +108,36 @@ def _noted_inputs(model: MetaModel, group_size: int) -> Iterator[dict[tuple[str,
         for handle in handles:
             handle.remove()
         for experts in changed:
-            del experts.first, experts.second
+            del experts.gate_up, experts.down
 
 
 def _note_experts(experts: Experts, prefix: str, note: Callable[[str, tuple[int, ...], Tensor], None]) -> None:
-    first, second = experts.first, experts.second
+    gate_up, down = experts.gate_up, experts.down
 
-    def noted_first(x_PD: Tensor, way: Way) -> Tensor:
-        for expert, rows in _rows_of_experts(x_PD, way):
+    def noted_gate_up(x_PD: Tensor, pairs: Pairs) -> Tensor:
+        for expert, rows in _rows_of_experts(x_PD, pairs):
             for half in (0, 1):
                 note(f"{prefix}.w13", (expert, half), rows)
-        return first(x_PD, way)
+        return gate_up(x_PD, pairs)
 
-    def noted_second(hidden_PF: Tensor, way: Way) -> Tensor:
-        for expert, rows in _rows_of_experts(hidden_PF, way):
+    def noted_down(hidden_PF: Tensor, pairs: Pairs) -> Tensor:
+        for expert, rows in _rows_of_experts(hidden_PF, pairs):
             note(f"{prefix}.w2", (expert,), rows)
-        return second(hidden_PF, way)
+        return down(hidden_PF, pairs)
 
     # The instance's own, in front of the class's, until they are deleted.
-    experts.first, experts.second = noted_first, noted_second  # type: ignore[method-assign]
+    experts.gate_up, experts.down = noted_gate_up, noted_down  # type: ignore[method-assign]
 
 
-def _rows_of_experts(x_PD: Tensor, way: Way) -> Iterator[tuple[int, Tensor]]:
-    if isinstance(way, GatheredPairs):
-        for expert in way.experts_P.unique().tolist():
+def _rows_of_experts(x_PD: Tensor, pairs: Pairs) -> Iterator[tuple[int, Tensor]]:
+    if isinstance(pairs, GatheredPairs):
+        for expert in pairs.expert_P.unique().tolist():
             if expert >= 0:
-                yield expert, x_PD[way.experts_P == expert]
+                yield expert, x_PD[pairs.expert_P == expert]
         return
-    assert isinstance(way, GroupedPairs)
+    assert isinstance(pairs, GroupedPairs)
     begin = 0
-    for expert, end in enumerate(way.ends_E.tolist()):
+    for expert, end in enumerate(pairs.offsets_E.tolist()):
         if end > begin:
             yield expert, x_PD[begin:end]
         begin = end

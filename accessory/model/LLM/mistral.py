@@ -14,9 +14,11 @@ from accessory.config import ModelArgs
 from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Score
 from accessory.model.balance import RouterStats
 from accessory.model.cache import KVCache
-from accessory.model.moe import MoE, Routing
+from accessory.model.layers import PLAIN, Layers
+from accessory.model.moe import MoE
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable
+from accessory.model.router import Routing
 from accessory.parallel.layers import ParallelEmbedding, ParallelOutput
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.plan import Placement, local_sizes
@@ -26,10 +28,12 @@ from accessory.parallel.state import ParallelState, Place
 class TransformerBlock(nn.Module):
     """Attention and mixture of experts, each behind a norm and added to the residual stream."""
 
-    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
+    def __init__(
+        self, layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, layers: Layers
+    ) -> None:
         super().__init__()
-        self.attention = Attention(layer, args, state, place)
-        self.feed_forward = MoE(args, state, placement, place)
+        self.attention = Attention(layer, args, state, place, layers)
+        self.feed_forward = MoE(args, state, place, layers.experts(args, state, placement, place))
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, place)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, place)
 
@@ -55,6 +59,7 @@ class Transformer(nn.Module):
         state: which ranks hold the model together.
         expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each) or
             "auto" (the first where the rank count divides the expert count).
+        layers: what the blocks are built of.
         n_tokens: the tokenizer's; None: args.vocab_size. Embedding and output head may have more rows, to which no
             logit that leaves the model belongs.
 
@@ -74,6 +79,7 @@ class Transformer(nn.Module):
         expert_placement: str = "auto",
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        layers: Layers = PLAIN,
         n_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +93,7 @@ class Transformer(nn.Module):
         place = Place(dtype, state.device if device is None else device, args.quant)
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, own["dim"], state, place)
         self.layers = nn.ModuleList(
-            TransformerBlock(layer, args, state, self.placement, place) for layer in range(args.n_layers)
+            TransformerBlock(layer, args, state, self.placement, place, layers) for layer in range(args.n_layers)
         )
         self.norm = RMSNorm(args.dim, args.norm_eps, place)
         padded = self.n_tokens < args.vocab_size

@@ -1,14 +1,15 @@
-"""The Mixtral transformer of mistral.py with adapters put into it: llama_type "mistral_peft".
+"""The Mixtral transformer of mistral.py, built with adapters or without: llama_type "mistral_peft".
 
-What is added, and what of it trains, stands in `ModelArgs.peft`; the layers' part of it in model/lora.py.
+What is added, and what of it trains, stands in `ModelArgs.peft`; the layers that have it in model/lora.py.
 """
 
 import torch
 from torch import nn
 
 from accessory.config import ModelArgs
+from accessory.model.layers import PLAIN
 from accessory.model.LLM.mistral import Transformer
-from accessory.model.lora import AdaptedColumnLinear, AdaptedExperts, AdaptedRowLinear
+from accessory.model.lora import adapted_layers
 from accessory.parallel.plan import trains
 from accessory.parallel.state import ParallelState, Place
 
@@ -33,35 +34,24 @@ def build_transformer(
         ValueError: as `Transformer`.
     """
     trained_dtype = trained_dtype or dtype
-    whole_trains = args.peft is None
+    peft = args.peft
+    adapters = Place(trained_dtype, state.device if device is None else device)
     llma = Transformer(
         args,
         state,
         expert_placement=expert_placement,
-        dtype=trained_dtype if whole_trains else dtype,
+        dtype=trained_dtype if peft is None else dtype,
         device=device,
+        layers=PLAIN if peft is None else adapted_layers(peft, state, adapters),
         n_tokens=n_tokens,
     )
-    if not whole_trains:
-        add_adapters(llma, dtype=trained_dtype)
+    if peft is not None:
+        _freeze(llma, trained_dtype)
     return llma
 
 
-def add_adapters(llma: Transformer, *, dtype: torch.dtype) -> None:
-    """Put the adapters of ``llma.args.peft`` into a finished model, in place, and freeze the rest.
-
-    Args:
-        dtype: of what trains.
-    """
-    peft = llma.args.peft
-    assert peft is not None
-    place = Place(dtype, llma.norm.weight.device)
-    for block in llma.layers:
-        attention = block.get_submodule("attention")
-        for name in ("wq", "wk", "wv"):
-            AdaptedColumnLinear.adapt(attention.get_submodule(name), peft, llma.state, place)
-        AdaptedRowLinear.adapt(attention.get_submodule("wo"), peft, llma.state, place)
-        AdaptedExperts.adapt(block.get_submodule("feed_forward.experts"), peft, llma.state, llma.placement, place)
+def _freeze(llma: Transformer, dtype: torch.dtype) -> None:
+    """Leave to training what ``llma.args.peft`` says, in this dtype, and no other parameter."""
     for name, parameter in list(llma.named_parameters()):
         if not trains(name, llma.args):
             parameter.requires_grad_(False)
