@@ -21,13 +21,11 @@ Weight = Tensor | QuantizedWeight
 
 def linear(x_TD: Tensor, weight_OD: Weight) -> Tensor:
     """x @ weight.T in x's dtype, by the fastest way for this number of tokens; x may have more axes before D."""
-    if isinstance(weight_OD, Tensor):
-        if weight_OD.dtype != x_TD.dtype:
-            return _MadePlainLinear.apply(x_TD, weight_OD)
+    if isinstance(weight_OD, Tensor) and weight_OD.dtype == x_TD.dtype:
         if torch.is_grad_enabled():
             return F.linear(x_TD, weight_OD)
-    elif torch.is_grad_enabled():
-        return _MadePlainLinear.apply(x_TD, weight_OD)
+    elif torch.is_grad_enabled() or isinstance(weight_OD, Tensor):
+        return _Product.apply(x_TD, weight_OD, None)
     if x_TD.dim() != 2:
         return linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     if isinstance(weight_OD, QuantizedWeight):
@@ -60,7 +58,7 @@ def grouped_linear(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor) -> Tenso
     """
     weight_EOD = weight_EOD.flatten(1, -2)
     if torch.is_grad_enabled():
-        return _GroupedLinear.apply(x_PD, weight_EOD, offsets_E)
+        return _Product.apply(x_PD, weight_EOD, offsets_E)
     return _grouped(x_PD, weight_EOD, offsets_E)
 
 
@@ -70,7 +68,7 @@ def grouped_weight_gradient(grad_PO: Tensor, x_PD: Tensor, offsets_E: Tensor, *,
         grad_EOD = F.grouped_mm(_aligned(grad_PO, 1).T, _aligned(x_PD, 1), offs=offsets_E)
         return grad_EOD[:, : like.shape[1], : like.shape[2]].to(like.dtype)
     grad_EOD = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    for expert, rows in _groups(offsets_E, empty=True):
+    for expert, rows in groups(offsets_E, empty=True):
         if like.dtype == x_PD.dtype:
             torch.mm(grad_PO[rows].T, x_PD[rows], out=grad_EOD[expert])
         else:
@@ -116,13 +114,13 @@ def _one_by_one(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor, *, transpos
         transposed: x @ weight, in place of x @ weight.T.
     """
     y_PO = x_PD.new_empty(x_PD.shape[0], weight_EOD.shape[-1 if transposed else 1])
-    for expert, rows in _groups(offsets_E):
+    for expert, rows in groups(offsets_E):
         weight_OD = _plain(weight_EOD[expert], x_PD.dtype)
         torch.mm(x_PD[rows], weight_OD if transposed else weight_OD.T, out=y_PO[rows])
     return y_PO
 
 
-def _groups(offsets_E: Tensor, *, empty: bool = False) -> Iterator[tuple[int, slice]]:
+def groups(offsets_E: Tensor, *, empty: bool = False) -> Iterator[tuple[int, slice]]:
     """Each expert and its rows; those without rows only where ``empty``."""
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
@@ -135,55 +133,28 @@ def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
-class _WithWeight(torch.autograd.Function):
-    """Keeps no copy of the weight, and the input only where the weight's gradient will be asked for."""
+class _Product(torch.autograd.Function):
+    """With a weight that is cast or made plain for each pass anew, or of groups: keeps no copy of the weight, and the
+    input only where the weight's gradient will be asked for.
+    """
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, weight: Weight, offsets_E: Tensor | None = None) -> None:
+    def forward(ctx: Any, x: Tensor, weight: Weight, offsets_E: Tensor | None) -> Tensor:
         plain = isinstance(weight, Tensor)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if plain else None, offsets_E)
         ctx.quantized = None if plain else weight
+        return F.linear(x, _plain(weight, x.dtype)) if offsets_E is None else _grouped(x, weight, offsets_E)
 
     @staticmethod
-    def kept(ctx: Any) -> tuple[Tensor, Weight, Tensor]:
-        x, weight, offsets_E = ctx.saved_tensors
-        return x, weight if ctx.quantized is None else ctx.quantized, offsets_E
-
-
-class _MadePlainLinear(_WithWeight):
-    """`linear` for a weight that is cast or made plain, for each pass anew."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_OD: Weight) -> Tensor:
-        _WithWeight.keep(ctx, x_TD, weight_OD)
-        return F.linear(x_TD, _plain(weight_OD, x_TD.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_OD, _ = _WithWeight.kept(ctx)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, plain, offsets_E = ctx.saved_tensors
+        weight, grouped = ctx.quantized if plain is None else plain, offsets_E is not None
+        grad = grad.contiguous() if grouped else grad
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_TO @ _plain(weight_OD, grad_TO.dtype)
-        if ctx.needs_input_grad[1]:
-            assert isinstance(weight_OD, Tensor)
-            grad_weight = (grad_TO.flatten(0, -2).T @ x_TD.flatten(0, -2)).to(weight_OD.dtype)
-        return grad_x, grad_weight
-
-
-class _GroupedLinear(_WithWeight):
-    @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor) -> Tensor:
-        _WithWeight.keep(ctx, x_PD, weight_EOD, offsets_E)
-        return _grouped(x_PD, weight_EOD, offsets_E)
-
-    @staticmethod
-    def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_PD, weight_EOD, offsets_E = _WithWeight.kept(ctx)
-        grad_PO = grad_PO.contiguous()
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grouped_input_gradient(grad_PO, weight_EOD, offsets_E)
-        if ctx.needs_input_grad[1]:
-            assert isinstance(weight_EOD, Tensor)
-            grad_weight = grouped_weight_gradient(grad_PO, x_PD, offsets_E, like=weight_EOD)
+            grad_x = grouped_input_gradient(grad, weight, offsets_E) if grouped else grad @ _plain(weight, grad.dtype)
+        if ctx.needs_input_grad[1] and grouped:
+            grad_weight = grouped_weight_gradient(grad, x, offsets_E, like=plain)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(plain.dtype)
         return grad_x, grad_weight, None

@@ -22,16 +22,7 @@ from .quantized_ops import (
     quantized_experts_synchronise,
     quantized_linear,
 )
-from .step_ops import (
-    add_rms_norm,
-    rms_norm,
-    route,
-    silu_gate,
-    silu_gate_reference,
-    steps_serve,
-    sum_pairs,
-    turn_heads,
-)
+from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
 
 __all__ = [
     "FEW_TOKENS",
@@ -60,7 +51,6 @@ __all__ = [
     "round_activations",
     "route",
     "silu_gate",
-    "silu_gate_reference",
     "steps_natively",
     "steps_serve",
     "sum_pairs",

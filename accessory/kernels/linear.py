@@ -2,7 +2,7 @@
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 
-For inference: the operations have no derivative. Where gradients are needed, F.linear and grouped_mm serve.
+For inference: the operations have no derivative; `accessory.products` chooses among them.
 """
 
 import torch

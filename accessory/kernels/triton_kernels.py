@@ -219,15 +219,15 @@ def _load(at: tl.tensor, some: tl.tensor, WHOLE_TILES: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def _sorted_tile(
-    ends_E: tl.tensor, tile: tl.tensor, experts: tl.tensor, ALL_EXPERTS: tl.constexpr, PAIRS: tl.constexpr
+    offsets_E: tl.tensor, tile: tl.tensor, experts: tl.tensor, ALL_EXPERTS: tl.constexpr, PAIRS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Expert of the tile of that number, its first pair, and the end of that expert's pairs; no pairs: no such tile.
 
     Tiles are counted over the experts, each of which has as many as its pairs fill.
     """
     number_E = tl.arange(0, ALL_EXPERTS)
-    end_E = tl.load(ends_E + number_E, number_E < experts, 0)
-    begin_E = tl.load(ends_E + number_E - 1, (number_E > 0) & (number_E < experts), 0)
+    end_E = tl.load(offsets_E + number_E, number_E < experts, 0)
+    begin_E = tl.load(offsets_E + number_E - 1, (number_E > 0) & (number_E < experts), 0)
     tiles_E = (end_E - begin_E + PAIRS - 1) // PAIRS
     behind_E = tl.cumsum(tiles_E, axis=0)
     mine_E = (behind_E > tile) & (behind_E - tiles_E <= tile)

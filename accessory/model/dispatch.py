@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import kernels
+from accessory.kernels.step_ops import silu_gate_reference
 from accessory.model.router import Routing
 from accessory.model.units import silu_gate_backward
 from accessory.products import (
@@ -109,11 +110,11 @@ class GroupedPairs(Pairs):
 
     Attributes:
         order_P: places in (T, K), flattened, of the pairs.
-        offsets_E: int32, where the pairs of each expert end. Behind the last stand others' pairs, where they could not
-            be left out: what a product makes of them is meaningless.
+        offsets_E: int32, where the pairs of each expert end. Behind the last one stand others' pairs, where they cannot
+            be left out: what a product makes of them is meaningless, and `combine` masks it.
     """
 
-    _waits = False  # for a GPU to say how many pairs are this rank's
+    _waits = False  # for a GPU that says how many pairs are this rank's
 
     def __init__(self, x_TD: Tensor, local_TK: Tensor, count: int, *, complete: bool) -> None:
         self.x_TD, self.top_k = x_TD, local_TK.shape[1]
@@ -122,9 +123,8 @@ class GroupedPairs(Pairs):
         numbers_E = torch.arange(count, device=expert_P.device)
         self.offsets_E = torch.searchsorted(expert_P, numbers_E, right=True, out_int32=True)
         # Compiled code cannot ask for a number, and a GPU should not be waited for: there others' pairs stay.
-        self._left_out = self._waits or not (torch.compiler.is_compiling() or x_TD.is_cuda)
-        self._complete = complete
-        if self._left_out and not complete:
+        self._masks = not (complete or self._waits) and (torch.compiler.is_compiling() or x_TD.is_cuda)
+        if not (complete or self._masks):
             self.order_P = self.order_P[: int(self.offsets_E[-1])]
 
     @property
@@ -142,7 +142,7 @@ class GroupedPairs(Pairs):
         return own_PE.type_as(like) @ bias_EO.type_as(like)
 
     def combine(self, y_PD: Tensor, weights_TK: Tensor) -> Tensor:
-        if not (self._complete or self._left_out):
+        if self._masks:
             others_P = torch.arange(y_PD.shape[0], device=y_PD.device) >= self.offsets_E[-1]
             y_PD = y_PD.masked_fill(others_P[:, None], 0)
         return _combined(y_PD, weights_TK, self.order_P)
@@ -185,7 +185,7 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         both_PO = grouped_linear(x_TD[order_P // weights_TK.shape[1]], w13_EOD, offsets_E)
         ctx.save_for_backward(x_TD, weights_TK, w13_EOD, w2, order_P, offsets_E, both_PO)
-        y_PD = grouped_linear(kernels.silu_gate_reference(both_PO), w2, offsets_E)
+        y_PD = grouped_linear(silu_gate_reference(both_PO), w2, offsets_E)
         return _combined(y_PD, weights_TK, order_P)
 
     @staticmethod

@@ -12,9 +12,10 @@ Shape letters: as in model/moe.py, and r lora_rank; a trailing l marks a rank's 
 import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,29 +35,16 @@ from accessory.quant import QuantizedParameter
 _INITIAL_STD = 0.02
 
 
-class Adapters(NamedTuple):
-    """What a layer is given beside its own parameters.
-
-    Attributes:
-        place: of the adapters, whose dtype may be another than the layer's.
-    """
-
-    peft: PeftArgs
-    state: ParallelState
-    place: Place
-
-    def update(self, target: str) -> bool:
-        """Whether matrices of such a target get a low-rank update."""
-        return self.peft.lora_rank > 0 and target in self.peft.lora_targets
-
-
 def adapted_layers(peft: PeftArgs, state: ParallelState, place: Place) -> Layers:
-    """For a model that has adapters, created in ``place``."""
-    adapters = Adapters(peft, state, place)
+    """For a model that has adapters.
+
+    Args:
+        place: of the adapters, whose dtype may be another than the layers'.
+    """
     return Layers(
-        partial(AdaptedColumnLinear, adapters=adapters),
-        partial(AdaptedRowLinear, adapters=adapters),
-        partial(AdaptedExperts, adapters=adapters),
+        partial(AdaptedColumnLinear, peft=peft, adapters=place, region=state.mp_group),
+        partial(AdaptedRowLinear, peft=peft, adapters=place, region=state.mp_group),
+        partial(AdaptedExperts, peft=peft, adapters=place),
     )
 
 
@@ -69,18 +57,19 @@ class _LowRank(nn.Module):
 
 
 class _AdaptedLinear(nn.Module):
-    """A linear layer's adapters."""
+    """A linear layer's adapters; made as the plain layer is."""
 
     weight: nn.Parameter | QuantizedParameter
 
-    def _add(self, adapters: Adapters) -> None:
-        (out_features, in_features), place = self.weight.shape, adapters.place
-        self.peft, self.region = adapters.peft, adapters.state.mp_group
-        self.updated = adapters.update("attention")
+    def __init__(self, *plain: Any, peft: PeftArgs, adapters: Place, region: dist.ProcessGroup | None) -> None:
+        super().__init__(*plain)
+        out_features, in_features = self.weight.shape
+        self.peft, self.region = peft, region
+        self.updated = peft.lora_rank > 0 and "attention" in peft.lora_targets
         if self.updated:
-            self.lora_a = _LowRank(self.peft.lora_rank, in_features, place)
-            self.lora_b = _LowRank(out_features, self.peft.lora_rank, place)
-        self.bias = place.parameter(out_features) if self.peft.bias_tuning else None
+            self.lora_a = _LowRank(peft.lora_rank, in_features, adapters)
+            self.lora_b = _LowRank(out_features, peft.lora_rank, adapters)
+        self.bias = adapters.parameter(out_features) if peft.bias_tuning else None
 
     def _update(self, x_TD: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         inner_Tr = linear(F.dropout(x_TD, self.peft.lora_dropout, self.training), lora_a)
@@ -93,10 +82,6 @@ class _AdaptedLinear(nn.Module):
 class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
     """Rows are split over the ranks: lora_a is whole on each, lora_b and the bias are split."""
 
-    def __init__(self, in_features: int, out_features: int, place: Place, *, adapters: Adapters) -> None:
-        super().__init__(in_features, out_features, place)
-        self._add(adapters)
-
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TO = ColumnParallelLinear.forward(self, x_TD)
         if self.updated:
@@ -107,12 +92,6 @@ class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
 
 class AdaptedRowLinear(_AdaptedLinear, RowParallelLinear):
     """Columns are split over the ranks: lora_a is split, lora_b whole on each; the bias is added to the sum."""
-
-    def __init__(
-        self, in_features: int, out_features: int, state: ParallelState, place: Place, *, adapters: Adapters
-    ) -> None:
-        super().__init__(in_features, out_features, state, place)
-        self._add(adapters)
 
     def forward(self, x_TDl: Tensor) -> Tensor:
         return self._with_bias(RowParallelLinear.forward(self, x_TDl))
@@ -134,25 +113,31 @@ class AdaptedExperts(Experts):
     """
 
     def __init__(
-        self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, *, adapters: Adapters
+        self,
+        args: ModelArgs,
+        state: ParallelState,
+        placement: Placement,
+        place: Place,
+        *,
+        peft: PeftArgs,
+        adapters: Place,
     ) -> None:
         super().__init__(args, state, placement, place)
         experts, dim, hidden = self.w2.shape
         # Where every rank holds a slice of every expert, these are shared: their gradient is the ranks' sum.
         self.region = state.mp_group if placement == "tensor" else None
         self.adds_w2_bias = placement == "expert" or state.is_first
-        self.peft, place = adapters.peft, adapters.place
-        self.updated = adapters.update("experts")
-        self.fuses = False
+        self.peft, self.fuses = peft, False
+        self.updated = peft.lora_rank > 0 and "experts" in peft.lora_targets
         if self.updated:
-            rank = self.peft.lora_rank
-            self.w13_lora_a = place.parameter(experts, 2, rank, dim)
-            self.w13_lora_b = place.parameter(experts, 2, hidden, rank)
-            self.w2_lora_a = place.parameter(experts, rank, hidden)
-            self.w2_lora_b = place.parameter(experts, dim, rank)
-        if self.peft.bias_tuning:
-            self.w13_bias = place.parameter(experts, 2, hidden)
-            self.w2_bias = place.parameter(experts, dim)
+            rank = peft.lora_rank
+            self.w13_lora_a = adapters.parameter(experts, 2, rank, dim)
+            self.w13_lora_b = adapters.parameter(experts, 2, hidden, rank)
+            self.w2_lora_a = adapters.parameter(experts, rank, hidden)
+            self.w2_lora_b = adapters.parameter(experts, dim, rank)
+        if peft.bias_tuning:
+            self.w13_bias = adapters.parameter(experts, 2, hidden)
+            self.w2_bias = adapters.parameter(experts, dim)
 
     def synchronises(self, x_TD: Tensor, pairs: int) -> bool:
         own = self.updated and kernels.plain_experts_synchronise(x_TD, pairs)

@@ -22,8 +22,6 @@ class Experts(nn.Module):
 
     Parameters: w13 (El, 2, F, D) holds w1 and w3; w2 is (El, D, F).
 
-    Attributes:
-        fuses: nothing but two plain products and the unit between them is computed of the pairs.
     """
 
     def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
@@ -34,7 +32,7 @@ class Experts(nn.Module):
         self.dispatcher = Dispatcher(first, experts, args.moe.num_experts)
         self.w13 = place.matrix(experts, 2, hidden, args.dim)
         self.w2 = place.matrix(experts, args.dim, hidden)
-        self.fuses = not isinstance(self.w13, QuantizedParameter)
+        self.fuses = not isinstance(self.w13, QuantizedParameter)  # with gradients; adapters stand between its products
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of this rank's share of the chosen experts' outputs, in float32; (T, D) of x's dtype."""

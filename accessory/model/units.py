@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
+from accessory.kernels.step_ops import silu_gate_reference
 
 # Pairs whose gate and up parts are worked on at once: a block of them fits the cache.
 _BLOCK = 128
@@ -26,7 +27,7 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both_PO: Tensor) -> Tensor:
         ctx.save_for_backward(both_PO)
-        return kernels.silu_gate_reference(both_PO)
+        return silu_gate_reference(both_PO)
 
     @staticmethod
     def backward(ctx: Any, grad_PF: Tensor) -> Tensor:

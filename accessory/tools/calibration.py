@@ -15,6 +15,7 @@ from accessory.model.dispatch import GatheredPairs, GroupedPairs, Pairs
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Experts
 from accessory.model.scoring import score_tokens
+from accessory.products import groups
 from accessory.progress import showing
 from accessory.quant import InputMoments
 
@@ -136,8 +137,5 @@ def _rows_of_experts(x_PD: Tensor, pairs: Pairs) -> Iterator[tuple[int, Tensor]]
                 yield expert, x_PD[pairs.expert_P == expert]
         return
     assert isinstance(pairs, GroupedPairs)
-    begin = 0
-    for expert, end in enumerate(pairs.offsets_E.tolist()):
-        if end > begin:
-            yield expert, x_PD[begin:end]
-        begin = end
+    for expert, rows in groups(pairs.offsets_E):
+        yield expert, x_PD[rows]
