@@ -6,7 +6,8 @@ The truth is transformers' own block, holding the plain values of the quantized 
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 from accessory import kernels
 from accessory.config import QuantArgs
 from accessory.kernels import quantized_ops
+from accessory.model import router
+from accessory.model.dispatch import Dispatcher
 from accessory.products import gathered_linear, grouped_linear, linear
 from accessory.quant import QuantizedParameter, QuantizedWeight, quantize
 
@@ -115,29 +118,11 @@ def attention(x_TD: Tensor, weights: dict[str, Weight]) -> Tensor:
 
 
 def experts(x_TD: Tensor, routing: Routing, weights: dict[str, Weight], *, first: int, grouped: bool) -> Tensor:
-    probs_TK, chosen_TK = routing
-    count = weights["w13"].shape[0]
-    own_P = chosen_TK.flatten() - first
-    own_P = torch.where((own_P >= 0) & (own_P < count), own_P, -1)
-    x_PD = x_TD.repeat_interleave(2, 0)
-    product: Callable[[Tensor, Weight], Tensor]
-    if grouped:
-        order = torch.where(own_P < 0, count, own_P).argsort(stable=True)
-        ends = F.one_hot(own_P + 1, count + 1)[:, 1:].sum(0).cumsum(0).to(torch.int32)
-        x_PD = x_PD[order][: int(ends[-1])]
-
-        def product(x: Tensor, weight: Weight) -> Tensor:
-            return grouped_linear(x, weight, ends)
-    else:
-
-        def product(x: Tensor, weight: Weight) -> Tensor:
-            return gathered_linear(x, weight, own_P)
-
-    gate, up = product(x_PD, weights["w13"]).chunk(2, dim=-1)
-    y_PD = product(F.silu(gate) * up, weights["w2"])
-    if grouped:
-        y_PD = y_PD.new_zeros(own_P.shape[0], DIM).index_copy(0, order[: y_PD.shape[0]], y_PD)
-    return (y_PD.unflatten(0, (-1, 2)).float() * probs_TK.unsqueeze(-1)).sum(1)
+    probs_TK, _ = routing
+    with mock.patch.object(kernels, "gathering_pays", return_value=not grouped):
+        pairs = Dispatcher(first, weights["w13"].shape[0], EXPERTS)(x_TD, router.Routing(*routing, probs_TK, probs_TK))
+    gate, up = pairs.product(pairs.rows, weights["w13"]).chunk(2, dim=-1)
+    return pairs.combine(pairs.product(F.silu(gate) * up, weights["w2"]).float(), probs_TK)
 
 
 def slices(weights: dict[str, Weight], placement: str, rank: int, ranks: int) -> dict[str, Weight]:

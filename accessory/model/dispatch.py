@@ -66,10 +66,11 @@ class Dispatcher:
         if self.count < self.total:
             local_TK = local_TK - self.first
             local_TK = torch.where((local_TK >= 0) & (local_TK < self.count), local_TK, -1)
-        if not torch.is_grad_enabled() and kernels.gathering_pays(x_TD, local_TK.numel()):
+        trains = torch.is_grad_enabled()
+        if not trains and kernels.gathering_pays(x_TD, local_TK.numel()):
             return GatheredPairs(x_TD, local_TK)
         complete = self.count == self.total and routing.asked_TK is None
-        kind = TrainedPairs if torch.is_grad_enabled() else GroupedPairs
+        kind = TrainedPairs if trains else GroupedPairs
         return kind(x_TD, local_TK, self.count, complete=complete)
 
 

@@ -21,7 +21,6 @@ class Experts(nn.Module):
     """This rank's part of a layer's experts: whole experts, or a slice of the hidden width of every expert.
 
     Parameters: w13 (El, 2, F, D) holds w1 and w3; w2 is (El, D, F).
-
     """
 
     def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
