@@ -5,10 +5,6 @@ The Python door is `accessory.model.meta.MetaModel`; the command line is `access
 
 from importlib import metadata
 
-from accessory.launch.threads import let_go_early
-
-let_go_early()
-
 try:
     __version__ = metadata.version("accessory")
 except metadata.PackageNotFoundError:  # used from its folder, without an installation

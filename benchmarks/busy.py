@@ -1,11 +1,12 @@
 """Training, generation and serving alone on the machine, and beside one other process that computes all the time.
 
-    python benchmarks/busy.py                                       # the settings that the commands take
-    python benchmarks/busy.py --settings as-it-is,GOMP_SPINCOUNT=300000,OMP_WAIT_POLICY=passive,OMP_NUM_THREADS=1
+    python benchmarks/busy.py                                       # as a user has it
+    python benchmarks/busy.py --settings as-it-is,GOMP_SPINCOUNT=300000,GOMP_SPINCOUNT=0,OMP_NUM_THREADS=1
 
-The model is `accessory tiny`'s, where threads wait for one another the most: every product is small. Each measurement
-is a program of its own that works a while before it is timed; alone and beside take turns. A setting is a variable of
-the environment, or several joined by "+"; 300000 turns of spinning are what GNU's OpenMP does when nobody sets it.
+The model is `accessory tiny`'s, whose threads wait for one another the most: every product is small. Each measurement is
+a program of its own that works a while before it is timed; alone and beside take turns. A setting is a variable of the
+environment, or several joined by "+"; any of those above switches off what `accessory.model.threads` does, and 300000
+turns of spinning are what GNU's OpenMP does when nobody sets it.
 """
 
 import argparse
@@ -94,8 +95,6 @@ def busy() -> Iterator[None]:
 
 def work(name: str, model: str, seconds: float) -> None:
     """Do a work for a while, and print how much of it a second has seen."""
-    import accessory  # noqa: F401  # sets how threads wait, before PyTorch is imported
-
     units, made = {"train": training, "serve": serving}.get(name, generation)(model)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds / 3:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from accessory.launch.launcher import PARENT_VARIABLE
-from accessory.launch.threads import COUNT, let_go_early, share_of
+from accessory.launch.threads import share, share_of
 from accessory.parallel.state import check_device
 
 
@@ -92,8 +92,7 @@ def environment_of(placement: Placement) -> dict[str, str]:
     """What all ranks inherit, without another launcher's variables."""
     others = ("SLURM_", "TORCHELASTIC_", PARENT_VARIABLE)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(others)}
-    environment.setdefault(COUNT, str(share_of(placement.size)))
-    let_go_early(environment)
+    share(environment, share_of(placement.size))
     if placement.cards is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = seen.split(",") if seen else [str(card) for card in range(torch.cuda.device_count())]

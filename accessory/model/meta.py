@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from accessory.config import QuantArgs
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
-from accessory.launch.threads import say_if_late
 from accessory.model.balance import RouterStats, TrainingLosses, not_padding, router_losses
 from accessory.model.cross_entropy import cross_entropy
 from accessory.model.dtypes import settle_dtype
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.pretrained import Paths, Pretrained, load_transformer
 from accessory.model.requests import Examples, example_tokens, prompt_tokens, refuse_images
 from accessory.model.scoring import evaluate, score_tokens
+from accessory.model.transformer import Transformer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.state import ParallelState, agreed, pick_device
 from accessory.quant import lay_out_for_gpu
@@ -102,8 +101,6 @@ class MetaModel(nn.Module):
             return state, found, settle_dtype(dtype, found.stored_dtype, state)
 
         state, pretrained, chosen_dtype = agreed(members, settle)
-        if state.device.type == "cpu":
-            say_if_late()
         llma = load_transformer(pretrained, state, dtype=chosen_dtype, expert_placement=expert_placement)
         if state.device.type == "cuda":
             lay_out_for_gpu(llma)

@@ -1,0 +1,122 @@
+"""How PyTorch's threads on the processor wait for one another, beside other programs that want its cores.
+
+OpenMP's threads meet at the end of every product. GNU's, which PyTorch has on Linux, spin for some milliseconds until
+the last is there. Where another program has been given the core of one of them, all others spin away until that has it
+back, and a training step takes several times as long; letting them sleep at once would cost a fifth where nobody else
+wants the cores. So the model asks here, step by step, whether the system takes cores away from it, and then has them
+sleep soon. Their number stays, and with it every bit of what they compute.
+"""
+
+import atexit
+import functools
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from accessory.launch.threads import COUNT, SHARED
+
+# Seconds between two looks, and until spinning is tried again; each try that fails doubles the second, to a limit.
+_LOOK, _TRY, _LONGEST = 0.5, 5.0, 60.0
+# Times in a second that the system took a core away from one of n threads: at most 28 n where nobody else computed,
+# and 180 to 200 beside one process that did, on 2 cores (Linux 6.18).
+_TAKEN, _OF_EACH = 70.0, 30.0
+# With more threads their own noise hides another program.
+_MOST = 16
+# Who has set one of them has decided.
+_DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Elements of a tensor that PyTorch adds up with all threads.
+_LARGE = 1 << 20
+
+
+class Waiting:
+    """Whether threads spin or sleep while they wait for others.
+
+    Args:
+        threads: how many there are.
+        sleep: have them sleep soon, or spin again.
+        taken: how often the system has taken a core away from this process so far.
+        clock: seconds.
+
+    Attributes:
+        sleeps: whether they sleep soon.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        *,
+        sleep: Callable[[bool], None],
+        taken: Callable[[], int] = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.sleeps = False
+        self._limit = _TAKEN + _OF_EACH * threads
+        self._sleep, self._taken, self._clock = sleep, taken, clock
+        self._looked, self._seen = clock(), taken()
+        self._since, self._patience = self._looked, _TRY
+
+    def adapt(self) -> None:
+        """Change the way of waiting where others came or went, if it is time to look; between two steps of a model."""
+        now = self._clock()
+        if now - self._looked < _LOOK:
+            return
+        seen = self._taken()
+        rate = (seen - self._seen) / (now - self._looked)
+        self._looked, self._seen = now, seen
+        if not self.sleeps and rate > self._limit:
+            failed = now - self._since < 2 * _LOOK + _TRY / 2
+            self._patience = min(2 * self._patience, _LONGEST) if failed else _TRY
+            self._become(True, now)
+        elif self.sleeps and now - self._since >= self._patience:
+            self._become(False, now)
+
+    def _become(self, sleeps: bool, now: float) -> None:
+        self.sleeps, self._since = sleeps, now
+        self._sleep(sleeps)
+
+
+class _Crowd:
+    """More threads of OpenMP than there are cores, which do nothing.
+
+    Where it has that many, GNU's lets all threads sleep after 100 turns of spinning, in place of 300,000 (its manual
+    under GOMP_SPINCOUNT, https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
+    """
+
+    def __init__(self) -> None:
+        self._left, self._idlers = threading.Event(), list[threading.Thread]()
+        # A Python that shuts down aborts where one of them is still there.
+        atexit.register(self, False)
+
+    def __call__(self, there: bool) -> None:
+        self._left.set()
+        for idler in self._idlers:
+            idler.join()
+        self._left, self._idlers = threading.Event(), []
+        if there:
+            # Each Python thread that computes in parallel has a team of its own, of which it is one itself.
+            teams = 1 + (os.cpu_count() or 1) // max(1, torch.get_num_threads() - 1)
+            for _ in range(teams):
+                self._idlers.append(threading.Thread(target=self._idle, args=(self._left,), daemon=True))
+                self._idlers[-1].start()
+
+    @staticmethod
+    def _idle(left: threading.Event) -> None:
+        torch.ones(_LARGE).sum()
+        left.wait()
+
+
+def adapt_waiting() -> None:
+    """`Waiting.adapt` for this process, unless its user has said how threads wait or how many there are to be."""
+    if not torch.compiler.is_compiling() and (waiting := _of_process()) is not None:
+        waiting.adapt()
+
+
+@functools.cache
+def _of_process() -> Waiting | None:
+    decided = (COUNT in os.environ and SHARED not in os.environ) or any(name in os.environ for name in _DECIDED)
+    threads = torch.get_num_threads()
+    return None if decided or not 1 < threads <= _MOST else Waiting(threads, sleep=_Crowd())
