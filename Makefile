@@ -20,7 +20,7 @@ ADAPTER := epoch$(shell expr $(LORA_EPOCHS) - 1)
 
 # Their order is part of what they say.
 .NOTPARALLEL:
-.PHONY: install demo coming finetune-demo peft-demo demo-web test lint docs pytest test-browser chromium soak bench clean
+.PHONY: install demo coming finetune-demo peft-demo demo-web test test-fast lint docs pytest test-browser chromium soak bench clean
 
 install: $(READY)
 
@@ -98,6 +98,10 @@ demo-web: $(TINY)/converted
 
 # Everything that CI runs.
 test: lint docs pytest
+
+# While a room is changed: what is not slow, in five minutes on 2 cores, and none of it bound by time.
+test-fast: lint
+	$(BIN)/pytest -n 2 --dist worksteal -m "not soak and not alone and not slow"
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

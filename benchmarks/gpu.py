@@ -21,7 +21,7 @@ from mid import ARGS, mixtral_config, random_model
 from transformers import DynamicCache, MixtralForCausalLM
 
 from accessory.config import QUANT_FORMS, QuantArgs
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.quant import lay_out_for_gpu
 from accessory.tools.quality import quantized_copy
 

@@ -27,7 +27,7 @@ from transformers import DynamicCache, MixtralForCausalLM
 
 from accessory.config import QUANT_FORMS, QuantArgs
 from accessory.kernels import native_variant
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.tools.quality import quantized_copy
 

@@ -26,7 +26,7 @@ ALLOWED = {None: (1.15, 400e6), "int8": (1.2, 1.5e9), "int4": (1.2, 1.5e9), "nf4
 def main() -> None:
     from mid import ARGS, write_checkpoint
 
-    from accessory.model.LLM.mistral import Transformer
+    from accessory.model.transformer import Transformer
     from accessory.parallel.state import ParallelState
     from accessory.train.init import init_weights
 

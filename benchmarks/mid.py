@@ -14,7 +14,7 @@ from accessory.checkpoint.layouts import MISTRAL
 from accessory.checkpoint.write import cut_out
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import new_folder
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 
 ARGS = ModelArgs(

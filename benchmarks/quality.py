@@ -15,8 +15,8 @@ from mid import ARGS
 from torch import Tensor
 
 from accessory.config import QuantArgs
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.tools.corpus import documentation_corpus
 from accessory.tools.quality import decoding_loss, quantized_copy

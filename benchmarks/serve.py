@@ -124,7 +124,7 @@ def _make_mid(scratch: Path, *, with_theirs: bool) -> tuple[Path, Path | None]:
     from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
     from transformers import LlamaTokenizer
 
-    from accessory.model.LLM.mistral import Transformer
+    from accessory.model.transformer import Transformer
     from accessory.parallel.state import ParallelState
 
     model = transformers_mid()

@@ -196,7 +196,7 @@ def our_step(mp_size: int, *, checkpointing: bool, peft: bool) -> Callable[[torc
     from mid import ARGS
 
     from accessory.config import PeftArgs
-    from accessory.model.LLM.mistral_peft import build_transformer
+    from accessory.model.factory import build_transformer
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import ParallelState
     from accessory.train.init import init_weights

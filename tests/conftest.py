@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import accessory  # noqa: F401  # first: it says how threads wait, here and in what the tests start
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when PyTorch is imported, here and in what the tests start: a thread that waits for another soon lets go of its
+# core. By default it holds it for milliseconds, in which the other thread may be the one that wants to run.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
@@ -31,6 +32,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 Made = TypeVar("Made")
 MadeOnce = Callable[[str, Callable[[Path], Made]], Made]
+
+# Files whose tests start programs again and again, or train: `make test-fast` leaves them out, and most of the time.
+SLOW = {
+    *("test_docs_run", "test_finetune_launch", "test_trained_answers", "test_commands", "test_finetune_signals"),
+    *("test_finetune_lost_ranks", "test_quant_quality", "test_quant_training", "test_finetune_resume"),
+    *("test_finetune_kill", "test_http_clients", "test_building", "test_finetune_ranks", "test_finetune_options"),
+    *("test_training", "test_peft_training", "test_tiny", "test_quant_model", "test_padded_vocabulary"),
+    *("test_multi_gpu_wrapper", "test_dialogues", "test_simple_inference", "test_stopping", "test_triton_kernels"),
+    *("test_triton_steps", "test_web_browser"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 LOGGERS = ("accessory", "accessory.kernels", "accessory.data")
 

@@ -7,17 +7,29 @@ import torch.distributed as dist
 
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
+from accessory.model.transformer import Transformer
 
 FIRST_LETTER = 0x4E00
 
 
-def load(folder: Path, placement: str = "auto", max_seq_len: int = 128, dtype: str = "fp32") -> MetaModel:
+def load(
+    folder: Path | Sequence[Path],
+    placement: str = "auto",
+    max_seq_len: int = 128,
+    dtype: str = "fp32",
+    quant: str | None = None,
+) -> MetaModel:
     """On the ranks of a pool, over all of them; in the test's own process, on it alone."""
     group = dist.group.WORLD if dist.is_initialized() else None
     return MetaModel.from_pretrained(
-        folder, mp_group=group, dtype=dtype, device="cpu", max_seq_len=max_seq_len, expert_placement=placement
+        folder,
+        mp_group=group,
+        dtype=dtype,
+        device="cpu",
+        max_seq_len=max_seq_len,
+        expert_placement=placement,
+        quant=quant,
     )
 
 

@@ -18,8 +18,8 @@ from triton_runs import report_failures
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs
 from accessory.kernels import step_ops
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.rope import RotaryTable, rotate, rotate_both
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1002,7 +1002,7 @@ def failing_step_error(folder: Path, step: str, rank: int) -> tuple[tuple[str, s
 
 @pytest.mark.parametrize(
     ("step", "rank"),
-    [("accessory.model.LLM.mistral.Transformer.new_cache", 1), ("accessory.generation.engine.sample", 0)],
+    [("accessory.model.transformer.Transformer.new_cache", 1), ("accessory.generation.engine.sample", 0)],
 )
 def test_a_step_that_fails_on_one_rank_ends_the_call_on_all(step, rank, good, model, ranks):
     expected = model.generate(["a list"], max_gen_len=8)

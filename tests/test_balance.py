@@ -15,10 +15,10 @@ from torch import Tensor
 
 from accessory.config import ModelArgs, MoEArgs
 from accessory.model.balance import RouterStats, load_balancing_loss, router_z_loss
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.model.router import Routing
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.text.tokenizer import Tokenizer
 from accessory.train.init import init_weights

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.containers import create_tensors
 from accessory.config import ModelArgs
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
+from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes
 from accessory.parallel.state import ParallelState

@@ -219,16 +219,16 @@ def test_split_fills_an_empty_destination(released, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failure_in_the_middle_leaves_nothing(error, released, tmp_path, monkeypatch):
     seen: list[Path] = []
-    close = Writer.close
+    begin = Writer.open
 
     def fail_at_third(writer: Writer, file: int) -> None:
+        begin(writer, file)
         seen.append(writer.folder / writer.names[file])
         assert seen[-1].stat().st_size > 0
         if len(seen) == 3:
             raise error("in the middle")
-        close(writer, file)
 
-    monkeypatch.setattr(Writer, "close", fail_at_third)
+    monkeypatch.setattr(Writer, "open", fail_at_third)
     with pytest.raises(error):
         split(released[0], tmp_path / "out", mp=4)
     assert len(seen) == 3

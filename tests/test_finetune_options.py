@@ -69,6 +69,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "checkpointing": (..., "", ...),
     "grad_ckpt_policy": ("none", "moe", "moe"),
     "device": (None, "cpu", "cpu"),
+    "threads": (..., "2", ...),
     "output_dir": ("./output_dir", "out", "out"),
     "save_interval": (1, "2", 2),
     "save_iteration_interval": (5000, "100", 100),

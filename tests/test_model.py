@@ -18,10 +18,10 @@ from accessory.config import ModelArgs, MoEArgs, PeftArgs, QuantArgs
 from accessory.kernels import triton_products
 from accessory.model import graphs
 from accessory.model.cache import KVCache
-from accessory.model.LLM.mistral import Transformer
-from accessory.model.LLM.mistral_peft import build_transformer
+from accessory.model.factory import build_transformer
 from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable, rotate
+from accessory.model.transformer import Transformer
 from accessory.parallel.placement import resolve_placement, supported_sizes
 from accessory.parallel.plan import Box, local_box, parameter_shapes, split_of
 from accessory.parallel.state import ParallelState, Place

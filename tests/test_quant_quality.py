@@ -12,8 +12,8 @@ from torch import Tensor
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.config import ModelArgs, QuantArgs
 from accessory.config.quant import GROUP_SIZES
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.tools.calibration import calibrate
 from accessory.tools.corpus import documentation_corpus

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accessory.config import ModelArgs, MoEArgs
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.model.router import Router
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.train import recompute
 from accessory.train.init import init_weights

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from checkpoints import small_config, write_folder
 
-from accessory.arguments import Parser
+from accessory.arguments import Parser, add_nproc_argument
 from accessory.config import QuantArgs
 from accessory.serve.options import (
     Account,
     add_batch_arguments,
     add_model_arguments,
-    add_nproc_argument,
     add_page_arguments,
     add_rank_arguments,
     add_template_argument,

@@ -9,14 +9,15 @@ from torch import Tensor
 from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
+from accessory.checkpoint.layouts.hf import MODULES
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
+from accessory.model.LLM import FAMILIES
 from accessory.parallel.box import Box
+from accessory.parallel.plan import split_of
 from accessory.text.template import TEMPLATE_NAME
-
-_NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 
 
 def export_adapter(
@@ -41,8 +42,8 @@ def export_adapter(
         raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
     weights = folder.weights(args, partial=True)
     _refuse_biases(weights)
-    norms = {name for name in weights.held if args.peft.norm_tuning and name.endswith("norm.weight")}
-    factors = {name for name in weights.held if "lora_" in name}
+    norms = {name for name in weights.held if args.peft.norm_tuning and split_of(name).kind == "norm"}
+    factors = {name for name in weights.held if split_of(name).kind == "lora"}
     if not factors:
         raise ValueError(f"{folder.path} holds no lora_a and lora_b: it is a base, not an adapter")
 
@@ -64,7 +65,7 @@ def export_adapter(
 
 def _refuse_biases(weights: Weights) -> None:
     sources = (one for one in BASE.sources(weights.args, 1) if one.parameter in weights.held)
-    biases = (one for one in sources if one.parameter.endswith("bias"))
+    biases = (one for one in sources if split_of(one.parameter).kind == "bias")
     biased = [one.key for one in biases if bool(weights.read(one.parameter, one.box).any())]
     if biased:
         more = f" and {len(biased) - 1} more" if biased[1:] else ""
@@ -77,8 +78,13 @@ def _refuse_biases(weights: Weights) -> None:
 def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
     assert args.peft is not None
     assert args.peft.lora_alpha is not None
-    modules = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "experts": ["w1", "w2", "w3"]}
-    alpha = args.peft.lora_alpha
+    family, alpha = FAMILIES[args.family], args.peft.lora_alpha
+    attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+    modules = {
+        "attention": [_last(family.modules[name]) for name in attention],
+        "experts": [_last(name) for name in family.matrices.values()],
+    }
+    saved = [_last(theirs) for ours, theirs in family.modules.items() if ours.endswith("norm")]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -88,6 +94,10 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
         "lora_dropout": 0.0,  # of training, which is over; peft has none for stacked experts
         "bias": "none",
         "target_modules": [name for target in args.peft.lora_targets for name in modules[target]],
-        "modules_to_save": _NORMS if norms else None,
+        "modules_to_save": [*saved, MODULES["norm"]] if norms else None,
         "inference_mode": True,
     }
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]

@@ -51,9 +51,9 @@ def convert(
         CheckpointError, FileNotFoundError: the source cannot be read.
         OSError: the disk is full.
     """
-    layout = written_layout(to)
     folder = Folder(source)
     args = folder.stored_args(llama_config)
+    layout = written_layout(to, args)
     _refuse(folder, args, layout, mp, type, dtype)
     weights = folder.weights(args)
 

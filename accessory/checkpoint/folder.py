@@ -186,7 +186,7 @@ class Folder:
             CheckpointError: its shape is not an embedding's.
         """
         layout = self.layout(args)
-        keys = {row.key for row in layout.rows["tok_embeddings.weight"]}
+        keys = {row.key for row in layout.rows(args)["tok_embeddings.weight"]}
         # Files that cut the embedding each have a slice of all its rows.
         for file in range(len(self.files) if layout.cut is None else 1):
             for key in keys & self.tensors(file, layout.strips).keys():

@@ -54,10 +54,10 @@ def merge(
         FileExistsError: the destination is not empty.
         FileNotFoundError, OSError: a folder is not there; the disk is full.
     """
-    layout = written_layout(to)
     theirs = Folder(adapter)
     own = Folder(base)
     args, base_args = _args_of_both(theirs, own, llama_config)
+    layout = written_layout(to, base_args)
     _check_pair(own, base_args, theirs, args)
     assert args.peft is not None
     merger = _Merger(own.weights(base_args), theirs.weights(args, partial=True), args)

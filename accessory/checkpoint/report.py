@@ -191,6 +191,7 @@ def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
         count = math.prod(shape)
         total += count
         active += round(count * share_of_tokens(split_of(name), args))
+    yield (f"family      {args.family}")
     yield (
         f"model       {args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.n_kv_heads} key/value) of "
         f"{args.head_dim}, vocabulary {args.vocab_size if args.vocab_size != -1 else 'left to the tokenizer'}"

@@ -1,7 +1,7 @@
 """What a model is: its sizes, its adapters, and how its matrices are quantized, as config.json holds them."""
 
 from .checks import part_of_config, read_json
-from .model import ModelArgs, MoEArgs
+from .model import AttentionArgs, ModelArgs, MoEArgs
 from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
 from .quant import QUANT_FORMS, QuantArgs, QuantForm
 
@@ -9,6 +9,7 @@ __all__ = [
     "LORA_TARGETS",
     "PEFT_TYPES",
     "QUANT_FORMS",
+    "AttentionArgs",
     "MoEArgs",
     "ModelArgs",
     "PeftArgs",

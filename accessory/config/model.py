@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from accessory.config.checks import is_number, part_of_config, require_ints
 from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
 from accessory.config.quant import QuantArgs
-from accessory.errors import nearest
+from accessory.errors import nearest, unknown
 
 # Keys that some releases write and that do not change this architecture: the length of the context is the caller's
 # choice.
@@ -19,12 +19,20 @@ IGNORED_KEYS = frozenset({"max_position_embeddings", "model_type", "torch_dtype"
 MOST_LAYERS, MOST_HEADS, MOST_EXPERTS = 2**10, 2**12, 2**16
 
 
+QKNorm = Literal["none", "head", "full"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """Experts of a layer, and how many of them each token visits (top-k)."""
+    """Experts of a layer, and how many of them each token visits (top-k).
+
+    Attributes:
+        norm_topk_prob: the weights of the chosen experts add up to 1; else they are their probabilities among all.
+    """
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
         require_ints(self, positive=("num_experts", "num_experts_per_tok"))
@@ -33,13 +41,43 @@ class MoEArgs:
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok} but there are only "
                 f"{self.num_experts} experts (moe.num_experts)"
             )
+        if type(self.norm_topk_prob) is not bool:
+            raise ValueError(f"moe.norm_topk_prob must be true or false, not {self.norm_topk_prob!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config.json has it; what Mixtral's do not know is left out where it is as there."""
+        values = dataclasses.asdict(self)
+        if self.norm_topk_prob:
+            del values["norm_topk_prob"]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionArgs:
+    """What queries, keys and values go through before they are turned and compared; in Mixtral nothing.
+
+    Attributes:
+        qk_norm: an RMSNorm of queries and keys: of each "head", or of all heads' values together ("full").
+        clip: queries, keys and values are limited to plus and minus this number; None: they are not.
+    """
+
+    qk_norm: QKNorm = "none"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.qk_norm not in get_args(QKNorm):
+            raise ValueError(unknown("attention.qk_norm", self.qk_norm, get_args(QKNorm)))
+        if self.clip is not None and (not is_number(self.clip) or self.clip <= 0):
+            raise ValueError(f"attention.clip must be null or a number above 0, not {self.clip!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """Sizes and constants of a Mixtral model.
+    """Sizes and constants of a model.
 
     Attributes:
+        family: a key of `model.LLM.FAMILIES`, for what the model is called elsewhere; the other settings say all that
+            is computed.
         dim: width of the residual stream.
         hidden_dim: width inside one expert.
         head_dim: width of one attention head (dim / n_heads where absent).
@@ -68,6 +106,8 @@ class ModelArgs:
     sliding_window: int | None = None
     max_batch_size: int = 32
     max_seq_len: int = 2048
+    family: str = "mixtral"
+    attention: AttentionArgs = field(default_factory=AttentionArgs)
     moe: MoEArgs = field(default_factory=MoEArgs)
     load_balancing_weight: float = 0.1
     z_loss_weight: float = 0.0
@@ -131,22 +171,23 @@ class ModelArgs:
         adapters = {f.name for f in dataclasses.fields(PeftArgs)}
         known = {f.name for f in dataclasses.fields(cls)} - {"peft"}
         given = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
-        unknown = sorted(set(given) - known - adapters)
-        if unknown:
-            said = ", ".join(key + nearest(key, {*known, *adapters}) for key in unknown)
+        odd = sorted(set(given) - known - adapters)
+        if odd:
+            said = ", ".join(key + nearest(key, {*known, *adapters}) for key in odd)
             raise ValueError(
                 f"unknown key(s) {said}; known are {', '.join(sorted(known))}, "
                 f"and with adapters {', '.join(sorted(adapters))}"
             )
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING} - {"moe"}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
         missing = sorted(required - set(given))
         if missing:
             raise ValueError(f"key(s) {', '.join(missing)} missing: add them")
-        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe"):
+        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe", "attention"):
             if optional in given and given[optional] is None:
                 del given[optional]
-        if "moe" in given:
-            given["moe"] = part_of_config("moe", MoEArgs, given["moe"])
+        for name, kind in (("moe", MoEArgs), ("attention", AttentionArgs)):
+            if name in given:
+                given[name] = part_of_config(name, kind, given[name])
         if given.get("quant") is not None:
             given["quant"] = part_of_config("quant", QuantArgs, given["quant"])
         peft = {key: given.pop(key) for key in adapters & given.keys()}
@@ -162,9 +203,19 @@ class ModelArgs:
             del values["z_loss_weight"]
         if self.sliding_window is None:
             del values["sliding_window"]
+        if self.family == "mixtral":
+            del values["family"]
+        if self.attention == AttentionArgs():
+            del values["attention"]
+        values["moe"] = self.moe.to_dict()
         del values["peft"], values["quant"]
         values |= self.peft.to_dict() if self.peft else {}
         return values | ({"quant": self.quant.to_dict()} if self.quant else {})
+
+    @property
+    def computes_as_mixtral(self) -> bool:
+        """Whether its sizes say all of the model."""
+        return self.attention == AttentionArgs() and self.moe.norm_topk_prob
 
     def for_type(self, llama_type: str) -> Self:
         """These arguments as a llama_type reads them: one with adapters has defaults for them, another has none.

@@ -6,7 +6,7 @@ from typing import Any
 
 from accessory.config.checks import is_number, require_ints
 
-# Names of the architecture with adapters: the same class, to which model/LLM/mistral_peft.py adds them.
+# Names of the architecture with adapters: the same class, to which model/factory.py adds them.
 PEFT_TYPES = ("mistral_peft", "mixtral_peft")
 
 LORA_TARGETS = ("attention", "experts")

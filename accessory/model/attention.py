@@ -19,8 +19,9 @@ from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
 from accessory.model.layers import Layers
+from accessory.model.norm import RMSNorm, rms_norm
 from accessory.model.rope import rotate_both
-from accessory.parallel.ops import copy_to_region
+from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import local_sizes
 from accessory.parallel.state import ParallelState, Place
 
@@ -144,14 +145,44 @@ class Attention(nn.Module):
         self.wk = layers.column(args.dim, kv_heads * args.head_dim, place)
         self.wv = layers.column(args.dim, kv_heads * args.head_dim, place)
         self.wo = layers.row(heads * args.head_dim, args.dim, state, place)
+        self.own = args.attention
+        if self.own.qk_norm != "none":
+            self.q_norm = RMSNorm(own["normed_heads"] * args.head_dim, args.norm_eps, place)
+            self.k_norm = RMSNorm(own["normed_kv"] * args.head_dim, args.norm_eps, place)
+            # Of which all ranks' values together are normalised; a key head may lie on several of them.
+            self.width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+            self.copies = state.mp_size * kv_heads // args.n_kv_heads
 
     def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], pattern: Pattern) -> Tensor:
         """(T, D) -> (T, D), the same on every rank."""
         x_TD = copy_to_region(x_TD, self.group)
-        q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x_TD) for w in (self.wq, self.wk, self.wv))
+        if self.own.qk_norm == "full":
+            q, k = self._normed_together(q, k)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.own.qk_norm == "head":
+            q, k = (
+                rms_norm(x, copy_to_region(local(norm.weight).type_as(x), self.group), norm.eps)
+                for x, norm in ((q, self.q_norm), (k, self.k_norm))
+            )
+        if (clip := self.own.clip) is not None:
+            q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
         q, k = rotate_both(q, k, rotation)
         out = pattern.attend(self.layer, q, k, v)
         return self.wo(out.flatten(1))
+
+    def _normed_together(self, q_TQ: Tensor, k_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's queries, and its keys, over the root mean square of those of all ranks."""
+        wide = q_TQ.float(), k_TK.float()
+        sums_2T = torch.stack([torch.linalg.vecdot(x, x) for x in wide])
+        # What each rank makes of the sums, gradients included, is its part alone.
+        sums_2T = copy_to_region(reduce_from_region(sums_2T, self.group), self.group)
+        means_2T = sums_2T / sums_2T.new_tensor([[self.width[0]], [self.width[1] * self.copies]])
+        q, k = (
+            (x * torch.rsqrt(mean_T + norm.eps).unsqueeze(-1)).type_as(q_TQ) * local(norm.weight).type_as(q_TQ)
+            for x, mean_T, norm in zip(wide, means_2T, (self.q_norm, self.k_norm), strict=True)
+        )
+        return q, k
 
 
 def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:

@@ -17,9 +17,9 @@ from accessory.checkpoint.loader import load_parameters
 from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.errors import unknown
-from accessory.model.LLM.mistral import Transformer
-from accessory.model.LLM.mistral_peft import build_transformer
+from accessory.model.factory import build_transformer
 from accessory.model.lora import begin_adapters
+from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import local_boxes, matrix_of
 from accessory.parallel.state import ParallelState, agreed
@@ -28,8 +28,8 @@ from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Names that checkpoints carry for the architecture of model/LLM/mistral.py, and for that with adapters. Base and
-# sparse differ in the layout of their files only, which the reader recognises by itself.
+# Names that checkpoints carry for the Transformer, and for that with adapters. Its family stands in the config, and
+# base and sparse differ in the layout of their files only, which the reader recognises by itself.
 LLAMA_TYPES = ("mistral", "mixtral", "mistral_sparse", "mixtral_sparse", *PEFT_TYPES)
 
 Paths = str | Path | Sequence[str | Path]

@@ -6,7 +6,7 @@ from typing import Any
 
 from accessory.errors import shown
 from accessory.generation.sampling import Sampling
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import agreed
 from accessory.text.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ class Routing(NamedTuple):
     """Chosen experts of each token.
 
     Attributes:
-        weights_TK: float32, renormalised over the chosen experts.
+        weights_TK: float32, renormalised over the chosen experts, or their probabilities as they are.
         experts_TK: int64 expert numbers, the most probable first.
         probs_TE: float32 softmax over all experts.
         logits_TE: float32, what the softmax was taken of.
@@ -44,14 +44,14 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Top-k of the softmax over all experts, renormalised over the chosen ones; on every rank alike.
+    """Top-k of the softmax over all experts, on every rank alike; renormalised over the chosen ones, in most models.
 
     The product runs in the compute dtype, as the models were trained; softmax and renormalisation in float32.
     """
 
     def __init__(self, args: ModelArgs, place: Place) -> None:
         super().__init__()
-        self.top_k = args.moe.num_experts_per_tok
+        self.top_k, self.normalises = args.moe.num_experts_per_tok, args.moe.norm_topk_prob
         self.weight = place.parameter(args.moe.num_experts, args.dim)
 
     def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> Routing:
@@ -59,4 +59,7 @@ class Router(nn.Module):
         Args:
             active_T: bool; tokens for which it is False are given to no expert.
         """
-        return Routing(*kernels.route(linear(x_TD, local(self.weight)), self.top_k, active_T))
+        routing = Routing(*kernels.route(linear(x_TD, local(self.weight)), self.top_k, active_T))
+        if self.normalises:
+            return routing
+        return routing._replace(weights_TK=routing.probs_TE.gather(-1, routing.experts_TK))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 
 # Examples are scored together up to this many tokens; one example may be longer by itself.
 SCORE_TOKENS = 4096

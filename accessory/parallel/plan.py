@@ -35,6 +35,7 @@ class Split:
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
         to_residual: what the matrix makes is added to the residual stream.
+        optional: the part of a model's attention that it belongs to; "": every model has it.
     """
 
     pattern: str
@@ -45,6 +46,7 @@ class Split:
     adapter: str = ""
     quantized: str = ""
     to_residual: bool = False
+    optional: str = ""
 
     @property
     def per_expert(self) -> bool:
@@ -62,10 +64,11 @@ def _row(
     adapter: str = "",
     quantized: str = "",
     to_residual: bool = False,
+    optional: str = "",
 ) -> Split:
     axes: dict[str, int | None] = dict.fromkeys(PLACEMENTS[1:], axis)
     units = dict.fromkeys(PLACEMENTS[1:], unit)
-    return Split(pattern, kind, tuple(shape.split()), axes, units, adapter, quantized, to_residual)
+    return Split(pattern, kind, tuple(shape.split()), axes, units, adapter, quantized, to_residual, optional)
 
 
 def _of_experts(
@@ -112,6 +115,8 @@ TABLE: tuple[Split, ...] = (
         quantized="layers",
         to_residual=True,
     ),
+    _row("layers.N.attention.q_norm.weight", "norm", "normed_heads*head_dim", 0, "normed_heads", optional="qk_norm"),
+    _row("layers.N.attention.k_norm.weight", "norm", "normed_kv*head_dim", 0, "normed_kv", optional="qk_norm"),
     _row("layers.N.attention_norm.weight", "norm", "dim", None),
     _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None),
     _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized="layers"),
@@ -136,12 +141,16 @@ TABLE: tuple[Split, ...] = (
 
 def sizes(args: ModelArgs) -> dict[str, int]:
     """The counts that the table's shapes and units name."""
+    full = args.attention.qk_norm == "full"
     return {
         "dim": args.dim,
         "vocab": args.vocab_size,
         "heads": args.n_heads,
         "kv_heads": args.n_kv_heads,
         "head_dim": args.head_dim,
+        # A norm of each head has the same weights for all of them.
+        "normed_heads": args.n_heads if full else 1,
+        "normed_kv": args.n_kv_heads if full else 1,
         "hidden": args.hidden_dim,
         "experts": args.moe.num_experts,
         "rank": args.peft.lora_rank if args.peft else -1,
@@ -156,7 +165,8 @@ def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert") -> 
     """
     counts = sizes(args)
     local = {unit: counts[unit] // size for unit in ("dim", "vocab", "heads")}
-    local["kv_heads"] = max(1, counts["kv_heads"] // size)
+    for heads in ("kv_heads", "normed_heads", "normed_kv"):
+        local[heads] = max(1, counts[heads] // size)
     local["experts"] = counts["experts"] // size if placement == "expert" else counts["experts"]
     local["hidden"] = counts["hidden"] // size if placement == "tensor" else counts["hidden"]
     return local
@@ -226,6 +236,8 @@ def trains(name: str, args: ModelArgs) -> bool:
 
 
 def _asked_for(row: Split, args: ModelArgs) -> bool:
+    if row.optional:
+        return args.attention.qk_norm != "none"
     if not row.adapter or args.peft is None:
         return not row.adapter
     if row.adapter == "bias":

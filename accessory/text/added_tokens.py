@@ -42,7 +42,8 @@ class TokenSettings:
 
     `names` are those of "bos_token" and so on, `homes` the files that say them; `special` all that are called special;
     `prefixes` whether Hugging Face's tokenizer puts a space before a text behind a control token too; `ids` the
-    tokens of "bos_token" and so on by the model's own config, where a tokenizer.json has no settings beside it.
+    tokens of "bos_token" and so on by the model's own config, where a tokenizer.json has no settings beside it;
+    `begins` whether a text begins with a token, which some families have not.
     """
 
     files: tuple[Path, ...]
@@ -53,6 +54,7 @@ class TokenSettings:
     ends: tuple[int, ...]
     prefixes: bool
     ids: dict[str, int]
+    begins: bool
 
     @classmethod
     def beside(cls, tokenizer: Path, folders: Sequence[Path]) -> TokenSettings:
@@ -91,6 +93,7 @@ class TokenSettings:
             prefixes=_prefixes(read.get(tokenizer.with_name(JSON_NAME), {})),
             ends=ends,
             ids={key: numbers[0] for key, numbers in firsts.items() if numbers} if bare else {},
+            begins=read.get(tokenizer.with_name(CONFIG_NAME), {}).get("add_bos_token") is not False,
         )
 
     def controls(self, name: str) -> bool:

@@ -8,7 +8,7 @@ from accessory.text.instruction import instruction_prompt
 from accessory.text.template import TemplateForm
 
 _SYSTEM = "{%- set system = messages[0].content if messages[0].role == 'system' else none -%}\n"
-_DEFAULT = r"""{{- bos_token + (system if system is not none else OPENING) + '\n\n###' -}}
+_DEFAULT = r"""{{- BEGIN + (system if system is not none else OPENING) + '\n\n###' -}}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
         {{- ' Human: ' + message.content.strip() + '\n###' -}}
@@ -20,7 +20,7 @@ _DEFAULT = r"""{{- bos_token + (system if system is not none else OPENING) + '\n
 """
 _ALPACA = r"""{%- for message in messages -%}
     {%- if message.role == 'user' -%}
-        {{- bos_token + (OPENING if system is none else system + BEHIND_SYSTEM) -}}
+        {{- BEGIN + (OPENING if system is none else system + BEHIND_SYSTEM) -}}
         {{- QUESTION + ASKING -}}
     {%- elif message.role == 'assistant' -%}
         {{- message.content + eos_token -}}
@@ -28,7 +28,7 @@ _ALPACA = r"""{%- for message in messages -%}
 {%- endfor -%}
 """
 # Where v1 writes [INST] as a word, a space stands before each but the first.
-_MISTRAL = r"""{{- bos_token -}}
+_MISTRAL = r"""{{- BEGIN -}}
 {%- set questions = messages | selectattr('role', 'equalto', 'user') | list -%}
 {%- set ns = namespace(asked=0) -%}
 {%- for message in messages -%}
@@ -50,14 +50,16 @@ def equivalent_template(form: Form) -> str:
     """The chat template of a form, a template's own. A named form's takes messages in turn, the system's first."""
     if isinstance(form, TemplateForm):
         return form.template
+    begin = "''" if form.tokenizer.bos_id is None else "bos_token"
     if isinstance(form, DefaultForm):
-        return _SYSTEM + _filled(_DEFAULT, OPENING=_quoted(SYSTEM))
+        return _SYSTEM + _filled(_DEFAULT, BEGIN=begin, OPENING=_quoted(SYSTEM))
     if isinstance(form, AlpacaForm):
         kind = form.prompt_types[0]
         opening, asking = instruction_prompt("\0", sys_name=kind).split("\0")
         behind, _ = instruction_prompt("\0", sys_name=kind, system="").split("\0")
         return _SYSTEM + _filled(
             _ALPACA,
+            BEGIN=begin,
             OPENING=_quoted(opening),
             BEHIND_SYSTEM=_quoted(behind),
             QUESTION="message.content" + ("" if kind == "None" else ".strip()"),
@@ -67,6 +69,7 @@ def equivalent_template(form: Form) -> str:
     word = form.version == 1
     return _SYSTEM + _filled(
         _MISTRAL,
+        BEGIN=begin,
         BETWEEN="' '" if word else "''",
         EMPTY="' '" if word else "''",
         CLOSING="' [/INST]'" if word else "'[/INST]'",

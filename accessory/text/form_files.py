@@ -171,7 +171,8 @@ def write_ends(tokenizer: Tokenizer, form: Form, folder: Path) -> None:
     if path.is_file():
         values = dict(json.loads(path.read_bytes()))
     ends = sorted(tokenizer.eos_ids)
-    values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    values |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    values |= {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     if not form.assumed and form.ends.stop:
         values["stop_strings"] = list(form.ends.stop)
     write_json(path, values)

@@ -134,8 +134,8 @@ class Form:
     def _control(self, token: int, learned: bool = False) -> Segment:
         return Segment(self.tokenizer.name(token), learned, control=token)
 
-    def _bos(self) -> Segment:
-        return self._control(self.tokenizer.bos_id)
+    def _begin(self) -> list[Segment]:
+        return begin_of(self.tokenizer)
 
     def _eos(self, learned: bool = False) -> Segment:
         return self._control(self.tokenizer.eos_id, learned)
@@ -215,7 +215,7 @@ class DefaultForm(_Turns):
         self.ends = Ends(stop=(END + HUMAN,), lead=" ", tail=END) if learns_end else Ends(stop=(END,), lead=" ")
 
     def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
-        made = [self._bos()]
+        made = self._begin()
         text = f"{SYSTEM if system is None else system}\n{END}{HUMAN}"
         how: Before = "start"
         for number, turn in enumerate(turns, start=1):
@@ -258,7 +258,7 @@ class AlpacaForm(_Turns):
             if turn.role == "user":
                 question = turn.content if self.prompt_types[0] == "None" else turn.content.strip()
                 text = instruction_prompt(question, turn.given, self.prompt_types[0], system)
-                made += [self._bos(), Segment(text, how="start")]
+                made += [*self._begin(), Segment(text, how="start")]
             else:
                 made += [Segment(turn.content, turn.taught), self._eos(turn.taught)]
         return made
@@ -301,7 +301,7 @@ class MistralForm(_Turns):
         return self._said(None, merged)
 
     def _said(self, system: str | None, turns: Sequence[Message]) -> list[Segment]:
-        made = [self._bos()]
+        made = self._begin()
         questions = [place for place, turn in enumerate(turns) if turn.role == "user"]
         place_of_system = questions[-1] if self.version == 3 else questions[0]
         for place, turn in enumerate(turns):
@@ -330,15 +330,21 @@ def _spaced(text: str, learned: bool = False) -> list[Segment]:
     return [Segment(f" {text}", learned)] if text else []
 
 
+def begin_of(tokenizer: Tokenizer) -> list[Segment]:
+    """The token that begins a text, where one does."""
+    token = tokenizer.bos_id
+    return [] if token is None else [Segment(tokenizer.name(token), control=token)]
+
+
 def raw_segments(tokenizer: Tokenizer, prompt: str, completion: str) -> list[list[Segment]]:
     """A text that is in no form, of which the completion is learned; none where that says nothing."""
     if not completion.strip():
         return []
-    begin = Segment(tokenizer.name(tokenizer.bos_id), control=tokenizer.bos_id)
+    begin = begin_of(tokenizer)
     end = Segment(tokenizer.name(tokenizer.eos_id), True, control=tokenizer.eos_id)
     if not prompt:
-        return [[begin, Segment(completion, True, "start"), end]]
-    return [[begin, Segment(prompt, how="start"), Segment(completion, True), end]]
+        return [[*begin, Segment(completion, True, "start"), end]]
+    return [[*begin, Segment(prompt, how="start"), Segment(completion, True), end]]
 
 
 FORMS: dict[str, type[DefaultForm | AlpacaForm | MistralForm]] = {

@@ -31,7 +31,7 @@ class SentencePieceTokenizer(Protocol):
 
     n_words: int
     gaps: tuple[int, ...]
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     eos_ids: frozenset[int]
 
@@ -156,7 +156,7 @@ def _tokens(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Any]:
         kind = UNUSED if not added else CONTROL if tokenizer.is_control(token) else USER_DEFINED
         place = slice(token, token + 1)  # an added token may stand in for one of the model's
         tokens[place], types[place], scores[place] = [own], [kind], [_ADDED_SCORE if added else _PAD_SCORE]
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    ids = {"eos": tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id})
     if UNKNOWN in types:
         ids["unknown"] = types.index(UNKNOWN)
     more = tokenizer.eos_ids - {tokenizer.eos_id}
@@ -170,7 +170,7 @@ def _tokens(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Any]:
         f"{_KEY}scores": np.array(scores, np.float32),
         f"{_KEY}token_type": np.array(types, np.int32),
         **{f"{_KEY}{role}_token_id": token for role, token in ids.items()},
-        f"{_KEY}add_bos_token": True,
+        f"{_KEY}add_bos_token": tokenizer.bos_id is not None,
         f"{_KEY}add_eos_token": False,
         f"{_KEY}add_space_prefix": bool(normalizer.get(3, 1)),
         f"{_KEY}remove_extra_whitespaces": bool(normalizer.get(4, 1)),

@@ -49,7 +49,8 @@ class Tokenizer:
     the tokenizer's own.
 
     Attributes: `path`, the file that was read; `files`, all that were; `n_words`, the number of token ids, 0 to
-    n_words - 1; `gaps`, those of them that are no token; `bos_id` and `eos_id`, the ids that begin and end a sequence;
+    n_words - 1; `gaps`, those of them that are no token; `bos_id` and `eos_id`, the ids that begin (None:
+    nothing does, where the settings' add_bos_token is false) and end a sequence;
     `eos_ids`, all that end one, those of generation_config.json among them; `controls`, the control tokens by name;
     `names`, what the settings call "bos_token", "eos_token" and so on.
 
@@ -67,14 +68,15 @@ class Tokenizer:
         self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
         self.files: tuple[Path, ...] = (found, *settings.files)
         self.n_words: int = self._backend.n_words
-        self.bos_id: int = self._backend.bos_id
+        self.bos_id: int | None = self._backend.bos_id if settings.begins else None
         self.eos_id: int = self._backend.eos_id
         self.gaps: tuple[int, ...] = self._backend.gaps
         known = sorted(set(range(self.n_words)).difference(self.gaps))
         ends = settings.ends or (more_ends(found) if found.suffix == SUFFIX else ())
         self.eos_ids = frozenset({self.eos_id, *set(known).intersection(ends)})
         self.controls: Mapping[str, int] = {self.name(token): token for token in known if self.is_control(token)}
-        self.names = {"bos_token": self.name(self.bos_id), "eos_token": self.name(self.eos_id), **settings.names}
+        begin = {} if self.bos_id is None else {"bos_token": self.name(self.bos_id)}
+        self.names = {**begin, "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
     def find(place: str | Path) -> Path | None:
@@ -106,7 +108,8 @@ class Tokenizer:
         TypeError for what is not a string, ValueError for a string that has no UTF-8 form.
         """
         _check_text(text)
-        return [self.bos_id] * bool(bos) + self._backend.encode(text) + [self.eos_id] * bool(eos)
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return begin + self._backend.encode(text) + [self.eos_id] * bool(eos)
 
     def cont(self, text: str) -> list[int]:
         """The ids of a text that continues another: without the prefix that a text's begin gets. Raises as `encode`."""
@@ -310,9 +313,11 @@ class _Json:
                 raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {token.file.name} says")
         self.n_words = last + 1
         self.gaps = tuple(token for token in range(self.n_words) if token not in self._names)
-        self.bos_id, self.eos_id = (self._id_of(key, path) for key in ("bos_token", "eos_token"))
+        self.bos_id = self._id_of("bos_token", path) if settings.begins else None
+        self.eos_id = self._id_of("eos_token", path)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._control = {i for i, token in added.items() if token.special} | {self.bos_id, self.eos_id}
+        self._control = {i for i, token in added.items() if token.special} | {self.eos_id}
+        self._control |= set() if self.bos_id is None else {self.bos_id}
         self.stripping = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
         self._names |= {gap: _unused(gap) for gap in self.gaps}
         self._control |= set(self.gaps)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.config import QuantArgs
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.quant import QuantizedParameter
 
 ROWS = 16  # windows that are read side by side

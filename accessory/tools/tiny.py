@@ -17,8 +17,8 @@ from accessory.checkpoint.layouts import MISTRAL
 from accessory.checkpoint.write import cut_out
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import check_free, new_folder, write_json
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.meta import MetaModel
+from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.progress import showing
 from accessory.text.tokenizer import Tokenizer

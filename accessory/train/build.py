@@ -9,9 +9,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from accessory.config import ModelArgs
-from accessory.model.LLM.mistral import Transformer
-from accessory.model.LLM.mistral_peft import build_transformer
+from accessory.model.factory import build_transformer
 from accessory.model.pretrained import Pretrained, fill_parameters
+from accessory.model.transformer import Transformer
 from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState, agreed
 from accessory.train.init import init_weights

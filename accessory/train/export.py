@@ -157,7 +157,7 @@ def _choose_layout(model: MetaModel, to: str) -> Layout:
     if state.mp_size > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a model on several ranks must be sharded for training (shard_model) to be exported")
     if to != BASE.name:
-        return written_layout(to)
+        return written_layout(to, args)
     for layout in (BASE, SPARSE):
         if not layout.obstacles(args, state.mp_size):
             return layout

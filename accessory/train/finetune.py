@@ -182,7 +182,7 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
 
 def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
     """Raise ValueError where the models of the run have no place in the form in which they are to be written."""
-    if not written_layout(options.export_form).plain:
+    if not written_layout(options.export_form, args).plain:
         return
     form = f"--export_form {options.export_form}"
     if args.peft is not None:

@@ -2,8 +2,8 @@
 
 import torch
 
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.lora import begin_adapters
+from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.ops import local
 from accessory.parallel.plan import parameter_shapes, split_of

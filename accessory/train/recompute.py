@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from accessory.model.LLM.mistral import Transformer
+from accessory.model.transformer import Transformer
 from accessory.train.options import RecomputePolicy
 
 # Values and places of the chosen experts: the products that follow and top-k's own backward pass read these.

@@ -105,15 +105,19 @@ def _no_weights(folder: str, names: Sequence[str]) -> str:
     )
 
 
-def written_layout(name: str) -> Layout:
-    """The layout of that name.
+def written_layout(name: str, args: ModelArgs) -> Layout:
+    """The layout of that name, for a model of these sizes.
 
     Raises:
-        ValueError: none that can be written has it.
+        ValueError: none that can be written has it, or its config has no words for what the model computes.
     """
     if name not in WRITTEN:
         raise ValueError(unknown("to", name, WRITTEN))
-    return WRITTEN[name]
+    layout = WRITTEN[name]
+    if layout.of_mixtral and not args.computes_as_mixtral:
+        able = [other.name for other in WRITTEN.values() if not other.of_mixtral]
+        raise ValueError(f"{name} cannot say what {args.family} computes: take one of {', '.join(able)}")
+    return layout
 
 
 def load_args(

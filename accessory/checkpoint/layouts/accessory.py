@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import ALL, EACH, STACKED, STACKED_TRANSPOSED, Row, Source, by_parameter
+from accessory.checkpoint.layouts.rows import ALL, EACH, STACKED, STACKED_TRANSPOSED, Row, Source, for_all
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.plan import TABLE, generic_name
@@ -102,7 +102,7 @@ _GATE = Row("layers.N.feed_forward.gate.weight", "layers.{N}.block_sparse_moe.ga
 BASE = Layout(
     name="accessory",
     shown="whole experts (base)",
-    rows=by_parameter([*_WHOLE, *_EXPERTS]),
+    rows=for_all([*_WHOLE, *_EXPERTS]),
     cut="expert",
     prefix=PREFIX,
     strips=PREFIX,
@@ -114,7 +114,7 @@ SPARSE = dataclasses.replace(
     BASE,
     name="accessory-sparse",
     shown="experts cut in slices (sparse)",
-    rows=by_parameter([*_WHOLE, *_stacked_rows("feed_forward", written=True), *_ADAPTERS]),
+    rows=for_all([*_WHOLE, *_stacked_rows("feed_forward", written=True), *_ADAPTERS]),
     cut="tensor",
 )
 # Several consolidated.NN.pth of which each has a slice of every tensor that is split.
@@ -124,9 +124,10 @@ MISTRAL = dataclasses.replace(
     META,
     name="mistral",
     shown="whole tensors",
-    rows=by_parameter([*_WHOLE, *_EXPERTS, _GATE, *_stacked_rows("block_sparse_moe", written=False)]),
+    rows=for_all([*_WHOLE, *_EXPERTS, _GATE, *_stacked_rows("block_sparse_moe", written=False)]),
     cut=None,
     plain=True,
+    of_mixtral=True,
 )
 
 

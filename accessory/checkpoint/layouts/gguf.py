@@ -18,7 +18,7 @@ import torch
 from accessory.checkpoint.blocks import CODINGS, BlockType, Coding
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import ALL, EACH, Row, Source, by_parameter
+from accessory.checkpoint.layouts.rows import ALL, EACH, Row, Source, for_all
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, shown
 from accessory.gguf_header import SPLIT_NAME, SUFFIX, Header, are_one, read_header
@@ -266,7 +266,7 @@ def metadata(args: ModelArgs, most: Coding, name: str) -> dict[str, Any]:
 GGUF = Layout(
     name="gguf",
     shown="llama.cpp's",
-    rows=by_parameter(_rows()),
+    rows=for_all(_rows()),
     cut=None,
     file_name=lambda file, files, ending: "model.gguf",
     one_file=True,
@@ -274,10 +274,12 @@ GGUF = Layout(
     metadata=metadata,
     config=None,
     plain=True,
+    of_mixtral=True,
 )
 # The output head is the embedding's matrix.
+_TIED = Row("output.weight", f"{_MODULES['tok_embeddings']}.weight")
 GGUF_TIED = dataclasses.replace(
     GGUF,
     shown="llama.cpp's, tied",
-    rows={**GGUF.rows, "output.weight": (Row("output.weight", f"{_MODULES['tok_embeddings']}.weight"),)},
+    rows=lambda args: {**GGUF.rows(args), "output.weight": (_TIED,)},
 )

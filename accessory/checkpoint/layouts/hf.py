@@ -1,10 +1,11 @@
-"""Hugging Face's folders of a Mixtral, as transformers 4 and 5 write them.
+"""Hugging Face's folders, as transformers 4 and 5 write them; what differs between families stands in theirs.
 
 Their rotary embedding turns the two halves of a head against one another where ours turns neighbours, so that the rows
 of q and k lie in another order there (see docs/checkpoints.md).
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,59 +16,49 @@ import torch
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
 from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Row, by_parameter
+from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Lie, Row, by_parameter
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, shown
+from accessory.model.LLM import FAMILIES, family_of
+from accessory.model.LLM.family import Family
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(?P<stem>model|pytorch_model)-(?P<file>\d+)-of-(?P<files>\d+)(?P<ending>\.safetensors|\.bin)")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
-# Their modules by ours, in a layer and outside of all layers.
-LAYER_MODULES = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.gate": "block_sparse_moe.gate",
-}
+# Their modules by ours, outside of all layers.
 MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-ROTATED = ("attention.wq", "attention.wk")
 IN_LAYER = "model.layers.{N}."
+_GATE, _FUSED_GATE = "feed_forward.gate", "mlp.gate"
+# What lies as queries' and keys' rows do.
+_ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
 
 
-def _rows() -> Iterator[Row]:
+def lie_of(module: str) -> Lie:
+    """How the rows lie of one of our modules in a layer."""
+    return ROTARY_HALVES if module in _ROTATED else PLAIN
+
+
+@functools.cache
+def _rows(family: str) -> Mapping[str, Sequence[Row]]:
+    return by_parameter(_rows_of(FAMILIES[family]))
+
+
+def _rows_of(family: Family) -> Iterator[Row]:
     for ours, theirs in MODULES.items():
         yield Row(f"{ours}.weight", f"{theirs}.weight")
-    for ours, theirs in LAYER_MODULES.items():
-        lies = ROTARY_HALVES if ours in ROTATED else PLAIN
-        yield Row(f"layers.N.{ours}.weight", f"{IN_LAYER}{theirs}.weight", lies=lies)
+    for ours, theirs in family.modules.items():
+        yield Row(f"layers.N.{ours}.weight", f"{IN_LAYER}{theirs}.weight", lies=lie_of(ours))
     for matrix, singles in MATRICES.items():
         for single, place in singles:
-            key = f"{IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.weight"
-            yield Row(f"{EXPERTS}{matrix}", key, (EACH, *place))
+            yield Row(f"{EXPERTS}{matrix}", f"{IN_LAYER}{family.matrices[single]}.weight", (EACH, *place))
     # As transformers 5 holds them.
-    yield Row("layers.N.feed_forward.gate.weight", f"{IN_LAYER}mlp.gate.weight", written=False)
+    if family.modules[_GATE] != _FUSED_GATE:
+        yield Row(f"layers.N.{_GATE}.weight", f"{IN_LAYER}{_FUSED_GATE}.weight", written=False)
     yield Row(f"{EXPERTS}w13", f"{IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
     yield Row(f"{EXPERTS}w2", f"{IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
 
 
-# Their settings by ours.
-_SIZES = {
-    "dim": "hidden_size",
-    "hidden_dim": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "sliding_window": "sliding_window",
-}
-_EXPERTS = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 # Settings that this computation has in one way only, and that way; what they would change otherwise.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -100,7 +91,6 @@ PASSED_OVER = frozenset(
         *("rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "layer_types"),
     }
 )
-_OURS = {*_SIZES.values(), *_EXPERTS.values(), *_NEUTRAL, *PASSED_OVER}
 
 
 def is_hf(values: Mapping[str, Any]) -> bool:
@@ -109,14 +99,12 @@ def is_hf(values: Mapping[str, Any]) -> bool:
 
 
 def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ModelArgs that a config.json of a Mixtral says.
+    """The settings of ModelArgs that a config.json says.
 
     Raises:
         ValueError: it is of another architecture, quantized, or has a setting that this computation cannot follow.
     """
-    kind = values.get("model_type", "mixtral")
-    if kind != "mixtral":
-        raise ValueError(f"model_type is {shown(kind)}, and only Hugging Face's mixtral is read: give such a folder")
+    family = family_of(values.get("model_type", "mixtral"))
     if values.get("quantization_config") is not None:
         said = values["quantization_config"]
         method = said.get("quant_method") if isinstance(said, Mapping) else None
@@ -124,21 +112,24 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             f"the weights are quantized by another program (quantization_config: {shown(method or said)}): take the "
             "model's plain folder, and quantize it while it is read"
         )
-    for name, neutral in _NEUTRAL.items():
-        if values.get(name) is not None and values[name] not in neutral:
-            raise ValueError(f"{name} is {shown(values[name])}, and the model here has {shown(neutral[0])} alone")
-    found = {ours: values[theirs] for ours, theirs in _SIZES.items() if values.get(theirs) is not None}
-    experts = {ours: values[theirs] for ours, theirs in _EXPERTS.items() if values.get(theirs) is not None}
-    found["moe"] = {"num_experts": 8, "num_experts_per_tok": 2, **experts}
-    found["rope_theta"], factor = _rope(values)
+    given = {family.aliases.get(name, name): value for name, value in values.items() if value is not None}
+    for name, neutral in {**_NEUTRAL, **family.fixed}.items():
+        if name in given and given[name] not in neutral:
+            raise ValueError(f"{name} is {shown(given[name])}, and the model here has {shown(neutral[0])} alone")
+    given = {**family.defaults, **given}
+    found = {ours: given[theirs] for ours, theirs in family.sizes.items() if theirs in given}
+    found["moe"] = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
+    found["rope_theta"], factor = _rope(given)
     if factor is not None:
         found["rope_scaling"] = 1 / factor
-    return found
+    return {**found, "family": family.name, **family.arguments(given)}
 
 
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:
-    """Keys of a config.json of which nothing is known here; as of any, transformers' Mixtral passes over them."""
-    return sorted(set(values) - _OURS)
+    """Keys of a config.json of which nothing is known here; as of any, transformers passes over them."""
+    family = family_of(values.get("model_type", "mixtral"))
+    known = {*family.sizes.values(), *family.experts.values(), *family.aliases, *family.fixed, *family.passed_over}
+    return sorted(set(values) - known - set(_NEUTRAL) - PASSED_OVER)
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, float | None]:
@@ -147,7 +138,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, float | None]:
     if not isinstance(said, Mapping):
         raise ValueError(f"rope_parameters must be an object, not {shown(said)}")
     kind = said.get("rope_type", said.get("type", "default"))
-    theta = said.get("rope_theta", values.get("rope_theta", 1e6))
+    theta = said.get("rope_theta", values["rope_theta"])
     if kind == "linear":
         factor = said.get("factor")
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
@@ -168,11 +159,14 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]
         rope |= {"rope_type": "linear", "factor": 1 / args.rope_scaling}
         old = {"type": "linear", "rope_type": "linear", "factor": 1 / args.rope_scaling}
     name = str(dtype).removeprefix("torch.")
+    family = FAMILIES[args.family]
     return "config.json", {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        **{theirs: getattr(args, ours) for ours, theirs in _SIZES.items()},
-        **{theirs: getattr(args.moe, ours) for ours, theirs in _EXPERTS.items()},
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **{theirs: getattr(args, ours) for ours, theirs in family.sizes.items()},
+        **{theirs: getattr(args.moe, ours) for ours, theirs in family.experts.items()},
+        **{name: ways[0] for name, ways in family.fixed.items()},
+        **family.settings(args),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -196,7 +190,7 @@ def _file_name(file: int, files: int, ending: str | None) -> str:
 HF = Layout(
     name="hf",
     shown="Hugging Face's",
-    rows=by_parameter(_rows()),
+    rows=lambda args: _rows(args.family),
     cut=None,
     file_name=_file_name,
     index_name=INDEX_NAMES[0],
@@ -209,7 +203,7 @@ _TIED = Row("output.weight", f"{MODULES['tok_embeddings']}.weight")
 HF_TIED = dataclasses.replace(
     HF,
     shown="Hugging Face's, tied",
-    rows={**HF.rows, "output.weight": (_TIED,)},
+    rows=lambda args: {**_rows(args.family), "output.weight": (_TIED,)},
     passed_over=re.compile(rf"{BUFFERS.pattern}|{re.escape(MODULES['output'])}\.weight"),
 )
 

@@ -27,7 +27,7 @@ class Layout:
     Attributes:
         name: as `accessory convert --to` has it.
         shown: the same for a reader.
-        rows: of `by_parameter`.
+        rows: of `by_parameter`, of a model of these sizes.
         cut: how its files cut the parameters, as so many ranks do; None: every tensor is whole, in one of them.
         prefix: what is written before the names in the files.
         strips: what may stand before them in those that are read.
@@ -40,13 +40,14 @@ class Layout:
         config: name and content of the file that says a model's sizes, by the dtype of most of its weights; None: the
             files of weights say them.
         plain: whether it holds neither adapters nor quantized matrices.
+        of_mixtral: whether its config can say of a model no more than sizes.
         says_ends: whether generation_config.json says where an answer ends.
         pads: whether what it lacks of a parameter is zero.
     """
 
     name: str
     shown: str
-    rows: Mapping[str, Sequence[Row]] = field(repr=False)
+    rows: Callable[[ModelArgs], Mapping[str, Sequence[Row]]] = field(repr=False)
     cut: Placement | None
     prefix: str = ""
     strips: str = ""
@@ -58,12 +59,13 @@ class Layout:
     passed_over: re.Pattern[str] = BUFFERS
     config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] | None = field(repr=False)
     plain: bool = False
+    of_mixtral: bool = False
     says_ends: bool = False
     pads: bool = False
 
     def sources(self, args: ModelArgs, files: int) -> Iterator[Source]:
         """What ``files`` files hold of a model of these sizes."""
-        return expand(self.rows, args, cut=self.cut, files=files)
+        return expand(self.rows(args), args, cut=self.cut, files=files)
 
     def obstacles(self, args: ModelArgs, files: int) -> list[str]:
         """Why ``files`` files cannot hold this model; empty where they can."""

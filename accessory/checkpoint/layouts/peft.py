@@ -6,6 +6,7 @@ zeros, and where a module's scale is another its B is multiplied by the quotient
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
-from accessory.checkpoint.layouts.hf import IN_LAYER, LAYER_MODULES, MODULES, ROTATED, config_of
+from accessory.checkpoint.layouts.hf import IN_LAYER, MODULES, config_of, lie_of
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout
-from accessory.checkpoint.layouts.rows import ALL, EACH, PLAIN, ROTARY_HALVES, Lie, Row, Source, by_parameter
+from accessory.checkpoint.layouts.rows import ALL, EACH, Lie, Row, Source, by_parameter, for_all
 from accessory.config import ModelArgs, read_json
 from accessory.config.checks import is_number
 from accessory.errors import CheckpointError, shown
+from accessory.model.LLM import FAMILIES
+from accessory.model.LLM.family import Family
 from accessory.parallel.box import Box
 from accessory.parallel.plan import split_of
 
@@ -50,20 +53,24 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _rows() -> Iterator[Row]:
+@functools.cache
+def _rows(family: str) -> Mapping[str, Sequence[Row]]:
+    return by_parameter(_rows_of(FAMILIES[family]))
+
+
+def _rows_of(family: Family) -> Iterator[Row]:
     """An adapter's factors, and norms that were trained whole."""
-    for ours, theirs in LAYER_MODULES.items():
+    for ours, theirs in family.modules.items():
         module = f"{IN_LAYER}{theirs}"
         if ours.endswith("norm"):
-            yield Row(f"layers.N.{ours}.weight", f"{module}.weight")
-        if ours.startswith("attention."):
+            yield Row(f"layers.N.{ours}.weight", f"{module}.weight", lies=lie_of(ours))
+        elif ours.startswith("attention."):
             yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
-            lies = ROTARY_HALVES if ours in ROTATED else PLAIN
-            yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lies)
+            yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lie_of(ours))
     for matrix, singles in MATRICES.items():
         for single, place in singles:
             for own, theirs in _FACTORS.items():
-                key = f"{IN_LAYER}block_sparse_moe.experts.{{E}}.{single}.{theirs}.weight"
+                key = f"{IN_LAYER}{family.matrices[single]}.{theirs}.weight"
                 yield Row(f"{EXPERTS}{matrix}_{own}", key, (EACH, *place))
     yield Row("norm.weight", f"{MODULES['norm']}.weight")
 
@@ -124,7 +131,7 @@ class AdapterLayout(Layout):
 PEFT = AdapterLayout(
     name="peft",
     shown="an adapter of peft's",
-    rows=by_parameter(_rows()),
+    rows=lambda args: _rows(args.family),
     cut=None,
     prefix=PREFIX,
     strips=PREFIX,
@@ -161,7 +168,7 @@ def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayou
     shapes = _shapes(path, keys)
     modules = list(_modules(shapes, args, path))
     fused = {module.begins: module.name.rpartition(".")[2] for module in modules if module.name != module.begins}
-    rows = [row for own in PEFT.rows.values() for row in own]
+    rows = [row for own in PEFT.rows(args).values() for row in own]
     for begins, name in {(re.sub(r"\.\d+\.", ".{N}.", begins), name) for begins, name in fused.items()}:
         rows += _fused_rows(begins, "w13" if name == "gate_up_proj" else "w2")
     assert args.peft is not None
@@ -169,7 +176,7 @@ def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayou
     factors = {f"{module.begins}.lora_B.weight": _scale(module, config) / wanted for module in modules}
     return dataclasses.replace(
         PEFT,
-        rows=by_parameter(rows),
+        rows=for_all(rows),
         pads=True,
         ranks={f"{module.begins}.{factor}.weight": module.rank for module in modules for factor in _FACTORS.values()},
         factors={key: factor for key, factor in factors.items() if not math.isclose(factor, 1, rel_tol=1e-12)},

@@ -191,6 +191,12 @@ def by_parameter(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:
     return found
 
 
+def for_all(rows: Iterable[Row]) -> Callable[[ModelArgs], Mapping[str, Sequence[Row]]]:
+    """Rows as a layout takes them, whatever the model."""
+    found = by_parameter(rows)
+    return lambda args: found
+
+
 class Parts:
     """The sources of one parameter. Of many experts only those are looked at that a box may meet."""
 

@@ -1,0 +1,20 @@
+"""Model families as data, one file for each."""
+
+from accessory.errors import unknown
+from accessory.model.LLM.family import Family
+from accessory.model.LLM.mistral import MIXTRAL
+from accessory.model.LLM.olmoe import OLMOE
+from accessory.model.LLM.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE)}
+
+
+def family_of(name: object) -> Family:
+    """The family that a config.json names by transformers' model_type, or ours by `family`.
+
+    Raises:
+        ValueError: it is none that is known here.
+    """
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(unknown("model_type", name, FAMILIES))
+    return FAMILIES[name]

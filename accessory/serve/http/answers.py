@@ -134,7 +134,7 @@ class TokenizerInfo(BaseModel):
     """Answer of GET /tokenizer_info."""
 
     tokenizer_class: str
-    bos_token: str
+    bos_token: str | None
     eos_token: str
     vocab_size: int
     chat_template: str

@@ -37,7 +37,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 
 
 def _encode(tokenizer: Tokenizer, text: str, bos: bool) -> list[int]:
-    names = {tokenizer.name(token): token for token in (tokenizer.bos_id, tokenizer.eos_id)}
+    ends = (tokenizer.bos_id, tokenizer.eos_id)
+    names = {tokenizer.name(token): token for token in ends if token is not None}
     return [names[text]] if text in names else encode_text(tokenizer, text, bos=bos, limit=_MOST_TOKENS, param="prompt")
 
 
@@ -64,7 +65,7 @@ async def tokenizer_info(request: Request) -> Response:
     return JSONResponse(
         {
             "tokenizer_class": type(tokenizer).__name__,
-            "bos_token": tokenizer.name(tokenizer.bos_id),
+            "bos_token": tokenizer.names.get("bos_token"),
             "eos_token": tokenizer.name(tokenizer.eos_id),
             "vocab_size": tokenizer.n_words,
             "chat_template": equivalent_template(state.form),

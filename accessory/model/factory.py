@@ -1,4 +1,4 @@
-"""The Mixtral transformer of mistral.py, built with adapters or without: llama_type "mistral_peft".
+"""A Transformer of any family, built with adapters (llama_type "mistral_peft") or without.
 
 What is added, and what of it trains, stands in `ModelArgs.peft`; the layers that have it in model/lora.py.
 """
@@ -8,8 +8,8 @@ from torch import nn
 
 from accessory.config import ModelArgs
 from accessory.model.layers import PLAIN
-from accessory.model.LLM.mistral import Transformer
 from accessory.model.lora import adapted_layers
+from accessory.model.transformer import Transformer
 from accessory.parallel.plan import trains
 from accessory.parallel.state import ParallelState, Place
 

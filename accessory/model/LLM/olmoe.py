@@ -1,0 +1,26 @@
+"""OLMoE-1B-7B (Muennighoff et al., 2024, https://arxiv.org/abs/2409.02060).
+
+Queries and keys are normalised over all heads together, and may be clipped; the weights of the chosen experts do not
+add up to 1.
+"""
+
+from accessory.model.LLM.family import EXPERTS, MATRICES, MODULES, QK_NORMS, Family
+
+OLMOE = Family(
+    name="olmoe",
+    architecture="OlmoeForCausalLM",
+    experts=EXPERTS,
+    aliases={"num_local_experts": "num_experts"},
+    defaults={
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+    },
+    arguments=lambda said: {"attention": {"qk_norm": "full", "clip": said.get("clip_qkv")}},
+    settings=lambda args: {"clip_qkv": args.attention.clip},
+    passed_over=frozenset({"clip_qkv"}),
+    modules={**MODULES, **QK_NORMS},
+    matrices=MATRICES,
+)

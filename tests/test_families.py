@@ -1,0 +1,360 @@
+"""Every family beside transformers: logits, greedy tokens, gradients, folders there and back. A new one adds a row."""
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import hf_greedy, hf_logits, random_prompts
+from finetuning import Setting, finetune_on_rank, make_setting
+from models import completions, load
+from ranks import RankPool, alike, assert_same, on_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.convert import convert
+from accessory.checkpoint.diff import diff
+from accessory.checkpoint.layouts import load_args
+from accessory.checkpoint.merge import merge
+from accessory.checkpoint.quantize import quantize_checkpoint
+from accessory.checkpoint.report import describe
+from accessory.cli import main
+from accessory.config import ModelArgs, QuantArgs
+from accessory.model.LLM import FAMILIES
+from accessory.parallel.box import Box
+from accessory.parallel.plan import local_box, parameter_shapes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Pools = Callable[[int], RankPool]
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model: transformers' classes and settings of it, beside those that all have."""
+
+    classes: str
+    settings: dict[str, Any]
+
+
+SHARED = {
+    "vocab_size": 384,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 3,
+    "experts_implementation": "eager",
+}
+QWEN3 = {"num_experts": 8, "head_dim": 12, "moe_intermediate_size": 24, "intermediate_size": 40}
+OLMOE = {"num_experts": 16, "intermediate_size": 20, "eos_token_id": None, "pad_token_id": None}
+CASES = {
+    "mixtral": Case("Mixtral", {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8}),
+    "qwen3_moe": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": True}),
+    "qwen3_moe, as probable as they are": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": False}),
+    "olmoe": Case("Olmoe", {**OLMOE, "num_key_value_heads": 8}),
+    "olmoe, clipped, 2 kv heads": Case(
+        "Olmoe", {**OLMOE, "num_key_value_heads": 2, "clip_qkv": 0.9, "norm_topk_prob": True}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A case's model by transformers, and its folder."""
+
+    hf: Any
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def made(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    @cache
+    def of(name: str) -> Made:
+        case = CASES[name]
+        torch.manual_seed(3)
+        config = getattr(transformers, f"{case.classes}Config")(**(SHARED | case.settings))
+        hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
+        with torch.no_grad():
+            for parameter in hf.parameters():
+                parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.15)
+        folder = tmp_path_factory.mktemp("families") / "folder"
+        hf.save_pretrained(folder)
+        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+        return Made(hf, folder)
+
+    return of
+
+
+def test_every_family_has_a_case() -> None:
+    assert {name.partition(",")[0] for name in CASES} == {*FAMILIES}
+
+
+# --- logits and greedy tokens
+
+
+def said_on_rank(folder: Path, placement: str, prompts: list[list[int]], examples: list[list[int]]) -> Any:
+    model = load(folder, placement)
+    return model.compute_logits(examples), completions(model.llma, prompts, max_gen_len=NEW_TOKENS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    name: str, size: int, made: Callable[[str], Made], ranks: Pools
+) -> None:
+    own = made(name)
+    prompts = random_prompts(5, (1, 7, 19))
+    greedy = [hf_greedy(own.hf, prompt, NEW_TOKENS) for prompt in prompts]
+    examples = [prompt + tokens for prompt, tokens in zip(prompts, greedy, strict=True)]
+    for placement in ("expert", "tensor"):
+        logits, tokens = alike(on_ranks(ranks, size, said_on_rank, own.folder, placement, prompts, examples))
+        for ours, example in zip(logits, examples, strict=True):
+            torch.testing.assert_close(ours, hf_logits(own.hf, example), atol=1e-4, rtol=0)
+        assert tokens == greedy
+
+
+# --- gradients
+
+
+def gradients_on_rank(folder: Path, placement: str, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+    model = load(folder, placement)
+    loss, _ = model(tokens, tokens)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.llma.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_transformers_on_any_ranks(
+    name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
+) -> None:
+    own = made(name)
+    tokens = torch.randint(3, 384, (3, 21), generator=torch.Generator().manual_seed(1))
+    hf = deepcopy(own.hf)
+    expected = hf(tokens, labels=tokens).loss
+    expected.backward()
+    for parameter in hf.parameters():
+        parameter.data = parameter.grad
+    # Their gradients as a folder of weights: reading does to them what it does to weights.
+    hf.save_pretrained(tmp_path / "gradients")
+    shutil.copyfile(own.folder / "tokenizer.model", tmp_path / "gradients" / "tokenizer.model")
+    theirs = dict(load(tmp_path / "gradients").llma.named_parameters())
+    args = load_args([own.folder / "config.json"])
+    for size, placement in ((1, "expert"), (2, "expert"), (2, "tensor")):
+        found = on_ranks(ranks, size, gradients_on_rank, own.folder, placement, tokens)
+        for loss, _ in found:
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+        ours = assembled([by_name for _, by_name in found], args, placement)
+        largest = max(parameter.abs().max().item() for parameter in theirs.values())
+        for parameter, value in theirs.items():
+            limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
+            assert (ours[parameter] - value).abs().max().item() <= limit, (size, placement, parameter)
+
+
+def assembled(by_rank: list[dict[str, Tensor]], args: ModelArgs, placement: Any) -> dict[str, Tensor]:
+    """Whole gradients; where ranks hold the same elements, they must agree to the bit."""
+    whole = {}
+    for name, shape in parameter_shapes(args):
+        whole[name] = torch.full(shape, float("nan"))
+        for rank, gradients in enumerate(by_rank):
+            box = local_box(name, shape, args, placement=placement, rank=rank, size=len(by_rank))
+            target = whole[name][box.within(Box.whole(shape))]
+            assert torch.equal(gradients[name], target) or target.isnan().all(), f"{name}: rank {rank} differs"
+            target.copy_(gradients[name])
+    return whole
+
+
+# --- training
+
+
+def trained_on_rank(folder: Path, base: Path, output: Path) -> None:
+    setting = Setting(folder)
+    options = {"pretrained_path": base, "lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "epochs": 1}
+    arguments = setting.arguments(
+        output, **options, lr=3e-2, batch_size=8, only_save_trainable=True, model_parallel_size=2, save_interval=1
+    )
+    finetune_on_rank(setting, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
+    name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    own = made(name)
+    make_setting(tmp_path / "data", small_tokenizer, examples=16)
+    ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run")
+    adapter, prompt = tmp_path / "run" / "epoch0", random_prompts(4, (15,))[0]
+    expected = load([own.folder, adapter]).compute_logits([prompt])[0]
+    assert (expected - hf_logits(own.hf, prompt)).abs().max() > 0.05, "the adapter changes nothing"
+    merge(own.folder, adapter, tmp_path / "merged", to="hf")
+    merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)
+    export_adapter(adapter, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(deepcopy(own.hf), str(tmp_path / "peft"))
+    torch.testing.assert_close(hf_logits(theirs, prompt), expected, atol=1e-4, rtol=1e-4)
+    again = load([own.folder, tmp_path / "peft"]).compute_logits([prompt])[0]
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_a_quantized_copy_says_what_quantizing_while_reading_does(
+    name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
+) -> None:
+    own, prompts = made(name), random_prompts(6, (3, 9))
+    quantize_checkpoint(own.folder, tmp_path / "copy", QuantArgs(type="int8"))
+    copy = alike(on_ranks(ranks, 2, quantized_on_rank, tmp_path / "copy", None, prompts))
+    read = alike(on_ranks(ranks, 2, quantized_on_rank, own.folder, "int8", prompts))
+    assert_same(copy, read)
+
+
+def quantized_on_rank(folder: Path, quant: str | None, prompts: list[list[int]]) -> list[Tensor]:
+    return load(folder, quant=quant).compute_logits(prompts)
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+    """To our shards of both forms and back: transformers' own bytes, names and settings."""
+    own = made(name)
+    convert(own.folder, tmp_path / "base", mp=1)
+    convert(tmp_path / "base", tmp_path / "sparse", to="accessory-sparse", mp=2)
+    convert(tmp_path / "sparse", tmp_path / "hf", to="hf")
+    assert diff(own.folder, tmp_path / "sparse").same
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (own.folder, tmp_path / "hf"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    again = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "hf")
+    prompt = random_prompts(2, (12,))[0]
+    torch.testing.assert_close(hf_logits(again, prompt), hf_logits(own.hf, prompt), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("to", ["mistral", "gguf"])
+def test_forms_that_cannot_say_what_a_family_computes_are_refused(
+    to: str, made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("qwen3_moe", "olmoe"):
+        assert main(["convert", str(made(name).folder), str(tmp_path / "out"), "--to", to]) == 1
+        said = f"{to} cannot say what {name} computes: take one of accessory, accessory-sparse, hf"
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- configs
+
+
+PUBLISHED = {
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "rope_theta": 1000000.0,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+            "max_window_layers": 48,
+            "sliding_window": None,
+            "rope_scaling": None,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+        },
+        (30.53, 3.35),
+    ),
+    "Qwen3-235B-A22B": (
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 4096,
+            "moe_intermediate_size": 1536,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 94,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+        (235.09, 22.2),
+    ),
+    "OLMoE-1B-7B": (
+        {
+            "model_type": "olmoe",
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 50304,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+        },
+        (6.92, 1.28),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Path) -> None:
+    content, (total, active) = PUBLISHED[name]
+    (path := tmp_path / "config.json").write_text(json.dumps(content))
+    lines = list(describe(path))
+    assert any(line.split()[:2] == ["family", content["model_type"]] for line in lines), lines
+    counts = next(line for line in lines if line.startswith("parameters")).replace(",", "").split()
+    assert (round(int(counts[1]) / 1e9, 2), int(counts[4]) / 1e9) == (total, pytest.approx(active, abs=0.05))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "qwen3_moo"}, "model_type 'qwen3_moo' is unknown (did you mean qwen3_moe?)"),
+        ({"model_type": "llama"}, "model_type 'llama' is unknown"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"norm_topk_prob": "yes"}, "moe.norm_topk_prob must be true or false, not 'yes'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized by another program"),
+        ({"model_type": "olmoe", "clip_qkv": -1}, "attention.clip must be null or a number above 0, not -1"),
+    ],
+)
+def test_a_setting_that_is_not_followed_is_refused_by_name(
+    changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {**PUBLISHED["Qwen3-30B-A3B"][0], **changes}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert main(["inspect", str(tmp_path / "config.json")]) == 1
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
