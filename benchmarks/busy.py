@@ -3,10 +3,10 @@
     python benchmarks/busy.py                                       # as a user has it
     python benchmarks/busy.py --settings as-it-is,GOMP_SPINCOUNT=300000,GOMP_SPINCOUNT=0,OMP_NUM_THREADS=1
 
-The model is `accessory tiny`'s, whose threads wait for one another the most: every product is small. Each measurement is
-a program of its own that works a while before it is timed; alone and beside take turns. A setting is a variable of the
-environment, or several joined by "+"; any of those above switches off what `accessory.model.threads` does, and 300000
-turns of spinning are what GNU's OpenMP does when nobody sets it.
+The model is `accessory tiny`'s, whose threads wait for one another the most: every product is small. Each measurement
+is a program of its own that works a while before it is timed; alone and beside take turns. A setting is a variable of
+the environment, or several joined by "+"; any of those above switches off what `accessory.model.threads` does, and
+300000 turns of spinning are what GNU's OpenMP does when nobody sets it.
 """
 
 import argparse
