@@ -267,7 +267,7 @@ def test_keys_that_nobody_knows_are_named_once(tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "llama"}, "model_type 'llama' is unknown"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"lm_head_bias": True}, "lm_head_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
