@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerFast
 
 from accessory.model.pretrained import Pretrained
 from accessory.text.chat import Message
+from accessory.text.equivalents import equivalent_template
 from accessory.text.form_files import copy_text, write_text
+from accessory.text.forms import AlpacaForm, DefaultForm
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
@@ -340,6 +342,25 @@ def test_begin_and_end_must_be_named(key: str, value: Any, tmp_path: Path) -> No
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ValueError, match=f"{path}.* {key}"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_a_text_may_begin_with_no_token(bos: str | None, tmp_path: Path) -> None:
+    """As Qwen3's and OLMoE's settings say; a template may write the token all the same."""
+    folder = train_json("byte_level", tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"add_bos_token": False, "bos_token": bos, "eos_token": "</s>"}))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    tokenizer, theirs = Tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    text = "The list method, of Python."
+    assert tokenizer.bos_id is None
+    assert tokenizer.encode(text, bos=True, eos=False) == theirs(text).input_ids
+    assert tokenizer.names.get("bos_token") == bos
+    asked = [Message("user", "What?")]
+    for form in (DefaultForm(tokenizer), AlpacaForm(tokenizer)):
+        assert form.prompt(asked)[0] not in (1, tokenizer.eos_id)
+        assert TemplateForm(tokenizer, equivalent_template(form), "equivalent").prompt(asked) == form.prompt(asked)
 
 
 def test_all_that_ends_a_text_is_known(tmp_path: Path) -> None:
