@@ -1,4 +1,5 @@
-"""Peak private memory of loading the shape 'mid' (a 1.6 GB checkpoint), at mp 1 and 2, as it is and quantized.
+"""Peak private memory of loading the shape 'mid' (a 1.6 GB checkpoint), at mp 1 and 2, as it is and quantized, and as
+Hugging Face's folder, whose time is held against ours in turn.
 
     python benchmarks/load.py
 
@@ -9,6 +10,7 @@ the pages of the mapped files, which are the kernel's to drop.
 import itertools
 import multiprocessing
 import platform
+import statistics
 import sys
 import tempfile
 import threading
@@ -23,9 +25,14 @@ from machine import free_port, rss_anon
 ALLOWED = {None: (1.15, 400e6), "int8": (1.2, 1.5e9), "int4": (1.2, 1.5e9), "nf4": (1.2, 1.5e9)}
 
 
+# Of the comparison, for medians.
+ROUNDS = 5
+
+
 def main() -> None:
     from mid import ARGS, write_checkpoint
 
+    from accessory.checkpoint.convert import convert
     from accessory.model.transformer import Transformer
     from accessory.parallel.state import ParallelState
     from accessory.train.init import init_weights
@@ -36,6 +43,7 @@ def main() -> None:
         init_weights(model, seed=0)
         folder = write_checkpoint(Path(scratch) / "mid", model, files=4)
         del model
+        convert(folder, Path(scratch) / "hf", to="hf")
         print(f"{'':16}{'own weights':>14}{'peak RssAnon':>14}{'allowed':>12}{'seconds':>9}")
         failed = False
         for quant, size in itertools.product(ALLOWED, (1, 2)):
@@ -46,6 +54,18 @@ def main() -> None:
                 label = f"{quant or 'bf16'} mp {size}.{rank}"
                 print(
                     f"{label:16}{own / 1e6:>11,.0f} MB{peak / 1e6:>11,.0f} MB{allowed / 1e6:>9,.0f} MB{seconds:>9.1f}"
+                )
+        for size in (1, 2):
+            rounds = [(measure(folder, size, None), measure(Path(scratch) / "hf", size, None)) for _ in range(ROUNDS)]
+            factor, extra = ALLOWED[None]
+            for rank, (own, _, _) in enumerate(rounds[0][1]):
+                peak = max(theirs[rank][1] for _, theirs in rounds)
+                failed |= peak > factor * own + extra
+                ours, hf = (statistics.median(both[form][rank][2] for both in rounds) for form in (0, 1))
+                allowed = factor * own + extra
+                print(
+                    f"{f'hf mp {size}.{rank}':16}{own / 1e6:>11,.0f} MB{peak / 1e6:>11,.0f} MB{allowed / 1e6:>9,.0f} MB"
+                    f"{hf:>9.2f}  {hf / ours:.2f} x ours"
                 )
     if failed:
         sys.exit("a rank used more private memory than allowed")
