@@ -424,14 +424,14 @@ def test_generate_refuses(arguments, says, folder):
     [
         ("pretrained.build_transformer", None, " (4000000000000000 bytes more were asked for)"),
         (
-            "LLM.mistral.Transformer.new_cache",
+            "transformer.Transformer.new_cache",
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which "
                 "10.19 MiB is free. Including non-PyTorch memory, this process has 79.16 GiB memory in use."
             ),
             " (20.00 MiB more were asked for, GPU 0 has a total capacity of 79.18 GiB of which 10.19 MiB is free)",
         ),
-        ("LLM.mistral.Transformer.prefill", MemoryError(), ""),
+        ("transformer.Transformer.prefill", MemoryError(), ""),
     ],
     ids=["loading", "cache", "reading"],
 )
