@@ -101,7 +101,7 @@ test: lint docs pytest
 
 # While a room is changed: what is not slow, in five minutes on 2 cores, and none of it bound by time.
 test-fast: lint
-	$(BIN)/pytest -n 2 --dist worksteal -m "not soak and not alone and not slow"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not soak and not alone and not slow"
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
@@ -111,9 +111,9 @@ lint: $(DEVELOPED)
 docs: $(DEVELOPED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
-# Much of what tests do is waiting for processes to start, so two run at a time; then what is bound by time, alone.
+# Half of what tests do is waiting for processes, so three run at a time on 2 cores; then what is bound by time, alone.
 pytest: $(DEVELOPED) chromium
-	$(BIN)/pytest -n 2 --dist worksteal -m "not soak and not alone"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not soak and not alone"
 	$(BIN)/pytest -m alone
 
 # The pages in a real browser, which `make pytest` tests as well; pictures of them go to build/screenshots.

@@ -218,7 +218,8 @@ class Driver:
                 return
             processes.over = True
         cause = processes.cause(told)
-        logger.error("%s: its requests are lost", cause)
+        # The program that ends by it says why.
+        logger.log(logging.ERROR if self._restart else logging.WARNING, "%s: its requests are lost", cause)
         client.fail(RankLost(cause))
         processes.kill()
         if self._restart:
