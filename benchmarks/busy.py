@@ -18,13 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 WORKS = ("train", "generate", "generate on 2 ranks", "serve")
 PROMPT = "The list method"
 TOKENS = 64
 _BUSY = "while True: pass"
+# Until the process ends.
+_KEPT = ExitStack()
 
 
 def main() -> None:
@@ -97,15 +99,26 @@ def work(name: str, model: str, seconds: float) -> None:
     """Do a work for a while, and print how much of it a second has seen."""
     units, made = {"train": training, "serve": serving}.get(name, generation)(model)
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds / 3:
+    while goes_on(begin + seconds / 3):
         made()
     count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
+    while goes_on(begin + seconds):
         made()
         count += units
     if os.environ.get("RANK", "0") == "0":
         print(count / (time.perf_counter() - begin), flush=True)
     os._exit(0)
+
+
+def goes_on(end: float) -> bool:
+    """Whether it is earlier, by the clock of the first rank."""
+    import torch
+    import torch.distributed as dist
+
+    earlier = torch.tensor(time.perf_counter() < end)
+    if dist.is_initialized():
+        dist.broadcast(earlier, 0)
+    return bool(earlier)
 
 
 def training(model: str) -> tuple[int, Callable[[], object]]:
@@ -126,14 +139,13 @@ def training(model: str) -> tuple[int, Callable[[], object]]:
 def generation(model: str) -> tuple[int, Callable[[], object]]:
     """`MetaModel.generate`, on the ranks that this process is one of."""
     import logging
-    from contextlib import ExitStack
 
     import torch
 
     from accessory.launch.rendezvous import process_group_of_launcher
     from accessory.model.meta import MetaModel
 
-    group = ExitStack().enter_context(process_group_of_launcher("cpu", say=lambda error: logging.error("%s", error)))
+    group = _KEPT.enter_context(process_group_of_launcher("cpu", say=lambda error: logging.error("%s", error)))
     own = MetaModel.from_pretrained(model, max_seq_len=256, dtype=torch.float32, mp_group=group)
     return TOKENS, lambda: own.generate([PROMPT], max_gen_len=TOKENS, temperature=0.0)
 
