@@ -99,7 +99,7 @@ demo-web: $(TINY)/converted
 # Everything that CI runs.
 test: lint docs pytest
 
-# While a room is changed: what is not slow, in five minutes on 2 cores, and none of it bound by time.
+# While a room is changed: a quarter of the time, and none of it bound by time.
 test-fast: lint
 	$(BIN)/pytest -n 3 --dist worksteal -m "not soak and not alone and not slow"
 
