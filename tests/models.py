@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from accessory.config import ModelArgs
 from accessory.generation.engine import complete
 from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.model.transformer import Transformer
+from accessory.parallel.box import Box
+from accessory.parallel.plan import local_box, parameter_shapes
 
 FIRST_LETTER = 0x4E00
 
@@ -67,3 +73,17 @@ def completions(
             if progress.finish:
                 texts[progress.index] = progress.text
     return [[ord(letter) - FIRST_LETTER for letter in texts[index]] for index in range(len(prompts))]
+
+
+def assembled(by_rank: list[dict[str, Tensor]], args: ModelArgs, placement: Any) -> dict[str, Tensor]:
+    """Whole gradients from the ranks' slices; where ranks hold the same elements, they must agree to the bit."""
+    whole = {}
+    for name, shape in parameter_shapes(args):
+        whole[name] = torch.full(shape, float("nan"))
+        for rank, gradients in enumerate(by_rank):
+            box = local_box(name, shape, args, placement=placement, rank=rank, size=len(by_rank))
+            target = whole[name][box.within(Box.whole(shape))]
+            assert gradients[name].shape == target.shape, name
+            assert torch.equal(gradients[name], target) or target.isnan().all(), f"{name}: rank {rank} differs"
+            target.copy_(gradients[name])
+    return whole

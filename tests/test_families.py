@@ -14,7 +14,7 @@ import torch
 import transformers
 from checkpoints import hf_greedy, hf_logits, random_prompts
 from finetuning import Setting, finetune_on_rank, make_setting
-from models import completions, load
+from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,10 +27,8 @@ from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
-from accessory.config import ModelArgs, QuantArgs
+from accessory.config import QuantArgs
 from accessory.model.LLM import FAMILIES
-from accessory.parallel.box import Box
-from accessory.parallel.plan import local_box, parameter_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +94,17 @@ def made(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return of
 
 
+def test_a_family_of_ours_that_nobody_knows_is_refused(
+    made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(made("olmoe").folder, tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    for family in ("olmo", 5, ["olmoe"]):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "family": family}))
+        assert main(["convert", str(tmp_path / "own"), str(tmp_path / "out"), "--to", "hf"]) == 1
+        assert f"{path}: family" in capsys.readouterr().err
+
+
 def test_every_family_has_a_case() -> None:
     assert {name.partition(",")[0] for name in CASES} == {*FAMILIES}
 
@@ -159,19 +168,6 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
         for parameter, value in theirs.items():
             limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
             assert (ours[parameter] - value).abs().max().item() <= limit, (size, placement, parameter)
-
-
-def assembled(by_rank: list[dict[str, Tensor]], args: ModelArgs, placement: Any) -> dict[str, Tensor]:
-    """Whole gradients; where ranks hold the same elements, they must agree to the bit."""
-    whole = {}
-    for name, shape in parameter_shapes(args):
-        whole[name] = torch.full(shape, float("nan"))
-        for rank, gradients in enumerate(by_rank):
-            box = local_box(name, shape, args, placement=placement, rank=rank, size=len(by_rank))
-            target = whole[name][box.within(Box.whole(shape))]
-            assert torch.equal(gradients[name], target) or target.isnan().all(), f"{name}: rank {rank} differs"
-            target.copy_(gradients[name])
-    return whole
 
 
 # --- training

@@ -11,14 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import random_mixtral, whole_tensors, write_checkpoint
-from models import load
+from models import assembled, load
 from ranks import RankPool, on_ranks
 from torch import Tensor
 
 from accessory.checkpoint.layouts import load_args
-from accessory.config import ModelArgs
-from accessory.parallel.box import Box
-from accessory.parallel.plan import local_box, parameter_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,20 +121,6 @@ def test_ranks_find_the_gradients_of_a_single_process(
             assert rank.balance == pytest.approx(single.balance, rel=1e-6)
         whole = assembled([rank.by_name for rank in found], args, placement)
         assert_gradients(whole, single.by_name)
-
-
-def assembled(by_rank: list[dict[str, Tensor]], args: ModelArgs, placement: Any) -> dict[str, Tensor]:
-    """Whole gradients from the ranks' slices; where ranks hold the same elements, they must agree to the bit."""
-    whole = {}
-    for name, shape in parameter_shapes(args):
-        whole[name] = torch.full(shape, float("nan"))
-        for rank, gradients in enumerate(by_rank):
-            box = local_box(name, shape, args, placement=placement, rank=rank, size=len(by_rank))
-            target = whole[name][box.within(Box.whole(shape))]
-            assert gradients[name].shape == target.shape, name
-            assert torch.equal(gradients[name], target) or target.isnan().all(), f"{name}: rank {rank} differs"
-            target.copy_(gradients[name])
-    return whole
 
 
 def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, relative: float = 3e-5) -> None:

@@ -109,7 +109,6 @@ BESIDE = """
 import os, subprocess, sys, time
 cores = sorted(os.sched_getaffinity(0))[:2]
 os.sched_setaffinity(0, cores)
-os.cpu_count = lambda: len(cores)
 import torch
 import accessory.model.threads as threads
 torch.set_num_threads(2)

@@ -17,14 +17,14 @@ from collections.abc import Callable
 
 import torch
 
-from accessory.launch.threads import COUNT, SHARED
+from accessory.launch.threads import COUNT, SHARED, share_of
 
 # Seconds between two looks, and until spinning is tried again; each try that fails doubles the second, to a limit.
 _LOOK, _TRY, _LONGEST = 0.5, 5.0, 60.0
 # Times in a second that the system took a core away from one of n threads: at most 28 n where nobody else computed,
 # and 180 to 200 beside one process that did, on 2 cores (Linux 6.18).
 _TAKEN, _OF_EACH = 70.0, 30.0
-# With more threads their own noise hides another program.
+# With more threads their own noise hides another program; nor are there to be more teams that idle.
 _MOST = 16
 # Who has set one of them has decided.
 _DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -68,7 +68,7 @@ class Waiting:
         rate = (seen - self._seen) / (now - self._looked)
         self._looked, self._seen = now, seen
         if not self.sleeps and rate > self._limit:
-            failed = now - self._since < 2 * _LOOK + _TRY / 2
+            failed = now - self._since < _TRY
             self._patience = min(2 * self._patience, _LONGEST) if failed else _TRY
             self._become(True, now)
         elif self.sleeps and now - self._since >= self._patience:
@@ -97,11 +97,14 @@ class _Crowd:
             idler.join()
         self._left, self._idlers = threading.Event(), []
         if there:
-            # Each Python thread that computes in parallel has a team of its own, of which it is one itself.
-            teams = 1 + (os.cpu_count() or 1) // max(1, torch.get_num_threads() - 1)
-            for _ in range(teams):
+            for _ in range(self.teams(torch.get_num_threads())):
                 self._idlers.append(threading.Thread(target=self._idle, args=(self._left,), daemon=True))
                 self._idlers[-1].start()
+
+    @staticmethod
+    def teams(threads: int) -> int:
+        """How many are more than the cores; each Python thread that computes has its own, of which it is one itself."""
+        return 1 + share_of(1) // max(1, threads - 1)
 
     @staticmethod
     def _idle(left: threading.Event) -> None:
@@ -119,4 +122,5 @@ def adapt_waiting() -> None:
 def _of_process() -> Waiting | None:
     decided = (COUNT in os.environ and SHARED not in os.environ) or any(name in os.environ for name in _DECIDED)
     threads = torch.get_num_threads()
-    return None if decided or not 1 < threads <= _MOST else Waiting(threads, sleep=_Crowd())
+    few = 1 < threads <= _MOST and _Crowd.teams(threads) <= _MOST
+    return Waiting(threads, sleep=_Crowd()) if few and not decided else None

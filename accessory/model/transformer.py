@@ -1,4 +1,4 @@
-"""The Mixtral transformer.
+"""The transformer that all families share.
 
 Shape letters: B rows, L length, T = B * L tokens (or the tokens of ragged rows), R rows, S slots of the cache,
 D model width, V tokens of the vocabulary.
@@ -53,7 +53,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Mixtral model, or a rank's part of one; parameters are created uninitialised.
+    """A model of any family, or a rank's part of one; parameters are created uninitialised.
 
     Args:
         args: sizes; vocab_size must be known by now.

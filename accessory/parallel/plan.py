@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
 from accessory.parallel.box import Box
@@ -35,7 +35,7 @@ class Split:
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
         to_residual: what the matrix makes is added to the residual stream.
-        optional: the part of a model's attention that it belongs to; "": every model has it.
+        optional: the setting of `AttentionArgs` that is "none" where a model lacks it; "": every model has it.
     """
 
     pattern: str
@@ -54,33 +54,12 @@ class Split:
         return self.unit["expert"] == "experts"
 
 
-def _row(
-    pattern: str,
-    kind: Kind,
-    shape: str,
-    axis: int | None,
-    unit: str = "",
-    *,
-    adapter: str = "",
-    quantized: str = "",
-    to_residual: bool = False,
-    optional: str = "",
-) -> Split:
+def _row(pattern: str, kind: Kind, shape: str, axis: int | None, unit: str = "", **more: Any) -> Split:
     axes: dict[str, int | None] = dict.fromkeys(PLACEMENTS[1:], axis)
-    units = dict.fromkeys(PLACEMENTS[1:], unit)
-    return Split(pattern, kind, tuple(shape.split()), axes, units, adapter, quantized, to_residual, optional)
+    return Split(pattern, kind, tuple(shape.split()), axes, dict.fromkeys(PLACEMENTS[1:], unit), **more)
 
 
-def _of_experts(
-    name: str,
-    kind: Kind,
-    shape: str,
-    tensor_axis: int | None,
-    *,
-    adapter: str = "",
-    quantized: str = "",
-    to_residual: bool = False,
-) -> Split:
+def _of_experts(name: str, kind: Kind, shape: str, tensor_axis: int | None, **more: Any) -> Split:
     """A stacked parameter: cut by expert, or along its hidden dimension where it has one."""
     return Split(
         f"layers.N.feed_forward.experts.{name}",
@@ -88,9 +67,7 @@ def _of_experts(
         tuple(shape.split()),
         {"expert": 0, "tensor": tensor_axis},
         {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
-        adapter,
-        quantized,
-        to_residual,
+        **more,
     )
 
 
@@ -237,7 +214,7 @@ def trains(name: str, args: ModelArgs) -> bool:
 
 def _asked_for(row: Split, args: ModelArgs) -> bool:
     if row.optional:
-        return args.attention.qk_norm != "none"
+        return bool(getattr(args.attention, row.optional) != "none")
     if not row.adapter or args.peft is None:
         return not row.adapter
     if row.adapter == "bias":

@@ -10,6 +10,7 @@ from typing import Any
 from accessory.config import ModelArgs, read_json, with_adapters
 from accessory.errors import CheckpointError, unknown
 from accessory.gguf_header import SUFFIX, Header, read_header
+from accessory.model.LLM import family_of
 
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
 from .gguf import GGUF, find_gguf
@@ -152,6 +153,7 @@ def load_args(
                 merged.update(own)
         merged.update(beside or {})
         args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
+        family_of(args.family, "family")
         return args if llama_type is None else args.for_type(llama_type)
     except ValueError as error:
         of_weights = any(isinstance(own, Header) for own in contents)

@@ -9,12 +9,12 @@ from accessory.model.LLM.qwen3_moe import QWEN3_MOE
 FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, QWEN3_MOE, OLMOE)}
 
 
-def family_of(name: object) -> Family:
-    """The family that a config.json names by transformers' model_type, or ours by `family`.
+def family_of(name: object, key: str = "model_type") -> Family:
+    """The family that a config.json names, by transformers' ``key`` or ours.
 
     Raises:
         ValueError: it is none that is known here.
     """
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(unknown("model_type", name, FAMILIES))
+        raise ValueError(unknown(key, name, FAMILIES))
     return FAMILIES[name]
