@@ -38,8 +38,8 @@ from accessory.checkpoint.diff import diff
 from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import WRITTEN
 from accessory.checkpoint.layouts.hf import sizes
+from accessory.checkpoint.manifest import check_manifest
 from accessory.checkpoint.report import describe
-from accessory.checkpoint.write import check_manifest
 from accessory.config import ModelArgs
 from accessory.config.layouts import EXPORT_FORMS, LAYOUT_NAMES
 from accessory.errors import CheckpointError, shown_bytes

@@ -5,10 +5,14 @@ file's own pages.
 """
 
 import json
+import math
 import mmap
 import os
 import pickle
 import re
+import struct
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.serialization import set_default_mmap_options, skip_data
+from torch.serialization import skip_data
 
 from accessory.checkpoint.blocks import Blocks, Coding, Stored, gguf_header, nbytes_of, open_gguf, seen
 from accessory.checkpoint.joined import Unmapped, open_joined
@@ -162,19 +165,47 @@ def create_tensors(
             header, places = _header(tensors, metadata or {"format": "pt"})
         with _named(path):
             path.write_bytes(header)
-        size = len(header) + max(place + nbytes_of(*tensors[key]) for key, place in places.items())
-        _fill_up(path, size)
-        whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        return {
-            key: seen(f"{path}: {key}", whole[len(header) + place :][: nbytes_of(*tensors[key])], *tensors[key])
-            for key, place in places.items()
-        }
-    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
-        _save({"model": {key: torch.empty(shape, dtype=_plain(own)) for key, (shape, own) in tensors.items()}}, path)
-    _fill_up(path, path.stat().st_size)
-    with set_default_mmap_options(mmap.MAP_SHARED):
-        mapped: dict[str, Stored] = torch.load(path, mmap=True, weights_only=True)["model"]
-    return mapped
+        places = {key: len(header) + place for key, place in places.items()}
+    else:
+        places = _archive_of_holes(path, tensors)
+    size = max([path.stat().st_size, *(place + nbytes_of(*tensors[key]) for key, place in places.items())])
+    _fill_up(path, size)
+    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    return {
+        key: seen(f"{path}: {key}", whole[place:][: nbytes_of(*tensors[key])], *tensors[key])
+        for key, place in places.items()
+    }
+
+
+def end_in_file(stored: Stored) -> int:
+    """The byte behind a tensor of `create_tensors`, in its file."""
+    own = stored.coded if isinstance(stored, Blocks) else stored
+    return int(own.storage_offset() + own.numel()) * own.dtype.itemsize
+
+
+def _archive_of_holes(path: Path, tensors: Mapping[str, Wanted]) -> dict[str, int]:
+    """Save an archive without its tensors' bytes; returns where in it each is to lie."""
+    # Nobody looks at their values: those of a dtype share their memory, of which no page is ever there.
+    size = 1 + max((nbytes_of(*wanted) for wanted in tensors.values()), default=0)
+    dtypes = {key: _plain(coding) for key, (_, coding) in tensors.items()}
+    memory = {dtype: mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ) for dtype in {*dtypes.values()}}
+    with warnings.catch_warnings(), skip_data():
+        warnings.simplefilter("ignore", UserWarning)  # that they cannot be written to
+        holes = {key: _hole(memory[dtypes[key]], shape, dtypes[key]) for key, (shape, _) in tensors.items()}
+        _save({"model": holes}, path)
+    places = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        records = {Path(info.filename).parts[1:]: info.header_offset for info in archive.infolist()}
+        for number, key in enumerate(tensors):  # as PyTorch counts them
+            begin = records["data", str(number)]
+            file.seek(begin + 26)  # in a zip a file's header ends with the lengths of its name and of what follows that
+            places[key] = begin + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return places
+
+
+def _hole(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape) if count else torch.empty(shape, dtype=dtype)
 
 
 def _plain(coding: Coding) -> torch.dtype:

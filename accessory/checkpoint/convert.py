@@ -1,6 +1,7 @@
 """A checkpoint in another layout, number of files or dtype, tensor by tensor; the reference page's split.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from accessory.checkpoint.containers import SAFETENSORS
 from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import BASE, GGUF, Layout, Source, written_layout
 from accessory.checkpoint.layouts.gguf import TYPES
-from accessory.checkpoint.write import AT_ONCE, Writer, say_within, write_beside, write_manifest
+from accessory.checkpoint.manifest import write_manifest
+from accessory.checkpoint.write import AT_ONCE, Writer, say_within, write_beside
 from accessory.config import ModelArgs
 from accessory.errors import unknown
 from accessory.files import new_folder
@@ -67,10 +69,10 @@ def convert(
         ending = SAFETENSORS if safetensors else None
         writer = Writer(aside, layout, args, held=weights.held, dtype=of, files=files, ending=ending)
         say_within(writer, folder, name=Path(destination).name)
-        with showing(f"writing {to}", writer.count, unit="tensors") as writing:
+        with showing(f"writing {to}", writer.count, unit="tensors") as writing, _one_thread():
             writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance, at_once=AT_ONCE)
         write_beside(aside, layout, args, folder, dtype=writer.most)
-        write_manifest(aside)
+        write_manifest(aside, writer.sums)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -92,6 +94,17 @@ def split(
 ) -> None:
     """`convert` to ``mp`` accessory shards."""
     convert(source, destination, mp=mp, llama_config=llama_config)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Meanwhile one thread copies a tensor: between mapped files several would wait for each other at new pages."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _refuse(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
+from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.write import Writer, say_within, shards_like, write_beside, write_manifest
+from accessory.checkpoint.write import Writer, say_within, shards_like, write_beside
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
@@ -78,7 +79,7 @@ def merge(
         with showing("merging", writer.count, unit="tensors") as merging:
             writer.fill(lambda target, _: merger.merged(target), merging.advance)
         write_beside(aside, layout, out_args, tokenizer, dtype=writer.most, form_of=form)
-        write_manifest(aside)
+        write_manifest(aside, writer.sums)
     report = merger.report
     report.biases = peft is not None
     if report.untrained:

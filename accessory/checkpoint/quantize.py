@@ -9,8 +9,9 @@ import torch
 
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import BASE, Source
+from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.quantizing import pieces
-from accessory.checkpoint.write import Writer, shards_like, write_beside, write_manifest
+from accessory.checkpoint.write import Writer, shards_like, write_beside
 from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.files import new_folder
 from accessory.parallel.box import Box

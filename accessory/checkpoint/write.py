@@ -1,11 +1,9 @@
 """Writing checkpoints in any layout: skeletons of all files first, then their tensors, one part in memory at a time."""
 
 import dataclasses
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,13 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.blocks import Coding, Stored, nbytes_of
-from accessory.checkpoint.companions import MANIFEST_NAME
-from accessory.checkpoint.containers import create_tensors
+from accessory.checkpoint.containers import create_tensors, end_in_file
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
-from accessory.config import PEFT_TYPES, ModelArgs, read_json
-from accessory.errors import CheckpointError
+from accessory.checkpoint.manifest import Sum, Summing
+from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
-from accessory.progress import showing
 from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, templates_of, write_ends
 from accessory.text.gguf import is_of_merges, normalizes, text_metadata
 from accessory.text.tokenizer import Tokenizer
@@ -31,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that a caller overrules anyway.
 HINTS = ("max_batch_size", "max_seq_len")
-# Elements that are read and written at once.
-AT_ONCE = 1 << 22
+# Elements that are read and written at once; they stay in a core's cache from the one to the other.
+AT_ONCE = 1 << 20
 # Of a layout whose tensors may lie in any file; as transformers' save_pretrained has it.
 LARGEST_FILE = 5 * 10**9
 
@@ -46,6 +42,9 @@ class Writer:
         dtype: of each tensor; of GGUF also how it is coded.
         files: how many; of a layout whose tensors lie in any file as few as `LARGEST_FILE` allows, where it is None.
         ending: of the files' names, which decides what kind they are; None: the layout's usual one.
+
+    Attributes:
+        sums: of the files that `fill` has written, by their names.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Writer:
     ) -> None:
         self.folder, self.layout, self.args = folder, layout, args
         self.metadata: Mapping[str, Any] | None = None  # of `say_within`
+        self.sums: dict[str, Sum] = {}
         held = frozenset(held)
         sources = [one for one in layout.sources(args, files or 1) if one.written and one.parameter in held]
         dtypes = [dtype(source) for source in sources]
@@ -146,20 +146,27 @@ class Writer:
         *,
         at_once: int | None = None,
     ) -> None:
-        """Write all files one after the other; who made their folder has them on the disk at the end.
+        """Write all files one after the other, each from front to back; their sums are reckoned beside that.
+
+        Who made their folder has them on the disk at the end.
 
         Args:
             read: the values of a part of a source's box.
             advance: is called after each tensor.
             at_once: elements of such a part, if it is not to be the whole box.
         """
-        for file, sources in enumerate(self.sources):
-            self.open(file)
-            for source in sources:
-                for part in source.box.pieces(at_once or source.box.numel):
-                    source.write(self._stored(source), part, read(source, part))
-                advance()
-            del self._open[file]
+        with Summing() as summing:
+            for file, (name, sources) in enumerate(zip(self.names, self.sources, strict=True)):
+                self.open(file)
+                for source in sorted(sources, key=lambda own: end_in_file(self._stored(own))):
+                    stored = self._stored(source)
+                    for part in source.box.pieces(at_once or source.box.numel):
+                        source.write(stored, part, read(source, part))
+                    summing.reached(self.folder / name, end_in_file(stored))
+                    advance()
+                del self._open[file]
+                summing.whole(self.folder / name)
+            self.sums = summing.sums()
         self.write_index()
 
     def write_index(self) -> None:
@@ -302,51 +309,6 @@ def write_config(
     if meta or always or not layout.plain:
         kind = llama_type.removesuffix("_sparse") + ("_sparse" if layout is SPARSE and args.peft is None else "")
         write_json(folder / META_NAME, {"llama_type": kind, **meta})
-
-
-def write_manifest(folder: Path) -> None:
-    """Write the size and the SHA-256 of every file of a finished folder, for `check_manifest`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [str(path.relative_to(folder)) for path in files]
-    write_json(folder / MANIFEST_NAME, {"files": dict(_sums(folder, names))})
-
-
-def check_manifest(folder: Path) -> int:
-    """Hold a folder's files against its manifest; returns how many they are.
-
-    Raises:
-        CheckpointError: there is no manifest, or a file is missing or is not as it was written.
-    """
-    path = folder / MANIFEST_NAME
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: only folders that convert wrote can be verified")
-    said = read_json(path).get("files")
-    if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
-        raise CheckpointError(f"{path} lists no files with their sizes and sums: copy it again")
-    for name, wanted in said.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which {MANIFEST_NAME} lists: copy it again")
-        size = file.stat().st_size
-        if size != wanted.get("bytes"):
-            raise CheckpointError(f"{file} has {size} bytes and was written with {wanted.get('bytes')}: copy it again")
-    for name, found in _sums(folder, list(said)):
-        if found != said[name]:
-            raise CheckpointError(f"{folder / name} is not as it was written (its SHA-256 differs): copy it again")
-    return len(said)
-
-
-def _sums(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of each file its size and sum; several are read at once."""
-    with ThreadPoolExecutor() as pool, showing("summing", len(names), unit="files") as summing:
-        for name, found in zip(names, pool.map(lambda name: _sum_of(folder / name), names), strict=True):
-            summing.advance()
-            yield name, found
-
-
-def _sum_of(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def settings_beside(args: ModelArgs, config: Path) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     folder = local_path(arguments.folder)
     if arguments.verify:
-        from accessory.checkpoint.write import check_manifest
+        from accessory.checkpoint.manifest import check_manifest
         from accessory.gguf_header import folder_of
 
         show(f"verified    {check_manifest(folder_of(folder))} files are as they were written\n")
