@@ -40,6 +40,7 @@ from accessory.checkpoint.layouts import WRITTEN
 from accessory.checkpoint.layouts.hf import sizes
 from accessory.checkpoint.manifest import check_manifest
 from accessory.checkpoint.report import describe
+from accessory.checkpoint.write import AT_ONCE
 from accessory.config import ModelArgs
 from accessory.config.layouts import EXPORT_FORMS, LAYOUT_NAMES
 from accessory.errors import CheckpointError, shown_bytes
@@ -343,26 +344,29 @@ def models(draw: Callable[..., Any]) -> tuple[dict[str, Any], int, torch.dtype]:
 
 
 @settings(max_examples=12, deadline=None)
-@given(model=models(), route=st.permutations(sorted(WRITTEN)))
-def test_a_round_trip_over_all_forms_loses_nothing(model, route, tmp_path_factory):
+@given(model=models(), route=st.permutations(sorted(WRITTEN)), at_once=st.sampled_from([50, AT_ONCE]))
+def test_a_round_trip_over_all_forms_loses_nothing(model, route, at_once, tmp_path_factory):
     config, files, dtype = model
     folder = tmp_path_factory.mktemp("trip")
     tensors = random_tensors(config, 1, dtype)
-    for form, cut in (("accessory", base_shard), ("accessory-sparse", sparse_shard)):
-        source = write_folder(
-            folder / f"from-{form}", tensors, config, files=files, form="base" if cut is base_shard else "sparse"
-        )
-        truth = contents(source)
-        before = source
-        for number, step in enumerate(route):
-            mp = files if WRITTEN[step].cut is not None else None
-            convert(before, folder / f"{form}-{number}", to=step, mp=mp)
-            before = folder / f"{form}-{number}"
-            assert Folder(before).stored_args() == Folder(source).stored_args(), step
-        # GGUF's vectors and routers are float32.
-        convert(before, folder / f"{form}-back", to=form, mp=files, dtype=dtype)
-        assert_same(contents(folder / f"{form}-back"), truth)
-        assert Folder(folder / f"{form}-back").load_args() == Folder(source).load_args()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accessory.checkpoint.write.AT_ONCE", at_once)
+        for form, cut in (("accessory", base_shard), ("accessory-sparse", sparse_shard)):
+            source = write_folder(
+                folder / f"from-{form}", tensors, config, files=files, form="base" if cut is base_shard else "sparse"
+            )
+            truth = contents(source)
+            before = source
+            for number, step in enumerate(route):
+                mp = files if WRITTEN[step].cut is not None else None
+                convert(before, folder / f"{form}-{number}", to=step, mp=mp)
+                before = folder / f"{form}-{number}"
+                check_manifest(before)
+                assert Folder(before).stored_args() == Folder(source).stored_args(), step
+            # GGUF's vectors and routers are float32.
+            convert(before, folder / f"{form}-back", to=form, mp=files, dtype=dtype)
+            assert_same(contents(folder / f"{form}-back"), truth)
+            assert Folder(folder / f"{form}-back").load_args() == Folder(source).load_args()
     shutil.rmtree(folder)
 
 
@@ -734,3 +738,18 @@ def test_a_config_alone_says_parameters_and_bytes(content, parameters, at_8, tmp
     other.write_text('{"dim": 3}')
     with pytest.raises(ValueError, match="takes a checkpoint's folder, or its config"):
         list(describe(other))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    corner=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(1, 7), min_size=4, max_size=4),
+    most=st.integers(1, 400),
+)
+def test_pieces_of_a_box_are_small_and_cover_it_in_order(corner: list[int], sizes: list[int], most: int) -> None:
+    shape = tuple(sizes[: len(corner)])
+    box = Box(tuple(corner), shape)
+    numbers = torch.arange(box.numel).view(shape)
+    pieces = list(box.pieces(most))
+    assert max(piece.numel for piece in pieces) <= most
+    assert torch.cat([numbers[piece.within(box)].flatten() for piece in pieces]).tolist() == list(range(box.numel))

@@ -487,7 +487,7 @@ def test_what_is_no_adapter_by_its_config(folders: Folders, tmp_path: Path) -> N
 def test_the_commands(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(folders.base), str(folders.plain), str(tmp_path / "merged")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["wq", "wk", "wv", "wo", "w1", "w3", "w2", "wrote"]
+    assert [line.split()[0] for line in lines] == ["wq", "wk", "wv", "wo", "w1", "w2", "w3", "wrote"]
     assert main(["export-adapter", str(folders.plain), str(tmp_path / "hf")]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'hf'}\n"
     assert main(["export-adapter", str(folders.adapter), str(tmp_path / "no")]) == 1

@@ -12,7 +12,7 @@ from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import BASE, GGUF, Layout, Source, written_layout
 from accessory.checkpoint.layouts.gguf import TYPES
 from accessory.checkpoint.manifest import write_manifest
-from accessory.checkpoint.write import AT_ONCE, Writer, say_within, write_beside
+from accessory.checkpoint.write import Writer, say_within, write_beside
 from accessory.config import ModelArgs
 from accessory.errors import unknown
 from accessory.files import new_folder
@@ -70,7 +70,7 @@ def convert(
         writer = Writer(aside, layout, args, held=weights.held, dtype=of, files=files, ending=ending)
         say_within(writer, folder, name=Path(destination).name)
         with showing(f"writing {to}", writer.count, unit="tensors") as writing, _one_thread():
-            writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance, at_once=AT_ONCE)
+            writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance)
         write_beside(aside, layout, args, folder, dtype=writer.most)
         write_manifest(aside, writer.sums)
 

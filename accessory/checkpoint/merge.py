@@ -77,7 +77,7 @@ def merge(
         tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
         say_within(writer, tokenizer, name=Path(destination).name, form_of=form)
         with showing("merging", writer.count, unit="tensors") as merging:
-            writer.fill(lambda target, _: merger.merged(target), merging.advance)
+            writer.fill(merger.merged, merging.advance)
         write_beside(aside, layout, out_args, tokenizer, dtype=writer.most, form_of=form)
         write_manifest(aside, writer.sums)
     report = merger.report
@@ -160,14 +160,14 @@ class _Merger:
         held = self.base if target.parameter in self.base.held else self.adapter
         return held.dtype_of(target)
 
-    def merged(self, target: Source) -> Tensor:
-        """One tensor of the result, in the shape of its box."""
-        name, box = target.parameter, target.box
+    def merged(self, target: Source, box: Box) -> Tensor:
+        """A part of a tensor of the result."""
+        name = target.parameter
         value = self._stored(name, box)
         before = self.base.read(name, box) if name in self.base.held else torch.zeros_like(value)
         change: Tensor | None = None
         if not self._replaces(name):
-            self._check_frozen(target, before)
+            self._check_frozen(target, box, before)
             change = self._update(name, box)
             value = before if change is None else before.float() + change
         elif torch.equal(value, before.to(value.dtype)):
@@ -200,11 +200,11 @@ class _Merger:
     def _stored(self, name: str, box: Box) -> Tensor:
         return (self.adapter if self._replaces(name) else self.base).read(name, box)
 
-    def _check_frozen(self, target: Source, before: Tensor) -> None:
+    def _check_frozen(self, target: Source, box: Box, before: Tensor) -> None:
         """See that a frozen weight, where the adapter's folder holds it as well, is the base's but for rounding."""
-        if not self.adapter.holds(target.parameter, target.box):
+        if not self.adapter.holds(target.parameter, box):
             return
-        frozen = self.adapter.read(target.parameter, target.box)
+        frozen = self.adapter.read(target.parameter, box)
         if not torch.allclose(frozen.float(), before.float(), **_ROUNDING, equal_nan=True):
             raise CheckpointError(
                 f"{self.adapter.folder.path}: {own_key(target)}, which it has frozen, differs from that of "

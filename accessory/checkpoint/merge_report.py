@@ -81,8 +81,9 @@ class MergeReport:
         """For a reader; each group's change relative to its weights."""
         if self.untrained:
             yield "the adapter is untrained and changes nothing: the result is the base"
-        for group, change in self.changes.items():
-            if change.moved and group != BIASES:
+        for group in _GROUPS:
+            change = self.changes.get(group)
+            if change is not None and change.moved and group != BIASES:
                 yield f"{group:15} {change}"
         if self.biases:
             yield f"biases          kept beside the weights: llama_type {PEFT_TYPES[0]}, lora_rank -1"

@@ -143,8 +143,6 @@ class Writer:
         self,
         read: Callable[[Source, Box], Tensor],
         advance: Callable[[], None] = lambda: None,
-        *,
-        at_once: int | None = None,
     ) -> None:
         """Write all files one after the other, each from front to back; their sums are reckoned beside that.
 
@@ -153,14 +151,13 @@ class Writer:
         Args:
             read: the values of a part of a source's box.
             advance: is called after each tensor.
-            at_once: elements of such a part, if it is not to be the whole box.
         """
         with Summing() as summing:
             for file, (name, sources) in enumerate(zip(self.names, self.sources, strict=True)):
                 self.open(file)
                 for source in sorted(sources, key=lambda own: end_in_file(self._stored(own))):
                     stored = self._stored(source)
-                    for part in source.box.pieces(at_once or source.box.numel):
+                    for part in source.box.pieces(AT_ONCE):
                         source.write(stored, part, read(source, part))
                     summing.reached(self.folder / name, end_in_file(stored))
                     advance()

@@ -40,12 +40,14 @@ class Box:
         return Box(tuple(start), tuple(part))
 
     def pieces(self, most: int) -> Iterator["Box"]:
-        """The box in pieces of about so many elements, cut along the first of its axes that can be."""
+        """The box in pieces of at most so many elements, in the order in which they lie in memory."""
         axis = next((axis for axis, length in enumerate(self.size) if length > 1), 0)
-        count = max(1, -(-self.numel // most))
+        count = min(self.size[axis], -(-self.numel // most)) if self.size else 1
         for rank in range(count):
             piece = self.chunk(axis, rank=rank, size=count)
-            if piece.numel:
+            if piece.numel > most:
+                yield from piece.pieces(most)
+            elif piece.numel:
                 yield piece
 
     @property
