@@ -399,12 +399,13 @@ def test_collate_pads_on_the_right() -> None:
         (np.array([1, 5, 2], dtype=np.uint16), np.array([0, 5, 0], dtype=np.uint16)),
         (np.array([1, 65535], dtype=np.uint16), np.array([0, 65535], dtype=np.uint16)),
     ]
-    examples, labels = collate(rows)
+    examples, labels, lengths = collate([[row] for row in rows])
+    assert lengths is None
     assert examples.tolist() == [[1, 5, 2], [1, 65535, 0]]
     assert labels.tolist() == [[0, 5, 0], [0, 65535, 0]]
     assert str(examples.dtype) == str(labels.dtype) == "torch.int64"
 
 
 def test_collate_of_nothing_is_a_row_that_weighs_nothing() -> None:
-    examples, labels = collate([])
+    examples, labels, _ = collate([])
     assert examples.tolist() == labels.tolist() == [[0, 0]]

@@ -1,8 +1,8 @@
-"""Which examples a training step takes, and which of them each rank sees.
+"""Which rows a training step takes, and which of them each rank sees.
 
-An epoch is cut into steps of `global_batch` examples, the product of batch size, data-parallel ranks and
-accumulation; only this product and the seed decide which examples a step holds. So a run can go on with other
-ranks or another accumulation and see the same data.
+A row is an example, or several that share it (packing.py). An epoch is cut into steps of `global_batch` rows, the
+product of batch size, data-parallel ranks and accumulation; only this product and the seed decide which rows a step
+holds. So a run can go on with other ranks or another accumulation and see the same data.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ _JITTER = 0.05
 class StepSampler:
     """The steps of every epoch, a pure function of `lengths`, `global_batch`, `seed` and the epoch.
 
-    `lengths` are the tokens of the examples, `global_batch` the examples of a step. Examples of similar length
-    share a step; the steps come in random order. One step of an epoch is smaller if the examples do not divide.
-    Raises ValueError where there is no example or `global_batch` is not positive.
+    `lengths` are the tokens of the rows, each an example, `global_batch` the rows of a step. Rows of similar length
+    share a step; the steps come in random order. One step of an epoch is smaller if the rows do not divide.
+    Raises ValueError where there is no row or `global_batch` is not positive.
     """
+
+    room: int | None = None
+    """The most tokens of a row that several examples share; None: none is shared."""
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.integer], global_batch: int, *, seed: int = 0) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -41,25 +44,33 @@ class StepSampler:
         """The number of optimizer steps of an epoch."""
         return -(-len(self.lengths) // self.global_batch)
 
+    def row(self, index: int) -> Sequence[int]:
+        """The examples of a row."""
+        return [index]
+
     def steps(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The examples of each step of `epoch` (0 or more), each example in one step, from long to short."""
+        """The rows of each step of `epoch` (0 or more), each row in one step, from long to short."""
         rng = np.random.default_rng([self.seed, epoch])
-        count = len(self.lengths)
-        moved = self.lengths * (1 + _JITTER * rng.random(count))
-        order = np.lexsort((rng.random(count), moved))  # equal lengths in random order
+        count, order = len(self.lengths), self._order(rng)
         # The smaller step takes a random place, so that it is not always the longest examples that it holds.
         sizes = np.full(self.steps_per_epoch, self.global_batch)
         sizes[rng.integers(len(sizes))] -= len(sizes) * self.global_batch - count
         steps = np.split(order, np.cumsum(sizes)[:-1])
         return [self._longest_first(steps[index]) for index in rng.permutation(len(steps))]
 
-    def micro_batches(self, step: NDArray[np.int64], *, dp_rank: int, dp_size: int, accum: int) -> list[list[int]]:
-        """The micro-batches of rank `dp_rank` in a step that `steps` gave: lists of examples, from long to short.
+    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """All rows, so that those that are to share a step are neighbours."""
+        count = len(self.lengths)
+        moved = self.lengths * (1 + _JITTER * rng.random(count))
+        return np.lexsort((rng.random(count), moved))  # equal lengths in random order
 
-        Each is at most global_batch / (dp_size * accum) examples. Every rank has the same number of them: `accum`,
-        or fewer in a smaller step; one that finds no example for a rank is an empty list, which `collate` turns
-        into a row of padding. Which examples all ranks' micro-batches at one place hold together depends on
-        `accum`, not on `dp_size`; a rank's share of them is as long as any other's, in examples (to one) and in
+    def micro_batches(self, step: NDArray[np.int64], *, dp_rank: int, dp_size: int, accum: int) -> list[list[int]]:
+        """The micro-batches of rank `dp_rank` in a step that `steps` gave: lists of rows, from long to short.
+
+        Each is at most global_batch / (dp_size * accum) rows. Every rank has the same number of them: `accum`,
+        or fewer in a smaller step; one that finds no row for a rank is an empty list, which `collate` turns
+        into a row of padding. Which rows all ranks' micro-batches at one place hold together depends on
+        `accum`, not on `dp_size`; a rank's share of them is as long as any other's, in rows (to one) and in
         tokens (nearly).
 
         Raises ValueError for a rank out of range and where dp_size * accum does not divide global_batch.
@@ -75,7 +86,7 @@ class StepSampler:
         width = self.global_batch // accum
         return [_dealt(ordered[begin : begin + width], dp_rank, dp_size) for begin in range(0, len(ordered), width)]
 
-    def state(self, epoch: int, step: int) -> dict[str, int]:
+    def state(self, epoch: int, step: int) -> dict[str, int | None]:
         """What `resume` needs to go on at `step` of `epoch`, the next one to be taken."""
         return {
             "epoch": epoch,
@@ -83,6 +94,7 @@ class StepSampler:
             "global_batch": self.global_batch,
             "seed": self.seed,
             "examples": len(self.lengths),
+            "room": self.room,
             "lengths": self._digest,
         }
 
@@ -93,6 +105,14 @@ class StepSampler:
         other lengths or in another order: the steps before it would then not be those that were taken, and examples
         would be repeated or dropped.
         """
+        if (room := state.get("room")) != self.room:
+            packed, now = (
+                "each example in a row of its own" if one is None else f"examples packed into rows of {one} tokens"
+                for one in (room, self.room)
+            )
+            raise ValueError(
+                f"the checkpoint was trained on {packed}, and now it is {now}: give its --packing and --max_words"
+            )
         saved = int(state["global_batch"])
         if saved != self.global_batch:
             raise ValueError(

@@ -87,8 +87,8 @@ class Prefill:
         return out_THh
 
 
-class Score:
-    """Ragged rows without a cache, for scoring texts of unequal length in one pass."""
+class Ragged:
+    """Texts of unequal length one after another, each token seeing those before it in its text; nothing is cached."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = list(lengths)

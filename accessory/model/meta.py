@@ -130,19 +130,25 @@ class MetaModel(nn.Module):
             return loss, extras
         return self._cross_entropy(examples, labels)[0], {}
 
-    def training_losses(self, examples: Tensor, labels: Tensor) -> TrainingLosses:
+    def training_losses(self, examples: Tensor, labels: Tensor, lengths: Sequence[int] | None = None) -> TrainingLosses:
         """The losses of a micro-batch as `forward` takes it, in any mode, and what its tokens were routed to.
 
         The extra losses and the counts are those of the tokens of all data-parallel ranks, which must all call.
+
+        Args:
+            lengths: of the texts that share rows, row by row and padding included, each of which sees itself alone;
+                its first token must not be learned. None: each row is one.
         """
         args, state = self.llma.args, self.llma.state
         refuse_shared_heads(args, state.mp_size)
-        loss, stats = self._cross_entropy(examples, labels)
+        loss, stats = self._cross_entropy(examples, labels, lengths)
         # Not linear in the batch: every data-parallel rank takes the losses of all their tokens together.
         stats = stats.summed(state.dp_group)
         return TrainingLosses(loss, router_losses(stats, args), stats.counts_E)
 
-    def _cross_entropy(self, examples: Tensor, labels: Tensor) -> tuple[Tensor, RouterStats]:
+    def _cross_entropy(
+        self, examples: Tensor, labels: Tensor, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, RouterStats]:
         """Mean over this rank's learned tokens, and the router's statistics of its tokens."""
         if examples.shape != labels.shape or examples.dim() != 2:
             raise ValueError(
@@ -153,7 +159,7 @@ class MetaModel(nn.Module):
             raise ValueError(
                 f"examples are {examples.shape[1]} tokens long, the model's max_seq_len is {self.llma.args.max_seq_len}"
             )
-        logits, stats = self.llma(examples, not_padding(examples))
+        logits, stats = self.llma(examples, not_padding(examples), lengths)
         targets = F.pad(labels[:, 1:], (0, 1)).flatten()  # nothing follows a row's last token
         losses = cross_entropy(logits.flatten(0, 1), targets)
         return losses / (targets != 0).sum().clamp(min=1), stats

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from accessory.config import ModelArgs
-from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Score
+from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Ragged
 from accessory.model.balance import RouterStats
 from accessory.model.cache import KVCache
 from accessory.model.layers import PLAIN, Layers
@@ -117,18 +117,22 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def forward(self, tokens_BL: Tensor, counted_BL: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, tokens_BL: Tensor, counted_BL: Tensor | None = None, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor, RouterStats]:
         """Logits of every token, for training; no cache.
 
         Args:
             tokens_BL: int64 (B, L), L at most args.max_seq_len.
             counted_BL: bool; which tokens the router's statistics count (None: all).
+            lengths: of the texts that share rows, row by row, B * L together; None: each row is one.
 
         Returns:
             Logits (B, L, V) in the compute dtype, and the statistics stacked over layers.
         """
         rows, length = tokens_BL.shape
-        pattern = CausalRows(rows, length, tokens_BL.device)
+        device = tokens_BL.device
+        pattern = CausalRows(rows, length, device) if lengths is None else Ragged(lengths, device)
         counted_T = None if counted_BL is None else counted_BL.flatten()
         x_TD, routings = self._run(tokens_BL.flatten(), pattern)
         # FSDP's hooks want no view here, so the rows are told apart before the product and not behind it.
@@ -137,7 +141,7 @@ class Transformer(nn.Module):
 
     def score(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (T, V) of every token of ragged rows that stand one after another."""
-        x_TD, _ = self._run(tokens_T, Score(lengths, tokens_T.device))
+        x_TD, _ = self._run(tokens_T, Ragged(lengths, tokens_T.device))
         return self.output(self.norm(x_TD))
 
     def prefill(

@@ -163,7 +163,9 @@ class FinetuneLoop:
         dealt = self.sampler.micro_batches(
             examples, dp_rank=state.dp_rank, dp_size=state.dp_size, accum=self.options.accum_iter
         )
-        micro_batches: MicroBatches = [collate([self.data[index] for index in rows]) for rows in dealt]
+        micro_batches: MicroBatches = [
+            collate([[self.data[index] for index in self.sampler.row(row)] for row in rows]) for rows in dealt
+        ]
         result = train_step(
             self.model, self.optimizer, micro_batches, lr=lr, clip_grad=self.options.clip_grad, scaler=self.scaler
         )

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accessory.data.collate import Batch
 from accessory.model.meta import MetaModel
 from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.state import on_all_ranks
 from accessory.train.optim import clip_gradients
 from accessory.train.sharding import set_last_backward
 
-# The micro-batches of one rank for one step: (examples, labels), each int64 (batch, length).
-MicroBatches = Sequence[tuple[Tensor, Tensor]]
+# The micro-batches of one rank for one step; examples and labels alone are rows of a text each.
+MicroBatches = Sequence[Batch | tuple[Tensor, Tensor]]
 
 
 class StepResult(NamedTuple):
@@ -97,13 +98,16 @@ def _gradients(
 ) -> tuple[float, float, float | None, Tensor]:
     """Backward passes of all micro-batches; losses, and pairs of token and expert, of all data-parallel ranks."""
     args, state, count = model.llma.args, model.llma.state, len(micro_batches)
-    learned = [(labels[:, 1:] != 0).sum().to(state.device) for _, labels in micro_batches]
+    batches = [Batch(*own) for own in micro_batches]
+    learned = [(own.labels[:, 1:] != 0).sum().to(state.device) for own in batches]
     all_learned = reduce_from_region(torch.stack(learned).sum(), state.dp_group).clamp(min=1)
     sums: dict[str, Tensor] = {}
     pairs_LE = torch.zeros(args.n_layers, args.moe.num_experts, device=state.device)
-    for number, ((examples, labels), own_learned) in enumerate(zip(micro_batches, learned, strict=True), start=1):
+    for number, (batch, own_learned) in enumerate(zip(batches, learned, strict=True), start=1):
         set_last_backward(model.llma, last=number == count)
-        loss, extras, counts_LE = model.training_losses(examples.to(state.device), labels.to(state.device))
+        loss, extras, counts_LE = model.training_losses(
+            batch.examples.to(state.device), batch.labels.to(state.device), batch.lengths
+        )
         parts = {"loss": loss * (own_learned / all_learned)}
         total = parts["loss"] + sum(value * weight / count for value, weight in extras.values())
         (total if scaler is None else scaler.scale(total)).backward()
