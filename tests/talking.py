@@ -33,7 +33,7 @@ def teach(base: Path, folder: Path) -> Path:
         for turns in DIALOGUES
     ]
     rows = [recipe.encode(part)[:2] for chat in chats for part in form.parts(chat)]
-    batch = collate(rows)
+    batch = collate([[row] for row in rows])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as quick as two, and much quicker where the cores are busy
     model.train()

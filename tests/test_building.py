@@ -29,14 +29,14 @@ from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, over_all_ranks
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.train.build import build_for_training
+from accessory.train.checkpointer import Checkpointer
 from accessory.train.export import export_checkpoint
 from accessory.train.init import ROUTER_STD, init_weights
 from accessory.train.optim import adamw
 from accessory.train.sharding import device_mesh, set_last_backward, shard_model
-from accessory.train.state import StateStore
 from accessory.train.trainer import train_step
 
 # Hardly any axis divides by 3 or 4, and there are fewer experts and key/value heads than ranks.
@@ -353,7 +353,7 @@ def saved_on_rank(folder: Path, output: Path) -> list[tuple[float, float, dict[s
     """The step after a "ddp" model was saved: of itself, and of models that go on from its state."""
     state = ParallelState.init(2, "cpu")
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
-    store = StateStore(output, state)
+    store = Checkpointer(output, state, over_all_ranks(state))
     found = []
     for kind in ("ddp", "ddp", "fsdp"):
         llma = build(pretrained, state, data_parallel=kind)
@@ -362,7 +362,7 @@ def saved_on_rank(folder: Path, output: Path) -> list[tuple[float, float, dict[s
         rows = rows_of(state, pretrained.args.vocab_size)
         if not found:
             train_step(model, optimizer, [rows], lr=1e-2, clip_grad=0.5)
-            store.save(model, optimizer, {"step": 1}, "step-1")
+            store.save(model, optimizer, {"step": 1}, "step-1", asynchronous=False)
             export_checkpoint(model, output / "epoch0", dtype=torch.float32)
             exported = Pretrained.resolve(output / "epoch0", max_seq_len=64)
             alone = load_transformer(exported, ParallelState.single("cpu"), dtype=torch.float32)
@@ -371,7 +371,6 @@ def saved_on_rank(folder: Path, output: Path) -> list[tuple[float, float, dict[s
             assert store.load(output / "step-1", model, optimizer) == {"step": 1}
         result = train_step(model, optimizer, [rows], lr=1e-2, clip_grad=0.5)
         found.append((result.loss, result.grad_norm, whole(llma)))
-    store.close()
     return found
 
 

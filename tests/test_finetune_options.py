@@ -6,7 +6,7 @@ import math
 import random
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +70,12 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "grad_ckpt_policy": ("none", "moe", "moe"),
     "device": (None, "cpu", "cpu"),
     "threads": (..., "2", ...),
+    "eval_data_config": (None, "e.yaml", "e.yaml"),
+    "eval_ratio": (None, "0.01", 0.01),
+    "eval_interval": (None, None, 50),
+    "eval_first": (False, None, True),
+    "keep_best": (False, None, True),
+    "early_stop": (None, None, 3),
     "output_dir": ("./output_dir", "out", "out"),
     "save_interval": (1, "2", 2),
     "save_iteration_interval": (5000, "100", 100),
@@ -103,6 +109,30 @@ def test_the_flags_are_these(capsys):
 def test_defaults():
     expected = {name: default for name, (default, _, _) in FLAGS.items() if default is not ...}
     assert parse() == {**expected, "data_config": "d.yaml"}
+
+
+def options_table() -> str:
+    """The table of docs/finetune.md."""
+    lines = ["| option | default | what it says |", "|---|---|---|"]
+    for heading in dict.fromkeys(option.metadata["group"] for option in fields(FinetuneOptions) if option.metadata):
+        lines.append(f"| *{heading}* | | |")
+        for option in fields(FinetuneOptions):
+            if option.metadata.get("group") == heading:
+                none = option.default is MISSING or str(option.default) in ("None", "False", "()")
+                told = "" if none else f"`{option.default}`"
+                lines.append(f"| `--{option.name}` | {told} | {option.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_docs_have_a_table_of_the_options():
+    page = Path(__file__).parent.parent / "docs" / "finetune.md"
+    assert options_table() in page.read_text(), f"put this into {page}:\n{options_table()}"
+
+
+def test_validation_is_asked_for_with_its_data():
+    given = "--eval_ratio 0.01 --eval_interval 50 --eval_first --keep_best --early_stop 3"
+    names = ("eval_interval", "eval_first", "keep_best", "early_stop")
+    assert parse(*given.split()) == {**parse(), "eval_ratio": 0.01, **{name: FLAGS[name][2] for name in names}}
 
 
 @pytest.mark.parametrize("name", [name for name, (_, example, _) in FLAGS.items() if example is not None])
@@ -189,6 +219,11 @@ def test_a_users_script_as_it_is():
         *((f"--{name} ''", f"--{name} is given an empty name") for name in ("tokenizer_path", "pretrained_path")),
         ("--output_dir run\udcff", r"--output_dir 'run\udcff' is not UTF-8: give another name"),
         ("--llama_config a.json ''", "--llama_config is given an empty name"),
+        *((f"--eval_ratio {share}", f"--eval_ratio is {share}") for share in ("0.0", "1.0", "-0.5", "nan")),
+        ("--eval_ratio 0.1 --eval_data_config e.yaml", "--eval_ratio holds back records and --eval_data_config names"),
+        *((f"--{name} 1", f"--{name} needs held-out data") for name in ("eval_interval", "early_stop")),
+        *((f"--{name}", f"--{name} needs held-out data: give --eval_ratio") for name in ("eval_first", "keep_best")),
+        ("--eval_ratio 0.1 --early_stop 0", "--early_stop is 0: give 1 or more"),
     ],
 )
 def test_options_out_of_range(wrong, says):

@@ -14,7 +14,7 @@ from ranks import RankPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from accessory.train import state as state_module
+from accessory.train import checkpointer
 from accessory.train.loop import FinetuneLoop
 
 Pools = Callable[[int], RankPool]
@@ -153,14 +153,14 @@ def test_experts_that_get_no_token_on_one_rank_change_no_result(
 
 
 def slow_saves_on_rank(setting: Setting, arguments: list[str]) -> None:
-    save = state_module.dcp.save
+    save = checkpointer.dcp.save
 
     def slowly(*given: Any, **settings: Any) -> Any:
         if dist.get_rank() == 1:
             time.sleep(0.3)
         return save(*given, **settings)
 
-    with mock.patch.object(state_module.dcp, "save", slowly):
+    with mock.patch.object(checkpointer.dcp, "save", slowly):
         finetune_on_rank(setting, arguments)
 
 

@@ -24,7 +24,7 @@ from finetuning import (
 )
 from ranks import RankPool, assert_same, error_of
 
-from accessory.train.state import StateStore
+from accessory.train.checkpointer import Checkpointer
 
 Pools = Callable[[int], RankPool]
 
@@ -126,8 +126,14 @@ def test_a_step_of_other_examples_is_refused(ranks: Pools, setting: Setting, sto
     for changes, says in (
         ({"batch_size": 3}, "choose the three so that their product is 8"),
         ({"seed": 1}, "keep --seed"),
-        ({"data_config": fewer.folder / "data.yaml"}, "give the same data, --max_words and --chat_template"),
-        ({"chat_template": "default", "max_words": 160}, "give the same data, --max_words and --chat_template"),
+        (
+            {"data_config": fewer.folder / "data.yaml"},
+            "give the same data, --max_words, --eval_ratio and --chat_template",
+        ),
+        (
+            {"chat_template": "default", "max_words": 160},
+            "give the same data, --max_words, --eval_ratio and --chat_template",
+        ),
     ):
         arguments = setting.arguments(output, **{**layout(1, 2), "auto_resume": True, **changes})
         for kind, text in ranks(2).run(error_on_rank, setting, arguments):
@@ -214,7 +220,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def cut_short_on_rank(setting: Setting, arguments: list[str]) -> tuple[str, str]:
     """End at the first training state, before which its model was written."""
-    with mock.patch.object(StateStore, "save", side_effect=OSError("cut short")):
+    with mock.patch.object(Checkpointer, "save", side_effect=OSError("cut short")):
         return error_of(finetune_on_rank, setting, arguments)
 
 

@@ -33,9 +33,9 @@ from ranks import RankPool, assert_same
 
 from accessory.data.cache import CACHE_VARIABLE
 from accessory.train import loop
+from accessory.train.checkpointer import Checkpointer
 from accessory.train.interruption import Stop
 from accessory.train.shelf import Shelf
-from accessory.train.state import StateStore
 
 Pools = Callable[[int], RankPool]
 END = 12
@@ -64,7 +64,7 @@ def signalled_on_rank(
     setting: Setting, arguments: list[str], number: signal.Signals, receivers: Collection[int], step: int
 ) -> tuple[Stop, bool]:
     """Get a signal within ``step``, and another while saving; also whether the handlers are then as before."""
-    taken, train_step, save = 0, loop.train_step, StateStore.save
+    taken, train_step, save = 0, loop.train_step, Checkpointer.save
 
     def signalled(*given: Any, **options: Any) -> Any:
         nonlocal taken
@@ -81,7 +81,7 @@ def signalled_on_rank(
     asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     before = [signal.getsignal(number) for number in asking]
-    with mock.patch.object(loop, "train_step", signalled), mock.patch.object(StateStore, "save", impatient):
+    with mock.patch.object(loop, "train_step", signalled), mock.patch.object(Checkpointer, "save", impatient):
         stop = finetune_on_rank(setting, arguments)
     return stop, before == [signal.getsignal(number) for number in asking]
 

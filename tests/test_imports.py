@@ -40,6 +40,7 @@ LAYERS: list[tuple[str, str]] = [
     ("wrapper", r"accessory\.model\.multi_gpu_wrapper"),
     ("blocks", r"accessory\.model(\..*)?"),
     ("tools", r"accessory\.tools(\..*)?"),
+    ("evaluation", r"accessory\.evaluation(\..*)?"),
     ("train", r"accessory\.train(\..*)?"),
     ("serve", r"accessory\.serve(\..*)?"),
     ("programs", r"accessory\.(main_\w+|cli|__main__)|accessory\.(commands|demos|exps|configs)(\..*)?"),
@@ -63,7 +64,8 @@ BELOW: dict[str, set[str]] = {
     "metamodel": {"ground", "parallel", "checkpoint", "generation", "text", "quant", "blocks", "llm"},
 }
 EVERYTHING_ELSE = set(BELOW)
-BELOW["train"] = EVERYTHING_ELSE | {"data"}
+BELOW["evaluation"] = EVERYTHING_ELSE
+BELOW["train"] = EVERYTHING_ELSE | {"data", "evaluation"}
 BELOW["serve"] = EVERYTHING_ELSE | {"data"}
 BELOW["wrapper"] = BELOW["serve"] | {"serve"}
 BELOW["tools"] = BELOW["train"] | {"train"}

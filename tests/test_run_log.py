@@ -110,8 +110,9 @@ def test_a_record_says_what_was_measured() -> None:
     record = metrics(2, pairs_LE=pairs_LE).to_record()
     assert list(record) == [
         *("step", "epoch", "loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "memory"),
-        *("heaviest", "lightest"),
+        *("heaviest", "lightest", "experts"),
     ]
+    assert record["experts"] == pytest.approx([0.125 / 3, 1.125 / 3, 0.125 / 3, 0.625 / 3], abs=1e-6)
     assert (record["step"], record["epoch"], record["loss"]) == (2, 0.25, 2.5)
     # The third layer has no tokens at all, as in a step of padding.
     assert record["heaviest"] == [[1, 0.625], [1, 0.5], [0, 0.0]]

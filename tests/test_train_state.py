@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
-from accessory.parallel.state import ParallelState
-from accessory.train import state as state_module
+from accessory.parallel.state import ParallelState, over_all_ranks
+from accessory.train import checkpointer
+from accessory.train.checkpointer import Checkpointer
 from accessory.train.optim import adamw
 from accessory.train.sharding import device_mesh, shard_model
+from accessory.train.shelf import Shelf
 from accessory.train.snapshot import tensors_of
-from accessory.train.state import StateStore
 from accessory.train.trainer import train_step
 
 STOP, END = 6, 12
@@ -41,7 +42,7 @@ class Run(NamedTuple):
 
     model: MetaModel
     optimizer: torch.optim.Optimizer
-    store: StateStore
+    store: Checkpointer
 
     def save(self, step: int, *, asynchronous: bool = False) -> None:
         progress = {"step": step, "sampler": SAMPLER.state(0, step)}
@@ -66,9 +67,11 @@ def running(
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
     shard_model(llma, device_mesh(state))
     model = MetaModel(llma, pretrained.tokenizer).train()
-    store = StateStore(output, state, keep_last=keep_last)
+    world = over_all_ranks(state, torch.distributed.new_group(backend="gloo"))
+    store = Checkpointer(output, state, world, keep_last=keep_last)
     yield Run(model, adamw(model.named_parameters(), lr=1.0, weight_decay=WEIGHT_DECAY), store)
-    store.close()
+    store.wait()
+    torch.distributed.destroy_process_group(world.mp_group)
 
 
 def steps_on_rank(folder: Path, output: Path, mp_size: int, placement: str, end: int, save_at: int) -> Course:
@@ -154,14 +157,14 @@ def test_a_state_before_the_first_step_has_no_moments(ranks: Any, folder: Path, 
 
 def asynchronous_on_rank(folder: Path, output: Path) -> bool:
     """Whether a save that is held up while training goes on holds the weights of its own step."""
-    written, go_on = state_module.dcp.save, threading.Event()
+    written, go_on = checkpointer.dcp.save, threading.Event()
 
     def held_up(*arguments: Any, **settings: Any) -> Any:
         assert go_on.wait(60)
         return written(*arguments, **settings)
 
     with running(folder, output, 2) as run:
-        with mock.patch.object(state_module.dcp, "save", held_up):
+        with mock.patch.object(checkpointer.dcp, "save", held_up):
             for step in range(2):
                 train_step(run.model, run.optimizer, [step_rows(step)], lr=SCHEDULE(step), clip_grad=CLIP_GRAD)
                 if step == 0:
@@ -241,7 +244,29 @@ def test_what_a_user_renamed_is_kept(ranks: Any, folder: Path, tmp_path: Path) -
 
 def test_keep_last_must_be_positive() -> None:
     with pytest.raises(ValueError, match="keep_last is 0"):
-        StateStore("nowhere", ParallelState.single("cpu"), keep_last=0)
+        Checkpointer("nowhere", ParallelState.single("cpu"), ParallelState.single("cpu"), keep_last=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_without_ranks(folder: Path, tmp_path: Path) -> None:
+    """The three steps of a save, and those of a load, as one process that belongs to no group takes them."""
+    alone, shelf = ParallelState.single("cpu"), Shelf(tmp_path)
+    pretrained = Pretrained.resolve(folder, max_seq_len=64)
+    model = MetaModel(load_transformer(pretrained, alone, dtype=torch.float32), pretrained.tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters())
+    aside, final = shelf.aside("step-1")
+    staged = checkpointer.stage(model, optimizer, aside, copy=True)
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    files = checkpointer.write(staged, aside, alone)
+    assert Shelf.incomplete(aside), "it has no name yet, and nothing that says how long its files are"
+    checkpointer.publish(shelf, aside, final, {"args": pretrained.args.to_dict(), "files": files})
+    assert shelf.latest() == final
+    assert checkpointer.read_record(final, pretrained.args)["files"] == files
+    tensors = checkpointer.tensors_to_fill(final, model, optimizer)
+    torch.distributed.checkpoint.load(tensors, checkpoint_id=final, no_dist=True)
+    assert all(torch.equal(parameter, staged.tensors[f"model.{name}"]) for name, parameter in model.named_parameters())
+    assert staged.bytes > 0
 
 
 def half_written_on_rank(folder: Path, output: Path) -> tuple[list[Any], list[str]]:
@@ -363,8 +388,8 @@ def asynchronously(run: Run, step: int) -> None:
     "where",
     [
         "torch.distributed.checkpoint.FileSystemWriter.write_data",
-        "accessory.train.state.sync",
-        "accessory.train.state.rng_state",
+        "accessory.train.checkpointer.sync",
+        "accessory.train.checkpointer.rng_state",
     ],
 )
 def test_a_full_disk_on_one_rank_stops_all_alike(where: str, ranks: Any, folder: Path, tmp_path: Path) -> None:
@@ -432,7 +457,7 @@ def refused_on_rank(folder: Path, output: Path, other: Path) -> list[tuple[str, 
         blocked = output / "file"
         if run.model.llma.state.dp_rank == 0:
             blocked.write_text("")
-        found.append(error_of(StateStore, blocked, run.model.llma.state))
+        found.append(error_of(Checkpointer(blocked, run.model.llma.state, run.store.world).check_folder))
     with running(other, output, 1) as run:
         found.append(error_of(run.store.load, output / "step-1", run.model, run.optimizer))
         found.append(error_of(run.store.load, output / "step-7", run.model, run.optimizer))

@@ -2,6 +2,7 @@
 
     <cache folder>/<key>/tokens.bin, labels.bin   the examples one after another, uint16 or int32
                          offsets.bin              int64: example i is [offsets[i], offsets[i + 1])
+                         digests.bin              uint64: of the record that each example is of
                          meta.json                the sizes, and what became of the records
     <cache folder>/<key>.lock                     held by the one process that writes
 
@@ -38,7 +39,7 @@ from accessory.text.forms import Form
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
-_FORMAT = 4  # raise it when records become other examples than before
+_FORMAT = 5  # raise it when records become other examples than before
 CACHE_VARIABLE = "ACCESSORY_DATA_CACHE"
 
 logger = logging.getLogger(__name__)
@@ -108,16 +109,16 @@ def _write(
     try:
         with _explained(folder.parent):
             aside.mkdir()
-            lengths: list[int] = []
+            written: list[tuple[int, int]] = []
             with (aside / "tokens.bin").open("wb") as tokens, (aside / "labels.bin").open("wb") as labels:
                 for order, (source, report) in enumerate(zip(sources, reports, strict=True)):
-                    lengths += write_source(source, recipe, report, (tokens, labels), order=order, **how)
+                    written += write_source(source, recipe, report, (tokens, labels), order=order, **how)
                 _flush(tokens)
                 _flush(labels)
             if _key(sources, recipe) != folder.name:
                 paths = ", ".join(str(source.path) for source in sources)
                 raise ValueError(f"the data, or the day, changed while they were tokenised ({paths}): start again")
-            _finish(aside, lengths, {"reports": list(map(asdict, reports)), "dtype": token_dtype(recipe.tokenizer).str})
+            _finish(aside, written, {"reports": list(map(asdict, reports)), "dtype": token_dtype(recipe.tokenizer).str})
             if not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # half of one, from a host that lost power
                 try:
@@ -130,10 +131,15 @@ def _write(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _finish(aside: Path, lengths: Sequence[int], meta: dict[str, Any]) -> None:
+def _finish(aside: Path, written: Sequence[tuple[int, int]], meta: dict[str, Any]) -> None:
+    lengths, digests = zip(*written, strict=True)
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype("<i8")
     sizes = {"examples": len(lengths), "tokens": int(offsets[-1])}
-    for name, content in (("offsets.bin", offsets.tobytes()), (INDEX_NAME, json.dumps(sizes | meta).encode())):
+    for name, content in (
+        ("offsets.bin", offsets.tobytes()),
+        ("digests.bin", np.array(digests, dtype="<u8").tobytes()),
+        (INDEX_NAME, json.dumps(sizes | meta).encode()),
+    ):
         with (aside / name).open("wb") as file:
             file.write(content)
             _flush(file)

@@ -6,6 +6,7 @@ Nothing is stripped or put into a prompt here. Every refusal is a ValueError wit
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -278,3 +279,17 @@ def _system(record: dict[str, Any]) -> str | None:
     if len(set(given)) > 1:
         raise ValueError(f"its 'system' and 'system_prompt' differ: {shown(given[0])} and {shown(given[1])}")
     return given[0] if given else None
+
+
+def digest_of(value: Any, *, ignore: frozenset[str] = frozenset()) -> int:
+    """64 bits of what a record says: equal for equal content, whatever its shape, file, form or bookkeeping.
+
+    Raises:
+        ValueError: as `read_said`.
+    """
+    said = read_said(value, ignore=ignore)
+    if isinstance(said, Text):
+        content = [["", said.prompt], ["", said.completion]]
+    else:
+        content = [[message.role, message.text] for message in said.messages]
+    return int.from_bytes(hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest(), "little")

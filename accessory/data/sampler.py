@@ -125,12 +125,12 @@ class StepSampler:
         if int(state["examples"]) != len(self.lengths):
             raise ValueError(
                 f"the checkpoint was trained on {state['examples']} examples, and the data hold {len(self.lengths)} "
-                "now: give the same data, --max_words and --chat_template"
+                "now: give the same data, --max_words, --eval_ratio and --chat_template"
             )
         if state.get("lengths", self._digest) != self._digest:  # older checkpoints do not say
             raise ValueError(
                 f"the checkpoint was trained on as many examples ({len(self.lengths)}), but of other lengths or in "
-                "another order: give the same data, --max_words and --chat_template"
+                "another order: give the same data, --max_words, --eval_ratio and --chat_template"
             )
         epoch, step = int(state["epoch"]), int(state["step"])
         # A checkpoint after the last step of an epoch stands at the begin of the next one.

@@ -20,7 +20,7 @@ import numpy as np
 
 from accessory.data.examples import Ids, Recipe
 from accessory.data.readers import Record, read_records
-from accessory.data.records import OtherShape, UnknownField, read_said
+from accessory.data.records import OtherShape, UnknownField, digest_of, read_said
 from accessory.data.sources import Source
 from accessory.progress import showing
 from accessory.text.chat import Segment
@@ -38,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Usable:
-    """A record from which something can be learned: its examples, where it stands, and the form that it has."""
+    """A record from which something can be learned, and where it stands: its examples, and the form that it has."""
 
     place: str
+    value: Any
     parts: list[list[Segment]]
     form: Form | None
 
@@ -116,8 +117,8 @@ def write_source(
     order: int,
     skip_bad_records: bool,
     progress: bool,
-) -> list[int]:
-    """Append the tokens and the labels of the file's examples to `files`; returns the examples' lengths in tokens.
+) -> list[tuple[int, int]]:
+    """Append the tokens and the labels of the file's examples to `files`; returns of each its tokens and its digest.
 
     `report` is check_source's, and is completed; `order` is the source's place in the yaml. The values are
     little-endian, of `token_dtype`. Raises ValueError where max_words leaves no example, and for an answer that would
@@ -126,7 +127,7 @@ def write_source(
     dtype = token_dtype(recipe.tokenizer)
     chosen = _chosen(report.usable, source.ratio, [recipe.seed, order])
     records = usable_records(source, recipe, SourceReport(""), skip_bad_records=True)
-    lengths: list[int] = []
+    written: list[tuple[int, int]] = []
     what = f"tokenising {source.path.name}"
     with showing(what, report.usable, unit="records", shown=progress) as work:
         for record, examples in _encoded(itertools.compress(work.over(records), chosen), recipe):
@@ -135,6 +136,7 @@ def write_source(
                     raise bad_record(source.path, f"{record.place}: {examples}")
                 _note(record.place, examples, report)
                 continue
+            digest = digest_of(record.value, ignore=recipe.ignore)
             for tokens, labels, cut in examples:
                 learned = int(np.count_nonzero(labels))
                 if not learned:
@@ -142,14 +144,14 @@ def write_source(
                     continue
                 for file, values in zip(files, (tokens, labels), strict=True):
                     file.write(values.astype(dtype).tobytes())
-                lengths.append(len(tokens))
+                written.append((len(tokens), digest))
                 report.cut += cut
                 report.learned += learned
-    report.examples, report.tokens = len(lengths), sum(lengths)
-    if not lengths:
+    report.examples, report.tokens = len(written), sum(length for length, _ in written)
+    if not written:
         where = f"the data file {source.path} has an answer within its first {recipe.max_words} tokens"
         raise ValueError(f"no example of {where}: raise --max_words")
-    return lengths
+    return written
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -211,7 +213,7 @@ def _read(record: Record, recipe: Recipe, source: Source) -> Usable:
         "".join(segment.text for part in parts for segment in part).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds a lone surrogate, which is no character") from None
-    return Usable(record.place, parts, form)
+    return Usable(record.place, record.value, parts, form)
 
 
 def bad_record(path: str | Path, said: str, error: ValueError | None = None, *, others: bool = True) -> ValueError:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -202,11 +202,19 @@ def agreed(state: ParallelState, step: Callable[[], Result], request: Any = None
 
 
 def on_first(state: ParallelState, step: Callable[[], Result]) -> Result:
-    """Run a step on the model's first rank; every rank has its result, which must be picklable, or raises its error."""
+    """Run a step on the group's first rank; every rank has its result, which must be picklable, or raises its error."""
     found = [agreed(state, lambda: step() if state.is_first else None)]
     if state.mp_size > 1:
-        dist.broadcast_object_list(found, group_src=0, group=state.mp_group, device=state.device)
+        dist.broadcast_object_list(found, group_src=0, group=state.mp_group)
     return found[0]  # type: ignore[return-value]
+
+
+def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:
+    """A state in which all ranks of the run are one group, to agree over; ``group``: other than the default one."""
+    if not dist.is_initialized():
+        return state
+    group = group or dist.group.WORLD
+    return replace(state, mp_group=group, mp_rank=dist.get_rank(), mp_size=dist.get_world_size())
 
 
 @functools.cache

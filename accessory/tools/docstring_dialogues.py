@@ -2,8 +2,9 @@
 
     python -m accessory.tools.docstring_dialogues runs/dialogues
 
-writes train.json and data.yaml, ready for main_finetune.py --dialog, held_out.json with questions that are not in
-train.json, and questions.txt: four questions of the first, then two of the second.
+writes train.json and data.yaml, ready for main_finetune.py --dialog; held_out.json with questions that are not in
+train.json, and held_out.yaml for --eval_data_config; and questions.txt: four questions of the first, then two of the
+second.
 """
 
 import ast
@@ -56,13 +57,13 @@ def write_dialogues(folder: Path, *, limit: int) -> tuple[int, int]:
     held_out = found[HELD_BACK // 2 :: HELD_BACK] or found[:1]
     train = [dialogue for dialogue in found if dialogue not in held_out]
     with new_folder(folder) as aside:
-        for name, dialogues in (("train.json", train), ("held_out.json", held_out)):
-            (aside / name).write_text(json.dumps(dialogues, indent=1) + "\n", encoding="utf-8")
+        for name, config, dialogues in (("train", "data", train), ("held_out", "held_out", held_out)):
+            (aside / f"{name}.json").write_text(json.dumps(dialogues, indent=1) + "\n", encoding="utf-8")
+            source = {"path": str(folder.absolute() / f"{name}.json"), "type": "text"}
+            (aside / f"{config}.yaml").write_text(f"META:\n  - {json.dumps(source)}\n", encoding="utf-8")
         asked = [*train[:: max(1, len(train) // 4)][:4], *held_out[:2]]
         questions = [dialogue["conversations"][0]["value"] for dialogue in asked]
         (aside / "questions.txt").write_text("\n".join(questions) + "\n", encoding="utf-8")
-        source = {"path": str(folder.absolute() / "train.json"), "type": "text"}
-        (aside / "data.yaml").write_text(f"META:\n  - {json.dumps(source)}\n", encoding="utf-8")
     return len(train), len(held_out)
 
 

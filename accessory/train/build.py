@@ -13,11 +13,10 @@ from accessory.model.factory import build_transformer
 from accessory.model.pretrained import Pretrained, fill_parameters
 from accessory.model.transformer import Transformer
 from accessory.parallel.ops import local
-from accessory.parallel.state import ParallelState, agreed
+from accessory.parallel.state import ParallelState, agreed, over_all_ranks
 from accessory.train.init import init_weights
 from accessory.train.options import DataParallel
 from accessory.train.sharding import own_boxes, shard_model
-from accessory.train.snapshot import over_all_ranks
 
 
 def build_for_training(

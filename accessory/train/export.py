@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +24,17 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
-from accessory.parallel.state import agreed
+from accessory.parallel.state import agreed, on_first, over_all_ranks
 from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, find_form, write_ends, write_text
 from accessory.text.forms import Form
 from accessory.train.options import FinetuneOptions
-from accessory.train.snapshot import over_all_ranks, reshard
+from accessory.train.snapshot import reshard
 
 logger = logging.getLogger(__name__)
 
 _EPOCHS_END, _WITHIN_EPOCH = re.compile(r"epoch\d+"), re.compile(r"epoch\d+-iter\d+")
-_ASIDE = re.compile(r"\.epoch\d+(-iter\d+)?\.(exporting|replaced|dropped)")
+BEST = "best"  # the model of the lowest held-out loss
+_ASIDE = re.compile(rf"\.(epoch\d+(-iter\d+)?|{BEST})\.(exporting|replaced|dropped)")
 _WRITTEN = frozenset({*CONFIG_FILES, META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the weights
 _WEIGHTS = ("consolidated.*.pth", "consolidated.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
@@ -85,7 +87,7 @@ def _is_export(folder: Path) -> bool:
 
 def left_aside(folder: Path) -> list[Path]:
     """The models in a run's folder whose writing or removal is under way, or was cut short."""
-    found = (path for path in folder.glob(".epoch*") if _ASIDE.fullmatch(path.name))
+    found = (path for path in folder.glob(".*") if _ASIDE.fullmatch(path.name))
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
@@ -130,7 +132,7 @@ def export_checkpoint(
     aside = folder.with_name(f".{folder.name}.exporting")
     try:
         layout = agreed(everyone, lambda: _choose_layout(model, to), (folder.name, dtype, to))
-        agreed(everyone, lambda: _prepare(folder, aside) if everyone.is_first else None)
+        on_first(everyone, partial(_prepare, folder, aside))
         args = model.llma.args.replace(quant=None)
         only_trainable = only_trainable or model.llma.args.quant is not None
         kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
@@ -142,7 +144,7 @@ def export_checkpoint(
         with torch.no_grad():
             _fill(model, kept, writer, dtype=dtype)
         agreed(everyone, lambda: writer.close(*own))
-        agreed(everyone, lambda: _finish(model, form, folder, writer, dtype) if everyone.is_first else None)
+        on_first(everyone, partial(_finish, model, form, folder, writer, dtype))
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)

@@ -22,11 +22,12 @@ from accessory.launch.launcher import Launch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
-from accessory.parallel.state import ParallelState, agreed
+from accessory.parallel.state import ParallelState, agreed, on_first, over_all_ranks
 from accessory.text.form_files import form_for_training, trained_form
 from accessory.text.forms import Form
 from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training, refuse_nothing_to_train
+from accessory.train.checkpointer import Checkpointer
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import adamw
@@ -38,14 +39,16 @@ from accessory.train.recompute import recompute_activations
 from accessory.train.run_log import RunLog
 from accessory.train.sharding import device_mesh
 from accessory.train.shelf import Shelf
-from accessory.train.snapshot import over_all_ranks, seed_rank
+from accessory.train.snapshot import seed_rank
 from accessory.train.space import say_space
-from accessory.train.state import StateStore
+from accessory.train.validation import split_held_out
 
 logger = logging.getLogger(__name__)
 
 # How long all ranks together wait for one another: one may be reading a large checkpoint.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+# A rank that has written its part, or needs no tokenising, waits for the slowest one; a death is noticed at once.
+_PATIENCE = timedelta(hours=8)
 
 
 def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruption | None = None) -> Stop:
@@ -75,20 +78,23 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         folder = agreed(everyone, lambda: stack.enter_context(held(output)) if everyone.is_first else None)
         if folder is not None:
             interruption.at_the_end = folder.tidy_before_the_end
-        store = StateStore(
-            options.checkpoints, state, keep_last=options.keep_last, without_frozen=options.only_save_trainable
+        world = over_all_ranks(state, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        stack.callback(dist.destroy_process_group, world.mp_group)
+        store = Checkpointer(
+            options.checkpoints, state, world, keep_last=options.keep_last, without_frozen=options.only_save_trainable
         )
-        stack.callback(store.close)
-        world = store.world
+        stack.callback(store.wait)
+        store.check_folder()
         resumed = _state_to_resume(options, store)
-        agreed(world, lambda: _begin(options, output, resumed) if world.is_first else None)
+        on_first(world, partial(_begin, options, output, resumed))
         # 2. All that can be wrong with model and data, before long work.
         pretrained = agreed(world, lambda: _resolve(options, state))
         if resumed is None:
             agreed(world, lambda: _check_weights(pretrained))
         progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
         asked = agreed(world, lambda: _asked_form(options, pretrained))
-        data, sampler = _data(options, launch, pretrained, asked, store)
+        data, held_out = _data(options, launch, pretrained, asked, world)
+        sampler = agreed(world, partial(_sampler, options, data, world))
         form = agreed(world, lambda: trained_form(pretrained.tokenizer, pretrained.paths, asked, data.prompt_form))
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
@@ -98,7 +104,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # A training state may leave out what is frozen.
         model = _build(options, pretrained, state, fill=resumed is None or pretrained.args.peft is not None)
         optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
-        loop = FinetuneLoop(options, model, optimizer, data, sampler, store, form)
+        loop = FinetuneLoop(options, model, optimizer, data, held_out, sampler, store, form)
         logger.info("%s", describe_trainable(model))
         without_matrix = warning_without_matrix(pretrained.args)
         if without_matrix is not None and world.is_first:
@@ -106,7 +112,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 4. Steps, from where an earlier run stopped.
         if resumed is not None:
             loop.resume(resumed)
-        agreed(world, lambda: write_json(output / OPTIONS, dataclasses.asdict(options)) if world.is_first else None)
+        on_first(world, partial(write_json, output / OPTIONS, dataclasses.asdict(options)))
         logger.info("%s", loop.describe())
         if folder is not None:
             say_space(loop.plan(output), output)
@@ -143,7 +149,7 @@ def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None
         shelf.begin()
 
 
-def _state_to_resume(options: FinetuneOptions, store: StateStore) -> Path | None:
+def _state_to_resume(options: FinetuneOptions, store: Checkpointer) -> Path | None:
     found = store.latest() if options.auto_resume else None
     say = logger.warning if store.world.is_first else logger.debug
     if found is not None and options.resume is not None:
@@ -236,11 +242,13 @@ def _refuse_another_form(form: Form | None, saved: str | None, resumed: Path | N
 
 
 def _data(
-    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, form: Form | None, store: StateStore
-) -> tuple[FinetuneData, StepSampler]:
-    def load() -> FinetuneData:
+    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, form: Form | None, world: ParallelState
+) -> tuple[FinetuneData, FinetuneData | None]:
+    """The examples to learn from, and those that are held out."""
+
+    def load(config: str) -> FinetuneData:
         return load_finetune_data(
-            options.data_config,
+            config,
             pretrained.tokenizer,
             dialog=options.dialog,
             form=form,
@@ -251,15 +259,21 @@ def _data(
             progress=launch.rank == 0,
         )
 
-    def sample(data: FinetuneData) -> StepSampler:
-        global_batch = options.batch_size * options.accum_iter * (store.world.mp_size // options.model_parallel_size)
-        return StepSampler(data.lengths, global_batch, seed=options.seed)
+    def load_alike(config: str) -> FinetuneData:
+        # One process of each host tokenises, and finds what is wrong; the others map its files.
+        first = agreed(world, lambda: load(config) if launch.local_rank == 0 else None)
+        data = agreed(world, lambda: first or load(config))
+        agreed(world, partial(_see_that_data_are_alike, data, world))
+        return data
 
-    # One process of each host tokenises, and finds what is wrong; the others map its files.
-    first = agreed(store.world, lambda: load() if launch.local_rank == 0 else None)
-    data = agreed(store.world, lambda: first or load())
-    agreed(store.world, partial(_see_that_data_are_alike, data, store.world))
-    return data, agreed(store.world, lambda: sample(data))
+    data = load_alike(options.data_config)
+    other = None if options.eval_data_config is None else load_alike(options.eval_data_config)
+    return agreed(world, partial(split_held_out, data, other, options, pretrained.tokenizer))
+
+
+def _sampler(options: FinetuneOptions, data: FinetuneData, world: ParallelState) -> StepSampler:
+    global_batch = options.batch_size * options.accum_iter * (world.mp_size // options.model_parallel_size)
+    return StepSampler(data.lengths, global_batch, seed=options.seed)
 
 
 def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:

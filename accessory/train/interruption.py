@@ -42,6 +42,11 @@ class Stop(enum.IntEnum):
     def reason(self) -> str:
         return {Stop.SIGNAL: "a signal", Stop.CTRL_C: "Ctrl-C"}.get(self, "the launcher is gone")
 
+    def describe(self, done: int, end: int, saved: Path | None) -> str:
+        """What a run says last that stops after ``done`` of ``end`` steps, with its state ``saved``."""
+        left = "the model is still to be written" if done == end else f"{end - done} steps are left"
+        return f"stopped after step {done} ({self.reason}), {left}: saved as {saved}, go on with --auto_resume"
+
 
 _STOPS = {
     signal.SIGINT: Stop.CTRL_C,

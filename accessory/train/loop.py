@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from accessory.data.collate import collate
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import agreed
+from accessory.parallel.state import agreed, on_first, over_all_ranks
 from accessory.text.forms import Form
-from accessory.train.export import drop_older_models, export_checkpoint, model_due
+from accessory.train.checkpointer import Checkpointer
+from accessory.train.export import BEST, drop_older_models, export_checkpoint, model_due
 from accessory.train.flops import flops_per_token, peak_flops
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
@@ -24,10 +26,9 @@ from accessory.train.optim import CosineSchedule
 from accessory.train.options import FinetuneOptions
 from accessory.train.precision import COMPUTE_DTYPES, loss_scaler
 from accessory.train.run_log import RunLog
-from accessory.train.snapshot import over_all_ranks
 from accessory.train.space import Plan
-from accessory.train.state import StateStore
 from accessory.train.trainer import MicroBatches, StepResult, train_step
+from accessory.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class FinetuneLoop:
         model: MetaModel,
         optimizer: torch.optim.Optimizer,
         data: FinetuneData,
+        held_out: FinetuneData | None,
         sampler: StepSampler,
-        store: StateStore,
+        store: Checkpointer,
         form: Form | None = None,
     ) -> None:
         self.options, self.model, self.optimizer, self.form = options, model, optimizer, form
@@ -58,6 +60,7 @@ class FinetuneLoop:
         per_epoch = sampler.steps_per_epoch
         total = per_epoch * options.epochs
         warmup = options.warmup_epochs * per_epoch
+        self.validation = Validation(options, held_out, per_epoch=per_epoch)
         self.schedule = CosineSchedule(steps=total, lr=options.lr, min_lr=options.min_lr, warmup=warmup)
         self.end = min(total, options.max_steps or total)
         # A token sees half of its example's, and longer examples have more of them.
@@ -103,7 +106,9 @@ class FinetuneLoop:
         self.done = progress["step"]
         if self.scaler is not None and progress["scaler"] is not None:
             self.scaler.load_state_dict(progress["scaler"])
+        self.validation.resume(progress.get("validation"))
         logger.info("resuming %s after step %d", path, self.done)
+        self._end_where_given_up()
         name = self._model_due()
         # The run was stopped, or killed, before it came to that. Hosts may call the folder by other names.
         if name is not None and self._on_any_rank(path.parent == self.store.folder and not self._model(name).exists()):
@@ -111,25 +116,20 @@ class FinetuneLoop:
 
     def run(self, log: RunLog, interruption: Interruption) -> Stop:
         """Take all steps up to the end; returns why it stopped before, which is said last: the log is closed then."""
+        self._validate_where_due(log)
         last = time.perf_counter()
         for examples in self._upcoming():
             result, lr = self._step(examples)
             stop, memory = self._exchange(interruption)
-            now = time.perf_counter()
-            log.step(self._metrics(result, lr, now - last, memory))
+            log.step(self._metrics(result, lr, time.perf_counter() - last, memory))
             if stop is not Stop.NO:
                 interruption.saves = True
                 self._save(asynchronous=False)
                 log.close()
                 if self.store.world.is_first:
-                    left = (
-                        "the model is still to be written"
-                        if self.done == self.end
-                        else f"{self.end - self.done} steps are left"
-                    )
-                    where = f"saved as {self.store.last_saved()}, go on with --auto_resume"
-                    logger.warning("stopped after step %d (%s), %s: %s", self.done, stop.reason, left, where)
+                    logger.warning("%s", stop.describe(self.done, self.end, self.store.last_saved()))
                 return stop
+            self._validate_where_due(log)
             self._save_where_due()
             last = time.perf_counter()
         interruption.saves = True
@@ -187,24 +187,38 @@ class FinetuneLoop:
         return Stop(int(asked)), memory
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, memory: float) -> StepMetrics:
-        state, peak = self.model.llma.state, self.peak_flops
-        speed = result.tokens / seconds
-        ranks = state.dp_size * state.mp_size
+        state, peak, measured = self.model.llma.state, self.peak_flops, result._asdict()
+        speed = measured.pop("tokens") / seconds
         return StepMetrics(
             step=self.done,
             epoch=self.done / self.sampler.steps_per_epoch,
-            loss=result.loss,
-            balance_loss=result.balance_loss,
-            z_loss=result.z_loss,
             lr=lr,
-            grad_norm=result.grad_norm,
             tokens_per_s=speed,
             memory=memory,
-            mfu=None if peak is None else speed * self.flops_per_token / (peak * ranks),
-            loss_scale=result.loss_scale,
-            skipped=result.skipped,
-            pairs_LE=result.pairs_LE,
+            mfu=None if peak is None else speed * self.flops_per_token / (peak * state.dp_size * state.mp_size),
+            **measured,
         )
+
+    def _validate_where_due(self, log: RunLog) -> None:
+        """Measure the held-out data; keep the best model, and end where there has been none for long, as asked.
+
+        A run that is killed before the next save comes here again, with the same model and what it knew then.
+        """
+        if not self.validation.due(self.done, self.end):
+            return
+        measured, better = self.validation.evaluate(self.model, self.done)
+        log.evaluation(self.done, self.done / self.sampler.steps_per_epoch, measured.numbers())
+        if better and self.options.keep_best:
+            self._write_model(BEST)
+        self._end_where_given_up()
+
+    def _end_where_given_up(self) -> None:
+        if self.validation.gives_up and self.done < self.end:
+            logger.info(
+                "early end after step %d: no lower held-out loss than %.4f in %d evaluations",
+                *(self.done, self.validation.best, self.validation.since),
+            )
+            self.end = self.done
 
     def _save_where_due(self) -> None:
         """Model and training state at the end, at epochs' ends and at intervals within one.
@@ -223,23 +237,22 @@ class FinetuneLoop:
     def _model(self, name: str) -> Path:
         return Path(self.options.output_dir) / name
 
-    def _export(self, name: str) -> None:
-        only_trainable = self.options.only_save_trainable
+    def _write_model(self, name: str) -> None:
         export_checkpoint(
             self.model,
             self._model(name),
             dtype=self.dtype,
             form=self.form,
-            only_trainable=only_trainable,
+            only_trainable=self.options.only_save_trainable,
             to=self.options.export_form,
         )
+
+    def _export(self, name: str) -> None:
+        self._write_model(name)
+        keep_last, keep_models = self.options.keep_last, self.options.keep_models
+        drop = partial(drop_older_models, self._model(name), keep_last=keep_last, keep_models=keep_models)
         # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
-        world, options = over_all_ranks(self.model.llma.state), self.options
-
-        def drop() -> None:
-            drop_older_models(self._model(name), keep_last=options.keep_last, keep_models=options.keep_models)
-
-        agreed(world, lambda: drop() if world.is_first else None)
+        on_first(over_all_ranks(self.model.llma.state), drop)
 
     def _save(self, *, asynchronous: bool) -> None:
         progress = {
@@ -247,6 +260,7 @@ class FinetuneLoop:
             "sampler": self.sampler.state(self.epoch, self.step_of_epoch),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "form": None if self.form is None else self.form.digest,
+            "validation": self.validation.state(),
         }
         name = f"step-{self.done:08d}"
         self.store.save(self.model, self.optimizer, progress, name, asynchronous=asynchronous)

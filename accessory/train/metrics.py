@@ -67,8 +67,8 @@ class StepMetrics:
         """The step as a line of log.jsonl: valid JSON, in which a value that is not finite is null.
 
         Returns:
-            step, epoch, then `scalars`; heaviest and lightest, each a list over layers of [expert, share]; and
-            skipped, true, where the step was not taken.
+            step, epoch, then `scalars`; heaviest and lightest, each a list over layers of [expert, share]; experts,
+            each one's share, mean over layers; and skipped, true, where the step was not taken.
         """
         numbers = {"epoch": self.epoch, **self.scalars()}
         shares_LE = self.shares()
@@ -77,6 +77,7 @@ class StepMetrics:
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
             "heaviest": [[expert, round(share, _SHARE_DIGITS)] for expert, share in heaviest(shares_LE)],
             "lightest": [[expert, round(share, _SHARE_DIGITS)] for expert, share in lightest(shares_LE)],
+            "experts": [round(share, _SHARE_DIGITS) for share in shares_LE.mean(0).tolist()],
         }
         if self.skipped:
             record["skipped"] = True

@@ -1,12 +1,15 @@
 """What a finetuning run is told: names as users' scripts have them, checked before any work; without torch."""
 
+# ruff: noqa: RUF009  (_option makes a field)
+
 import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin
 
 from accessory.arguments import Parser, add_threads_argument
 from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
@@ -22,90 +25,150 @@ RecomputePolicy = Literal["full", "moe", "none"]
 _MOST, _MOST_SEED = 2**48, 2**64 - 1
 
 
+def _option(
+    group: str, default: Any, text: str, *, least: float | None = None, most: int = _MOST, **arguments: Any
+) -> Any:
+    """A field that is a flag of its name; its type says how the flag is read.
+
+    Args:
+        group: heading of --help under which it stands.
+        text: its help.
+        least, most: bounds of a number.
+        arguments: what argparse is told besides; ``flags``: other spellings.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"group": group, "help": text, "least": least, "most": most, "arguments": arguments},
+    )
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} given: give true or false")
+    return text.lower() == "true"
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in map(str.strip, text.split(",")) if name]
+
+
+_model, _adapter, _data = partial(_option, "model"), partial(_option, "adapters"), partial(_option, "data")
+_steps, _parallel = partial(_option, "optimization"), partial(_option, "parallelism and memory")
+_validation, _output = partial(_option, "validation"), partial(_option, "output")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
-    """The options of a finetuning run; each is a flag of the command, whose help explains it."""
+    """The options of a finetuning run: each is declared here once, and is a flag, a check and a row of the docs."""
 
-    data_config: str
-    llama_config: tuple[str, ...] = ()
-    llama_type: str | None = None
-    tokenizer_path: str | None = None
-    pretrained_path: tuple[str, ...] = ()
-    expert_placement: str = "auto"
+    llama_type: str | None = _model(None, "architecture; by default what the checkpoint's meta.json says")
+    llama_config: tuple[str, ...] = _model((), "config files, merged, the last rules")
+    tokenizer_path: str | None = _model(None, "a tokenizer's file, or a folder with one")
+    pretrained_path: tuple[str, ...] = _model(
+        (), "checkpoint folders, later ones overlay earlier ones; none: train from nothing"
+    )
+    # Their flags are those of all commands (add_quant_flags).
     quant: str | None = None
     group_size: int = 64
     quant_head: bool = False
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    lora_targets: tuple[str, ...] = ()
-    bias_tuning: bool | None = None
-    norm_tuning: bool | None = None
-    max_words: int = 1024
-    dialog: bool = False
-    chat_template: str | None = None
-    ignore_fields: tuple[str, ...] = ()
-    skip_bad_records: bool = False
-    batch_size: int = 4
-    accum_iter: int = 1
-    epochs: int = 1
-    max_steps: int | None = None
-    lr: float = 2e-5
-    min_lr: float = 0.0
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    load_balancing_weight: float | None = None
-    z_loss_weight: float | None = None
-    seed: int = 0
-    model_parallel_size: int = 1
-    data_parallel: DataParallel = "sdp"
-    precision: Precision = "bf16"
-    grad_ckpt_policy: RecomputePolicy = "none"
-    device: str | None = None
-    output_dir: str = "./output_dir"
-    save_interval: int = 1
-    save_iteration_interval: int = 5000
-    keep_last: int = 2
-    keep_models: int | None = None
-    only_save_trainable: bool = False
-    export_form: str = EXPORT_FORMS[0]
-    resume: str | None = None
-    auto_resume: bool = False
+
+    lora_rank: int | None = _adapter(
+        None,
+        "train low-rank updates (LoRA) of this width above frozen weights, and nothing else unless asked for",
+        metavar="R",
+    )
+    lora_alpha: float | None = _adapter(None, "the updates are scaled by A / R; by default R", metavar="A")
+    lora_dropout: float | None = _adapter(None, "share of an update's inputs that is set to 0", metavar="P")
+    lora_targets: tuple[str, ...] = _adapter(
+        (), "matrices that get updates (default: both)", choices=LORA_TARGETS, metavar="|".join(LORA_TARGETS)
+    )
+    bias_tuning: bool | None = _adapter(None, "train a bias for every matrix")
+    norm_tuning: bool | None = _adapter(None, "train the norms")
+
+    data_config: str = _data(MISSING, "yaml file that lists the data files")
+    dialog: bool = _data(False, "records are dialogues; Alpaca records are refused")
+    chat_template: str | None = _data(
+        None,
+        "form of all prompts: default, alpaca, mixtral-instruct, a template's file, or model for the checkpoint's own "
+        "template (default: dialogues in the default form, Alpaca records in theirs)",
+        metavar="NAME|FILE",
+        flags=("--chat-template",),
+    )
+    ignore_fields: tuple[str, ...] = _data(
+        (), "fields of records to pass over, separated by commas", type=_names, nargs=None, metavar="A,B"
+    )
+    max_words: int = _data(1024, "tokens of an example at most; the rest is cut", least=3)
+    skip_bad_records: bool = _data(False, "leave bad records out, and list them")
+
+    batch_size: int = _steps(4, "examples of a data-parallel rank's micro-batch", least=1)
+    accum_iter: int = _steps(1, "micro-batches of an optimizer step", least=1)
+    epochs: int = _steps(1, "passes over the data", least=1)
+    max_steps: int | None = _steps(None, "end after so many optimizer steps; the schedule follows --epochs", least=1)
+    lr: float = _steps(2e-5, "highest learning rate", least=0)
+    min_lr: float = _steps(0.0, "learning rate at the end", least=0)
+    warmup_epochs: float = _steps(0.0, "epochs, or a part of one, until --lr", least=0)
+    weight_decay: float = _steps(0.0, "of AdamW, for matrices", least=0)
+    clip_grad: float = _steps(1.0, "limit of the gradients' norm; 0 or less: off", least=-math.inf)
+    load_balancing_weight: float | None = _steps(None, "in place of the config's", least=0)
+    z_loss_weight: float | None = _steps(None, "weight of the router's z-loss, in place of the config's", least=0)
+    seed: int = _steps(0, "of the data order, of dropout and of new weights", least=0, most=_MOST_SEED)
+
+    model_parallel_size: int = _parallel(1, "ranks that hold one model together", least=1)
+    data_parallel: DataParallel = _parallel(
+        "sdp", "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
+    )
+    expert_placement: str = _parallel("auto", "auto, expert or tensor")
+    precision: Precision = _parallel("bf16", "of the products; weights and optimizer are float32")
+    grad_ckpt_policy: RecomputePolicy = _parallel(
+        "none", "what is computed again in the backward pass: full (each block), moe (its experts), none"
+    )
+    device: str | None = _parallel(None, "by default CUDA where every rank has a card", choices=("cpu", "cuda"))
+
+    eval_data_config: str | None = _validation(
+        None, "yaml file of the held-out data, on which loss, perplexity and token accuracy are measured"
+    )
+    eval_ratio: float | None = _validation(
+        None, "share of --data_config's records that is held back for that, the same in every run", metavar="R"
+    )
+    eval_interval: int | None = _validation(
+        None, "optimizer steps between evaluations (default: those of an epoch); the last step has one", least=1
+    )
+    eval_first: bool = _validation(False, "evaluate before the first step too")
+    keep_best: bool = _validation(False, "keep the model of the lowest held-out loss in output_dir/best")
+    early_stop: int | None = _validation(
+        None, "end after so many evaluations in a row without a lower loss", least=1, metavar="N"
+    )
+
+    output_dir: str = _output("./output_dir", "folder of the run, shared by all hosts")
+    save_interval: int = _output(1, "epochs between saves", least=1)
+    save_iteration_interval: int = _output(5000, "micro-batches between saves within an epoch; 0: none", least=0)
+    keep_last: int = _output(2, "training states, and models of within an epoch, that stay", least=1)
+    keep_models: int | None = _output(
+        None, "models of epochs' ends that stay, the newest (default: all)", least=1, metavar="N"
+    )
+    only_save_trainable: bool = _output(False, "leave frozen weights out")
+    export_form: str = _output(
+        EXPORT_FORMS[0],
+        f"form of the models: {', '.join(EXPORT_FORMS[:-1])} or {EXPORT_FORMS[-1]}, which others load",
+        choices=EXPORT_FORMS,
+        metavar="FORM",
+    )
+    resume: str | None = _output(None, "training state, or output_dir of another run, to go on from")
+    auto_resume: bool = _output(False, "go on from output_dir's last state, if there is one")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("batch_size", 1), ("accum_iter", 1), ("epochs", 1), ("max_steps", 1), ("max_words", 3)),
-            *(("model_parallel_size", 1), ("save_interval", 1), ("save_iteration_interval", 0), ("keep_last", 1)),
-            ("keep_models", 1),
-            *(("lr", 0), ("min_lr", 0), ("warmup_epochs", 0), ("weight_decay", 0), ("seed", 0)),
-            *(("load_balancing_weight", 0), ("z_loss_weight", 0), ("clip_grad", -math.inf)),
-        ):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            whole = isinstance(value, int)  # of any size, where isfinite wants a float's
-            if not ((whole or math.isfinite(value)) and value >= least):
-                fit = f"{least} or more" if whole or math.isfinite(value) else "a finite number"
-                raise ValueError(f"--{name} is {shown(value)}: give {fit}")
-            if whole and value > (most := _MOST_SEED if name == "seed" else _MOST):
-                raise ValueError(f"--{name} is {shown(value)}: give {most} at most")
+        for option in dataclasses.fields(self):
+            if option.metadata.get("least") is not None:
+                _check_bounds(option, getattr(self, option.name))
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
         self._check_adapters()
+        self._check_validation()
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
-        for name in (
-            "data_config",
-            "llama_config",
-            "tokenizer_path",
-            "pretrained_path",
-            "output_dir",
-            "resume",
-            "chat_template",
-        ):
-            given = getattr(self, name)
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name)
             if given == "" or (isinstance(given, tuple) and "" in given):
-                raise ValueError(f"--{name} is given an empty name: is a variable of your script not set?")
+                raise ValueError(f"--{option.name} is given an empty name: is a variable of your script not set?")
         try:
             self.output_dir.encode()
         except UnicodeEncodeError as error:  # PyTorch would find it out when the first model is written
@@ -122,6 +185,21 @@ class FinetuneOptions:
                 f"--{next(iter(given))} is about adapters, which --llama_type {self.llama_type} does not have: leave "
                 "--llama_type out"
             )
+
+    def _check_validation(self) -> None:
+        if self.eval_ratio is not None and not 0 < self.eval_ratio < 1:
+            raise ValueError(f"--eval_ratio is {self.eval_ratio}: give a share of the records over 0 and below 1")
+        if self.eval_ratio is not None and self.eval_data_config is not None:
+            raise ValueError("--eval_ratio holds back records and --eval_data_config names others: give one of them")
+        if not self.evaluates:
+            for name in ("eval_interval", "eval_first", "keep_best", "early_stop"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} needs held-out data: give --eval_ratio 0.01 or --eval_data_config YAML")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out data."""
+        return self.eval_data_config is not None or self.eval_ratio is not None
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> Self:
@@ -179,15 +257,21 @@ def add_finetune_flags(parser: Parser) -> None:
     """Give a parser the flags of a run, for `FinetuneOptions.of`; a flag that is not given has the field's default."""
     parser.usage = "%(prog)s --data_config YAML [--pretrained_path FOLDER] [OPTIONS]   (--help lists them)"
     parser.needed.append(("--pretrained_path", "--llama_config"))
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_adapter_flags(parser.add_argument_group("adapters"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_optimizer_flags(parser.add_argument_group("optimization"))
-    _add_parallel_flags(parser.add_argument_group("parallelism and memory"))
-    _add_output_flags(parser.add_argument_group("output"))
-    defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
-    del defaults["data_config"], defaults["grad_ckpt_policy"]  # the one is required, --checkpointing sets the other
-    parser.set_defaults(**defaults)
+    options = dataclasses.fields(FinetuneOptions)
+    for heading in dict.fromkeys(option.metadata["group"] for option in options if option.metadata):
+        group = parser.add_argument_group(heading)
+        for option in options:
+            if option.metadata.get("group") == heading:
+                _add_flag(group, option)
+        for name, (where, settings) in _BESIDE.items():
+            if where == heading:
+                group.add_argument(f"--{name}", **settings)
+        if heading == "model":
+            add_quant_flags(group)
+        elif heading == "parallelism and memory":
+            add_threads_argument(group)
+    defaults = {option.name: option.default for option in options if option.default is not MISSING}
+    parser.set_defaults(**defaults | {"grad_ckpt_policy": None})  # which --checkpointing may set as well
 
 
 def finetune_parser() -> argparse.ArgumentParser:
@@ -201,98 +285,56 @@ def finetune_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--llama_type", help="architecture; by default what the checkpoint's meta.json says")
-    group.add_argument("--llama_config", nargs="+", help="config files, merged, the last rules")
-    group.add_argument("--tokenizer_path", help="a tokenizer's file, or a folder with one")
-    help_text = "checkpoint folders, later ones overlay earlier ones; none: train from nothing"
-    group.add_argument("--pretrained_path", nargs="+", help=help_text)
-    group.add_argument("--pretrained_type", choices=["consolidated"], help="accepted; the form is recognised")
-    group.add_argument("--no_visual", action="store_true", help="accepted; Mixtral reads no images")
-    add_quant_flags(group)
+# Flags that are no options of their own, each with its group.
+_BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "pretrained_type": ("model", {"choices": ["consolidated"], "help": "accepted; the form is recognised"}),
+    "no_visual": ("model", {"action": "store_true", "help": "accepted; Mixtral reads no images"}),
+    "cache_ann_on_disk": ("data", {"action": "store_true", "help": "accepted; tokens always lie in mapped files"}),
+    "num_workers": ("data", {"type": int, "help": "accepted; mapped files need no workers"}),
+    "pin_mem": ("data", {"action": "store_true", "help": "accepted; batches are small"}),
+    "no_pin_mem": ("data", {"action": "store_true", "help": "accepted; batches are small"}),
+    "checkpointing": (
+        "parallelism and memory",
+        {"action": "store_true", "help": "the same as --grad_ckpt_policy full"},
+    ),
+}
 
 
-def _add_adapter_flags(group: argparse._ArgumentGroup) -> None:
-    help_text = "train low-rank updates (LoRA) of this width above frozen weights, and nothing else unless asked for"
-    group.add_argument("--lora_rank", type=int, metavar="R", help=help_text)
-    group.add_argument("--lora_alpha", type=float, metavar="A", help="the updates are scaled by A / R; by default R")
-    group.add_argument("--lora_dropout", type=float, metavar="P", help="share of an update's inputs that is set to 0")
-    help_text, names = "matrices that get updates (default: both)", "|".join(LORA_TARGETS)
-    group.add_argument("--lora_targets", nargs="+", choices=LORA_TARGETS, metavar=names, help=help_text)
-    for name, what in (("bias_tuning", "a bias for every matrix"), ("norm_tuning", "the norms")):
-        help_text = f"train {what}"
-        group.add_argument(f"--{name}", nargs="?", const=True, type=_truth, metavar="true|false", help=help_text)
-        help_text = f"do not {help_text}"
-        group.add_argument(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", help=help_text)
+def _add_flag(group: argparse._ArgumentGroup, option: "dataclasses.Field[Any]") -> None:
+    """Give a group of the parser an option's flag, and one that switches it off where it may also be left open."""
+    settings = {"help": option.metadata["help"], **option.metadata["arguments"]}
+    names = (f"--{option.name}", *settings.pop("flags", ()))
+    if option.type == bool | None:
+        group.add_argument(*names, nargs="?", const=True, type=_truth, metavar="true|false", **settings)
+        text = f"do not {option.metadata['help']}"
+        group.add_argument(
+            f"--no_{option.name}", f"--no-{option.name}", dest=option.name, action="store_false", help=text
+        )
+        return
+    if option.type is bool:
+        settings["action"] = "store_true"
+    elif option.type in _NUMBERS:
+        settings["type"] = _NUMBERS[option.type]
+    elif get_origin(option.type) is tuple:
+        settings = {"nargs": "+", **settings}
+    elif get_origin(option.type) is Literal:
+        settings["choices"] = get_args(option.type)
+    if option.default is MISSING:
+        settings["required"] = True
+    group.add_argument(*names, **settings)
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} given: give true or false")
-    return text.lower() == "true"
+_NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
 
 
-def _add_data_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data_config", required=True, help="yaml file that lists the data files")
-    group.add_argument("--dialog", action="store_true", help="records are dialogues; Alpaca records are refused")
-    help_text = (
-        "form of all prompts: default, alpaca, mixtral-instruct, a template's file, or model for the checkpoint's own "
-        "template (default: dialogues in the default form, Alpaca records in theirs)"
-    )
-    group.add_argument("--chat_template", "--chat-template", metavar="NAME|FILE", help=help_text)
-    help_text = "fields of records to pass over, separated by commas"
-    group.add_argument("--ignore_fields", type=_names, metavar="A,B", help=help_text)
-    group.add_argument("--max_words", type=int, help="tokens of an example at most; the rest is cut")
-    group.add_argument("--skip_bad_records", action="store_true", help="leave bad records out, and list them")
-    group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted; tokens always lie in mapped files")
-    group.add_argument("--num_workers", type=int, help="accepted; mapped files need no workers")
-    group.add_argument("--pin_mem", action="store_true", help="accepted; batches are small")
-    group.add_argument("--no_pin_mem", action="store_true", help="accepted; batches are small")
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in map(str.strip, text.split(",")) if name]
-
-
-def _add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch_size", type=int, help="examples of a data-parallel rank's micro-batch")
-    group.add_argument("--accum_iter", type=int, help="micro-batches of an optimizer step")
-    group.add_argument("--epochs", type=int, help="passes over the data")
-    group.add_argument("--max_steps", type=int, help="end after so many optimizer steps; the schedule follows --epochs")
-    group.add_argument("--lr", type=float, help="highest learning rate")
-    group.add_argument("--min_lr", type=float, help="learning rate at the end")
-    group.add_argument("--warmup_epochs", type=float, help="epochs, or a part of one, until --lr")
-    group.add_argument("--weight_decay", type=float, help="of AdamW, for matrices")
-    group.add_argument("--clip_grad", type=float, help="limit of the gradients' norm; 0 or less: off")
-    group.add_argument("--load_balancing_weight", type=float, help="in place of the config's")
-    group.add_argument("--z_loss_weight", type=float, help="weight of the router's z-loss, in place of the config's")
-    group.add_argument("--seed", type=int, help="of the data order, of dropout and of new weights")
-
-
-def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model_parallel_size", type=int, help="ranks that hold one model together")
-    help_text = "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
-    group.add_argument("--data_parallel", choices=get_args(DataParallel), help=help_text)
-    group.add_argument("--expert_placement", help="auto, expert or tensor")
-    help_text = "of the products; weights and optimizer are float32"
-    group.add_argument("--precision", choices=get_args(Precision), help=help_text)
-    group.add_argument("--checkpointing", action="store_true", help="the same as --grad_ckpt_policy full")
-    help_text = "what is computed again in the backward pass: full (each block), moe (its experts), none"
-    group.add_argument("--grad_ckpt_policy", choices=get_args(RecomputePolicy), help=help_text)
-    group.add_argument("--device", choices=["cpu", "cuda"], help="by default CUDA where every rank has a card")
-    add_threads_argument(group)
-
-
-def _add_output_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", help="folder of the run, shared by all hosts")
-    group.add_argument("--save_interval", type=int, help="epochs between saves")
-    help_text = "micro-batches between saves within an epoch; 0: none"
-    group.add_argument("--save_iteration_interval", type=int, help=help_text)
-    group.add_argument("--keep_last", type=int, help="training states, and models of within an epoch, that stay")
-    help_text = "models of epochs' ends that stay, the newest (default: all)"
-    group.add_argument("--keep_models", type=int, metavar="N", help=help_text)
-    help_text = f"form of the models: {', '.join(EXPORT_FORMS[:-1])} or {EXPORT_FORMS[-1]}, which others load"
-    group.add_argument("--export_form", choices=EXPORT_FORMS, metavar="FORM", help=help_text)
-    group.add_argument("--only_save_trainable", action="store_true", help="leave frozen weights out")
-    group.add_argument("--resume", help="training state, or output_dir of another run, to go on from")
-    group.add_argument("--auto_resume", action="store_true", help="go on from output_dir's last state, if there is one")
+def _check_bounds(option: "dataclasses.Field[Any]", value: float | None) -> None:
+    """Raise ValueError where a number that is given lies outside of its option's bounds."""
+    name, least, most = option.name, option.metadata["least"], option.metadata["most"]
+    if value is None:
+        return
+    whole = isinstance(value, int)  # of any size, where isfinite wants a float's
+    if not ((whole or math.isfinite(value)) and value >= least):
+        fit = f"{least} or more" if whole or math.isfinite(value) else "a finite number"
+        raise ValueError(f"--{name} is {shown(value)}: give {fit}")
+    if whole and value > most:
+        raise ValueError(f"--{name} is {shown(value)}: give {most} at most")

@@ -12,7 +12,7 @@ from accessory.config import read_json
 from accessory.files import locked, make_folders, remove_empty, remove_leftovers
 from accessory.log import setup_logging
 from accessory.text.form_files import META_NAME
-from accessory.train.export import export_name, left_aside
+from accessory.train.export import BEST, export_name, left_aside
 from accessory.train.run_log import LINES, PICTURE
 from accessory.train.shelf import Shelf
 
@@ -122,8 +122,8 @@ def refuse_earlier_run(folder: Path) -> None:
         FileExistsError: there are checkpoints or models.
     """
     states, models = (
-        sorted(folder.glob(names), key=lambda path: path.stat().st_mtime_ns)
-        for names in (f"{Shelf.CHECKPOINTS}/[!.]*/{Shelf.INDEX}", f"epoch*/{META_NAME}")
+        sorted((path for name in names for path in folder.glob(name)), key=lambda path: path.stat().st_mtime_ns)
+        for names in ([f"{Shelf.CHECKPOINTS}/[!.]*/{Shelf.INDEX}"], [f"epoch*/{META_NAME}", f"{BEST}/{META_NAME}"])
     )
     if not states and not models:
         return
@@ -151,6 +151,9 @@ def _ended(folder: Path, state: Path) -> str | None:
             return None
         if epoch + whole >= told["epochs"]:
             return f"{epoch + whole} epochs"
-        return f"{steps} steps" if steps >= (told["max_steps"] or math.inf) else None
+        if steps >= (told["max_steps"] or math.inf):
+            return f"{steps} steps"
+        given_up = told.get("early_stop") and progress["validation"]["since"] >= told["early_stop"]
+        return f"early, after {steps} steps" if given_up else None
     except (KeyError, OSError, TypeError, ValueError):  # of a version before, or not ours
         return None

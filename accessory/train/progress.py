@@ -14,7 +14,7 @@ class ProgressBar:
     """A bar below the package's log lines, which are written above it while it is there."""
 
     def __init__(self, *, total_steps: int, first_step: int) -> None:
-        self._stack = contextlib.ExitStack()
+        self._stack, self._held_out = contextlib.ExitStack(), ""
         self._bar = bar(
             self._stack,
             total=total_steps,
@@ -27,10 +27,14 @@ class ProgressBar:
         """Show a step."""
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.3f}, lr {metrics.lr:.1e}, norm {metrics.grad_norm:.2f}, "
-            f"{metrics.tokens_per_s:,.0f} tokens/s, {metrics.memory:.1f} GiB",
+            f"{metrics.tokens_per_s:,.0f} tokens/s, {metrics.memory:.1f} GiB{self._held_out}",
             refresh=False,
         )
         self._bar.update(metrics.step - self._bar.n)
+
+    def held_out(self, loss: float) -> None:
+        """Show an evaluation's loss from the next step on."""
+        self._held_out = f", held-out {loss:.3f}"
 
     def close(self) -> None:
         """Leave the last step on the terminal, and log lines as they were."""
@@ -58,6 +62,9 @@ class ProgressLines:
             self._say(metrics, f", {duration(left)} left" if left else "")
             self._pace.said()
         self._latest = metrics
+
+    def held_out(self, loss: float) -> None:
+        """Nothing: the log has a line of it."""
 
     def close(self) -> None:
         """Say the last step, where that has not been done."""

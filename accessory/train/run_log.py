@@ -1,7 +1,7 @@
 """The record of a finetuning run, written step by step beside its checkpoints.
 
-In output_dir: log.jsonl, one line for each optimizer step; tensorboard/; experts.png, how the experts shared the
-tokens of late.
+In output_dir: log.jsonl, one line for each optimizer step and one for each evaluation; tensorboard/; experts.png, how
+the experts shared the tokens of late.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -95,6 +95,25 @@ class RunLog:
         if metrics.step % self._heatmap_every == 0:
             self._draw()
 
+    def evaluation(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
+        """Write down what was measured of held-out data after a step: each number under its name behind "eval_"."""
+        if not self._open:
+            return
+        numbers = {f"eval_{name}": value for name, value in numbers.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        with self._forgiving():
+            self._lines.add({"step": step, "epoch": epoch, **dict.fromkeys(numbers), **finite})
+        with self._forgiving():
+            if self._events is not None:
+                self._events.add(step, finite)
+        with self._forgiving():
+            self._progress.held_out(numbers["eval_loss"])
+            logger.info(
+                "step %d: held-out loss %.4f, perplexity %.4g, token accuracy %.2f %%, balance %.3f, of %d tokens",
+                *(step, numbers["eval_loss"], numbers["eval_perplexity"], 100 * numbers["eval_token_accuracy"]),
+                *(numbers["eval_balance_loss"], numbers["eval_tokens"]),
+            )
+
     def close(self) -> None:
         """Draw what has not been drawn, and close the files; a second call does nothing."""
         if not self._open:
@@ -171,10 +190,11 @@ class StepLines:
             with replacing(aside) as unfinished:
                 unfinished.write_bytes(content)
             logger.warning("%s held the steps of an earlier run: they are in %s now", self._path, aside.name)
+        # One line of each kind for a step; a run from the begin keeps none, that of step 0 neither.
         kept = {
-            step: line
+            key: line
             for line in content.split(b"\n")
-            if (step := _step_of(line)) is not None and step <= self._first_step
+            if (key := _step_of(line)) is not None and key[0] <= self._first_step > 0
         }
         lines = b"".join(line + b"\n" for line in kept.values())
         if lines != content:
@@ -189,14 +209,14 @@ def _event_file(folder: Path, *, first_step: int) -> "EventFile":
     return EventFile(folder, first_step=first_step)
 
 
-def _step_of(line: bytes) -> int | None:
-    """None where the line is no whole record."""
+def _step_of(line: bytes) -> tuple[int, bool] | None:
+    """The step of a line, and whether it is of an evaluation; None where it is no whole record."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
+    return (step, "eval_loss" in record) if isinstance(step, int) else None
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:

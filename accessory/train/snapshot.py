@@ -1,13 +1,11 @@
 """What a training state consists of: tensors by name, the model's sizes, and the random generators."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
@@ -15,18 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import ParallelState
 
 # Settings of a run, which a resumed one may change.
 _FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight", "lora_dropout")
-
-
-def over_all_ranks(state: ParallelState, group: dist.ProcessGroup | None = None) -> ParallelState:
-    """A state in which all ranks of the run are one group, to agree over; ``group``: other than the default one."""
-    if not dist.is_initialized():
-        return state
-    group = group or dist.group.WORLD
-    return replace(state, mp_group=group, mp_rank=dist.get_rank(), mp_size=dist.get_world_size())
 
 
 def reshard(model: nn.Module) -> None:

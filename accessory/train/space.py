@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from accessory.errors import shown_bytes
+from accessory.train.export import BEST
 from accessory.train.options import FinetuneOptions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Plan:
     epochs: Kind
     within: Kind
     states: Kind
+    best: Kind = Kind(0, 0, 1, 0)
 
     @classmethod
     def of(
@@ -83,11 +85,12 @@ class Plan:
             Kind(at_ends, len(names) - inner, options.keep_models, exported),
             Kind(within, inner, options.keep_last, exported),
             Kind(at_ends + within, states, options.keep_last, saved),
+            Kind(int(options.keep_best), int((output / BEST / "meta.json").exists()), 1, exported),
         )
 
     @property
     def bytes(self) -> int:
-        return self.epochs.bytes + self.within.bytes + self.states.bytes
+        return self.epochs.bytes + self.within.bytes + self.states.bytes + self.best.bytes
 
     def describe(self, output: Path) -> str:
         """One line, which ends with the space that all of it takes at most."""
@@ -95,7 +98,7 @@ class Plan:
         all_stay = self.epochs.keep is None and self.epochs.new > 1
         models = [
             f"{kind.new:,} {where}{every if all_stay and kind is self.epochs else kind.staying}"
-            for kind, where in ((self.epochs, "at epochs' ends"), (self.within, "within epochs"))
+            for kind, where in ((self.epochs, "at epochs' ends"), (self.within, "within epochs"), (self.best, "best"))
             if kind.new
         ]
         return (

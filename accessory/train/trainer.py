@@ -1,6 +1,5 @@
 """One optimizer step of a model that is spread over data- and model-parallel ranks."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ from torch import Tensor
 from accessory.data.collate import Batch
 from accessory.model.meta import MetaModel
 from accessory.parallel.ops import reduce_from_region
-from accessory.parallel.state import on_all_ranks
 from accessory.train.optim import clip_gradients
+from accessory.train.precision import judge_step
 from accessory.train.sharding import set_last_backward
 
 # The micro-batches of one rank for one step; examples and labels alone are rows of a text each.
@@ -72,25 +71,12 @@ def train_step(
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model.parameters(), clip_grad, model.llma.state)
-    finite = math.isfinite(loss + balance + (z_loss or 0.0) + grad_norm)
-    if scaler is None:
-        if not finite:
-            what = f"loss {loss} with gradient norm {grad_norm} is not finite"
-            raise on_all_ranks(FloatingPointError(f"{what}; lower the learning rate or clip the gradients harder"))
-    elif finite:
-        scaler.update()
-    else:
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-        scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
-        if scaler.get_scale() < 1:
-            what = f"loss {loss} overflows float16 at every loss scale down to 1"
-            raise on_all_ranks(FloatingPointError(f"{what}; use --precision bf16 or lower the learning rate"))
-    # Not GradScaler.step: whether a gradient overflowed was found out above, for all ranks together.
-    if finite:
+    taken = judge_step(scaler, loss, balance + (z_loss or 0.0), grad_norm)
+    if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = round(pairs_LE[0].sum().item() / model.llma.args.moe.num_experts_per_tok)
-    return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, loss_scale, skipped=not finite)
+    return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, loss_scale, skipped=not taken)
 
 
 def _gradients(
