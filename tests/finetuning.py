@@ -26,7 +26,7 @@ EXAMPLES, PRODUCT = 53, 8
 PER_EPOCH = 7  # steps, one of them smaller
 
 # What a line of log.jsonl says about the machine and not about the model.
-OF_THE_MACHINE = ("tokens_per_s", "memory", "mfu")
+OF_THE_MACHINE = ("tokens_per_s", "learned_per_s", "memory", "mfu")
 
 
 @dataclass(frozen=True)

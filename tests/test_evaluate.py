@@ -198,6 +198,8 @@ def write_run(folder: Path, *, steps: int, held_out: bool = True) -> Path:
                     lr=1e-3,
                     grad_norm=math.nan if step == 2 else 1.0,
                     tokens_per_s=100.0,
+                    learned_per_s=50.0,
+                    padding=0.0,
                     memory=1.0,
                     pairs_LE=torch.tensor([[1.0, 2, 3, 2], [4.0, 2, 1, 1]]),
                 )

@@ -314,6 +314,12 @@ def _(folder, good):
     return {"chat_template": "vicuna"}
 
 
+@case("endless", "--packing: in the form of --chat_template ", "an answer has no end", "or leave --packing out")
+def _(folder, good):
+    (folder / "endless.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    return {"chat_template": folder / "endless.jinja", "packing": True}
+
+
 @case("no template", "chat_template model: no chat template lies in", "base: give a file or a name")
 def _(folder, good):
     return {"chat_template": "model"}

@@ -142,6 +142,22 @@ def test_a_step_of_other_examples_is_refused(ranks: Pools, setting: Setting, sto
     assert_same(state_tensors(latest_state(output)), before)
 
 
+def test_a_packed_run_goes_on_with_the_same_rows(ranks: Pools, setting: Setting, tmp_path: Path) -> None:
+    for split in ((1, 1), (2, 2)):
+        whole, broken = tmp_path / f"whole {split}", tmp_path / f"broken {split}"
+        train(ranks, setting, whole, layout(*split), max_steps=7, packing=True)
+        for end in (3, 7):
+            train(ranks, setting, broken, layout(*split), max_steps=end, packing=True, auto_resume=True)
+        assert log_lines(broken) == log_lines(whole)
+        assert_same(state_tensors(latest_state(broken)), state_tensors(latest_state(whole)))
+    assert losses(whole) == pytest.approx(losses(tmp_path / "whole (1, 1)"), rel=1e-4)
+    assert json.loads((whole / "log.jsonl").read_text().splitlines()[0])["epoch"] > 1 / PER_EPOCH  # fewer steps
+    arguments = setting.arguments(whole, **{**layout(1, 1), "auto_resume": True})
+    kind, text = ranks(1).run(error_on_rank, setting, arguments)[0]
+    assert kind == "ValueError"
+    assert text.endswith("now it is each example in a row of its own: give its --packing and --max_words")
+
+
 def error_on_rank(setting: Setting, arguments: list[str]) -> tuple[str, str]:
     return error_of(finetune_on_rank, setting, arguments)
 

@@ -48,6 +48,8 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
         "lr": 5e-6,
         "grad_norm": 0.71,
         "tokens_per_s": 12345.0,
+        "learned_per_s": 2345.0,
+        "padding": 0.04,
         "memory": 61.2,
         "pairs_LE": pairs(step),
         **changes,
@@ -109,7 +111,18 @@ def test_a_record_says_what_was_measured() -> None:
     pairs_LE = torch.tensor([[1, 5, 1, 1], [0, 4, 0, 4], [0, 0, 0, 0]])
     record = metrics(2, pairs_LE=pairs_LE).to_record()
     assert list(record) == [
-        *("step", "epoch", "loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "memory"),
+        *(
+            "step",
+            "epoch",
+            "loss",
+            "balance_loss",
+            "lr",
+            "grad_norm",
+            "tokens_per_s",
+            "learned_per_s",
+            "padding",
+            "memory",
+        ),
         *("heaviest", "lightest", "experts"),
     ]
     assert record["experts"] == pytest.approx([0.125 / 3, 1.125 / 3, 0.125 / 3, 0.625 / 3], abs=1e-6)
@@ -448,7 +461,7 @@ def test_lines_come_every_ten_seconds_and_for_the_first_and_last_step(log: pytes
     assert [int(line.split("/")[0].split()[1]) for line in said(log)] == [*range(2971, 3000, 4), 3000]
     assert said(log)[2] == (
         "step 2979/3000 (epoch 0.40): loss 1.234, balance 1.05, lr 5.0e-06, norm 0.71, "
-        "12,345 tokens/s, 61.2 GiB, 1 min 3 s left"
+        "12,345 tokens/s (2,345 learned, 4% padding), 61.2 GiB, 1 min 3 s left"
     )
     assert said(log)[-1].endswith("61.2 GiB")
     count = len(said(log))
@@ -479,7 +492,7 @@ def test_lines_say_what_applies_to_some_runs_only_there(log: pytest.LogCaptureFi
     progress.update(metrics(1, mfu=0.412, loss=math.nan, loss_scale=512.0, skipped=True))
     (line,) = said(log)
     assert "loss nan" in line
-    assert "12,345 tokens/s (MFU 41.2%)" in line
+    assert "12,345 tokens/s (2,345 learned, 4% padding) (MFU 41.2%)" in line
     assert line.endswith("skipped: gradients overflowed at loss scale 512.0")
 
 
@@ -543,7 +556,7 @@ def test_a_terminal_gets_a_bar_that_leaves_log_lines_whole(
     (bar,) = (line for line in screen if "|" in line)
     assert screen.index("WARNING: something happened") < screen.index(bar) < screen.index("INFO: after the bar")
     assert bar.startswith("25/30 |")
-    assert "? left, loss 2.040, lr 5.0e-06, norm 0.71, 12,345 tokens/s, 61.2 GiB" in bar
+    assert "? left, loss 2.040, lr 5.0e-06, norm 0.71, 12,345 tokens/s (2,345 learned, 4% padding), 61.2 GiB" in bar
     assert len(bar) <= 120
     assert [line["step"] for line in lines(tmp_path)] == list(range(21, 26))
 

@@ -16,6 +16,7 @@ from accessory.checkpoint.layouts import written_layout
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
+from accessory.data.packing import PackedSampler
 from accessory.data.sampler import StepSampler
 from accessory.files import write_json
 from accessory.launch.launcher import Launch
@@ -230,7 +231,13 @@ def _asked_form(options: FinetuneOptions, pretrained: Pretrained) -> Form | None
     """The form that --chat_template names; None: the records' own."""
     if options.chat_template is None:
         return None
-    return form_for_training(pretrained.tokenizer, pretrained.paths, options.chat_template)
+    form = form_for_training(pretrained.tokenizer, pretrained.paths, options.chat_template)
+    if options.packing and not form.ends_answers():
+        raise ValueError(
+            f"--packing: in the form of --chat_template {options.chat_template} an answer has no end, and a model "
+            "would not learn to stop: give a template that ends answers, or leave --packing out"
+        )
+    return form
 
 
 def _refuse_another_form(form: Form | None, saved: str | None, resumed: Path | None) -> None:
@@ -273,7 +280,14 @@ def _data(
 
 def _sampler(options: FinetuneOptions, data: FinetuneData, world: ParallelState) -> StepSampler:
     global_batch = options.batch_size * options.accum_iter * (world.mp_size // options.model_parallel_size)
-    return StepSampler(data.lengths, global_batch, seed=options.seed)
+    if not options.packing:
+        return StepSampler(data.lengths, global_batch, seed=options.seed)
+    sampler = PackedSampler(data.lengths, global_batch, room=options.max_words, seed=options.seed)
+    logger.info(
+        "%d examples share %d rows of %d tokens, %.1f%% of them filled",
+        *(len(data), len(sampler.lengths), options.max_words, 100 * sampler.filled),
+    )
+    return sampler
 
 
 def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:

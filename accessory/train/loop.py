@@ -188,12 +188,13 @@ class FinetuneLoop:
 
     def _metrics(self, result: StepResult, lr: float, seconds: float, memory: float) -> StepMetrics:
         state, peak, measured = self.model.llma.state, self.peak_flops, result._asdict()
-        speed = measured.pop("tokens") / seconds
+        speed, learned = measured.pop("tokens") / seconds, measured.pop("learned") / seconds
         return StepMetrics(
             step=self.done,
             epoch=self.done / self.sampler.steps_per_epoch,
             lr=lr,
             tokens_per_s=speed,
+            learned_per_s=learned,
             memory=memory,
             mfu=None if peak is None else speed * self.flops_per_token / (peak * state.dp_size * state.mp_size),
             **measured,

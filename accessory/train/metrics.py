@@ -32,6 +32,8 @@ class StepMetrics:
         lr: learning rate.
         grad_norm: of all gradients together, before clipping.
         tokens_per_s: tokens of all ranks that are not padding.
+        learned_per_s: those of them that the loss is over.
+        padding: share of the rows' places that hold no token, 0 to 1.
         memory: GiB, the highest that any rank has held so far (see `peak_memory_gib`).
         pairs_LE: (layers, experts) pairs of token and expert in this step, on any device.
         z_loss: the router's z-loss before its weight; None where it has no weight.
@@ -47,6 +49,8 @@ class StepMetrics:
     lr: float
     grad_norm: float
     tokens_per_s: float
+    learned_per_s: float
+    padding: float
     memory: float
     pairs_LE: Tensor
     z_loss: float | None = None
@@ -60,7 +64,8 @@ class StepMetrics:
 
     def scalars(self) -> dict[str, float]:
         """The single numbers by name, without step and epoch; those that do not apply are left out."""
-        names = ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "memory", "z_loss", "mfu", "loss_scale")
+        speed = ("tokens_per_s", "learned_per_s", "padding", "memory")
+        names = ("loss", "balance_loss", "lr", "grad_norm", *speed, "z_loss", "mfu", "loss_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to_record(self) -> dict[str, Any]:

@@ -99,8 +99,13 @@ class FinetuneOptions:
     )
     max_words: int = _data(1024, "tokens of an example at most; the rest is cut", least=3)
     skip_bad_records: bool = _data(False, "leave bad records out, and list them")
+    packing: bool = _data(
+        False, "several examples share a row of --max_words tokens, none of them cut and each seeing itself alone"
+    )
 
-    batch_size: int = _steps(4, "examples of a data-parallel rank's micro-batch", least=1)
+    batch_size: int = _steps(
+        4, "rows of a data-parallel rank's micro-batch, each an example, or with --packing several", least=1
+    )
     accum_iter: int = _steps(1, "micro-batches of an optimizer step", least=1)
     epochs: int = _steps(1, "passes over the data", least=1)
     max_steps: int | None = _steps(None, "end after so many optimizer steps; the schedule follows --epochs", least=1)

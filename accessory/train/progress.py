@@ -27,7 +27,7 @@ class ProgressBar:
         """Show a step."""
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.3f}, lr {metrics.lr:.1e}, norm {metrics.grad_norm:.2f}, "
-            f"{metrics.tokens_per_s:,.0f} tokens/s, {metrics.memory:.1f} GiB{self._held_out}",
+            f"{speed(metrics)}, {metrics.memory:.1f} GiB{self._held_out}",
             refresh=False,
         )
         self._bar.update(metrics.step - self._bar.n)
@@ -83,5 +83,10 @@ def describe(metrics: StepMetrics, total_steps: int) -> str:
     return (
         f"step {metrics.step}/{total_steps} (epoch {metrics.epoch:.2f}): loss {metrics.loss:.3f}, "
         f"balance {metrics.balance_loss:.2f}, lr {metrics.lr:.1e}, norm {metrics.grad_norm:.2f}, "
-        f"{metrics.tokens_per_s:,.0f} tokens/s{use}, {metrics.memory:.1f} GiB{skipped}"
+        f"{speed(metrics)}{use}, {metrics.memory:.1f} GiB{skipped}"
     )
+
+
+def speed(metrics: StepMetrics) -> str:
+    """Tokens each second, which of them are learned, and how much of the rows is padding."""
+    return f"{metrics.tokens_per_s:,.0f} tokens/s ({metrics.learned_per_s:,.0f} learned, {metrics.padding:.0%} padding)"

@@ -26,6 +26,8 @@ class StepResult(NamedTuple):
         z_loss: the router's z-loss before its weight, mean over micro-batches; None where it has no weight.
         grad_norm: of all gradients together, before clipping.
         tokens: of all ranks, without padding.
+        learned: those of them that the loss is over.
+        padding: share of the rows' places that hold no token.
         pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert.
         loss_scale: factor on the loss in this step, in float16; None in other dtypes.
         skipped: gradients in float16 overflowed and the step was not taken.
@@ -36,6 +38,8 @@ class StepResult(NamedTuple):
     z_loss: float | None
     grad_norm: float
     tokens: int
+    learned: int
+    padding: float
     pairs_LE: Tensor
     loss_scale: float | None = None
     skipped: bool = False
@@ -67,7 +71,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss_scale = None if scaler is None else scaler.get_scale()
-    loss, balance, z_loss, pairs_LE = _gradients(model, micro_batches, scaler)
+    (loss, balance, z_loss), (learned, places), pairs_LE = _gradients(model, micro_batches, scaler)
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model.parameters(), clip_grad, model.llma.state)
@@ -76,17 +80,34 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = round(pairs_LE[0].sum().item() / model.llma.args.moe.num_experts_per_tok)
-    return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, loss_scale, skipped=not taken)
+    return StepResult(
+        loss,
+        balance,
+        z_loss,
+        grad_norm,
+        tokens=tokens,
+        learned=learned,
+        padding=1 - tokens / places,
+        pairs_LE=pairs_LE,
+        loss_scale=loss_scale,
+        skipped=not taken,
+    )
 
 
 def _gradients(
     model: MetaModel, micro_batches: MicroBatches, scaler: torch.amp.GradScaler | None
-) -> tuple[float, float, float | None, Tensor]:
-    """Backward passes of all micro-batches; losses, and pairs of token and expert, of all data-parallel ranks."""
+) -> tuple[tuple[float, float, float | None], tuple[int, int], Tensor]:
+    """Backward passes of all micro-batches, and what they come to over all data-parallel ranks.
+
+    Returns:
+        Cross-entropy, balance and z-loss; learned tokens, and places of all rows; pairs of token and expert.
+    """
     args, state, count = model.llma.args, model.llma.state, len(micro_batches)
     batches = [Batch(*own) for own in micro_batches]
     learned = [(own.labels[:, 1:] != 0).sum().to(state.device) for own in batches]
-    all_learned = reduce_from_region(torch.stack(learned).sum(), state.dp_group).clamp(min=1)
+    places = sum(own.examples.numel() for own in batches)
+    counts = torch.stack([torch.stack(learned).sum(), torch.tensor(places, device=state.device)])
+    all_learned, all_places = reduce_from_region(counts, state.dp_group)
     sums: dict[str, Tensor] = {}
     pairs_LE = torch.zeros(args.n_layers, args.moe.num_experts, device=state.device)
     for number, (batch, own_learned) in enumerate(zip(batches, learned, strict=True), start=1):
@@ -94,7 +115,7 @@ def _gradients(
         loss, extras, counts_LE = model.training_losses(
             batch.examples.to(state.device), batch.labels.to(state.device), batch.lengths
         )
-        parts = {"loss": loss * (own_learned / all_learned)}
+        parts = {"loss": loss * (own_learned / all_learned.clamp(min=1))}
         total = parts["loss"] + sum(value * weight / count for value, weight in extras.values())
         (total if scaler is None else scaler.scale(total)).backward()
         # These are the same on all data-parallel ranks; the sum below would count them once for each.
@@ -106,4 +127,5 @@ def _gradients(
     of_dp = reduce_from_region(torch.stack(list(sums.values())), state.dp_group)
     of_all = reduce_from_region(of_dp, state.mp_group) / state.mp_size
     losses = dict(zip(sums, of_all.tolist(), strict=True))
-    return losses["loss"], losses["load_balancing"], losses.get("z_loss"), pairs_LE.cpu()
+    found = losses["loss"], losses["load_balancing"], losses.get("z_loss")
+    return found, (int(all_learned), int(all_places)), pairs_LE.cpu()
