@@ -24,26 +24,35 @@ ADAPTER := epoch$(shell expr $(LORA_EPOCHS) - 1)
 
 install: $(READY)
 
+# There while pip works: what it has begun to install counts as installed for it, though files may be missing.
+INSTALLING := $(VENV)/.installing
+
 # torch goes first and pinned: another package's range must not choose it.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*.cpp accessory/kernels/*.h)
+	@if test -e $(INSTALLING); then echo "An installation was cut short: beginning anew in $(VENV)."; rm -rf $(VENV); fi
 	@echo "Installing PyTorch and what accessory needs into $(VENV): 80 packages, 1.4 GB (more where PyTorch brings CUDA), minutes."
 	$(PYTHON) -m venv $(VENV)
+	touch $(INSTALLING)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	rm $(INSTALLING)
 	touch $(READY)
 
 $(DEVELOPED): $(READY)
 	@echo "Installing what tests, checks and pages need besides: 100 packages, 1.1 GB, minutes."
+	rm $(READY)
+	touch $(INSTALLING)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $(DEVELOPED)
+	rm $(INSTALLING)
+	touch $(READY) $(DEVELOPED)
 
 # The whole way once: make a model, convert it, ask it with one process and with two.
 demo: coming $(TINY)/converted
 	$(BIN)/accessory inspect $(TINY)/converted
-	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)/one.txt
+	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --prompt "$(PROMPT)" --max-gen-len 64 | tee $(TINY)-one.txt
 	$(BIN)/accessory generate $(TINY)/converted $(ALIKE) --nproc 2 --prompt "$(PROMPT)" --max-gen-len 64 \
-		| tee $(TINY)/two.txt
-	cmp $(TINY)/one.txt $(TINY)/two.txt
+		| tee $(TINY)-two.txt
+	cmp $(TINY)-one.txt $(TINY)-two.txt
 	@echo "1 and 2 processes wrote the same text."
 	@echo "Next: source $(VENV)/bin/activate, then go on with docs/quickstart.md."
 

@@ -30,7 +30,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         self._given = sys.argv[1:] if args is None else list(args)
         self._refuse_unknown(self._given)
-        return super().parse_known_args(args, namespace)
+        found, more = super().parse_known_args(args, namespace)
+        if more:  # said by the command's own parser, which knows what it takes
+            taken = [str(own.metavar or own.dest).upper() for own in self._get_positional_actions()]
+            self.error(f"{' '.join(more)} is one too many: {self.prog} takes {' and '.join(taken) or 'options alone'}")
+        return found, more
 
     def print_help(self, file: Any = None) -> None:
         if global_rank() == 0:
@@ -42,7 +46,7 @@ class Parser(argparse.ArgumentParser):
             message = ", ".join([message, *self._missing()])
         where = (
             f"; see {self.prog} --help"
-            if message.startswith(("unknown option", "the following", "one of the arg", "unrec"))
+            if message.startswith(("unknown option", "the following", "one of the arg")) or "too many" in message
             else ""
         )
         text = f"{self.prog}: error: {message}{where}"

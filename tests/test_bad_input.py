@@ -477,7 +477,7 @@ def _(folder):
 # -- tokenizer
 
 
-@case("tokenizer absent", FileNotFoundError, "has no tokenizer.model", "tokenizer_path=FILE")
+@case("tokenizer absent", FileNotFoundError, "has no tokenizer.model", "name it (tokenizer_path)")
 def _(folder):
     (folder / "tokenizer.model").unlink()
 

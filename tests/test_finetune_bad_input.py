@@ -157,7 +157,7 @@ def _(folder, good):
     return sizes_of(folder, vocab_size=376)
 
 
-@case("no tokenizer", "has no tokenizer.model (nor tokenizer.json)", "pass tokenizer_path=FILE")
+@case("no tokenizer", "has no tokenizer.model (nor tokenizer.json)", "name it (tokenizer_path)")
 def _(folder, good):
     config = small_config(dim=32, hidden_dim=16)
     return {"pretrained_path": write_folder(folder / "m", random_tensors(config, 1), config, files=1)}
@@ -298,7 +298,7 @@ def _(folder, good):
     return {**data_of(folder, [GOOD, {**GOOD, "notes": "a"}]), "skip_bad_records": True}
 
 
-@case("forms", "several prompt forms, alpaca (", "data.json), default (", "name one for all with --chat_template")
+@case("forms", "several prompt forms, alpaca and default, in ", "data.json: ", "name one for all with --chat_template")
 def _(folder, good):
     return data_of(folder, [GOOD, CHAT])
 

@@ -46,6 +46,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "chat_template": (None, "alpaca", "alpaca"),
     "ignore_fields": ((), "notes,score", ("notes", "score")),
     "skip_bad_records": (False, "", True),
+    "packing": (False, "", True),
     "cache_ann_on_disk": (..., "", ...),
     "num_workers": (..., "4", ...),
     "pin_mem": (..., "", ...),
@@ -248,7 +249,7 @@ def test_options_out_of_range(wrong, says):
         ("--lora_rank 1.5", "argument --lora_rank: invalid int value: '1.5'"),
         ("--lora_targets expert", "argument --lora_targets: unknown value 'expert' (did you mean experts?): choose"),
         ("--bias_tuning maybe", "argument --bias_tuning: 'maybe' given: give true or false"),
-        ("stray", "unrecognized arguments: stray"),
+        ("stray", "stray is one too many: main_finetune.py takes options alone"),
     ],
 )
 def test_arguments_that_cannot_be_read(wrong, says, capsys):

@@ -156,7 +156,7 @@ def refusal(parser: argparse.ArgumentParser, arguments: list[str]) -> str:
         (["finetune"], "are required: --data_config, --pretrained_path (or --llama_config); see "),
         (["finetune", "--llama_config", "x"], "the following arguments are required: --data_config; see "),
         (["show"], "the following arguments are required: DATA.yaml, --model; see "),
-        (["split", "a", "b", "c"], "unrecognized arguments: c"),
+        (["split", "a", "b", "c"], "c is one too many: accessory split takes SOURCE and DESTINATION"),
     ],
 )
 def test_what_is_wrong_with_arguments(arguments: list[str], says: str) -> None:

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.convert import convert
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.report import describe
+from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pattern keys did not match")
@@ -101,6 +103,28 @@ def test_what_was_read_is_written_for_peft_again(name, base, ranks, tmp_path):
     (prompt,) = random_prompts(3, (9,))
     first, second = (ranks(1).run(logits_of, [base, tmp_path / folder], prompt)[0] for folder in ("adapter", "again"))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_lies_alone_knows_its_base(base, small_tokenizer, tmp_path):
+    """Its base in any dtype and form, plain or quantized, and no other model of the same sizes."""
+    adapted(tmp_path / "adapter", **CONFIGS["attention"])
+    model = MetaModel.from_pretrained([base, tmp_path / "adapter"], max_seq_len=64, dtype="fp32")
+    from accessory.train.export import export_checkpoint
+
+    export_checkpoint(model, own := tmp_path / "own", dtype=torch.bfloat16, only_trainable=True)
+    for dtype, form in ((torch.bfloat16, "accessory"), (torch.float16, "mistral")):
+        convert(base, tmp_path / form, to=form, dtype=dtype)
+        MetaModel.from_pretrained([tmp_path / form, own], max_seq_len=64, quant="int8")
+    merge(tmp_path / "mistral", own, tmp_path / "merged")
+    random_mixtral(8).save_pretrained(other := tmp_path / "other")
+    shutil.copyfile(small_tokenizer, other / "tokenizer.model")
+    for put_together in (
+        lambda: MetaModel.from_pretrained([other, own], max_seq_len=64),
+        lambda: merge(other, own, tmp_path / "x"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{own} is an adapter of another base than {other}, .*: give the"):
+            put_together()
+    assert not (tmp_path / "x").exists()
 
 
 def set_config(**changes: Any) -> Callable[[Path], None]:

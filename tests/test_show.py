@@ -117,11 +117,20 @@ def test_a_limit_counts_the_examples_of_each_source(tmp_path: Path, capsys: pyte
         assert main([*command, *words]) == 0
         told = capsys.readouterr().out
         assert re.findall("--- shown: (.*)", told) == [
-            f"{count} of 9 records of {name}" for name in ("a.json", "b.jsonl")
+            f"{count} of 9 records of {name}" + (f"; --limit 9 looks at the other {9 - count} too" if count < 9 else "")
+            for name in ("a.json", "b.jsonl")
         ]
         heads = [line.split(":")[0] for line in told.splitlines() if re.match("--- [^s]", line)]
         places = range(1, count + 1)
         assert heads == [*(f"--- a.json, record {n}" for n in places), *(f"--- b.jsonl, line {n}" for n in places)]
+
+
+def test_data_that_teach_nothing_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for records in ([{"name": "Kettle", "price": "8"}] * 3, [chat("Why?", "")]):
+        assert main(["show", str(yaml_of(tmp_path, records)), "--model", str(MODEL)]) == 1
+        told = capsys.readouterr()
+        assert "--- shown: 0 of" in told.out
+        assert told.err.endswith("has no record that can be trained on: see what was left out, and why\n")
 
 
 def test_a_cut_is_told_and_shown(show: Show) -> None:
@@ -208,7 +217,7 @@ def test_options_are_those_of_training(show: Show, tmp_path: Path, capsys: pytes
     told = capsys.readouterr()
     assert SHOWN in told.out
     assert told.err.count("\n") == 1
-    assert "the records have several prompt forms, alpaca (" in told.err
+    assert "the records have several prompt forms, alpaca and default, in " in told.err
 
 
 def test_the_template_of_the_models_folder(show: Show, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from accessory.checkpoint.containers import open_tensors
 from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
+from accessory.config.checks import is_number
 from accessory.errors import CheckpointError
 from accessory.gguf_header import folder_of, set_of
 from accessory.parallel.box import Box
@@ -27,6 +28,8 @@ from accessory.text.gguf import find_gguf
 from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+BASE_KEY = "base_routers"  # of meta.json
 
 
 class Folder:
@@ -43,6 +46,7 @@ class Folder:
         paths: of all of them.
         config: the file that says its sizes, if there is one: config.json or params.json, or one of the weights.
         llama_type: what meta.json says, if there is one.
+        base_routers: what an adapter's meta.json says of its base, see `base.numbers_of`.
         odd: names of entries that belong to no checkpoint.
 
     Raises:
@@ -71,7 +75,7 @@ class Folder:
         self.files, self.paths = tuple(first for first, *_ in self._parts), tuple(itertools.chain(*self._parts))
         config = next((name for name in CONFIG_FILES if name in names), self._found.config)
         self.config = None if config is None else self.path / config
-        self.llama_type, self._settings = _meta(self.path / META_NAME)
+        self.llama_type, self._settings, self.base_routers = _meta(self.path / META_NAME)
         known = {*(path.name for path in self.paths), *KNOWN}
         self.odd = tuple(name for name in names if name not in known)
         self._tensors: dict[int, dict[str, Tensor]] = {}
@@ -345,7 +349,8 @@ class Weights:
         if lacking and not self._partial:
             if self.is_adapter:
                 raise CheckpointError(
-                    f"{place} holds an adapter alone: give the folder of its base before it, or one that merge wrote"
+                    f"{place} holds an adapter alone: give the folder of its base before it, or make one of the two: "
+                    "accessory merge BASE ADAPTER MERGED"
                 )
             raise CheckpointError(f"{place} lacks {some(lacking)}: copy it again, or check the config")
         for name, sources in found.items() if self.layout.cut is None else ():
@@ -401,6 +406,10 @@ class Weights:
         part = torch.empty(box.size, dtype=self.dtype(name, box))
         self.copy(name, box, part)
         return part
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter that the folder holds."""
+        return self.read(name, self._whole(name))
 
     def copy(self, name: str, box: Box, part: Tensor) -> None:
         """Write a part of a parameter that the folder holds into a tensor of the box's size."""
@@ -490,14 +499,17 @@ def some(keys: Iterable[str], limit: int = 3) -> str:
     return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
 
 
-def _meta(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """What meta.json says: llama_type, and settings that the folder's config cannot say."""
+def _meta(path: Path) -> tuple[str | None, dict[str, Any], list[float] | None]:
+    """What meta.json says: llama_type, settings that the folder's config cannot say, and of an adapter's base."""
     if not path.exists():
-        return None, {}
+        return None, {}, None
     meta = read_json(path)
     kind, settings = meta.get("llama_type"), meta.get(SETTINGS_KEY, {})
     if not isinstance(kind, str):
         raise ValueError(f'{path} must say {{"llama_type": "mistral"}} or the like; llama_type is {kind!r}')
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: {SETTINGS_KEY} must be an object, not {settings!r}")
-    return kind, settings
+    base = meta.get(BASE_KEY)
+    if base is not None and not (isinstance(base, list) and all(map(is_number, base))):
+        raise ValueError(f"{path}: {BASE_KEY} must be a list of numbers, not {base!r}: correct or remove it")
+    return kind, settings, base

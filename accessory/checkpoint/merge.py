@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.base import check_base
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
 from accessory.checkpoint.manifest import write_manifest
@@ -60,6 +61,7 @@ def merge(
     args, base_args = _args_of_both(theirs, own, llama_config)
     layout = written_layout(to, base_args)
     _check_pair(own, base_args, theirs, args)
+    check_base([own, theirs], args)
     assert args.peft is not None
     merger = _Merger(own.weights(base_args), theirs.weights(args, partial=True), args)
     merger.check_biases()

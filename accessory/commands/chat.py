@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import sys
 from typing import Any
 
@@ -14,6 +15,8 @@ from accessory.serve.options import (
     form_of,
     say_form,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def add_commands(commands: Any) -> None:
@@ -53,5 +56,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what cannot be read or shown ends no dialogue
     settings, form = driver_settings(arguments), say_form(form_of(arguments))
+    if form.of_single_questions:
+        logger.info("it is a form of single questions: /reset before one that has nothing to do with those before it")
     with Driver(arguments.pretrained_path, slots=1, **settings) as engine:
         Terminal(engine, sampling, form=form, seed=arguments.seed).run()

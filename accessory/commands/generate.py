@@ -129,6 +129,8 @@ def _asked(arguments: argparse.Namespace, texts: list[str]) -> "tuple[Sequence[s
     form = form_of(arguments)
     if form.assumed and not wanted:
         return texts, sampling
+    if not all(text.strip() for text in texts):
+        raise ValueError("--prompt is empty, and no question: ask something, or let --raw begin from nothing")
     logger.info('asking in the form "%s"%s', form.name, "" if wanted else "; --raw continues the prompts as they are")
     return [form.prompt([Message("user", text)]) for text in texts], sampling.with_ends(form.ends)
 

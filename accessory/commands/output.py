@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch, report_failure
 from accessory.launch.threads import settle_count
 from accessory.log import global_rank, say_error
+
+logger = logging.getLogger(__name__)
 
 
 def say(error: Exception) -> None:
@@ -68,6 +71,8 @@ def ended(program: Callable[[], None]) -> int:
     try:
         program()
     except KeyboardInterrupt:
+        if global_rank() == 0:
+            logger.warning("interrupted (Ctrl-C)")
         return 130
     except SystemExit as error:
         return int(error.code or 0)

@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
         "brackets where the output is no terminal), and what is left out or cut, and why.",
         epilog="example: accessory show data.yaml --model runs/tiny/converted --limit 3",
     )
-    parser.add_argument("data_config", type=given_path, metavar="DATA.yaml", help="as main_finetune.py takes it")
+    parser.add_argument("data_config", type=given_path, metavar="DATA.yaml", help="yaml file that lists the data files")
     parser.add_argument(
         "--model",
         type=given_name,
@@ -41,10 +41,14 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--limit", type=_count, default=5, metavar="N", help="examples of each source (default 5)")
     parser.add_argument("--tokens", action="store_true", help="list the tokens too")
-    parser.add_argument("--dialog", action="store_true", help="as main_finetune.py has it")
-    parser.add_argument("--chat_template", "--chat-template", type=given_name, metavar="NAME|FILE", help="the same")
-    parser.add_argument("--max_words", "--max-words", type=_words, default=1024, help="the same (default 1024)")
-    parser.add_argument("--ignore_fields", "--ignore-fields", default="", metavar="A,B", help="the same")
+    parser.add_argument("--dialog", action="store_true", help="records are dialogues; Alpaca records are refused")
+    parser.add_argument(
+        "--chat_template", "--chat-template", type=given_name, metavar="NAME|FILE", help="form of all prompts"
+    )
+    parser.add_argument(
+        "--max_words", "--max-words", type=_words, default=1024, help="tokens of an example at most (default 1024)"
+    )
+    parser.add_argument("--ignore_fields", "--ignore-fields", default="", metavar="A,B", help="fields to pass over")
     alone = "accessory show works in one process: start it without torchrun"
     parser.set_defaults(run=_show, alone=alone)
 
@@ -70,7 +74,9 @@ def _show(arguments: argparse.Namespace) -> None:
     recipe = Recipe(tokenizer, arguments.max_words, arguments.dialog, form, ignore=ignore)
     marks = _COLOURS if sys.stdout.isatty() else _BRACKETS
     reports = [SourceReport(str(source.path)) for source in sources]
+    learned = False
     for source, report in zip(sources, reports, strict=True):
+        shown = 0
         try:
             shown = _show_examples(_examples(source, recipe, report, marks, tokens=arguments.tokens), arguments.limit)
         finally:  # where the file has an unknown field too, or is malformed further on
@@ -78,17 +84,25 @@ def _show(arguments: argparse.Namespace) -> None:
                 show(printable(f"--- left out: {line}\n"))
             if report.bad:
                 show("--- training stops at the first bad record, unless it is told --skip_bad_records\n")
-        show(printable(f"--- shown: {shown} {_of_how_many(source.path)}records of {source.path.name}\n"))
+        learned |= shown > 0
+        show(printable(f"--- shown: {shown} {_of_how_many(source.path, shown, report)}\n"))
     refuse_several_forms(reports)
+    if not learned:
+        raise ValueError(
+            f"{arguments.data_config} has no record that can be trained on: see what was left out, and why"
+        )
 
 
-def _of_how_many(path: Path) -> str:
-    """How many records there are, as in "of 30 ", where counting takes no time to speak of."""
+def _of_how_many(path: Path, shown: int, report: "SourceReport") -> str:
+    """The records of a file, as in "of 30 records", and how many nobody has looked at, where counting takes no time."""
     from accessory.data.readers import read_records
 
     if path.is_dir() or path.stat().st_size > _COUNTED:
-        return ""
-    return f"of {sum(1 for _ in read_records(path))} "
+        return f"records of {path.name}"
+    count = sum(1 for _ in read_records(path))
+    left = count - shown - report.bad - report.unanswered
+    more = f"; --limit {count} looks at the other {left} too" if left > 0 else ""
+    return f"of {count} records of {path.name}{more}"
 
 
 def _show_examples(examples: Iterator[tuple[str, str]], limit: int) -> int:

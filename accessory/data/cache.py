@@ -179,7 +179,10 @@ def refuse_several_forms(reports: Sequence[SourceReport]) -> None:
     """See that a model is asked in one form alone: ValueError."""
     found = {form["name"]: report.path for report in reports for form in report.forms}
     if len(found) > 1:
-        listed = ", ".join(f"{name} ({path})" for name, path in found.items())
+        if len(set(found.values())) == 1:
+            listed = f"{' and '.join(found)}, in {next(iter(found.values()))}"
+        else:
+            listed = ", ".join(f"{name} ({path})" for name, path in found.items())
         raise ValueError(f"the records have several prompt forms, {listed}: name one for all with --chat_template")
 
 

@@ -157,6 +157,8 @@ def _read_csv(path: Path) -> Iterator[Record]:
             if not names:
                 names = row
                 _refuse_twins(path, names)
+                if len(names) == 1 and ";" in names[0]:
+                    raise ValueError(f"{path}, {place}: its columns lie between semicolons: write commas or tabs")
             elif len(row) != len(names):
                 yield Record(place, None, f"it has {len(row)} fields, the header has {len(names)}")
             else:

@@ -106,6 +106,8 @@ class Ranks:
         while self._running:
             while received:
                 self._pass_on(received.popleft())
+                if received:  # of two that wait to be taken a process sees one, and another rank perhaps both
+                    time.sleep(_LOOK_EVERY)
             self._look()
             if self._failed and not self._passed_on:
                 end = end or time.monotonic() + _PATIENCE

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from accessory.checkpoint.base import check_base
 from accessory.checkpoint.folder import Folder, config_files
 from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import load_args
@@ -89,6 +90,7 @@ class Pretrained:
         if args.vocab_size == -1:
             args = args.replace(vocab_size=_vocabulary(folders, args, tokenizer))
         args = _settle(args, tokenizer, max_seq_len)
+        check_base(folders, args)
         return cls(folders=folders, llama_type=llama_type, args=args, tokenizer=tokenizer)
 
     @classmethod
@@ -271,6 +273,6 @@ def _find_tokenizer(folder: Path) -> Path:
     found = Tokenizer.find(folder)
     if found is None:
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.model (nor tokenizer.json): copy it there or pass tokenizer_path=FILE"
+            f"{folder} has no tokenizer.model (nor tokenizer.json): copy it there, or name it (tokenizer_path)"
         )
     return found

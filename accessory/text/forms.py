@@ -25,11 +25,12 @@ class Form:
         name: as --chat_template takes it.
         ends: where an answer ends, and what of the model's text is not the answer's.
         assumed: nothing is known of how the model was trained, and this is as good a guess as any.
+        of_single_questions: it is made of records that have no earlier turns, so that a model may take these amiss.
     """
 
     name: str
     ends: Ends = Ends()
-    assumed = False
+    assumed = of_single_questions = False
     asks = ""  # with which a prompt ends that a model is to answer
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -253,6 +254,7 @@ class AlpacaForm(_Turns):
     """
 
     name = "alpaca"
+    of_single_questions = True
     asks = "\n\n### Response:"
 
     def __init__(self, tokenizer: Tokenizer, prompt_types: Sequence[str] = ("alpaca",)) -> None:

@@ -62,6 +62,8 @@ def _beginning_of(text: Path) -> str:
     try:
         with text.open(encoding="utf-8") as file:
             beginning = file.read(MOST_CHARACTERS)
+    except OSError as error:
+        raise OSError(f"{text}, to calibrate with, cannot be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is not UTF-8 ({error.reason}): convert it first") from None
     if not beginning.strip():

@@ -11,12 +11,15 @@ import time
 from collections.abc import Set
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from accessory.checkpoint.base import numbers_of, router_names
 from accessory.checkpoint.companions import CONFIG_FILES
+from accessory.checkpoint.folder import BASE_KEY
 from accessory.checkpoint.layouts import BASE, SPARSE, Layout, written_layout
 from accessory.checkpoint.write import Writer, write_config
 from accessory.files import by_umask, exchange, sync
@@ -143,8 +146,9 @@ def export_checkpoint(
         agreed(everyone, lambda: writer.open(*own))
         with torch.no_grad():
             _fill(model, kept, writer, dtype=dtype)
+            base = _base_of(model) if only_trainable and args.peft is not None else {}
         agreed(everyone, lambda: writer.close(*own))
-        on_first(everyone, partial(_finish, model, form, folder, writer, dtype))
+        on_first(everyone, partial(_finish, model, form, folder, writer, dtype, base))
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -202,13 +206,22 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None
     return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 
 
-def _finish(model: MetaModel, form: Form | None, folder: Path, writer: Writer, dtype: torch.dtype) -> None:
+def _base_of(model: MetaModel) -> dict[str, Any]:
+    """What meta.json says of the base of an adapter that is written alone; collective."""
+    parameters = dict(model.llma.named_parameters())
+    routers = [parameters[name] for name in router_names(model.llma.args)]
+    return {BASE_KEY: numbers_of([own.full_tensor() if isinstance(own, DTensor) else own for own in routers])}
+
+
+def _finish(
+    model: MetaModel, form: Form | None, folder: Path, writer: Writer, dtype: torch.dtype, base: dict[str, Any]
+) -> None:
     """Write what lies beside the weights, then give the whole its name."""
     aside, layout = writer.folder, writer.layout
     writer.write_index()
     # An adapter fits its base however that is quantized.
     args = model.llma.args.replace(quant=None)
-    said = write_text(model.tokenizer, form, aside)
+    said = write_text(model.tokenizer, form, aside) | base
     write_config(aside, layout, args, model.llama_type, said, dtype=dtype, always=True)
     if layout.says_ends:
         write_ends(model.tokenizer, form or find_form(model.tokenizer, [aside]), aside)

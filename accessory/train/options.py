@@ -255,6 +255,7 @@ class ToldDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.default is False or action.default == ()
+        says_nothing |= "(default" in (action.help or "")
         return action.help if says_nothing else super()._get_help_string(action)
 
 

@@ -45,6 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_STATE, _STATES = "state.json", re.compile(r"step-\d{8}")
 _EXPORTED = re.compile(r"epoch\d+(-iter\d+)?")  # by a training run
 
 # What can be written as a whole model, by the name that --to gives it.
@@ -95,6 +96,8 @@ def choose_weights(folder: Path, names: Sequence[str], *, called: str | None = N
 def _no_weights(folder: str, names: Sequence[str]) -> str:
     if not names:
         return f"checkpoint folder {folder} is empty: copy a checkpoint there, or check the path"
+    if any(name == _STATE or _STATES.fullmatch(name) for name in names):
+        return f"{folder} holds training states, for --resume: give a model of the run, an epoch's folder"
     models = [name for name in names if _EXPORTED.fullmatch(name)]
     if models:
         newest = max(models, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
@@ -152,13 +155,16 @@ def load_args(
             else:
                 merged.update(own)
         merged.update(beside or {})
-        args = ModelArgs.from_dict(with_adapters(merged, adapters) if adapters else merged)
+        args = ModelArgs.from_dict(merged)
         family_of(args.family, "family")
-        return args if llama_type is None else args.for_type(llama_type)
+        if not adapters:
+            return args if llama_type is None else args.for_type(llama_type)
     except ValueError as error:
         of_weights = any(isinstance(own, Header) for own in contents)
         kind = CheckpointError if of_weights else ValueError
         raise kind(f"{', '.join(map(str, paths))}: {error}") from None
+    args = ModelArgs.from_dict(with_adapters(merged, adapters))  # what is wrong with them now is no file's
+    return args if llama_type is None else args.for_type(llama_type)
 
 
 @functools.cache
