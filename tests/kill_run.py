@@ -82,6 +82,9 @@ class KillRun:
             save_interval=1,
             keep_last=2,
             auto_resume=True,
+            eval_ratio=0.2,
+            eval_interval=INTERVAL - 1,
+            keep_best=True,
         )
 
     def go(self) -> None:
@@ -193,7 +196,7 @@ class KillRun:
         """Read every training state and model that has its final name."""
         if (self.output / "checkpoints" / "latest").exists():
             assert all(tensor.isfinite().all() for tensor in state_tensors(latest_state(self.output)).values())
-        for folder in self.output.glob("epoch*"):
+        for folder in (*self.output.glob("epoch*"), *self.output.glob("best")):
             assert {"config.json", "meta.json", "tokenizer.model"} < {path.name for path in folder.iterdir()}
             assert model_tensors(folder)
 
@@ -207,8 +210,9 @@ class KillRun:
         assert_same(state_tensors(latest_state(self.output)), state_tensors(latest_state(whole)))
         for rng in latest_state(whole).glob("rng.*.pt"):
             assert_same(torch.load(latest_state(self.output) / rng.name), torch.load(rng))
-        models = sorted(path.name for path in whole.glob("epoch*"))
-        assert sorted(path.name for path in self.output.glob("epoch*")) == models
+        models = sorted(path.parent.name for path in whole.glob("*/meta.json"))
+        assert "best" in models
+        assert sorted(path.parent.name for path in self.output.glob("*/meta.json")) == models
         for name in models:
             assert_same(model_tensors(self.output / name), model_tensors(whole / name))
         # Nothing half-written is left behind.

@@ -263,12 +263,16 @@ def test_contradictions_are_refused_alike_before_the_model(setting: Setting, ran
     shared = write_eval(tmp_path, "shared", ["Name it"])
     records = json.loads((setting.folder / "data.json").read_text())
     (tmp_path / "shared.json").write_text(json.dumps([{"instruction": "Name it", "output": "it"}, records[4]]))
-    empty = write_eval(tmp_path, "empty", [])
+    empty, chats = write_eval(tmp_path, "empty", []), write_eval(tmp_path, "chats", ["Name it"])
+    talk = [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "it"}]
+    (tmp_path / "chats.json").write_text(json.dumps([{"messages": talk}]))
     cases = {
         "--eval_ratio 1e-9": "--eval_ratio 1e-09 holds back none of 53 examples: give a larger one",
         "--eval_ratio 0.9999999": "--eval_ratio 0.9999999 holds back all of 53 examples: give a smaller one",
         f"--eval_data_config {shared}": f"--eval_data_config {shared}: 1 of its 2 examples are of records that "
         f"--data_config trains on, first example 2 of {tmp_path / 'shared.json'}",
+        f"--eval_data_config {chats}": "the records of --eval_data_config have the prompt form default, and those of "
+        "--data_config alpaca: name one",
         f"--eval_data_config {empty}": f"the data file {tmp_path / 'empty.json'} holds no record to learn from",
         f"--eval_data_config {tmp_path / 'none.yaml'}": f"no data yaml {tmp_path / 'none.yaml'}",
     }

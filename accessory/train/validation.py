@@ -80,7 +80,7 @@ def split_held_out(
         other: the examples of --eval_data_config.
 
     Raises:
-        ValueError: naming the option: nothing is left on one side, or a record is on both.
+        ValueError: naming the option: nothing is left on one side, a record is on both, or the two ask in other forms.
     """
     if options.eval_ratio is not None:
         learned, held_out = data.held_back(options.eval_ratio)
@@ -91,6 +91,12 @@ def split_held_out(
         return learned, held_out
     if other is None:
         return data, None
+    forms = [form["name"] for form in (other.prompt_form, data.prompt_form) if form is not None]
+    if len(set(forms)) > 1:
+        raise ValueError(
+            f"the records of --eval_data_config have the prompt form {forms[0]}, and those of --data_config "
+            f"{forms[1]}: name one for all with --chat_template"
+        )
     shared = other.digests_in(data)
     if len(shared):
         begin = tokenizer.decode(other[int(shared[0])][0][:24].tolist())
