@@ -215,10 +215,14 @@ def test_the_best_model_is_kept_and_a_run_ends_early_and_goes_on(setting: Settin
     assert_same(model_tensors(parts / "best"), model_tensors(whole / "best"))
     with pytest.raises(FileExistsError, match=f"a finished run \\(early, after {best + 4} steps"):
         refuse_earlier_run(parts)
-    # A run that has ended so does nothing more.
+    # A run that has ended so does nothing more, unless other data are held out: these have a best loss of their own.
     before = log_lines(parts)
     ranks(1).run(finetune_on_rank, setting, setting.arguments(parts, **given))
     assert log_lines(parts) == before
+    given["eval_data_config"] = write_eval(tmp_path, "other", ["Name another", "Name one more"])
+    ranks(1).run(finetune_on_rank, setting, setting.arguments(parts, **given, max_steps=best + 6))
+    assert "the held-out data are others than before: best loss and" in (parts / "output.log").read_text()
+    assert [line["eval_records"] for line in evaluations(parts) if line["step"] > best + 4] == [2]
 
 
 def test_a_loss_that_is_no_number_is_named_and_the_run_goes_on(

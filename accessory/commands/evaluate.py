@@ -73,7 +73,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             logger.warning("%s", bad)
         if arguments.per_record is not None:
             on_first(members, lambda: _write(arguments.per_record, measured.per_row(rows)))
-        show(_told(measured, as_json=arguments.json))
+        show(_told(measured, "records" if arguments.text is None else "windows", as_json=arguments.json))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -132,8 +132,8 @@ def _write(file: Path, lines: Iterable[str]) -> None:
     logger.info("wrote %s", file)
 
 
-def _told(measured: "Measured", *, as_json: bool) -> str:
-    """The numbers as a JSON object, in which what is not finite is null, or as lines to read."""
+def _told(measured: "Measured", unit: str, *, as_json: bool) -> str:
+    """The numbers as a JSON object, in which what is not finite is null, or as lines to read; ``unit``: of the rows."""
     numbers = measured.numbers()
     if as_json:
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -144,5 +144,5 @@ def _told(measured: "Measured", *, as_json: bool) -> str:
         f"perplexity      {numbers['perplexity']:.6g}\n"
         f"token accuracy  {accuracy}\n"
         f"balance loss    {numbers['balance_loss']:.4f}\n"
-        f"tokens          {numbers['tokens']:,} of {numbers['records']:,} records\n"
+        f"tokens          {numbers['tokens']:,} of {numbers['records']:,} {unit}\n"
     )

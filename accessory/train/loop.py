@@ -106,8 +106,9 @@ class FinetuneLoop:
         self.done = progress["step"]
         if self.scaler is not None and progress["scaler"] is not None:
             self.scaler.load_state_dict(progress["scaler"])
-        self.validation.resume(progress.get("validation"))
         logger.info("resuming %s after step %d", path, self.done)
+        if not self.validation.resume(progress.get("validation")) and self.store.world.is_first:
+            logger.warning("the held-out data are others than before: best loss and --early_stop begin anew")
         self._end_where_given_up()
         name = self._model_due()
         # The run was stopped, or killed, before it came to that. Hosts may call the folder by other names.

@@ -2,7 +2,10 @@
 
 import logging
 import math
+import zlib
 from typing import Any
+
+import numpy as np
 
 from accessory.data.finetune_data import FinetuneData
 from accessory.evaluation.measure import Measured, measure, name_not_finite
@@ -62,13 +65,24 @@ class Validation:
 
     def state(self) -> dict[str, Any]:
         """What a training state says of it, in JSON's values."""
-        return {"best": None if self.best == math.inf else self.best, "since": self.since, "at": self.at}
+        best = None if self.best == math.inf else self.best
+        return {"best": best, "since": self.since, "at": self.at, "data": self._digest}
 
-    def resume(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state`; None: of a run without evaluations."""
-        if state is not None:
-            self.best = math.inf if state["best"] is None else state["best"]
-            self.since, self.at = state["since"], state["at"]
+    def resume(self, state: dict[str, Any] | None) -> bool:
+        """Go on from a `state` (None: of a run that could not evaluate); whether its losses are of the same data.
+
+        Else they say nothing of the next ones, and best loss and patience begin anew.
+        """
+        if state is None or state["data"] != self._digest:
+            return state is None or state["data"] is None
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.since, self.at = state["since"], state["at"]
+        return True
+
+    @property
+    def _digest(self) -> int | None:
+        """Of the held-out records, in whatever order; None without any."""
+        return None if self._held_out is None else zlib.crc32(np.sort(self._held_out.digests).tobytes())
 
 
 def split_held_out(
