@@ -27,8 +27,11 @@ from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
-from accessory.config import QuantArgs
+from accessory.config import ModelArgs, MoEArgs, QuantArgs, RouterArgs
+from accessory.kernels import route
+from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
+from accessory.model.router import routed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +58,32 @@ SHARED = {
     "experts_implementation": "eager",
 }
 QWEN3 = {"num_experts": 8, "head_dim": 12, "moe_intermediate_size": 24, "intermediate_size": 40}
+GLM = {
+    "n_routed_experts": 8,
+    "head_dim": 12,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": None,
+}
+MINIMAX = {"num_local_experts": 12, "head_dim": 10, "intermediate_size": 16}
 OLMOE = {"num_experts": 16, "intermediate_size": 20, "eos_token_id": None, "pad_token_id": None}
 CASES = {
     "mixtral": Case("Mixtral", {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8}),
     "qwen3_moe": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": True}),
     "qwen3_moe, as probable as they are": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": False}),
+    "qwen3_moe, with dense layers": Case(
+        "Qwen3Moe", {**QWEN3, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    ),
+    "glm4_moe": Case("Glm4Moe", {**GLM, "attention_bias": True, "routed_scaling_factor": 1.5}),
+    "glm4_moe, in groups": Case(
+        "Glm4Moe",
+        {**GLM, "n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2, "norm_topk_prob": False},
+    ),
+    "minimax_m2": Case("MiniMaxM2", {**MINIMAX, "rotary_dim": 6}),
+    "minimax_m2, 2 kv heads": Case("MiniMaxM2", {**MINIMAX, "num_key_value_heads": 2}),
     "olmoe": Case("Olmoe", {**OLMOE, "num_key_value_heads": 8}),
     "olmoe, clipped, 2 kv heads": Case(
         "Olmoe", {**OLMOE, "num_key_value_heads": 2, "clip_qkv": 0.9, "norm_topk_prob": True}
@@ -84,8 +108,11 @@ def made(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         config = getattr(transformers, f"{case.classes}Config")(**(SHARED | case.settings))
         hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
         with torch.no_grad():
-            for parameter in hf.parameters():
-                parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.15)
+            for own, parameter in hf.named_parameters():
+                parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=0.15)
+            for own, buffer in hf.named_buffers():
+                if own.endswith("correction_bias"):
+                    buffer.normal_(std=0.2)
         folder = tmp_path_factory.mktemp("families") / "folder"
         hf.save_pretrained(folder)
         shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
@@ -133,6 +160,37 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         assert tokens == greedy
 
 
+# --- the router
+
+
+def test_the_router_by_hand() -> None:
+    """Scores 0.2, 0.5, 0.6, 0.1 and, for the choice, 0.9, 0.5, 0.6, 0.5: two of the better pair, or the two best."""
+    logits_TE, bias_E = torch.tensor([[0.2, 0.5, 0.6, 0.1]]).logit(), torch.tensor([0.7, 0.0, 0.0, 0.4])
+    for settings, experts, weights in (
+        ({"groups": 2, "groups_chosen": 1, "scale": 3.5}, [0, 1], [1.0, 2.5]),
+        ({}, [0, 2], [0.25, 0.75]),
+        ({"eps": 0.2}, [0, 2], [0.2, 0.6]),
+    ):
+        args = MoEArgs(num_experts=4, router=RouterArgs(score="sigmoid", correction=True, **settings))
+        routing = routed(logits_TE, bias_E, args)
+        assert routing.experts_TK.tolist() == [experts]
+        torch.testing.assert_close(routing.weights_TK, torch.tensor([weights]))
+    # Shares of the scores 1/7, 5/14, 3/7, 1/14; both pairs of the one token fell to the first and the third:
+    # 4 / (1 * 2) * (1 * 1/7 + 1 * 3/7) = 8/7.
+    torch.testing.assert_close(routing.probs_TE, torch.tensor([[2, 5, 6, 1]]) / 14)
+    loss = load_balancing_loss(RouterStats.stacked([routing.stats(None)]), top_k=2)
+    assert loss.item() == pytest.approx(8 / 7)
+
+
+def test_the_reference_is_what_the_kernels_compute() -> None:
+    logits_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    active_T = torch.arange(50) % 3 > 0
+    for ours, theirs in zip(routed(logits_TE, None, MoEArgs(), active_T), route(logits_TE, 2, active_T), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
 # --- gradients
 
 
@@ -140,7 +198,8 @@ def gradients_on_rank(folder: Path, placement: str, tokens: Tensor) -> tuple[flo
     model = load(folder, placement)
     loss, _ = model(tokens, tokens)
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.llma.named_parameters()}
+    trained = ((name, parameter) for name, parameter in model.llma.named_parameters() if parameter.requires_grad)
+    return loss.item(), {name: parameter.grad for name, parameter in trained}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -164,8 +223,9 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
         for loss, _ in found:
             assert loss == pytest.approx(expected.item(), rel=1e-5)
         ours = assembled([by_name for _, by_name in found], args, placement)
+        assert {name for name in theirs if not name.endswith("correction_bias")} == ours.keys()
         largest = max(parameter.abs().max().item() for parameter in theirs.values())
-        for parameter, value in theirs.items():
+        for parameter, value in ((name, value) for name, value in theirs.items() if name in ours):
             limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
             assert (ours[parameter] - value).abs().max().item() <= limit, (size, placement, parameter)
 
@@ -173,18 +233,18 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
 # --- training
 
 
-def trained_on_rank(folder: Path, base: Path, output: Path) -> None:
+ADAPTED = {"lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "only_save_trainable": True}
+
+
+def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, Any]) -> None:
     setting = Setting(folder)
-    options = {"pretrained_path": base, "lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "epochs": 1}
-    arguments = setting.arguments(
-        output, **options, lr=3e-2, batch_size=8, only_save_trainable=True, model_parallel_size=2, save_interval=1
-    )
-    finetune_on_rank(setting, arguments)
+    options = {"pretrained_path": base, "epochs": 1, "lr": 3e-2, "batch_size": 8, "save_interval": 1, **options}
+    finetune_on_rank(setting, setting.arguments(output, **options))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
 def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
 ) -> None:
@@ -192,7 +252,8 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
 
     own = made(name)
     make_setting(tmp_path / "data", small_tokenizer, examples=16)
-    ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run")
+    options = {**ADAPTED, "model_parallel_size": 2}
+    ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run", options)
     adapter, prompt = tmp_path / "run" / "epoch0", random_prompts(4, (15,))[0]
     expected = load([own.folder, adapter]).compute_logits([prompt])[0]
     assert (expected - hf_logits(own.hf, prompt)).abs().max() > 0.05, "the adapter changes nothing"
@@ -206,7 +267,26 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_what_no_gradient_reaches_is_after_training_what_it_was(
+    made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """On two data-parallel ranks, in bfloat16, begun again after an epoch."""
+    base = made("glm4_moe").folder
+    make_setting(tmp_path / "data", small_tokenizer, examples=16)
+    for epochs, first in ((2, 0), (4, 2)):
+        output = tmp_path / f"run{first}"
+        resume = {"resume": tmp_path / "run0"} if first else {}
+        ranks(2).run(
+            trained_on_rank, tmp_path / "data", base, output, {"epochs": epochs, "precision": "bf16", **resume}
+        )
+    paths = base, tmp_path / "run0" / "epoch1", tmp_path / "run2" / "epoch3"
+    before, *after = (dict(load(path).llma.named_parameters()) for path in paths)
+    for trained in after:
+        same = {name for name in before if torch.equal(before[name], trained[name])}
+        assert same == {f"layers.{layer}.feed_forward.gate.correction_bias" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
 def test_a_quantized_copy_says_what_quantizing_while_reading_does(
     name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
 ) -> None:
@@ -244,7 +324,7 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
 def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     to: str, made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("qwen3_moe", "olmoe"):
+    for name in ("qwen3_moe", "olmoe", "glm4_moe", "minimax_m2"):
         assert main(["convert", str(made(name).folder), str(tmp_path / "out"), "--to", to]) == 1
         said = f"{to} cannot say what {name} computes: take one of accessory, accessory-sparse, hf"
         assert said in capsys.readouterr().err
@@ -298,6 +378,55 @@ PUBLISHED = {
         },
         (235.09, 22.2),
     ),
+    "GLM-4.5-Air": (
+        {
+            "model_type": "glm4_moe",
+            "attention_bias": True,
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "partial_rotary_factor": 0.5,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.0,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 46,
+            "num_nextn_predict_layers": 1,
+            "use_qk_norm": False,
+            "vocab_size": 151552,
+        },
+        (106.85, 13.4),
+    ),
+    "MiniMax-M2": (
+        {
+            "model_type": "minimax_m2",
+            "head_dim": 128,
+            "hidden_size": 3072,
+            "intermediate_size": 1536,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 62,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "attn_type_list": [1] * 62,
+            "qk_norm_type": "per_layer",
+            "use_qk_norm": True,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "shared_intermediate_size": 0,
+            "rope_theta": 5000000,
+            "rotary_dim": 64,
+            "vocab_size": 200064,
+        },
+        (228.69, 11.0),
+    ),
     "OLMoE-1B-7B": (
         {
             "model_type": "olmoe",
@@ -327,6 +456,8 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     assert any(line.split()[:2] == ["family", content["model_type"]] for line in lines), lines
     counts = next(line for line in lines if line.startswith("parameters")).replace(",", "").split()
     assert (round(int(counts[1]) / 1e9, 2), int(counts[4]) / 1e9) == (total, pytest.approx(active, abs=0.05))
+    args = load_args([path])
+    assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
 
 
 @pytest.mark.parametrize(
@@ -334,8 +465,18 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     [
         ({"model_type": "qwen3_moo"}, "model_type 'qwen3_moo' is unknown (did you mean qwen3_moe?)"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
-        ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"mlp_only_layers": 0}, "mlp_only_layers must be a list of layers' numbers, not 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 on, not 0"),
+        ({"decoder_sparse_step": 49}, "dense.layers names all layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "glm4_moe", "partial_rotary_factor": 0.2}, "attention.rotary_dim is 25"),
+        ({"model_type": "glm4_moe", "n_routed_experts": 8, "n_group": 3}, "8 experts do not make 3 groups"),
+        ({"model_type": "glm4_moe", "n_group": 32}, "8, and 1 of 32 groups have fewer experts"),
+        ({"model_type": "glm4_moe", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"model_type": "minimax_m2", "scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({"model_type": "minimax_m2", "use_routing_bias": False}, "use_routing_bias is False"),
+        ({"model_type": "minimax_m2", "qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
+        ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is [1, 0]"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),

@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
         z_loss: the router's z-loss before its weight, mean over micro-batches; None where it has no weight.
         grad_norm: of all gradients together, before clipping.
         tokens: of all ranks, without padding.
-        pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert.
+        pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert; zeros in layers without experts.
         loss_scale: factor on the loss in this step, in float16; None in other dtypes.
         skipped: gradients in float16 overflowed and the step was not taken.
     """
@@ -88,7 +88,8 @@ def train_step(
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = round(pairs_LE[0].sum().item() / model.llma.args.moe.num_experts_per_tok)
+    args = model.llma.args
+    tokens = round(pairs_LE[args.moe_layers[0]].sum().item() / args.moe.num_experts_per_tok)
     return StepResult(loss, balance, z_loss, grad_norm, tokens, pairs_LE, loss_scale, skipped=not finite)
 
 
