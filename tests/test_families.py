@@ -1,6 +1,7 @@
 """Every family beside transformers: logits, greedy tokens, gradients, folders there and back. A new one adds a row."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,7 +17,7 @@ from checkpoints import hf_greedy, hf_logits, random_prompts
 from finetuning import Setting, finetune_on_rank, make_setting
 from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.checkpoint.adapter_export import export_adapter
@@ -28,10 +29,15 @@ from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.config import ModelArgs, MoEArgs, QuantArgs, RouterArgs
+from accessory.errors import CheckpointError
 from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
+from accessory.model.meta import MetaModel
 from accessory.model.router import routed
+from accessory.serve.web.experts import heatmap
+from accessory.train.heatmap import draw
+from accessory.train.metrics import expert_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,6 +195,53 @@ def test_the_reference_is_what_the_kernels_compute() -> None:
         assert ours is not None
         assert theirs is not None
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+# --- layers that are not alike
+
+
+def test_only_layers_with_experts_are_counted(made: Callable[[str], Made]) -> None:
+    """Of four layers the second alone has experts, 8 of which each token visits 3."""
+    llma = load(made("qwen3_moe, with dense layers").folder).llma
+    assert llma.args.moe_layers == (1,)
+    cache = llma.new_cache(2, 64, routes=True)
+    llma.prefill(torch.arange(3, 13), [7, 3], [0, 1], cache)
+    counts = cache.by_layer(cache.expert_counts.tolist())
+    assert [sum(layer) for layer in counts] == [0, 3 * 10, 0, 0]
+    assert cache.routes is not None
+    routes = [cache.by_layer(layers) for layers in cache.routes[:, 0, :7].transpose(0, 1).tolist()]
+    assert {tuple(map(len, route)) for route in routes} == {(0, 3, 0, 0)}
+    table = heatmap(routes, 8)
+    assert re.findall(r"scope='row'>(\d+)<", table) == ["1"]
+    tokens = torch.arange(3, 13).repeat(2, 1)
+    losses = MetaModel(llma, None).training_losses(tokens, tokens)
+    assert losses.counts_LE.sum(-1).tolist() == [0, 3 * 20, 0, 0]
+    assert 1 < losses.extras["load_balancing"][0].item() < 8
+    shares_LE = expert_shares(losses.counts_LE)
+    assert draw(shares_LE) != draw(shares_LE.roll(1, 0)), "each row is where its layer is"
+
+
+@pytest.mark.parametrize("setting", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_that_predict_further_tokens_are_left_out_by_name(
+    setting: str, made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = made("glm4_moe")
+    (folder := tmp_path / "folder").mkdir()
+    tensors = load_file(own.folder / "model.safetensors")
+    further = {key.replace(".2.", ".3."): value.clone() for key, value in tensors.items() if ".layers.2." in key}
+    save_file({**tensors, **further, "model.layers.3.eh_proj.weight": torch.ones(48, 96)}, folder / "model.safetensors")
+    shutil.copyfile(own.folder / "tokenizer.model", folder / "tokenizer.model")
+    config = json.loads((own.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(CheckpointError, match=re.escape("model.layers.3.eh_proj.weight")):
+        load(folder)
+    del config["num_nextn_predict_layers"]
+    (folder / "config.json").write_text(json.dumps({**config, setting: 1}))
+    prompt = random_prompts(2, (9,))
+    with caplog.at_level("INFO"):
+        said = load(folder).compute_logits(prompt)
+    assert torch.equal(said[0], load(own.folder).compute_logits(prompt)[0])
+    assert "model.layers.3.*, if there, are left out" in caplog.text
 
 
 # --- gradients
