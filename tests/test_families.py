@@ -36,6 +36,7 @@ from accessory.model.LLM import FAMILIES
 from accessory.model.meta import MetaModel
 from accessory.model.router import routed
 from accessory.serve.web.experts import heatmap
+from accessory.train.flops import flops_per_token
 from accessory.train.heatmap import draw
 from accessory.train.metrics import expert_shares
 
@@ -86,7 +87,15 @@ CASES = {
     "glm4_moe": Case("Glm4Moe", {**GLM, "attention_bias": True, "routed_scaling_factor": 1.5}),
     "glm4_moe, in groups": Case(
         "Glm4Moe",
-        {**GLM, "n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2, "norm_topk_prob": False},
+        {
+            **GLM,
+            "partial_rotary_factor": 1.0,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_qk_norm": True,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
     ),
     "minimax_m2": Case("MiniMaxM2", {**MINIMAX, "rotary_dim": 6}),
     "minimax_m2, 2 kv heads": Case("MiniMaxM2", {**MINIMAX, "num_key_value_heads": 2}),
@@ -510,6 +519,9 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     counts = next(line for line in lines if line.startswith("parameters")).replace(",", "").split()
     assert (round(int(counts[1]) / 1e9, 2), int(counts[4]) / 1e9) == (total, pytest.approx(active, abs=0.05))
     args = load_args([path])
+    # A product has a matrix, and looking up the embedding is none.
+    products = flops_per_token(args, 0) / 6 + args.vocab_size * args.dim
+    assert products / 1e9 == pytest.approx(active, abs=0.05)
     assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
 
 

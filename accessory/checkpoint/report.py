@@ -203,7 +203,7 @@ def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
         f"{f'; and one for every token, hidden {args.moe.shared_hidden_dim}' if args.moe.shared_hidden_dim else ''}"
     )
     if args.dense is not None:
-        yield f"dense       the other {len(args.dense.layers)}, hidden {args.dense.hidden_dim}"
+        yield f"dense       {len(args.dense.layers)} of {args.n_layers} layers, hidden {args.dense.hidden_dim}"
     beside = " beside embedding and output head" if args.vocab_size == -1 else ""
     yield f"parameters  {total:,}{beside}, of which {active:,} active for each token{of}"
 

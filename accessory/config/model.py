@@ -121,7 +121,8 @@ class DenseArgs:
     def __post_init__(self) -> None:
         require_ints(self, positive=("hidden_dim",))
         numbers = self.layers
-        if not isinstance(numbers, list | tuple) or not all(type(number) is int and number >= 0 for number in numbers):
+        listed = isinstance(numbers, list | tuple) and len(numbers) > 0
+        if not listed or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"dense.layers must be a list of layers' numbers, not {numbers!r}")
         object.__setattr__(self, "layers", tuple(sorted(set(numbers))))
 
@@ -229,9 +230,11 @@ class ModelArgs:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding turns pairs, so it must be even")
+        if self.rotary_dim == self.head_dim:  # said in one way, so that equal settings are equal
+            object.__setattr__(self, "attention", dataclasses.replace(self.attention, rotary_dim=None))
         if self.rotary_dim > self.head_dim or self.rotary_dim % 2:
             raise ValueError(f"attention.rotary_dim is {self.rotary_dim}: give an even one, {self.head_dim} at most")
-        if self.dense is not None and max(self.dense.layers, default=0) >= self.n_layers:
+        if self.dense is not None and self.dense.layers[-1] >= self.n_layers:
             raise ValueError(f"dense.layers names layer {self.dense.layers[-1]}, of {self.n_layers}: correct it")
         if not self.moe_layers:
             raise ValueError("dense.layers names all layers: of a model without experts nothing is known here")

@@ -7,6 +7,7 @@ of q and k lie in another order there (see docs/checkpoints.md).
 import dataclasses
 import functools
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -190,7 +191,10 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]
     family = FAMILIES[args.family]
     part = {}
     if "partial_rotary_factor" in family.read:
-        part = {"partial_rotary_factor": args.rotary_dim / args.head_dim}
+        factor = args.rotary_dim / args.head_dim
+        # Readers round down.
+        exact = int(args.head_dim * factor) == args.rotary_dim
+        part = {"partial_rotary_factor": factor if exact else math.nextafter(factor, 1)}
         rope |= part
     return "config.json", {
         "architectures": [family.architecture],
