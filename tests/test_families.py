@@ -1,5 +1,6 @@
 """Every family beside transformers: logits, greedy tokens, gradients, folders there and back. A new one adds a row."""
 
+import itertools
 import json
 import re
 import shutil
@@ -393,6 +394,58 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def in_scaled_blocks(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix in 8-bit floats, block by block of 128 x 128; its factors; and what both stand for, in bfloat16."""
+    codes = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn)
+    factors = torch.empty(*(-(-size // 128) for size in matrix.shape))
+    values = torch.empty_like(matrix, dtype=torch.bfloat16)
+    for row, column in itertools.product(*map(range, factors.shape)):
+        block = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+        factors[row, column] = matrix[block].float().abs().max() / 448
+        codes[block] = (matrix[block].float() / factors[row, column]).to(codes.dtype)
+        values[block] = (codes[block].float() * factors[row, column]).bfloat16()
+    return codes, factors, values
+
+
+def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
+    small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """Of 144 x 160 matrices, with 2 x 2 factors each, on two ranks that cut them within a block."""
+    torch.manual_seed(5)
+    sizes = {**SHARED, **MINIMAX, "hidden_size": 144, "intermediate_size": 160, "num_local_experts": 4}
+    hf = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**sizes)).bfloat16()
+    hf.save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    coded = {**plain}
+    for key in [key for key in plain if re.search(r"(proj|w[123])\.weight$", key)]:
+        coded[key], factors, plain[key] = in_scaled_blocks(coded[key])
+        coded |= {f"{key}_scale_inv": factors}
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    for name, tensors, more in (("plain", plain, {}), ("coded", coded, {"quantization_config": said})):
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+    convert(tmp_path / "coded", tmp_path / "own", mp=2)
+    assert diff(tmp_path / "plain", tmp_path / "own").same
+    for placement in ("expert", "tensor"):
+        prompts = random_prompts(6, (3, 9))
+        both = (
+            alike(on_ranks(ranks, 2, said_of_prompts, tmp_path / name, placement, prompts))
+            for name in ("plain", "coded")
+        )
+        assert_same(*both)
+    key = "model.layers.0.self_attn.q_proj.weight_scale_inv"  # of 80 x 144
+    save_file({**coded, key: torch.ones(2, 2)}, tmp_path / "coded" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(key)} has shape \(2, 2\), and .* asks for \(1, 2\)"):
+        load(tmp_path / "coded")
+
+
+def said_of_prompts(folder: Path, placement: str, prompts: list[list[int]]) -> list[Tensor]:
+    return load(folder, placement).compute_logits(prompts)
+
+
 # --- configs
 
 
@@ -547,6 +600,7 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"norm_topk_prob": "yes"}, "moe.norm_topk_prob must be true or false, not 'yes'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized by another program"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "quantized by another"),
         ({"model_type": "olmoe", "clip_qkv": -1}, "attention.clip must be null or a number above 0, not -1"),
     ],
 )

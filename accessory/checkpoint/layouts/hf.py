@@ -120,8 +120,8 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it is of another architecture, quantized, or has a setting that this computation cannot follow.
     """
     family = family_of(values.get("model_type", "mixtral"))
-    if values.get("quantization_config") is not None:
-        said = values["quantization_config"]
+    said = values.get("quantization_config")
+    if said is not None and not _in_scaled_blocks(said):
         method = said.get("quant_method") if isinstance(said, Mapping) else None
         raise ValueError(
             f"the weights are quantized by another program (quantization_config: {shown(method or said)}): take the "
@@ -144,6 +144,13 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"partial_rotary_factor is {shown(part)}, and {family.name} has 1 alone")
         found["attention"] = found.get("attention", {}) | {"rotary_dim": _turned(given, part)}
     return {**found, "family": family.name}
+
+
+def _in_scaled_blocks(said: Any) -> bool:
+    """Whether a quantization_config speaks of what is read as `checkpoint.scaled` has it."""
+    wanted = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    of_codes = isinstance(said, Mapping) and said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+    return of_codes and all(said.get(name) == value for name, value in wanted.items())
 
 
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:
