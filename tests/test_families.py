@@ -336,13 +336,13 @@ def test_what_no_gradient_reaches_is_after_training_what_it_was(
     """On two data-parallel ranks, in bfloat16, begun again after an epoch."""
     base = made("glm4_moe").folder
     make_setting(tmp_path / "data", small_tokenizer, examples=16)
-    for epochs, first in ((2, 0), (4, 2)):
+    for epochs, first in ((1, 0), (2, 1)):
         output = tmp_path / f"run{first}"
         resume = {"resume": tmp_path / "run0"} if first else {}
         ranks(2).run(
             trained_on_rank, tmp_path / "data", base, output, {"epochs": epochs, "precision": "bf16", **resume}
         )
-    paths = base, tmp_path / "run0" / "epoch1", tmp_path / "run2" / "epoch3"
+    paths = base, tmp_path / "run0" / "epoch0", tmp_path / "run1" / "epoch1"
     before, *after = (dict(load(path).llma.named_parameters()) for path in paths)
     for trained in after:
         same = {name for name in before if torch.equal(before[name], trained[name])}
