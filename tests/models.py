@@ -14,7 +14,7 @@ from accessory.generation.sampling import Sampling
 from accessory.model.meta import MetaModel
 from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
-from accessory.parallel.plan import local_box, parameter_shapes
+from accessory.parallel.plan import local_box, parameter_shapes, trains
 
 FIRST_LETTER = 0x4E00
 
@@ -79,6 +79,8 @@ def assembled(by_rank: list[dict[str, Tensor]], args: ModelArgs, placement: Any)
     """Whole gradients from the ranks' slices; where ranks hold the same elements, they must agree to the bit."""
     whole = {}
     for name, shape in parameter_shapes(args):
+        if not trains(name, args):
+            continue
         whole[name] = torch.full(shape, float("nan"))
         for rank, gradients in enumerate(by_rank):
             box = local_box(name, shape, args, placement=placement, rank=rank, size=len(by_rank))

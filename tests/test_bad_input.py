@@ -416,8 +416,8 @@ def _(folder):
 
 # Changes of config.json (... removes a key), what the message must hold, the way out last.
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "unknown key": ({"n_layer": 1}, ("unknown", "n_layer", "known are attention, dim")),
-    "two unknown keys": ({"zebra": 1, "apple": 1}, ("unknown", "apple, zebra", "known are attention, dim")),
+    "unknown key": ({"n_layer": 1}, ("unknown", "n_layer", "known are attention, dense, dim")),
+    "two unknown keys": ({"zebra": 1, "apple": 1}, ("unknown", "apple, zebra", "known are attention, dense, dim")),
     "unknown key in moe": ({"moe": {"experts": 8}}, ("moe", "experts", "known are norm_topk_prob")),
     "key missing": ({"dim": ...}, ("dim", "missing", "add")),
     "keys missing": ({"dim": ..., "n_layers": ...}, ("dim, n_layers", "missing", "add")),

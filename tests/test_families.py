@@ -1,6 +1,8 @@
 """Every family beside transformers: logits, greedy tokens, gradients, folders there and back. A new one adds a row."""
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,7 +18,7 @@ from checkpoints import hf_greedy, hf_logits, random_prompts
 from finetuning import Setting, finetune_on_rank, make_setting
 from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.checkpoint.adapter_export import export_adapter
@@ -27,8 +29,17 @@ from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
-from accessory.config import QuantArgs
+from accessory.config import ModelArgs, MoEArgs, QuantArgs, RouterArgs
+from accessory.errors import CheckpointError
+from accessory.kernels import route
+from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
+from accessory.model.meta import MetaModel
+from accessory.model.router import routed
+from accessory.serve.web.experts import heatmap
+from accessory.train.flops import flops_per_token
+from accessory.train.heatmap import draw
+from accessory.train.metrics import expert_shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +66,40 @@ SHARED = {
     "experts_implementation": "eager",
 }
 QWEN3 = {"num_experts": 8, "head_dim": 12, "moe_intermediate_size": 24, "intermediate_size": 40}
+GLM = {
+    "n_routed_experts": 8,
+    "head_dim": 12,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": None,
+}
+MINIMAX = {"num_local_experts": 12, "head_dim": 10, "intermediate_size": 16}
 OLMOE = {"num_experts": 16, "intermediate_size": 20, "eos_token_id": None, "pad_token_id": None}
 CASES = {
     "mixtral": Case("Mixtral", {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8}),
     "qwen3_moe": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": True}),
     "qwen3_moe, as probable as they are": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": False}),
+    "qwen3_moe, with dense layers": Case(
+        "Qwen3Moe", {**QWEN3, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    ),
+    "glm4_moe": Case("Glm4Moe", {**GLM, "attention_bias": True, "routed_scaling_factor": 1.5}),
+    "glm4_moe, in groups": Case(
+        "Glm4Moe",
+        {
+            **GLM,
+            "partial_rotary_factor": 1.0,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_qk_norm": True,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    "minimax_m2": Case("MiniMaxM2", {**MINIMAX, "rotary_dim": 6}),
+    "minimax_m2, 2 kv heads": Case("MiniMaxM2", {**MINIMAX, "num_key_value_heads": 2}),
     "olmoe": Case("Olmoe", {**OLMOE, "num_key_value_heads": 8}),
     "olmoe, clipped, 2 kv heads": Case(
         "Olmoe", {**OLMOE, "num_key_value_heads": 2, "clip_qkv": 0.9, "norm_topk_prob": True}
@@ -84,8 +124,11 @@ def made(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         config = getattr(transformers, f"{case.classes}Config")(**(SHARED | case.settings))
         hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
         with torch.no_grad():
-            for parameter in hf.parameters():
-                parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.15)
+            for own, parameter in hf.named_parameters():
+                parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=0.15)
+            for own, buffer in hf.named_buffers():
+                if own.endswith("correction_bias"):
+                    buffer.normal_(std=0.2)
         folder = tmp_path_factory.mktemp("families") / "folder"
         hf.save_pretrained(folder)
         shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
@@ -133,6 +176,84 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         assert tokens == greedy
 
 
+# --- the router
+
+
+def test_the_router_by_hand() -> None:
+    """Scores 0.2, 0.5, 0.6, 0.1 and, for the choice, 0.9, 0.5, 0.6, 0.5: two of the better pair, or the two best."""
+    logits_TE, bias_E = torch.tensor([[0.2, 0.5, 0.6, 0.1]]).logit(), torch.tensor([0.7, 0.0, 0.0, 0.4])
+    for settings, experts, weights in (
+        ({"groups": 2, "groups_chosen": 1, "scale": 3.5}, [0, 1], [1.0, 2.5]),
+        ({}, [0, 2], [0.25, 0.75]),
+        ({"eps": 0.2}, [0, 2], [0.2, 0.6]),
+    ):
+        args = MoEArgs(num_experts=4, router=RouterArgs(score="sigmoid", correction=True, **settings))
+        routing = routed(logits_TE, bias_E, args)
+        assert routing.experts_TK.tolist() == [experts]
+        torch.testing.assert_close(routing.weights_TK, torch.tensor([weights]))
+    # Shares of the scores 1/7, 5/14, 3/7, 1/14; both pairs of the one token fell to the first and the third:
+    # 4 / (1 * 2) * (1 * 1/7 + 1 * 3/7) = 8/7.
+    torch.testing.assert_close(routing.probs_TE, torch.tensor([[2, 5, 6, 1]]) / 14)
+    loss = load_balancing_loss(RouterStats.stacked([routing.stats(None)]), top_k=2)
+    assert loss.item() == pytest.approx(8 / 7)
+
+
+def test_the_reference_is_what_the_kernels_compute() -> None:
+    logits_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    active_T = torch.arange(50) % 3 > 0
+    for ours, theirs in zip(routed(logits_TE, None, MoEArgs(), active_T), route(logits_TE, 2, active_T), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+# --- layers that are not alike
+
+
+def test_only_layers_with_experts_are_counted(made: Callable[[str], Made]) -> None:
+    """Of four layers the second alone has experts, 8 of which each token visits 3."""
+    llma = load(made("qwen3_moe, with dense layers").folder).llma
+    assert llma.args.moe_layers == (1,)
+    cache = llma.new_cache(2, 64, routes=True)
+    llma.prefill(torch.arange(3, 13), [7, 3], [0, 1], cache)
+    counts = cache.by_layer(cache.expert_counts.tolist())
+    assert [sum(layer) for layer in counts] == [0, 3 * 10, 0, 0]
+    assert cache.routes is not None
+    routes = [cache.by_layer(layers) for layers in cache.routes[:, 0, :7].transpose(0, 1).tolist()]
+    assert {tuple(map(len, route)) for route in routes} == {(0, 3, 0, 0)}
+    table = heatmap(routes, 8)
+    assert re.findall(r"scope='row'>(\d+)<", table) == ["1"]
+    tokens = torch.arange(3, 13).repeat(2, 1)
+    losses = MetaModel(llma, None).training_losses(tokens, tokens)
+    assert losses.counts_LE.sum(-1).tolist() == [0, 3 * 20, 0, 0]
+    assert 1 < losses.extras["load_balancing"][0].item() < 8
+    shares_LE = expert_shares(losses.counts_LE)
+    assert draw(shares_LE) != draw(shares_LE.roll(1, 0)), "each row is where its layer is"
+
+
+@pytest.mark.parametrize("setting", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_that_predict_further_tokens_are_left_out_by_name(
+    setting: str, made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = made("glm4_moe")
+    (folder := tmp_path / "folder").mkdir()
+    tensors = load_file(own.folder / "model.safetensors")
+    further = {key.replace(".2.", ".3."): value.clone() for key, value in tensors.items() if ".layers.2." in key}
+    save_file({**tensors, **further, "model.layers.3.eh_proj.weight": torch.ones(48, 96)}, folder / "model.safetensors")
+    shutil.copyfile(own.folder / "tokenizer.model", folder / "tokenizer.model")
+    config = json.loads((own.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(CheckpointError, match=re.escape("model.layers.3.eh_proj.weight")):
+        load(folder)
+    del config["num_nextn_predict_layers"]
+    (folder / "config.json").write_text(json.dumps({**config, setting: 1}))
+    prompt = random_prompts(2, (9,))
+    with caplog.at_level("INFO"):
+        said = load(folder).compute_logits(prompt)
+    assert torch.equal(said[0], load(own.folder).compute_logits(prompt)[0])
+    assert "model.layers.3.*, if there, are left out" in caplog.text
+
+
 # --- gradients
 
 
@@ -140,7 +261,8 @@ def gradients_on_rank(folder: Path, placement: str, tokens: Tensor) -> tuple[flo
     model = load(folder, placement)
     loss, _ = model(tokens, tokens)
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.llma.named_parameters()}
+    trained = ((name, parameter) for name, parameter in model.llma.named_parameters() if parameter.requires_grad)
+    return loss.item(), {name: parameter.grad for name, parameter in trained}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -164,8 +286,9 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
         for loss, _ in found:
             assert loss == pytest.approx(expected.item(), rel=1e-5)
         ours = assembled([by_name for _, by_name in found], args, placement)
+        assert {name for name in theirs if not name.endswith("correction_bias")} == ours.keys()
         largest = max(parameter.abs().max().item() for parameter in theirs.values())
-        for parameter, value in theirs.items():
+        for parameter, value in ((name, value) for name, value in theirs.items() if name in ours):
             limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
             assert (ours[parameter] - value).abs().max().item() <= limit, (size, placement, parameter)
 
@@ -173,18 +296,18 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
 # --- training
 
 
-def trained_on_rank(folder: Path, base: Path, output: Path) -> None:
+ADAPTED = {"lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "only_save_trainable": True}
+
+
+def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, Any]) -> None:
     setting = Setting(folder)
-    options = {"pretrained_path": base, "lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "epochs": 1}
-    arguments = setting.arguments(
-        output, **options, lr=3e-2, batch_size=8, only_save_trainable=True, model_parallel_size=2, save_interval=1
-    )
-    finetune_on_rank(setting, arguments)
+    options = {"pretrained_path": base, "epochs": 1, "lr": 3e-2, "batch_size": 8, "save_interval": 1, **options}
+    finetune_on_rank(setting, setting.arguments(output, **options))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
 def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
 ) -> None:
@@ -192,7 +315,8 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
 
     own = made(name)
     make_setting(tmp_path / "data", small_tokenizer, examples=16)
-    ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run")
+    options = {**ADAPTED, "model_parallel_size": 2}
+    ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run", options)
     adapter, prompt = tmp_path / "run" / "epoch0", random_prompts(4, (15,))[0]
     expected = load([own.folder, adapter]).compute_logits([prompt])[0]
     assert (expected - hf_logits(own.hf, prompt)).abs().max() > 0.05, "the adapter changes nothing"
@@ -206,7 +330,26 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_what_no_gradient_reaches_is_after_training_what_it_was(
+    made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """On two data-parallel ranks, in bfloat16, begun again after an epoch."""
+    base = made("glm4_moe").folder
+    make_setting(tmp_path / "data", small_tokenizer, examples=16)
+    for epochs, first in ((1, 0), (2, 1)):
+        output = tmp_path / f"run{first}"
+        resume = {"resume": tmp_path / "run0"} if first else {}
+        ranks(2).run(
+            trained_on_rank, tmp_path / "data", base, output, {"epochs": epochs, "precision": "bf16", **resume}
+        )
+    paths = base, tmp_path / "run0" / "epoch0", tmp_path / "run1" / "epoch1"
+    before, *after = (dict(load(path).llma.named_parameters()) for path in paths)
+    for trained in after:
+        same = {name for name in before if torch.equal(before[name], trained[name])}
+        assert same == {f"layers.{layer}.feed_forward.gate.correction_bias" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
 def test_a_quantized_copy_says_what_quantizing_while_reading_does(
     name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
 ) -> None:
@@ -244,11 +387,63 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
 def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     to: str, made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("qwen3_moe", "olmoe"):
+    for name in ("qwen3_moe", "olmoe", "glm4_moe", "minimax_m2"):
         assert main(["convert", str(made(name).folder), str(tmp_path / "out"), "--to", to]) == 1
         said = f"{to} cannot say what {name} computes: take one of accessory, accessory-sparse, hf"
         assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def in_scaled_blocks(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix in 8-bit floats, block by block of 128 x 128; its factors; and what both stand for, in bfloat16."""
+    codes = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn)
+    factors = torch.empty(*(-(-size // 128) for size in matrix.shape))
+    values = torch.empty_like(matrix, dtype=torch.bfloat16)
+    for row, column in itertools.product(*map(range, factors.shape)):
+        block = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+        factors[row, column] = matrix[block].float().abs().max() / 448
+        codes[block] = (matrix[block].float() / factors[row, column]).to(codes.dtype)
+        values[block] = (codes[block].float() * factors[row, column]).bfloat16()
+    return codes, factors, values
+
+
+def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
+    small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """Of 144 x 160 matrices, with 2 x 2 factors each, on two ranks that cut them within a block."""
+    torch.manual_seed(5)
+    sizes = {**SHARED, **MINIMAX, "hidden_size": 144, "intermediate_size": 160, "num_local_experts": 4}
+    hf = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**sizes)).bfloat16()
+    hf.save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    coded = {**plain}
+    for key in [key for key in plain if re.search(r"(proj|w[123])\.weight$", key)]:
+        coded[key], factors, plain[key] = in_scaled_blocks(coded[key])
+        coded |= {f"{key}_scale_inv": factors}
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    for name, tensors, more in (("plain", plain, {}), ("coded", coded, {"quantization_config": said})):
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+    convert(tmp_path / "coded", tmp_path / "own", mp=2)
+    assert diff(tmp_path / "plain", tmp_path / "own").same
+    for placement in ("expert", "tensor"):
+        prompts = random_prompts(6, (3, 9))
+        both = (
+            alike(on_ranks(ranks, 2, said_of_prompts, tmp_path / name, placement, prompts))
+            for name in ("plain", "coded")
+        )
+        assert_same(*both)
+    key = "model.layers.0.self_attn.q_proj.weight_scale_inv"  # of 80 x 144
+    save_file({**coded, key: torch.ones(2, 2)}, tmp_path / "coded" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(key)} has shape \(2, 2\), and .* asks for \(1, 2\)"):
+        load(tmp_path / "coded")
+
+
+def said_of_prompts(folder: Path, placement: str, prompts: list[list[int]]) -> list[Tensor]:
+    return load(folder, placement).compute_logits(prompts)
 
 
 # --- configs
@@ -298,6 +493,55 @@ PUBLISHED = {
         },
         (235.09, 22.2),
     ),
+    "GLM-4.5-Air": (
+        {
+            "model_type": "glm4_moe",
+            "attention_bias": True,
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "partial_rotary_factor": 0.5,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.0,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 46,
+            "num_nextn_predict_layers": 1,
+            "use_qk_norm": False,
+            "vocab_size": 151552,
+        },
+        (106.85, 13.4),
+    ),
+    "MiniMax-M2": (
+        {
+            "model_type": "minimax_m2",
+            "head_dim": 128,
+            "hidden_size": 3072,
+            "intermediate_size": 1536,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 62,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "attn_type_list": [1] * 62,
+            "qk_norm_type": "per_layer",
+            "use_qk_norm": True,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "shared_intermediate_size": 0,
+            "rope_theta": 5000000,
+            "rotary_dim": 64,
+            "vocab_size": 200064,
+        },
+        (228.69, 11.0),
+    ),
     "OLMoE-1B-7B": (
         {
             "model_type": "olmoe",
@@ -327,6 +571,11 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     assert any(line.split()[:2] == ["family", content["model_type"]] for line in lines), lines
     counts = next(line for line in lines if line.startswith("parameters")).replace(",", "").split()
     assert (round(int(counts[1]) / 1e9, 2), int(counts[4]) / 1e9) == (total, pytest.approx(active, abs=0.05))
+    args = load_args([path])
+    # A product has a matrix, and looking up the embedding is none.
+    products = flops_per_token(args, 0) / 6 + args.vocab_size * args.dim
+    assert products / 1e9 == pytest.approx(active, abs=0.05)
+    assert ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
 
 
 @pytest.mark.parametrize(
@@ -334,13 +583,24 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     [
         ({"model_type": "qwen3_moo"}, "model_type 'qwen3_moo' is unknown (did you mean qwen3_moe?)"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
-        ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"mlp_only_layers": 0}, "mlp_only_layers must be a list of layers' numbers, not 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 on, not 0"),
+        ({"decoder_sparse_step": 49}, "dense.layers names all layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "glm4_moe", "partial_rotary_factor": 0.2}, "attention.rotary_dim is 25"),
+        ({"model_type": "glm4_moe", "n_routed_experts": 8, "n_group": 3}, "8 experts do not make 3 groups"),
+        ({"model_type": "glm4_moe", "n_group": 32}, "8, and 1 of 32 groups have fewer experts"),
+        ({"model_type": "glm4_moe", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"model_type": "minimax_m2", "scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({"model_type": "minimax_m2", "use_routing_bias": False}, "use_routing_bias is False"),
+        ({"model_type": "minimax_m2", "qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
+        ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is [1, 0]"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"norm_topk_prob": "yes"}, "moe.norm_topk_prob must be true or false, not 'yes'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized by another program"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "quantized by another"),
         ({"model_type": "olmoe", "clip_qkv": -1}, "attention.clip must be null or a number above 0, not -1"),
     ],
 )

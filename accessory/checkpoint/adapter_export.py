@@ -10,13 +10,14 @@ from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.layouts.hf import MODULES
+from accessory.checkpoint.layouts.peft import is_updated
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
 from accessory.model.LLM import FAMILIES
 from accessory.parallel.box import Box
-from accessory.parallel.plan import split_of
+from accessory.parallel.plan import rows_of_model, split_of
 from accessory.text.template import TEMPLATE_NAME
 
 
@@ -31,7 +32,7 @@ def export_adapter(
         llama_config: config files for a folder that has none, or to overrule it.
 
     Raises:
-        ValueError: the folder has no LoRA, or biases that are not zero, for which Hugging Face's Mixtral has no place.
+        ValueError: the folder has no LoRA, or biases that are not zero, for which Hugging Face's models have no place.
         FileExistsError: the destination is not empty.
         CheckpointError, FileNotFoundError: the folder cannot be read, or holds infinities or NaN.
         OSError: the disk is full.
@@ -65,13 +66,13 @@ def export_adapter(
 
 def _refuse_biases(weights: Weights) -> None:
     sources = (one for one in BASE.sources(weights.args, 1) if one.parameter in weights.held)
-    biases = (one for one in sources if split_of(one.parameter).kind == "bias")
+    biases = (one for one in sources if split_of(one.parameter).adapter == "bias")
     biased = [one.key for one in biases if bool(weights.read(one.parameter, one.box).any())]
     if biased:
         more = f" and {len(biased) - 1} more" if biased[1:] else ""
         raise ValueError(
-            f"{weights.folder.path}: {biased[0]}{more} is not zero, and Hugging Face's Mixtral has no biases: train "
-            "with bias_tuning false, or merge the adapter and keep the format"
+            f"{weights.folder.path}: {biased[0]}{more} is not zero, and Hugging Face's models have no place for it: "
+            "train with bias_tuning false, or merge the adapter and keep the format"
         )
 
 
@@ -84,7 +85,11 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
         "attention": [_last(family.modules[name]) for name in attention],
         "experts": [_last(name) for name in family.matrices.values()],
     }
-    saved = [_last(theirs) for ours, theirs in family.modules.items() if ours.endswith("norm")]
+    present = {row.pattern for row in rows_of_model(args)}
+    theirs = {own: name for own, name in family.modules.items() if f"layers.N.{own}.weight" in present}
+    saved = [_last(name) for own, name in theirs.items() if own.endswith("norm")]
+    # Of dense layers and shared experts: peft takes names of modules that end as those of experts do for experts'.
+    units = [f"{name}.weight" for own, name in theirs.items() if is_updated(own) and own not in attention]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,7 +98,8 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,  # of training, which is over; peft has none for stacked experts
         "bias": "none",
-        "target_modules": [name for target in args.peft.lora_targets for name in modules[target]],
+        "target_modules": [*dict.fromkeys(name for target in args.peft.lora_targets for name in modules[target])],
+        "target_parameters": units if units and "experts" in args.peft.lora_targets else None,
         "modules_to_save": [*saved, MODULES["norm"]] if norms else None,
         "inference_mode": True,
     }

@@ -16,6 +16,7 @@ from accessory.checkpoint.companions import COMPANIONS, CONFIG_FILES, KNOWN, WEI
 from accessory.checkpoint.containers import open_tensors
 from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
+from accessory.checkpoint.scaled import with_factors
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.config.checks import is_number
 from accessory.errors import CheckpointError
@@ -218,7 +219,7 @@ class Folder:
             FileNotFoundError, CheckpointError: as `open_tensors`; a tensor with and without prefix.
         """
         if file not in self._tensors:
-            self._tensors[file] = open_tensors(*self._parts[file])
+            self._tensors[file] = with_factors(open_tensors(*self._parts[file]))
         own = self._tensors[file]
         tensors = {key.removeprefix(prefix): value for key, value in own.items()}
         if len(tensors) < len(own):

@@ -18,7 +18,7 @@ from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError
 from accessory.files import new_folder
 from accessory.parallel.box import Box
-from accessory.parallel.plan import parameter_shapes, trains
+from accessory.parallel.plan import parameter_shapes, split_of, trains
 from accessory.progress import showing
 from accessory.text.form_files import has_form
 
@@ -144,7 +144,7 @@ class _Merger:
 
     def check_biases(self) -> None:
         """See that the base has biases only where the adapter knows of them."""
-        biases = sorted(name for name in self.base.held if name.endswith("bias"))
+        biases = sorted(name for name in self.base.held if split_of(name).adapter == "bias")
         if biases and not self.peft.bias_tuning:
             more = f" and {len(biases) - 1} more" if biases[1:] else ""
             raise CheckpointError(
@@ -155,7 +155,7 @@ class _Merger:
     def has_biases(self) -> bool:
         """Whether any bias is other than zero."""
         shapes = dict(parameter_shapes(self.args.replace(peft=PeftArgs(bias_tuning=True))))
-        biases = [name for name in shapes if name.endswith("bias") and name in self.held]
+        biases = [name for name in shapes if split_of(name).adapter == "bias" and name in self.held]
         return any(bool(self._stored(name, Box.whole(shapes[name])).any()) for name in biases)
 
     def dtype(self, target: Source) -> torch.dtype:

@@ -197,10 +197,14 @@ def _sizes(args: ModelArgs, of: str = "") -> Iterator[str]:
         f"model       {args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.n_kv_heads} key/value) of "
         f"{args.head_dim}, vocabulary {args.vocab_size if args.vocab_size != -1 else 'left to the tokenizer'}"
     )
+    layers = "layer" if args.dense is None else f"of {len(args.moe_layers)} layers"
     yield (
-        f"experts     {args.moe.num_experts} in each layer, {args.moe.num_experts_per_tok} for each token, "
+        f"experts     {args.moe.num_experts} in each {layers}, {args.moe.num_experts_per_tok} for each token, "
         f"hidden {args.hidden_dim}"
+        f"{f'; and one for every token, hidden {args.moe.shared_hidden_dim}' if args.moe.shared_hidden_dim else ''}"
     )
+    if args.dense is not None:
+        yield f"dense       {len(args.dense.layers)} of {args.n_layers} layers, hidden {args.dense.hidden_dim}"
     beside = " beside embedding and output head" if args.vocab_size == -1 else ""
     yield f"parameters  {total:,}{beside}, of which {active:,} active for each token{of}"
 

@@ -1,6 +1,7 @@
 """The one description of a model's sizes: what config.json and params.json hold, validated."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -20,6 +21,44 @@ MOST_LAYERS, MOST_HEADS, MOST_EXPERTS = 2**10, 2**12, 2**16
 
 
 QKNorm = Literal["none", "head", "full"]
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterArgs:
+    """What the router makes of its logits; by default what Mixtral's does.
+
+    Attributes:
+        score: an expert's score: its probability among all, or the sigmoid of its own logit.
+        correction: a bias on the scores, for the choice alone (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
+        groups: so many groups of neighbouring experts, of which the ``groups_chosen`` best are chosen from: those whose
+            two best experts together score most.
+        eps: is added to the sum of the chosen experts' scores before they are divided by it.
+        scale: factor on the weights.
+        float32: the product that gives the logits runs in float32; else in the compute dtype.
+    """
+
+    score: Score = "softmax"
+    correction: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+    float32: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise ValueError(unknown("moe.router.score", self.score, get_args(Score)))
+        require_ints(self, positive=("groups", "groups_chosen"))
+        if self.groups_chosen > self.groups:
+            raise ValueError(f"moe.router.groups_chosen is {self.groups_chosen}, of {self.groups} groups: give fewer")
+        for name in ("correction", "float32"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"moe.router.{name} must be true or false, not {getattr(self, name)!r}")
+        if not is_number(self.eps) or self.eps < 0:
+            raise ValueError(f"moe.router.eps must be 0 or more, not {self.eps!r}")
+        if not is_number(self.scale) or self.scale <= 0:
+            raise ValueError(f"moe.router.scale must be a number above 0, not {self.scale!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +66,20 @@ class MoEArgs:
     """Experts of a layer, and how many of them each token visits (top-k).
 
     Attributes:
-        norm_topk_prob: the weights of the chosen experts add up to 1; else they are their probabilities among all.
+        norm_topk_prob: the weights of the chosen experts add up to 1; else they are their scores.
+        shared_hidden_dim: width inside the expert that every token visits beside those that it chose; 0: there is none.
+        router: how they are chosen.
     """
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
+    shared_hidden_dim: int = 0
+    router: RouterArgs = field(default_factory=RouterArgs)
 
     def __post_init__(self) -> None:
         require_ints(self, positive=("num_experts", "num_experts_per_tok"))
+        require_ints(self, positive=("shared_hidden_dim",) if self.shared_hidden_dim != 0 else ())
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok} but there are only "
@@ -43,13 +87,44 @@ class MoEArgs:
             )
         if type(self.norm_topk_prob) is not bool:
             raise ValueError(f"moe.norm_topk_prob must be true or false, not {self.norm_topk_prob!r}")
+        groups, chosen = self.router.groups, self.router.groups_chosen
+        if self.num_experts % groups or (groups > 1 and self.num_experts < 2 * groups):
+            raise ValueError(f"{self.num_experts} experts do not make {groups} groups of 2 or more (moe.router.groups)")
+        if self.num_experts_per_tok > chosen * (self.num_experts // groups):
+            raise ValueError(
+                f"moe.num_experts_per_tok is {self.num_experts_per_tok}, and {chosen} of {groups} groups have fewer "
+                "experts (moe.router.groups_chosen)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As a config.json has it; what Mixtral's do not know is left out where it is as there."""
         values = dataclasses.asdict(self)
-        if self.norm_topk_prob:
-            del values["norm_topk_prob"]
+        own = MoEArgs()
+        for name in ("norm_topk_prob", "shared_hidden_dim", "router"):
+            if getattr(self, name) == getattr(own, name):
+                del values[name]
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseArgs:
+    """Layers without experts and router: one gated unit, through which every token goes.
+
+    Attributes:
+        layers: their numbers.
+        hidden_dim: width inside them.
+    """
+
+    layers: tuple[int, ...]
+    hidden_dim: int
+
+    def __post_init__(self) -> None:
+        require_ints(self, positive=("hidden_dim",))
+        numbers = self.layers
+        listed = isinstance(numbers, list | tuple) and len(numbers) > 0
+        if not listed or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"dense.layers must be a list of layers' numbers, not {numbers!r}")
+        object.__setattr__(self, "layers", tuple(sorted(set(numbers))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +132,26 @@ class AttentionArgs:
     """What queries, keys and values go through before they are turned and compared; in Mixtral nothing.
 
     Attributes:
+        qkv_bias: their products have a bias each.
         qk_norm: an RMSNorm of queries and keys: of each "head", or of all heads' values together ("full").
         clip: queries, keys and values are limited to plus and minus this number; None: they are not.
+        rotary_dim: the first numbers of each head, so many, are turned; None: all.
     """
 
+    qkv_bias: bool = False
     qk_norm: QKNorm = "none"
     clip: float | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.qk_norm not in get_args(QKNorm):
             raise ValueError(unknown("attention.qk_norm", self.qk_norm, get_args(QKNorm)))
         if self.clip is not None and (not is_number(self.clip) or self.clip <= 0):
             raise ValueError(f"attention.clip must be null or a number above 0, not {self.clip!r}")
+        if type(self.qkv_bias) is not bool:
+            raise ValueError(f"attention.qkv_bias must be true or false, not {self.qkv_bias!r}")
+        if self.rotary_dim is not None:
+            require_ints(self, positive=("rotary_dim",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +163,7 @@ class ModelArgs:
             is computed.
         dim: width of the residual stream.
         hidden_dim: width inside one expert.
+        dense: the layers that have no experts; None: all have.
         head_dim: width of one attention head (dim / n_heads where absent).
         n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
         vocab_size: rows of the embedding, one for each of the tokenizer's tokens or more; -1 leaves their number open.
@@ -109,6 +193,7 @@ class ModelArgs:
     family: str = "mixtral"
     attention: AttentionArgs = field(default_factory=AttentionArgs)
     moe: MoEArgs = field(default_factory=MoEArgs)
+    dense: DenseArgs | None = None
     load_balancing_weight: float = 0.1
     z_loss_weight: float = 0.0
     peft: PeftArgs | None = None
@@ -145,6 +230,14 @@ class ModelArgs:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding turns pairs, so it must be even")
+        if self.rotary_dim == self.head_dim:  # said in one way, so that equal settings are equal
+            object.__setattr__(self, "attention", dataclasses.replace(self.attention, rotary_dim=None))
+        if self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+            raise ValueError(f"attention.rotary_dim is {self.rotary_dim}: give an even one, {self.head_dim} at most")
+        if self.dense is not None and self.dense.layers[-1] >= self.n_layers:
+            raise ValueError(f"dense.layers names layer {self.dense.layers[-1]}, of {self.n_layers}: correct it")
+        if not self.moe_layers:
+            raise ValueError("dense.layers names all layers: of a model without experts nothing is known here")
         if self.peft is not None:
             self._check_rank(self.peft)
 
@@ -154,6 +247,8 @@ class ModelArgs:
             sides["n_kv_heads * head_dim"] = self.n_kv_heads * self.head_dim
         if "experts" in peft.lora_targets:
             sides["hidden_dim"] = self.hidden_dim
+            sides |= {} if self.dense is None else {"dense.hidden_dim": self.dense.hidden_dim}
+            sides |= {"moe.shared_hidden_dim": self.moe.shared_hidden_dim} if self.moe.shared_hidden_dim else {}
         name, smallest = min(sides.items(), key=lambda side: side[1])
         if peft.lora_rank > smallest:
             raise ValueError(
@@ -182,12 +277,12 @@ class ModelArgs:
         missing = sorted(required - set(given))
         if missing:
             raise ValueError(f"key(s) {', '.join(missing)} missing: add them")
-        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe", "attention"):
+        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe", "attention", "dense"):
             if optional in given and given[optional] is None:
                 del given[optional]
-        for name, kind in (("moe", MoEArgs), ("attention", AttentionArgs)):
+        for name, kind in (("moe", MoEArgs), ("attention", AttentionArgs), ("dense", DenseArgs)):
             if name in given:
-                given[name] = part_of_config(name, kind, given[name])
+                given[name] = part_of_config(name, kind, _with_router(given[name]) if name == "moe" else given[name])
         if given.get("quant") is not None:
             given["quant"] = part_of_config("quant", QuantArgs, given["quant"])
         peft = {key: given.pop(key) for key in adapters & given.keys()}
@@ -207,6 +302,10 @@ class ModelArgs:
             del values["family"]
         if self.attention == AttentionArgs():
             del values["attention"]
+        if self.dense is None:
+            del values["dense"]
+        else:
+            values["dense"]["layers"] = [*self.dense.layers]
         values["moe"] = self.moe.to_dict()
         del values["peft"], values["quant"]
         values |= self.peft.to_dict() if self.peft else {}
@@ -215,7 +314,19 @@ class ModelArgs:
     @property
     def computes_as_mixtral(self) -> bool:
         """Whether its sizes say all of the model."""
-        return self.attention == AttentionArgs() and self.moe.norm_topk_prob
+        sizes = {name: getattr(self.moe, name) for name in ("num_experts", "num_experts_per_tok")}
+        return self.attention == AttentionArgs() and self.moe == MoEArgs(**sizes) and self.dense is None
+
+    @property
+    def rotary_dim(self) -> int:
+        """So many numbers of each head are turned."""
+        return self.head_dim if self.attention.rotary_dim is None else self.attention.rotary_dim
+
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have experts; at least one."""
+        dense = () if self.dense is None else self.dense.layers
+        return tuple(layer for layer in range(self.n_layers) if layer not in dense)
 
     def for_type(self, llama_type: str) -> Self:
         """These arguments as a llama_type reads them: one with adapters has defaults for them, another has none.
@@ -235,3 +346,10 @@ class ModelArgs:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def _with_router(moe: Any) -> Any:
+    """What stands under "moe" in a config.json, with its router made."""
+    if not isinstance(moe, Mapping) or "router" not in moe:
+        return moe
+    return {**moe, "router": part_of_config("moe.router", RouterArgs, moe["router"])}

@@ -146,6 +146,9 @@ class Attention(nn.Module):
         self.wv = layers.column(args.dim, kv_heads * args.head_dim, place)
         self.wo = layers.row(heads * args.head_dim, args.dim, state, place)
         self.own = args.attention
+        if self.own.qkv_bias:
+            self.q_bias = place.parameter(heads * args.head_dim)
+            self.k_bias, self.v_bias = (place.parameter(kv_heads * args.head_dim) for _ in range(2))
         if self.own.qk_norm != "none":
             self.q_norm = RMSNorm(own["normed_heads"] * args.head_dim, args.norm_eps, place)
             self.k_norm = RMSNorm(own["normed_kv"] * args.head_dim, args.norm_eps, place)
@@ -157,6 +160,9 @@ class Attention(nn.Module):
         """(T, D) -> (T, D), the same on every rank."""
         x_TD = copy_to_region(x_TD, self.group)
         q, k, v = (w(x_TD) for w in (self.wq, self.wk, self.wv))
+        if self.own.qkv_bias:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (x + local(bias).type_as(x) for x, bias in zip((q, k, v), biases, strict=True))
         if self.own.qk_norm == "full":
             q, k = self._normed_together(q, k)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))

@@ -47,7 +47,7 @@ class TrainingLosses(NamedTuple):
         loss: cross-entropy, mean over this rank's learned tokens (0 where there are none), natural logarithm.
         extras: {name: (value, weight)}, to be added as value * weight; over the tokens of all data-parallel ranks.
         counts_LE: float32 (layers, experts), without gradient: pairs of token and expert over the counted tokens of
-            all data-parallel ranks.
+            all data-parallel ranks; zeros in layers without experts.
     """
 
     loss: Tensor

@@ -17,14 +17,16 @@ class KVCache:
     are active, and reads no further than `bound` says: on a CPU 64, the least multiple of 64 that holds position 9.
 
     Args:
-        routes: (experts, experts chosen for each token) where the cache is to remember who took each token.
+        routes: (experts, experts chosen for each token, numbers of the layers that have experts) where the cache is to
+            remember who took each token.
 
     Attributes:
         k, v: (layers, slots, max_seq_len, local kv heads, head_dim).
         lengths: (slots,) int64 on the device: tokens held by each slot.
         bound: how far the next decoding step reads: covers the new position of the longest slot.
-        routes: (layers, slots, max_seq_len, experts for each token) int16, beside k and v; None: not remembered.
-        expert_counts: (layers, experts) int64: pairs of token and expert so far, of all sequences ever.
+        routes: (layers with experts, slots, max_seq_len, experts for each token) int16, beside k and v; None: not
+            remembered.
+        expert_counts: (layers with experts, experts) int64: pairs of token and expert so far, of all sequences ever.
         graphs: the decoding steps with this cache that were captured, on a GPU.
     """
 
@@ -44,7 +46,7 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        routes: tuple[int, int] | None = None,
+        routes: tuple[int, int, tuple[int, ...]] | None = None,
     ) -> None:
         shape = (layers, slots, max_seq_len, kv_heads, head_dim)
         # Zeros, not empty: masked positions still enter a product, and 0 * NaN would be NaN.
@@ -53,9 +55,10 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.routes: Tensor | None = None
         if routes is not None:
-            experts, chosen = routes
-            self.routes = torch.zeros((layers, slots, max_seq_len, chosen), dtype=torch.int16, device=device)
-            self.expert_counts = torch.zeros((layers, experts), dtype=torch.int64, device=device)
+            experts, chosen, self._routed = routes
+            own = len(self._routed)
+            self.routes = torch.zeros((own, slots, max_seq_len, chosen), dtype=torch.int16, device=device)
+            self.expert_counts = torch.zeros((own, experts), dtype=torch.int64, device=device)
         self._block = self.BLOCK_ON_CPU if device.type == "cpu" else self.BLOCK
         self.graphs = DecodeGraphs()
         # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
@@ -121,7 +124,7 @@ class KVCache:
         """Remember the experts of new tokens, where the cache does.
 
         Args:
-            experts: of every layer, (T, K).
+            experts: of every layer that has some, (T, K).
             active_T: bool; which of the tokens count (None: all).
         """
         if self.routes is None:
@@ -131,6 +134,11 @@ class KVCache:
         counted_T = torch.ones_like(slots_T) if active_T is None else active_T.long()
         counted_LP = counted_T[:, None].expand(experts_LTK.shape[1:]).flatten().expand(experts_LTK.shape[0], -1)
         self.expert_counts.scatter_add_(1, experts_LTK.flatten(1), counted_LP)
+
+    def by_layer(self, routed: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """What each layer with experts has, by the layer's number; empty for those without."""
+        found = dict(zip(self._routed, map(tuple, routed), strict=True))
+        return tuple(found.get(layer, ()) for layer in range(self.k.shape[0]))
 
     def _set_bound(self) -> None:
         # A number, not a property: torch.compile would make the lengths behind it part of what it compiled for.

@@ -11,11 +11,18 @@ from accessory.parallel.state import ParallelState, Place
 
 
 class Layers(NamedTuple):
-    """The plain ones, or those of `lora.adapted_layers`; called as the plain classes are."""
+    """The plain ones, or those of `lora.adapted_layers`; called as the plain classes are.
+
+    Attributes:
+        column, row: of attention.
+        unit_column, unit_row: of a `GatedUnit`.
+    """
 
     column: Callable[[int, int, Place], ColumnParallelLinear] = ColumnParallelLinear
     row: Callable[[int, int, ParallelState, Place], RowParallelLinear] = RowParallelLinear
     experts: Callable[[ModelArgs, ParallelState, Placement, Place], Experts] = Experts
+    unit_column: Callable[[int, int, Place], ColumnParallelLinear] = ColumnParallelLinear
+    unit_row: Callable[[int, int, ParallelState, Place], RowParallelLinear] = RowParallelLinear
 
 
 PLAIN = Layers()

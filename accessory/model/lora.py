@@ -41,10 +41,14 @@ def adapted_layers(peft: PeftArgs, state: ParallelState, place: Place) -> Layers
     Args:
         place: of the adapters, whose dtype may be another than the layers'.
     """
+    column = partial(AdaptedColumnLinear, peft=peft, adapters=place, region=state.mp_group)
+    row = partial(AdaptedRowLinear, peft=peft, adapters=place, region=state.mp_group)
     return Layers(
-        partial(AdaptedColumnLinear, peft=peft, adapters=place, region=state.mp_group),
-        partial(AdaptedRowLinear, peft=peft, adapters=place, region=state.mp_group),
+        partial(column, target="attention"),
+        partial(row, target="attention"),
         partial(AdaptedExperts, peft=peft, adapters=place),
+        partial(column, target="experts"),
+        partial(row, target="experts"),
     )
 
 
@@ -57,15 +61,21 @@ class _LowRank(nn.Module):
 
 
 class _AdaptedLinear(nn.Module):
-    """A linear layer's adapters; made as the plain layer is."""
+    """A linear layer's adapters; made as the plain layer is.
+
+    Args:
+        target: which of `PeftArgs.lora_targets` it belongs to.
+    """
 
     weight: nn.Parameter | QuantizedParameter
 
-    def __init__(self, *plain: Any, peft: PeftArgs, adapters: Place, region: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, *plain: Any, target: str, peft: PeftArgs, adapters: Place, region: dist.ProcessGroup | None
+    ) -> None:
         super().__init__(*plain)
         out_features, in_features = self.weight.shape
         self.peft, self.region = peft, region
-        self.updated = peft.lora_rank > 0 and "attention" in peft.lora_targets
+        self.updated = peft.lora_rank > 0 and target in peft.lora_targets
         if self.updated:
             self.lora_a = _LowRank(peft.lora_rank, in_features, adapters)
             self.lora_b = _LowRank(out_features, peft.lora_rank, adapters)
@@ -93,8 +103,8 @@ class AdaptedColumnLinear(_AdaptedLinear, ColumnParallelLinear):
 class AdaptedRowLinear(_AdaptedLinear, RowParallelLinear):
     """Columns are split over the ranks: lora_a is split, lora_b whole on each; the bias is added to the sum."""
 
-    def forward(self, x_TDl: Tensor) -> Tensor:
-        return self._with_bias(RowParallelLinear.forward(self, x_TDl))
+    def forward(self, x_TDl: Tensor, beside_TO: Tensor | None = None) -> Tensor:
+        return self._with_bias(RowParallelLinear.forward(self, x_TDl, beside_TO))
 
     def partial(self, x_TDl: Tensor) -> Tensor:
         y_TO = RowParallelLinear.partial(self, x_TDl)

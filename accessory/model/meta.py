@@ -144,7 +144,9 @@ class MetaModel(nn.Module):
         loss, stats = self._cross_entropy(examples, labels, lengths)
         # Not linear in the batch: every data-parallel rank takes the losses of all their tokens together.
         stats = stats.summed(state.dp_group)
-        return TrainingLosses(loss, router_losses(stats, args), stats.counts_E)
+        counts_LE = stats.counts_E.new_zeros(args.n_layers, args.moe.num_experts)
+        counts_LE[list(args.moe_layers)] = stats.counts_E
+        return TrainingLosses(loss, router_losses(stats, args), counts_LE)
 
     def _cross_entropy(
         self, examples: Tensor, labels: Tensor, lengths: Sequence[int] | None = None

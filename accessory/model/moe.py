@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.config import ModelArgs
 from accessory.model.dispatch import Dispatcher, Pairs, TrainedPairs
+from accessory.model.gated_unit import GatedUnit
 from accessory.model.router import Router, Routing
 from accessory.model.units import silu_gate
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
@@ -62,13 +63,15 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a block: router on every rank, experts spread over them."""
+    """The feed-forward part of a block: router on every rank, experts spread over them, and the shared expert."""
 
-    def __init__(self, args: ModelArgs, state: ParallelState, place: Place, experts: Experts) -> None:
+    def __init__(
+        self, args: ModelArgs, state: ParallelState, place: Place, experts: Experts, shared: GatedUnit | None = None
+    ) -> None:
         super().__init__()
         self.group = state.mp_group
         self.gate = Router(args, place)
-        self.experts = experts
+        self.experts, self.shared = experts, shared
 
     def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(T, D) -> (T, D), the same on every rank, and how the tokens were routed.
@@ -80,5 +83,8 @@ class MoE(nn.Module):
         # The router and what lies before it see the whole gradient, the experts' region only a rank's part:
         # both entries into the region, tokens and weights, sum their gradients over the ranks.
         weights_TK = copy_to_region(routing.weights_TK, self.group)
-        y_TD = self.experts(copy_to_region(x_TD, self.group), routing._replace(weights_TK=weights_TK))
+        x_TD = copy_to_region(x_TD, self.group)
+        y_TD = self.experts(x_TD, routing._replace(weights_TK=weights_TK))
+        if self.shared is not None:
+            return self.shared(x_TD, y_TD), routing
         return reduce_from_region(y_TD, self.group), routing

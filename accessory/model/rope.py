@@ -13,14 +13,24 @@ class RotaryTable:
     """Cosines and sines of every position up to a length, float32, as `rotate` wants them.
 
     Args:
+        turned: so many of a head's first numbers turn, the others by the angle 0; None: all turn.
         scaling: factor on the positions (None: 1).
     """
 
     def __init__(
-        self, head_dim: int, length: int, *, theta: float, scaling: float | None, device: torch.device
+        self,
+        head_dim: int,
+        length: int,
+        *,
+        turned: int | None = None,
+        theta: float,
+        scaling: float | None,
+        device: torch.device,
     ) -> None:
+        turned = head_dim if turned is None else turned
         # float64 for the angles: at position 100,000 a float32 product is off by 0.004 radians.
-        frequencies = float(theta) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        frequencies = float(theta) ** (-torch.arange(0, turned, 2, dtype=torch.float64) / turned)
+        frequencies = torch.cat([frequencies, frequencies.new_zeros((head_dim - turned) // 2)])
         positions = torch.arange(length, dtype=torch.float64) * float(scaling or 1.0)
         angles = torch.outer(positions, frequencies)
         self.cos = angles.cos().repeat_interleave(2, dim=1).float().to(device)

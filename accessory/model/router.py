@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory import kernels
-from accessory.config import ModelArgs
+from accessory.config import ModelArgs, MoEArgs, RouterArgs
 from accessory.model.balance import RouterStats
 from accessory.parallel.ops import local
 from accessory.parallel.state import Place
@@ -21,10 +21,10 @@ class Routing(NamedTuple):
     """Chosen experts of each token.
 
     Attributes:
-        weights_TK: float32, renormalised over the chosen experts, or their probabilities as they are.
-        experts_TK: int64 expert numbers, the most probable first.
-        probs_TE: float32 softmax over all experts.
-        logits_TE: float32, what the softmax was taken of.
+        weights_TK: float32, of the chosen experts.
+        experts_TK: int64 expert numbers, the most wanted first.
+        probs_TE: float32, the scores over their sum; of a softmax they are its probabilities.
+        logits_TE: float32, what the scores were made of.
         asked_TK: the experts, but -1 for tokens that are given to none; None: each is given to its experts.
     """
 
@@ -43,23 +43,66 @@ class Routing(NamedTuple):
         return RouterStats(weight_T @ chosen_TE, weight_T @ self.probs_TE, weight_T @ squares_T)
 
 
-class Router(nn.Module):
-    """Top-k of the softmax over all experts, on every rank alike; renormalised over the chosen ones, in most models.
+def routed(logits_TE: Tensor, bias_E: Tensor | None, args: MoEArgs, active_T: Tensor | None = None) -> Routing:
+    """The reference, of every setting; in PyTorch.
 
-    The product runs in the compute dtype, as the models were trained; softmax and renormalisation in float32.
+        score = softmax(logits) or sigmoid(logits)        over a token's experts, in float32
+        chosen = the top_k of score + bias                in groups: of the experts of the best groups alone
+        weight = score / (sum of the chosen ones' scores + eps) * scale
+
+    Args:
+        logits_TE: in any dtype.
+        bias_E: float32; None: there is none.
+        active_T: as `Router` takes it.
+    """
+    own, (tokens, experts) = args.router, logits_TE.shape
+    logits_TE = logits_TE.float()
+    score_TE = logits_TE.sigmoid() if own.score == "sigmoid" else logits_TE.softmax(-1)
+    # A choice has no gradient; what is chosen has.
+    wanted_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
+    if own.groups_chosen < own.groups:
+        best_TG = wanted_TE.view(tokens, own.groups, -1).topk(2, dim=-1).values.sum(-1)
+        open_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter_(
+            1, best_TG.topk(own.groups_chosen, dim=-1).indices, True
+        )
+        wanted_TE = wanted_TE.masked_fill(~open_TG.repeat_interleave(experts // own.groups, dim=-1), float("-inf"))
+    experts_TK = wanted_TE.topk(args.num_experts_per_tok, dim=-1).indices
+    weights_TK = score_TE.gather(-1, experts_TK)
+    if args.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + own.eps)
+    probs_TE = score_TE / score_TE.sum(-1, keepdim=True) if own.score == "sigmoid" else score_TE
+    asked_TK = None if active_T is None else torch.where(active_T[:, None], experts_TK, -1)
+    return Routing(weights_TK * own.scale, experts_TK, probs_TE, logits_TE, asked_TK)
+
+
+class Router(nn.Module):
+    """Which experts take each token, on every rank alike, as `RouterArgs` and `MoEArgs` say.
+
+    Scores are computed in float32. The product runs in the compute dtype, as most models were trained, or in float32.
     """
 
     def __init__(self, args: ModelArgs, place: Place) -> None:
         super().__init__()
-        self.top_k, self.normalises = args.moe.num_experts_per_tok, args.moe.norm_topk_prob
+        self.args = args.moe
+        # The kernels know softmax alone, and to add weights up to 1.
+        self.by_kernel = args.moe.router == RouterArgs()
         self.weight = place.parameter(args.moe.num_experts, args.dim)
+        self.correction_bias: nn.Parameter | None = None
+        if args.moe.router.correction:
+            self.correction_bias = place._replace(dtype=torch.float32).parameter(args.moe.num_experts)
+            self.correction_bias.requires_grad_(False)
 
     def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> Routing:
         """
         Args:
             active_T: bool; tokens for which it is False are given to no expert.
         """
-        routing = Routing(*kernels.route(linear(x_TD, local(self.weight)), self.top_k, active_T))
-        if self.normalises:
+        if not self.by_kernel:
+            x_TD = x_TD.float() if self.args.router.float32 else x_TD
+            bias_E = None if self.correction_bias is None else local(self.correction_bias)
+            return routed(linear(x_TD, local(self.weight)), bias_E, self.args, active_T)
+        top_k = self.args.num_experts_per_tok
+        routing = Routing(*kernels.route(linear(x_TD, local(self.weight)), top_k, active_T))
+        if self.args.norm_topk_prob:
             return routing
         return routing._replace(weights_TK=routing.probs_TE.gather(-1, routing.experts_TK))

@@ -14,6 +14,7 @@ from accessory.config import ModelArgs
 from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Ragged
 from accessory.model.balance import RouterStats
 from accessory.model.cache import KVCache
+from accessory.model.gated_unit import Dense, GatedUnit
 from accessory.model.layers import PLAIN, Layers
 from accessory.model.moe import MoE
 from accessory.model.norm import RMSNorm
@@ -27,14 +28,14 @@ from accessory.parallel.state import ParallelState, Place
 
 
 class TransformerBlock(nn.Module):
-    """Attention and mixture of experts, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward part, each behind a norm and added to the residual stream."""
 
     def __init__(
         self, layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, layers: Layers
     ) -> None:
         super().__init__()
         self.attention = Attention(layer, args, state, place, layers)
-        self.feed_forward = MoE(args, state, place, layers.experts(args, state, placement, place))
+        self.feed_forward = _feed_forward(layer, args, state, placement, place, layers)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, place)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, place)
 
@@ -44,12 +45,24 @@ class TransformerBlock(nn.Module):
         rotation: tuple[Tensor, Tensor],
         pattern: Pattern,
         active_T: Tensor | None = None,
-    ) -> tuple[Tensor, Routing]:
-        """The residual stream after the block, and its routing."""
+    ) -> tuple[Tensor, Routing | None]:
+        """The residual stream after the block, and its routing; None in a layer without experts."""
         attended_TD = self.attention(self.attention_norm(x_TD), rotation, pattern)
         x_TD, normed_TD = self.ffn_norm.after_adding(x_TD, attended_TD)
         y_TD, routing = self.feed_forward(normed_TD, active_T)
         return x_TD + y_TD, routing
+
+
+def _feed_forward(
+    layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, layers: Layers
+) -> MoE | Dense:
+    own = local_sizes(args, state.mp_size)
+    column, row = layers.unit_column, layers.unit_row
+    if layer not in args.moe_layers:
+        return Dense(args.dim, own["dense_hidden"], state, place, column=column, row=row)
+    width = own["shared_hidden"]
+    shared = GatedUnit(args.dim, width, state, place, column=column, row=row) if width else None
+    return MoE(args, state, place, layers.experts(args, state, placement, place), shared)
 
 
 class Transformer(nn.Module):
@@ -102,6 +115,7 @@ class Transformer(nn.Module):
         self.rotary = RotaryTable(
             args.head_dim,
             args.max_seq_len,
+            turned=args.rotary_dim,
             theta=args.rope_theta,
             scaling=args.rope_scaling,
             device=state.device,
@@ -128,7 +142,7 @@ class Transformer(nn.Module):
             lengths: of the texts that share rows, row by row, B * L together; None: each row is one.
 
         Returns:
-            Logits (B, L, V) in the compute dtype, and the statistics stacked over layers.
+            Logits (B, L, V) in the compute dtype, and the statistics stacked over the layers that have experts.
         """
         rows, length = tokens_BL.shape
         device = tokens_BL.device
@@ -212,8 +226,9 @@ class Transformer(nn.Module):
         changes = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if changes or isinstance(self.norm.weight, DTensor):
             return False
-        block = self.layers[0]  # all are alike
+        block = self.layers[self.args.moe_layers[0]]  # all that have experts are alike
         assert isinstance(block, TransformerBlock)
+        assert isinstance(block.feed_forward, MoE)
         pairs = tokens_S.shape[0] * self.args.moe.num_experts_per_tok
         return not block.feed_forward.experts.synchronises(self.norm.weight, pairs)
 
@@ -237,7 +252,7 @@ class Transformer(nn.Module):
             head_dim=self.args.head_dim,
             dtype=self.dtype,
             device=self.state.device,
-            routes=(moe.num_experts, moe.num_experts_per_tok) if routes else None,
+            routes=(moe.num_experts, moe.num_experts_per_tok, self.args.moe_layers) if routes else None,
         )
 
     def _run(
@@ -247,7 +262,7 @@ class Transformer(nn.Module):
         *,
         active_T: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """The residual stream behind the last block, and every layer's routing."""
+        """The residual stream behind the last block, and the routing of every layer that has experts."""
         if not tokens_T.is_cuda:
             adapt_waiting()
         rotation = self.rotary(pattern.positions_T)
@@ -255,5 +270,6 @@ class Transformer(nn.Module):
         routings = []
         for block in self.layers:
             x_TD, routing = block(x_TD, rotation, pattern, active_T)
-            routings.append(routing)
+            if routing is not None:
+                routings.append(routing)
         return x_TD, routings

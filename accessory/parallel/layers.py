@@ -37,9 +37,14 @@ class RowParallelLinear(nn.Module):
         self.group = state.mp_group
         self.weight = place.matrix(out_features, in_features)
 
-    def forward(self, x_TDl: Tensor) -> Tensor:
-        """(T, Dl) -> (T, O), the same on every rank."""
-        return reduce_from_region(self.partial(x_TDl), self.group)
+    def forward(self, x_TDl: Tensor, beside_TO: Tensor | None = None) -> Tensor:
+        """(T, Dl) -> (T, O), the same on every rank.
+
+        Args:
+            beside_TO: this rank's summand of something that is to be added.
+        """
+        y_TO = self.partial(x_TDl)
+        return reduce_from_region(y_TO if beside_TO is None else y_TO + beside_TO, self.group)
 
     def partial(self, x_TDl: Tensor) -> Tensor:
         """This rank's summand of the output."""

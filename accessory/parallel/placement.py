@@ -7,7 +7,7 @@ import math
 
 from accessory.config import ModelArgs
 from accessory.errors import unknown
-from accessory.parallel.plan import PLACEMENTS, TABLE, Placement, is_quantized, sizes
+from accessory.parallel.plan import PLACEMENTS, Placement, cut_widths, is_quantized, rows_of_model, sizes
 
 
 def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
@@ -49,7 +49,8 @@ def supported_sizes(args: ModelArgs, placement: str = "auto") -> list[int]:
 
 def _obstacles(args: ModelArgs, placement: str, size: int) -> list[str]:
     found = []
-    for label, count in (("dim", args.dim), ("n_heads", args.n_heads), ("vocab_size", args.vocab_size)):
+    counts = [("dim", args.dim), ("n_heads", args.n_heads), ("vocab_size", args.vocab_size), *cut_widths(args)]
+    for label, count in counts:
         if count % size:
             found.append(f"{label} {count} is not a multiple of {size}")
     if args.n_kv_heads % size and size % args.n_kv_heads:
@@ -70,7 +71,7 @@ def cut_groups(args: ModelArgs, placement: Placement, size: int) -> list[str]:
     """Why ``size`` ranks (or files) cannot hold whole groups of a quantized model's inputs; empty if they can."""
     assert args.quant is not None
     counts, group, found = sizes(args), args.quant.group, []
-    for row in TABLE:
+    for row in rows_of_model(args):
         if not is_quantized(row, args.quant):
             continue
         inputs = math.prod(counts[factor] for factor in row.shape[-1].split("*"))

@@ -19,8 +19,14 @@ from accessory.parallel.box import Box
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
 
-# What a parameter is. "lora" is either factor of a low-rank update.
-Kind = Literal["embedding", "attention", "router", "expert", "norm", "bias", "lora", "head"]
+# What a parameter is. "dense" are matrices of a feed-forward part without experts, "shared" those of the expert that
+# all tokens visit; "correction" is a bias on the router's scores, which no gradient reaches; "lora" is either factor of
+# a low-rank update.
+Kind = Literal[
+    "embedding", "attention", "router", "correction", "expert", "dense", "shared", "norm", "bias", "lora", "head"
+]
+# What some layers have and others lack.
+Part = Literal["qk_norm", "qkv_bias", "experts", "correction", "shared", "dense"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Split:
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
         to_residual: what the matrix makes is added to the residual stream.
-        optional: the setting of `AttentionArgs` that is "none" where a model lacks it; "": every model has it.
+        part: what a layer must have to have it, as `parts_of_layer` says; None: every layer has it.
     """
 
     pattern: str
@@ -46,7 +52,7 @@ class Split:
     adapter: str = ""
     quantized: str = ""
     to_residual: bool = False
-    optional: str = ""
+    part: Part | None = None
 
     @property
     def per_expert(self) -> bool:
@@ -67,18 +73,42 @@ def _of_experts(name: str, kind: Kind, shape: str, tensor_axis: int | None, **mo
         tuple(shape.split()),
         {"expert": 0, "tensor": tensor_axis},
         {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
+        part="experts",
         **more,
     )
 
 
-def _column_adapters(name: str, out: str, unit: str) -> list[Split]:
+def _column_adapters(prefix: str, out: str, unit: str, target: str, part: Part | None = None) -> list[Split]:
     """Of a matrix whose rows are split."""
-    prefix = f"layers.N.attention.{name}"
     return [
-        _row(f"{prefix}.lora_a.weight", "lora", "rank dim", None, adapter="attention"),
-        _row(f"{prefix}.lora_b.weight", "lora", f"{out} rank", 0, unit, adapter="attention"),
-        _row(f"{prefix}.bias", "bias", out, 0, unit, adapter="bias"),
+        _row(f"{prefix}.lora_a.weight", "lora", "rank dim", None, adapter=target, part=part),
+        _row(f"{prefix}.lora_b.weight", "lora", f"{out} rank", 0, unit, adapter=target, part=part),
+        _row(f"{prefix}.bias", "bias", out, 0, unit, adapter="bias", part=part),
     ]
+
+
+def _row_adapters(prefix: str, inputs: str, unit: str, target: str, part: Part | None = None) -> list[Split]:
+    """Of a matrix whose columns are split."""
+    return [
+        _row(f"{prefix}.lora_a.weight", "lora", f"rank {inputs}", 1, unit, adapter=target, part=part),
+        _row(f"{prefix}.lora_b.weight", "lora", "dim rank", None, adapter=target, part=part),
+        _row(f"{prefix}.bias", "bias", "dim", None, adapter="bias", part=part),
+    ]
+
+
+def _gated_unit(module: str, kind: Literal["dense", "shared"]) -> list[Split]:
+    """w1, w3 and w2 of a feed-forward part through which every token goes, cut along its hidden dimension."""
+    prefix, hidden = f"layers.N.{module}", f"{kind}_hidden"
+    columns = [f"{prefix}.{name}" for name in ("w1", "w3")]
+    return [
+        *(_row(f"{name}.weight", kind, f"{hidden} dim", 0, hidden, quantized="layers", part=kind) for name in columns),
+        _row(f"{prefix}.w2.weight", kind, f"dim {hidden}", 1, hidden, quantized="layers", to_residual=True, part=kind),
+        *(row for name in columns for row in _column_adapters(name, hidden, hidden, "experts", kind)),
+        *_row_adapters(f"{prefix}.w2", hidden, hidden, "experts", kind),
+    ]
+
+
+_ATTENTION = "layers.N.attention."
 
 
 TABLE: tuple[Split, ...] = (
@@ -92,28 +122,33 @@ TABLE: tuple[Split, ...] = (
         quantized="layers",
         to_residual=True,
     ),
-    _row("layers.N.attention.q_norm.weight", "norm", "normed_heads*head_dim", 0, "normed_heads", optional="qk_norm"),
-    _row("layers.N.attention.k_norm.weight", "norm", "normed_kv*head_dim", 0, "normed_kv", optional="qk_norm"),
+    _row(f"{_ATTENTION}q_bias", "bias", "heads*head_dim", 0, "heads", part="qkv_bias"),
+    _row(f"{_ATTENTION}k_bias", "bias", "kv_heads*head_dim", 0, "kv_heads", part="qkv_bias"),
+    _row(f"{_ATTENTION}v_bias", "bias", "kv_heads*head_dim", 0, "kv_heads", part="qkv_bias"),
+    _row(f"{_ATTENTION}q_norm.weight", "norm", "normed_heads*head_dim", 0, "normed_heads", part="qk_norm"),
+    _row(f"{_ATTENTION}k_norm.weight", "norm", "normed_kv*head_dim", 0, "normed_kv", part="qk_norm"),
     _row("layers.N.attention_norm.weight", "norm", "dim", None),
-    _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None),
+    _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None, part="experts"),
+    _row("layers.N.feed_forward.gate.correction_bias", "correction", "experts", None, part="correction"),
     _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized="layers"),
     _of_experts("w2", "expert", "experts dim hidden", 2, quantized="layers", to_residual=True),
-    *_column_adapters("wq", "heads*head_dim", "heads"),
-    *_column_adapters("wk", "kv_heads*head_dim", "kv_heads"),
-    *_column_adapters("wv", "kv_heads*head_dim", "kv_heads"),
-    _row("layers.N.attention.wo.lora_a.weight", "lora", "rank heads*head_dim", 1, "heads", adapter="attention"),
-    _row("layers.N.attention.wo.lora_b.weight", "lora", "dim rank", None, adapter="attention"),
-    _row("layers.N.attention.wo.bias", "bias", "dim", None, adapter="bias"),
+    *_column_adapters(f"{_ATTENTION}wq", "heads*head_dim", "heads", "attention"),
+    *_column_adapters(f"{_ATTENTION}wk", "kv_heads*head_dim", "kv_heads", "attention"),
+    *_column_adapters(f"{_ATTENTION}wv", "kv_heads*head_dim", "kv_heads", "attention"),
+    *_row_adapters(f"{_ATTENTION}wo", "heads*head_dim", "heads", "attention"),
     _of_experts("w13_lora_a", "lora", "experts 2 rank dim", None, adapter="experts"),
     _of_experts("w13_lora_b", "lora", "experts 2 hidden rank", 2, adapter="experts"),
     _of_experts("w13_bias", "bias", "experts 2 hidden", 2, adapter="bias"),
     _of_experts("w2_lora_a", "lora", "experts rank hidden", 2, adapter="experts"),
     _of_experts("w2_lora_b", "lora", "experts dim rank", None, adapter="experts"),
     _of_experts("w2_bias", "bias", "experts dim", None, adapter="bias"),
+    *_gated_unit("feed_forward.shared", "shared"),
+    *_gated_unit("feed_forward", "dense"),
     _row("layers.N.ffn_norm.weight", "norm", "dim", None),
     _row("norm.weight", "norm", "dim", None),
     _row("output.weight", "head", "vocab dim", 0, "vocab", quantized="head"),
 )
+_ROWS = {row.pattern: row for row in TABLE}
 
 
 def sizes(args: ModelArgs) -> dict[str, int]:
@@ -130,6 +165,8 @@ def sizes(args: ModelArgs) -> dict[str, int]:
         "normed_kv": args.n_kv_heads if full else 1,
         "hidden": args.hidden_dim,
         "experts": args.moe.num_experts,
+        "shared_hidden": args.moe.shared_hidden_dim,
+        "dense_hidden": 0 if args.dense is None else args.dense.hidden_dim,
         "rank": args.peft.lora_rank if args.peft else -1,
         "2": 2,
     }
@@ -141,7 +178,7 @@ def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert") -> 
     Where ranks outnumber key/value heads, several ranks hold the same head.
     """
     counts = sizes(args)
-    local = {unit: counts[unit] // size for unit in ("dim", "vocab", "heads")}
+    local = {unit: counts[unit] // size for unit in ("dim", "vocab", "heads", "shared_hidden", "dense_hidden")}
     for heads in ("kv_heads", "normed_heads", "normed_kv"):
         local[heads] = max(1, counts[heads] // size)
     local["experts"] = counts["experts"] // size if placement == "expert" else counts["experts"]
@@ -156,11 +193,10 @@ def split_of(name: str) -> Split:
         KeyError: no row matches; every parameter must have one.
     """
     matrix, tensor = matrix_of(name)
-    generic = generic_name(matrix)
-    for row in TABLE:
-        if row.pattern == generic:
-            return _without_inputs(row) if tensor == "int8_scale" else row
-    raise KeyError(f"parallel/plan.py has no row for parameter {name}")
+    row = _ROWS.get(generic_name(matrix))
+    if row is None:
+        raise KeyError(f"parallel/plan.py has no row for parameter {name}")
+    return _without_inputs(row) if tensor == "int8_scale" else row
 
 
 def generic_name(name: str) -> str:
@@ -206,15 +242,39 @@ def other_factor(name: str) -> str | None:
 
 def trains(name: str, args: ModelArgs) -> bool:
     """Whether finetuning changes the parameter: all of a plain model, adapters (and norms) of one with adapters."""
-    if args.peft is None:
-        return not matrix_of(name)[1]
     row = split_of(name)
+    if args.peft is None:
+        return not matrix_of(name)[1] and row.kind != "correction"
     return bool(row.adapter) or (args.peft.norm_tuning and row.kind == "norm")
 
 
+def parts_of_layer(args: ModelArgs, layer: int) -> frozenset[Part]:
+    """What a layer has of that which not every layer has."""
+    has: dict[Part, bool] = {
+        "qk_norm": args.attention.qk_norm != "none",
+        "qkv_bias": args.attention.qkv_bias,
+        "experts": (experts := layer in args.moe_layers),
+        "correction": experts and args.moe.router.correction,
+        "shared": experts and args.moe.shared_hidden_dim > 0,
+        "dense": not experts,
+    }
+    return frozenset(part for part, there in has.items() if there)
+
+
+def rows_of_model(args: ModelArgs) -> list[Split]:
+    """The rows of which some layer of a model has a parameter."""
+    parts = frozenset[Part]().union(*(parts_of_layer(args, layer) for layer in range(args.n_layers)))
+    return [row for row in TABLE if _asked_for(row, args) and (row.part is None or row.part in parts)]
+
+
+def cut_widths(args: ModelArgs) -> list[tuple[str, int]]:
+    """Settings, and their values, of the feed-forward parts that every placement cuts; the ranks must divide them."""
+    widths = [("moe.shared_hidden_dim", args.moe.shared_hidden_dim)]
+    widths += [] if args.dense is None else [("dense.hidden_dim", args.dense.hidden_dim)]
+    return [(label, width) for label, width in widths if width]
+
+
 def _asked_for(row: Split, args: ModelArgs) -> bool:
-    if row.optional:
-        return bool(getattr(args.attention, row.optional) != "none")
     if not row.adapter or args.peft is None:
         return not row.adapter
     if row.adapter == "bias":
@@ -228,12 +288,16 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     A matrix that ``args.quant`` quantizes counts as the tensors that it then consists of. Where the vocabulary is not
     known (vocab_size -1), parameters that have a row for each of its tokens are left out.
     """
-    per_layer = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
+    rows = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
+    per_layer: dict[frozenset[Part], list[tuple[str, tuple[int, ...]]]] = {}
     yield from _parameters(split_of("tok_embeddings.weight"), args)
     for layer in range(args.n_layers):
-        for row in per_layer:
-            for name, shape in _parameters(row, args):
-                yield name.replace(".N.", f".{layer}."), shape
+        parts = parts_of_layer(args, layer)
+        if parts not in per_layer:
+            own = (row for row in rows if row.part is None or row.part in parts)
+            per_layer[parts] = [parameter for row in own for parameter in _parameters(row, args)]
+        for name, shape in per_layer[parts]:
+            yield name.replace(".N.", f".{layer}."), shape
     for name in ("norm.weight", "output.weight"):
         yield from _parameters(split_of(name), args)
 

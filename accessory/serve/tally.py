@@ -24,7 +24,7 @@ class Tally:
         """A snapshot."""
         cache, now = self._cache, time.monotonic()
         if batch.idle or now - self._counted > _COUNT_EVERY:
-            self._experts = tuple(map(tuple, cache.expert_counts.tolist()))
+            self._experts = cache.by_layer(cache.expert_counts.tolist())
             self._counted = now
         return Load(
             slots=cache.slots,
@@ -41,7 +41,10 @@ class Tally:
 
 
 def newest_routes(cache: KVCache, rows: Rows[Sequence]) -> dict[int, tuple[tuple[int, ...], ...]]:
-    """The experts (layers, top_k) of the token that each of these has just read, by number, where it asks for them."""
+    """The experts (layers, top_k) of the token that each of these has just read, by number, where it asks for them.
+
+    A layer without experts has none.
+    """
     rows = [sequence for sequence in rows if sequence.request.routes]
     if not rows:  # nothing is asked of the device
         return {}
@@ -49,7 +52,4 @@ def newest_routes(cache: KVCache, rows: Rows[Sequence]) -> dict[int, tuple[tuple
     slots = [sequence.slot for sequence in rows if sequence.slot is not None]
     places = [cache.length(slot) - 1 for slot in slots]
     found = cache.routes[:, slots, places].transpose(0, 1).tolist()
-    return {
-        sequence.number: tuple(tuple(experts) for experts in layers)
-        for sequence, layers in zip(rows, found, strict=True)
-    }
+    return {sequence.number: cache.by_layer(layers) for sequence, layers in zip(rows, found, strict=True)}

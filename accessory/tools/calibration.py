@@ -15,6 +15,7 @@ from accessory.model.dispatch import GatheredPairs, GroupedPairs, Pairs
 from accessory.model.meta import MetaModel
 from accessory.model.moe import Experts
 from accessory.model.scoring import score_tokens
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.products import groups
 from accessory.progress import showing
 from accessory.quant import InputMoments
@@ -91,20 +92,16 @@ def _noted_inputs(model: MetaModel, group_size: int) -> Iterator[dict[tuple[str,
             moments[name, place] = InputMoments(x_TD.shape[-1], group_size)
         moments[name, place].add(x_TD)
 
-    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: note(name, (), inputs[0])
 
     handles, changed = [], []
-    for number, block in enumerate(model.llma.layers):
-        attention = block.get_submodule("attention")
-        prefix = f"layers.{number}.attention"
-        for name in ("wq", "wk", "wv", "wo"):
-            module = attention.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(noting(f"{prefix}.{name}.weight")))
-        experts = block.get_submodule("feed_forward.experts")
-        assert isinstance(experts, Experts)
-        _note_experts(experts, f"layers.{number}.feed_forward.experts", note)
-        changed.append(experts)
+    for name, module in model.llma.layers.named_modules(prefix="layers"):
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            handles.append(module.register_forward_pre_hook(noting(f"{name}.weight")))
+        elif isinstance(module, Experts):
+            _note_experts(module, name, note)
+            changed.append(module)
     try:
         yield moments
     finally:

@@ -189,7 +189,9 @@ def _fill(model: MetaModel, kept: Set[str], writer: Writer, *, dtype: torch.dtyp
         own = Box.whole(tuple(parameter.shape))
         if placement is not None:
             own = local_box(name, own.size, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
-        writer.put(name, own, _slice(name, parameter, placement, dtype))
+        # What is float32 whatever the others are is so in the files too.
+        own_dtype = torch.float32 if split_of(name).kind == "correction" else dtype
+        writer.put(name, own, _slice(name, parameter, placement, own_dtype))
 
 
 def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None, dtype: torch.dtype) -> Tensor:

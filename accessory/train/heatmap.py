@@ -21,10 +21,10 @@ _NUMBERED_CELLS = 32 * 8
 def draw(shares_LE: Tensor, *, title: str = "Tokens of each expert") -> bytes:
     """Draw the shares as a PNG: a row for each layer, a column for each expert.
 
-    White is the even share, 1 / experts; red is more and blue is less.
+    White is the even share, 1 / experts; red is more and blue is less. The row of a layer without pairs is grey.
 
     Args:
-        shares_LE: (layers, experts), each layer summing to 1.
+        shares_LE: (layers, experts), each layer summing to 1; or zeros, where it has no experts.
     """
     # The object interface has no state that others might share; and who never draws need not wait for the import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,9 +38,12 @@ def draw(shares_LE: Tensor, *, title: str = "Tokens of each expert") -> bytes:
     size = (min(4.5 + 0.5 * experts, 16), min(2 + 0.26 * layers, 20))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="lightgrey")
     scale = TwoSlopeNorm(even, vmin=0, vmax=max(2 * even, percent_LE.max()))
-    image = axes.imshow(percent_LE, cmap="RdBu_r", norm=scale, aspect="auto", interpolation="nearest")
+    empty_LE = np.broadcast_to(~percent_LE.any(-1, keepdims=True), percent_LE.shape)
+    image = axes.imshow(
+        np.ma.masked_array(percent_LE, empty_LE), cmap="RdBu_r", norm=scale, aspect="auto", interpolation="nearest"
+    )
     axes.set_title(f"{title}\n% of the layer's pairs, even at {even:.3g}", fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")

@@ -67,15 +67,18 @@ def shard_model(
         return
     # Inputs are not cast: tokens begin in the compute dtype, and rotations stay float32 as in inference.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    # It would be cast as well; and what is chosen by it is to be what inference chooses.
+    ignored = {own for name, own in model.named_parameters() if split_of(name).kind == "correction"}
     shard: Callable[[nn.Module], object]
     root: Callable[[nn.Module], object]
     if data_parallel == "ddp":
-        shard = root = partial(replicate, mesh=mesh["dp"], mp_policy=policy)
+        shard = root = partial(replicate, mesh=mesh["dp"], mp_policy=policy, ignored_params=ignored)
     else:
         root = partial(
             fully_shard,
             mesh=mesh["dp"],
             mp_policy=policy,
+            ignored_params=ignored,
             reshard_after_forward=False,
             shard_placement_fn=lambda parameter: Shard(_dp_axis(parameter, model.state.dp_size)),
         )

@@ -28,7 +28,7 @@ class StepResult(NamedTuple):
         tokens: of all ranks, without padding.
         learned: those of them that the loss is over.
         padding: share of the rows' places that hold no token.
-        pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert.
+        pairs_LE: float32 (layers, experts) on the CPU: pairs of token and expert; zeros in layers without experts.
         loss_scale: factor on the loss in this step, in float16; None in other dtypes.
         skipped: gradients in float16 overflowed and the step was not taken.
     """
@@ -79,7 +79,8 @@ def train_step(
     if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = round(pairs_LE[0].sum().item() / model.llma.args.moe.num_experts_per_tok)
+    args = model.llma.args
+    tokens = round(pairs_LE[args.moe_layers[0]].sum().item() / args.moe.num_experts_per_tok)
     return StepResult(
         loss,
         balance,

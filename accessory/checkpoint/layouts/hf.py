@@ -6,6 +6,8 @@ of q and k lie in another order there (see docs/checkpoints.md).
 
 import dataclasses
 import functools
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -18,9 +20,12 @@ from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
 from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Lie, Row, by_parameter
 from accessory.config import ModelArgs, read_json
+from accessory.config.model import MOST_LAYERS
 from accessory.errors import CheckpointError, shown
 from accessory.model.LLM import FAMILIES, family_of
 from accessory.model.LLM.family import Family
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(?P<stem>model|pytorch_model)-(?P<file>\d+)-of-(?P<files>\d+)(?P<ending>\.safetensors|\.bin)")
@@ -29,9 +34,10 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 # Their modules by ours, outside of all layers.
 MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 IN_LAYER = "model.layers.{N}."
-_GATE, _FUSED_GATE = "feed_forward.gate", "mlp.gate"
+# Where a layer's router and experts lie in some families' folders, and where transformers 5 holds them.
+_ROOM, _ROOM_5 = "block_sparse_moe.", "mlp."
 # What lies as queries' and keys' rows do.
-_ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
+_ROTATED = tuple(f"attention.{name}" for name in ("wq", "wk", "q_bias", "k_bias", "q_norm", "k_norm"))
 
 
 def lie_of(module: str) -> Lie:
@@ -47,14 +53,17 @@ def _rows(family: str) -> Mapping[str, Sequence[Row]]:
 def _rows_of(family: Family) -> Iterator[Row]:
     for ours, theirs in MODULES.items():
         yield Row(f"{ours}.weight", f"{theirs}.weight")
-    for ours, theirs in family.modules.items():
-        yield Row(f"layers.N.{ours}.weight", f"{IN_LAYER}{theirs}.weight", lies=lie_of(ours))
+    tensors = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in family.modules.items()} | {**family.tensors}
+    for ours, theirs in tensors.items():
+        own = Row(f"layers.N.{ours}", f"{IN_LAYER}{theirs}", lies=lie_of(ours.removesuffix(".weight")))
+        yield own
+        if theirs.startswith(_ROOM):
+            key = own.key.replace(_ROOM, _ROOM_5)
+            yield dataclasses.replace(own, key=key, written=False)
     for matrix, singles in MATRICES.items():
         for single, place in singles:
             yield Row(f"{EXPERTS}{matrix}", f"{IN_LAYER}{family.matrices[single]}.weight", (EACH, *place))
     # As transformers 5 holds them.
-    if family.modules[_GATE] != _FUSED_GATE:
-        yield Row(f"layers.N.{_GATE}.weight", f"{IN_LAYER}{_FUSED_GATE}.weight", written=False)
     yield Row(f"{EXPERTS}w13", f"{IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
     yield Row(f"{EXPERTS}w2", f"{IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
 
@@ -66,7 +75,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "lm_head_bias": (False,),
     "rope_interleaved": (False,),
-    "partial_rotary_factor": (1, 1.0),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
@@ -88,7 +96,14 @@ PASSED_OVER = frozenset(
         ),
         *("_experts_implementation", "experts_implementation", "is_llama_config", "transformers.js_config"),
         *("tokenizer_class", "torchscript", "pruned_heads", "prefix", "cross_attention_hidden_size", "unsloth_version"),
-        *("rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "layer_types"),
+        *(
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",
+            "partial_rotary_factor",
+            "quantization_config",
+            "layer_types",
+        ),
     }
 )
 
@@ -105,8 +120,8 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it is of another architecture, quantized, or has a setting that this computation cannot follow.
     """
     family = family_of(values.get("model_type", "mixtral"))
-    if values.get("quantization_config") is not None:
-        said = values["quantization_config"]
+    said = values.get("quantization_config")
+    if said is not None and not _in_scaled_blocks(said):
         method = said.get("quant_method") if isinstance(said, Mapping) else None
         raise ValueError(
             f"the weights are quantized by another program (quantization_config: {shown(method or said)}): take the "
@@ -114,41 +129,62 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     given = {family.aliases.get(name, name): value for name, value in values.items() if value is not None}
     for name, neutral in {**_NEUTRAL, **family.fixed}.items():
-        if name in given and given[name] not in neutral:
+        if name in given and name not in family.read and given[name] not in neutral:
             raise ValueError(f"{name} is {shown(given[name])}, and the model here has {shown(neutral[0])} alone")
     given = {**family.defaults, **given}
     found = {ours: given[theirs] for ours, theirs in family.sizes.items() if theirs in given}
-    found["moe"] = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
-    found["rope_theta"], factor = _rope(given)
+    found |= family.arguments(given)
+    own = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
+    found["moe"] = own | found.get("moe", {})
+    found["rope_theta"], factor, part = _rope(given)
     if factor is not None:
         found["rope_scaling"] = 1 / factor
-    return {**found, "family": family.name, **family.arguments(given)}
+    if part not in (1, 1.0):
+        if "partial_rotary_factor" not in family.read:
+            raise ValueError(f"partial_rotary_factor is {shown(part)}, and {family.name} has 1 alone")
+        found["attention"] = found.get("attention", {}) | {"rotary_dim": _turned(given, part)}
+    return {**found, "family": family.name}
+
+
+def _in_scaled_blocks(said: Any) -> bool:
+    """Whether a quantization_config speaks of what is read as `checkpoint.scaled` has it."""
+    wanted = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    of_codes = isinstance(said, Mapping) and said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+    return of_codes and all(said.get(name) == value for name, value in wanted.items())
 
 
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json of which nothing is known here; as of any, transformers passes over them."""
     family = family_of(values.get("model_type", "mixtral"))
     known = {*family.sizes.values(), *family.experts.values(), *family.aliases, *family.fixed, *family.passed_over}
+    known |= {*family.read, *([family.extra_layers] if family.extra_layers else [])}
     return sorted(set(values) - known - set(_NEUTRAL) - PASSED_OVER)
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, float | None]:
-    """The base of the rotary embedding, and the factor that divides positions."""
+def _turned(values: Mapping[str, Any], part: Any) -> int:
+    """How many numbers of a head are turned."""
+    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    if not isinstance(part, int | float) or isinstance(part, bool) or not 0 < part <= 1:
+        raise ValueError(f"partial_rotary_factor must be a number from 0 to 1, not {shown(part)}")
+    return int(width * part)
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, float | None, Any]:
+    """The base of the rotary embedding, the factor that divides positions, and which part of a head is turned."""
     said = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
         raise ValueError(f"rope_parameters must be an object, not {shown(said)}")
     kind = said.get("rope_type", said.get("type", "default"))
     theta = said.get("rope_theta", values["rope_theta"])
+    part = said.get("partial_rotary_factor", values.get("partial_rotary_factor", 1))
     if kind == "linear":
         factor = said.get("factor")
         if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
             raise ValueError(f"the factor of linear rope scaling must be a number above 0, not {shown(factor)}")
-        return theta, float(factor)
+        return theta, float(factor), part
     if kind != "default":
         raise ValueError(f"rope_type is {shown(kind)}: of those that scale positions only linear is known here")
-    if said.get("partial_rotary_factor", 1) not in (1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {shown(said['partial_rotary_factor'])}: only 1 is known here")
-    return theta, None
+    return theta, None, part
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
@@ -160,6 +196,13 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]
         old = {"type": "linear", "rope_type": "linear", "factor": 1 / args.rope_scaling}
     name = str(dtype).removeprefix("torch.")
     family = FAMILIES[args.family]
+    part = {}
+    if "partial_rotary_factor" in family.read:
+        factor = args.rotary_dim / args.head_dim
+        # Readers round down.
+        exact = int(args.head_dim * factor) == args.rotary_dim
+        part = {"partial_rotary_factor": factor if exact else math.nextafter(factor, 1)}
+        rope |= part
     return "config.json", {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -167,6 +210,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]
         **{theirs: getattr(args.moe, ours) for ours, theirs in family.experts.items()},
         **{name: ways[0] for name, ways in family.fixed.items()},
         **family.settings(args),
+        **part,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -256,10 +300,34 @@ def _layout(
     index: Path, named: Mapping[str, str], files: Sequence[str], keys: Keys, args: ModelArgs, probe: int
 ) -> Layout:
     """The layout of a folder; what its index says (nothing, where it has none) is held against its files."""
-    del args, probe
+    del probe
     held = {name: keys(file).keys() for file, name in enumerate(files if named else ())}
     for key, name in named.items():
         if key not in held[name]:
             raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
     config = index.with_name("config.json")
-    return HF_TIED if config.exists() and read_json(config).get("tie_word_embeddings") else HF
+    values = read_json(config) if config.exists() else {}
+    layout = HF_TIED if values.get("tie_word_embeddings") else HF
+    return _without_extra_layers(layout, values, args, index.parent)
+
+
+def _without_extra_layers(layout: Layout, values: Mapping[str, Any], args: ModelArgs, folder: Path) -> Layout:
+    """The layout of a folder that has layers behind the model's last one, where its config says so."""
+    family = FAMILIES[args.family]
+    if family.extra_layers is None:
+        return layout
+    names = [family.extra_layers, *(own for own, theirs in family.aliases.items() if theirs == family.extra_layers)]
+    count = next((values[name] for name in names if name in values), 0)
+    if type(count) is not int or not 0 < count <= MOST_LAYERS:
+        return layout
+    left = "|".join(str(args.n_layers + number) for number in range(count))
+    _say_left_out(folder, rf"model.layers.{left}.*", family.extra_layers)
+    return dataclasses.replace(
+        layout, passed_over=re.compile(rf"{layout.passed_over.pattern}|model\.layers\.({left})\..+")
+    )
+
+
+@functools.cache
+def _say_left_out(folder: Path, tensors: str, setting: str) -> None:
+    """Say it once in a process."""
+    logger.info("%s: %s, if there, are left out: they predict further tokens (%s)", folder, tensors, setting)

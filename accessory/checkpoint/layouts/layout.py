@@ -14,10 +14,15 @@ from accessory.checkpoint.layouts.rows import Row, Source, expand
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.placement import cut_groups
-from accessory.parallel.plan import Placement
+from accessory.parallel.plan import Placement, cut_widths, split_of
 
 # What some releases keep beside the weights, and follows from the sizes.
 BUFFERS = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|rope\.freqs)")
+
+
+def coded(source: Source, wanted: Coding) -> Coding:
+    """How a tensor is coded that is to have a dtype: as that, but for biases of routers, which are float32 always."""
+    return torch.float32 if split_of(source.parameter).kind == "correction" else wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Layout:
         strips: what may stand before them in those that are read.
         file_name: of file i of n, with another ending where one is given.
         one_file: whether it is one, however large.
-        coded: how a tensor is coded that is to have a dtype, or GGUF's type; None: as that.
+        coded: how a tensor is coded that is to have a dtype, or GGUF's type.
         metadata: what its files say of the model's sizes, by the coding of most weights and the model's name.
         index_name: of the file that says which of several holds which tensor.
         passed_over: keys that are not of weights.
@@ -53,7 +58,7 @@ class Layout:
     strips: str = ""
     file_name: Callable[[int, int, str | None], str] = field(repr=False)
     one_file: bool = False
-    coded: Callable[[Source, Coding], Coding] | None = field(repr=False, default=None)
+    coded: Callable[[Source, Coding], Coding] = field(repr=False, default=coded)
     metadata: Callable[[ModelArgs, Coding, str], dict[str, Any]] | None = field(repr=False, default=None)
     index_name: str | None = None
     passed_over: re.Pattern[str] = BUFFERS
@@ -73,6 +78,7 @@ class Layout:
             return []
         counts = [("dim", args.dim), ("n_heads", args.n_heads), ("n_kv_heads", args.n_kv_heads)]
         counts += [("vocab_size", args.vocab_size)] if args.vocab_size != -1 else []
+        counts += cut_widths(args)
         of_experts = ("hidden_dim", args.hidden_dim), ("moe.num_experts", args.moe.num_experts)
         counts.append(of_experts[self.cut == "expert"])
         found = [f"{label} {count} is not a multiple of {files}" for label, count in counts if count % files]

@@ -58,13 +58,18 @@ def _rows(family: str) -> Mapping[str, Sequence[Row]]:
     return by_parameter(_rows_of(FAMILIES[family]))
 
 
+def is_updated(module: str) -> bool:
+    """Whether adapters update one of our modules in a layer."""
+    return split_of(f"layers.0.{module}.weight").kind in ("attention", "dense", "shared")
+
+
 def _rows_of(family: Family) -> Iterator[Row]:
     """An adapter's factors, and norms that were trained whole."""
     for ours, theirs in family.modules.items():
         module = f"{IN_LAYER}{theirs}"
         if ours.endswith("norm"):
             yield Row(f"layers.N.{ours}.weight", f"{module}.weight", lies=lie_of(ours))
-        elif ours.startswith("attention."):
+        elif is_updated(ours):
             yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
             yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lie_of(ours))
     for matrix, singles in MATRICES.items():
@@ -191,8 +196,8 @@ def _settings(path: Path, keys: Keys, base: ModelArgs) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} holds no lora_A and lora_B: it is no adapter")
     rank = max(module.rank for module in modules)
     scales = [_scale(module, config) for module in modules]
-    places = {"attention": ".self_attn.", "experts": ".experts"}
-    targets = [name for name, place in places.items() if any(place in module.begins for module in modules)]
+    of_attention = {".self_attn." in module.begins for module in modules}
+    targets = [name for name, place in (("attention", True), ("experts", False)) if place in of_attention]
     return {
         "lora_rank": rank,
         "lora_alpha": max(set(scales), key=scales.count) * rank,

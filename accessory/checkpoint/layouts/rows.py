@@ -20,6 +20,8 @@ from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement, generic_name, local_box, matrix_of, parameter_shapes
 
 Shape = tuple[int, ...]
+# A head's width, and how many of its first numbers the rotary embedding turns.
+Head = tuple[int, int]
 # Of a row's `part`: a key for each expert, or all of an axis in one tensor.
 EACH: Literal["each"] = "each"
 ALL: Literal["all"] = "all"
@@ -31,12 +33,12 @@ class Lie:
 
     Attributes:
         stored: from the shape of what it holds to its shape in the file.
-        seen: from the file's tensor, the shape of what it holds, and a head's width, to something that is indexed as
-            what it holds; writing to an index of it writes to the file.
+        seen: from the file's tensor, the shape of what it holds, and the heads, to something that is indexed as what it
+            holds; writing to an index of it writes to the file.
     """
 
     stored: Callable[[Shape], Shape]
-    seen: Callable[[Any, Shape, int], Any]
+    seen: Callable[[Any, Shape, Head], Any]
 
 
 class _Rows:
@@ -54,9 +56,15 @@ class _Rows:
         self._stored[(self._order[index[0]], *index[1:])] = values
 
 
-def _in_halves(stored: Any, shape: Shape, head_dim: int) -> _Rows:
-    """Rotary pairs (0, 1), (2, 3), ... of each head: first all the first of them lie there, then all the second."""
-    return _Rows(stored, torch.arange(shape[0]).view(-1, 2, head_dim // 2).transpose(1, 2).flatten())
+def _in_halves(stored: Any, shape: Shape, head: Head) -> _Rows:
+    """Rotary pairs (0, 1), (2, 3), ... of each head: first all the first of them lie there, then all the second.
+
+    Behind them lies what is not turned.
+    """
+    width, turned = head
+    places = torch.arange(shape[0]).view(-1, width)
+    pairs = places[:, :turned].unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+    return _Rows(stored, torch.cat((pairs, places[:, turned:]), dim=1).flatten())
 
 
 PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored)
@@ -100,7 +108,6 @@ class Source:
         key: name in the file, without the layout's prefix.
         box: the part of the whole parameter that the tensor holds.
         kept: which axes of the box the tensor has; the others have the length 1.
-        head_dim: a head's width.
         factor: what its values are multiplied by when they are read.
     """
 
@@ -110,7 +117,7 @@ class Source:
     box: Box
     kept: tuple[int, ...]
     lies: Lie
-    head_dim: int
+    head: Head
     written: bool
     factor: float = 1.0
 
@@ -125,7 +132,7 @@ class Source:
 
     def read(self, stored: Any, part: Box) -> Tensor:
         """A part of the box, in its shape; of a plain tensor a view where its rows have our order."""
-        found: Tensor = self.lies.seen(stored, self._held, self.head_dim)[self._index(part)]
+        found: Tensor = self.lies.seen(stored, self._held, self.head)[self._index(part)]
         if self.factor != 1:
             found = found.float() * self.factor
         return found[tuple(slice(None) if axis in self.kept else None for axis in range(len(part.size)))]
@@ -138,7 +145,7 @@ class Source:
     def write(self, stored: Any, part: Box, values: Tensor) -> None:
         """Write a part of the box, which has its shape, into the file's tensor."""
         kept = [values.shape[axis] for axis in self.kept]
-        seen = self.lies.seen(stored, self._held, self.head_dim)
+        seen = self.lies.seen(stored, self._held, self.head)
         seen[self._index(part)] = values.reshape(kept).to(stored.dtype)
 
     def _index(self, part: Box) -> tuple[slice, ...]:
@@ -155,6 +162,7 @@ def expand(
         rows: of `by_parameter`.
         cut: how ``files`` files cut the parameters, as so many ranks do; None: each tensor is whole, in any file.
     """
+    head = (args.head_dim, args.rotary_dim)
     for name, shape in parameter_shapes(args):
         matrix, tensor = matrix_of(name)
         own = rows.get(generic_name(matrix), ())
@@ -165,12 +173,10 @@ def expand(
             else:
                 box = local_box(name, shape, args, placement=cut, rank=file, size=files)
             for row in own:
-                yield from _sources(row, name, f".{tensor}" if tensor else "", layer, file, box, args.head_dim)
+                yield from _sources(row, name, f".{tensor}" if tensor else "", layer, file, box, head)
 
 
-def _sources(
-    row: Row, name: str, ending: str, layer: str, file: int | None, box: Box, head_dim: int
-) -> Iterator[Source]:
+def _sources(row: Row, name: str, ending: str, layer: str, file: int | None, box: Box, head: Head) -> Iterator[Source]:
     fixed = [axis for axis, index in enumerate(row.part) if index != ALL]
     kept = tuple(axis for axis in range(len(box.size)) if axis not in fixed)
     for expert in range(box.start[0], box.start[0] + box.size[0]) if EACH in row.part else (0,):
@@ -180,7 +186,7 @@ def _sources(
             start[axis], size[axis] = expert if index == EACH else int(index), 1
         key = row.key.format(N=layer, E=expert) + ending
         part = Box(tuple(start), tuple(size))
-        yield Source(name, file, key, part, kept, row.lies, head_dim, row.written)
+        yield Source(name, file, key, part, kept, row.lies, head, row.written)
 
 
 def by_parameter(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:

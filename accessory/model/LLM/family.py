@@ -32,10 +32,12 @@ MODULES: Mapping[str, str] = {
     "ffn_norm": "post_attention_layernorm",
     "feed_forward.gate": "mlp.gate",
 }
-# An expert's matrices, where all experts lie in `mlp`.
-MATRICES: Mapping[str, str] = {
-    single: f"mlp.experts.{{E}}.{theirs}"
-    for single, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+_GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# An expert's matrices, where all experts lie in `mlp`; and the same of a layer without experts, and a shared one.
+MATRICES: Mapping[str, str] = {single: f"mlp.experts.{{E}}.{theirs}" for single, theirs in _GATED.items()}
+DENSE: Mapping[str, str] = {f"feed_forward.{own}": f"mlp.{theirs}" for own, theirs in _GATED.items()}
+SHARED: Mapping[str, str] = {
+    f"feed_forward.shared.{own}": f"mlp.shared_experts.{theirs}" for own, theirs in _GATED.items()
 }
 EXPERTS: Mapping[str, str] = {name: name for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
 # Norms of whole queries and keys, or of each of their heads.
@@ -45,6 +47,26 @@ QK_NORMS: Mapping[str, str] = {"attention.q_norm": "self_attn.q_norm", "attentio
 def _nothing(said: Any) -> dict[str, Any]:
     del said
     return {}
+
+
+def dense_layers(said: Mapping[str, Any], has_experts: Callable[[int], bool]) -> dict[str, Any]:
+    """The argument ``dense``, where some of the layers have no experts."""
+    count = said.get("num_hidden_layers")
+    # Of anything but a number `ModelArgs` has its own word to say.
+    layers = [layer for layer in range(count if type(count) is int else 0) if not has_experts(layer)]
+    return {"dense": {"layers": layers, "hidden_dim": said["intermediate_size"]}} if layers else {}
+
+
+def natural(said: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """A setting that must be a whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = said[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +82,14 @@ class Family:
         defaults: what transformers takes for its settings that a config.json leaves out.
         fixed: settings that this computation has in one way only, and those ways; the first is written.
         passed_over: settings that do not change what is computed, beside those of all families.
+        read: settings that ``arguments`` makes something of. Of the rotary embedding's partial_rotary_factor it is said
+            here alone that a model may have it.
+        extra_layers: the setting that says how many layers for predicting several tokens at once stand behind the last
+            one in its folders; they are left out. None: there are none.
         arguments: further settings of ours, as `ModelArgs.from_dict` takes them, by a config.json with its defaults.
         settings: further settings of a config.json, by ours.
         modules: its modules by ours, in a layer.
+        tensors: the same of tensors that are no module's weight.
         matrices: the three matrices of an expert by ours, with {E} for its number.
     """
 
@@ -74,7 +101,10 @@ class Family:
     defaults: Mapping[str, Any]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     passed_over: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
+    extra_layers: str | None = None
     arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     settings: Callable[[ModelArgs], dict[str, Any]] = _nothing
     modules: Mapping[str, str]
+    tensors: Mapping[str, str] = field(default_factory=dict)
     matrices: Mapping[str, str]

@@ -20,7 +20,7 @@ OLMOE = Family(
     },
     arguments=lambda said: {"attention": {"qk_norm": "full", "clip": said.get("clip_qkv")}},
     settings=lambda args: {"clip_qkv": args.attention.clip},
-    passed_over=frozenset({"clip_qkv"}),
+    read=frozenset({"clip_qkv"}),
     modules={**MODULES, **QK_NORMS},
     matrices=MATRICES,
 )

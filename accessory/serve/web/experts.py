@@ -13,7 +13,7 @@ _NUMBERED_EXPERTS = 16
 
 
 def heatmap(routes: Sequence[Route], experts: int) -> str:
-    """A table in HTML: for each layer, from the first to the last, how its tokens fell to the experts.
+    """A table in HTML: for each layer that has experts, from the first to the last, how its tokens fell to them.
 
     A cell says what part of the layer's pairs of token and expert is this expert's; a row sums to 100 %.
 
@@ -27,6 +27,8 @@ def heatmap(routes: Sequence[Route], experts: int) -> str:
     rows = []
     for layer in range(layers):
         chosen = [expert for route in routes for expert in route[layer]]
+        if not chosen:
+            continue
         shares = [chosen.count(expert) / len(chosen) for expert in range(experts)]
         cells = "".join(_cell(share, even, layer, expert) for expert, share in enumerate(shares))
         rows.append(f"<tr><th scope='row'>{layer}</th>{cells}</tr>")
@@ -49,7 +51,7 @@ def coloured(tokenizer: Tokenizer, answer: Answer, layer: int) -> list[tuple[str
     """The answer's text in pieces, each with the name of the expert that took its token first in a layer.
 
     Tokens that make one character together make one piece, under the last one's expert. The last tokens have no
-    expert: the model did not read them any more.
+    expert: the model did not read them any more; nor has any in a layer without experts.
     """
     stream = TextStream(tokenizer, after=answer.prompt, lead=answer.sampling.lead)
     ends = end_ids(tokenizer, answer.sampling)
@@ -64,7 +66,7 @@ def coloured(tokenizer: Tokenizer, answer: Answer, layer: int) -> list[tuple[str
         shown += len(text)
         route = answer.routes[index] if index < len(answer.routes) else None
         if text:
-            pieces.append((text, None if route is None else expert_name(route[layer][0])))
+            pieces.append((text, expert_name(route[layer][0]) if route is not None and route[layer] else None))
     if shown < len(answer.text):
         pieces.append((answer.text[shown:], None))
     return pieces

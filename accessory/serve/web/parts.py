@@ -59,7 +59,8 @@ def status(text: str = "", *, error: bool = False) -> str:
 def header(title: str, engine: Engine) -> str:
     """What a page is and whose answers it shows, in HTML."""
     args = engine.args
-    layers = f"{args.n_layers} layer{'' if args.n_layers == 1 else 's'} of {args.moe.num_experts} experts"
+    layers = f"{args.n_layers} layer{'' if args.n_layers == 1 else 's'}"
+    layers += f"{'' if args.dense is None else f', {len(args.moe_layers)}'} of {args.moe.num_experts} experts"
     name = html.escape(engine.name)
     return f"<h1>{title}</h1><p class='model'>{name}: {layers}, {args.max_seq_len} tokens of context</p>"
 
@@ -90,11 +91,11 @@ class ExpertsTab:
 
     def __init__(self, engine: Engine, session: gr.State) -> None:
         self._engine = engine
-        last = engine.args.n_layers - 1
+        first, last = engine.args.moe_layers[0], engine.args.n_layers - 1
         with gr.Tab("Experts"):
             self.shares = gr.HTML(_NO_ANSWER, elem_id="shares")
             self.layer = gr.Slider(
-                0, max(last, 1), value=0, step=1, label="Layer", visible=last > 0, elem_id="layer",
+                0, max(last, 1), value=first, step=1, label="Layer", visible=last > 0, elem_id="layer",
                 info="of the colours below: each token has that of the expert with the greatest weight in this layer",
             )  # fmt: skip
             self.text = gr.HighlightedText(
