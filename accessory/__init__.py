@@ -1,4 +1,4 @@
-"""Distributed Mixture-of-Experts inference and finetuning for Mixtral checkpoints.
+"""Distributed Mixture-of-Experts inference and finetuning for Mixtral and its kin.
 
 The Python door is `accessory.model.meta.MetaModel`; the command line is `accessory` (or `python -m accessory`).
 """

@@ -1,4 +1,4 @@
-"""Finetune a Mixtral checkpoint: ``python main_finetune.py``, under torchrun or srun with many ranks.
+"""Finetune a Mixture-of-Experts checkpoint: ``python main_finetune.py``, under torchrun or srun with many ranks.
 
 It is the command ``accessory finetune`` by another name, whose code is in `accessory.commands.finetune`. ``--help``
 lists the options; docs/finetune.md walks through a run.

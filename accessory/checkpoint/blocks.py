@@ -65,11 +65,9 @@ class Blocks:
     Attributes:
         name: of the tensor and its file, for messages.
         coded: (..., rows, bytes of a row) uint8, the file's own bytes.
-        at_once: so many values may be decoded at once.
     """
 
     dtype = torch.float32
-    at_once = 1 << 22
 
     def __init__(self, name: str, coded: Tensor, shape: Sequence[int], coding: BlockType) -> None:
         self.name, self.shape, self.coding = name, torch.Size(shape), coding

@@ -63,9 +63,7 @@ class Writer:
         self.sums: dict[str, Sum] = {}
         held = frozenset(held)
         sources = [one for one in layout.sources(args, files or 1) if one.written and one.parameter in held]
-        dtypes = [dtype(source) for source in sources]
-        if layout.coded is not None:
-            dtypes = [layout.coded(source, own) for source, own in zip(sources, dtypes, strict=True)]
+        dtypes = [layout.coded(source, dtype(source)) for source in sources]
         if layout.cut is None:
             sources = _spread(sources, dtypes, math.inf if layout.one_file else LARGEST_FILE)
         files = files or 1 + max((source.file or 0 for source in sources), default=0)

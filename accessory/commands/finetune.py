@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     finetune = commands.add_parser(
         "finetune",
         help="train a checkpoint on your own data",
-        description="Finetune a Mixtral checkpoint, or train an adapter of it, on one process or --nproc of them.",
+        description="Finetune a Mixture-of-Experts model, or train an adapter of it, on one process or on --nproc.",
         epilog="example: accessory finetune --pretrained_path runs/tiny/converted --data_config data.yaml "
         "--output_dir runs/mine --epochs 3",
         formatter_class=_Help,

@@ -67,7 +67,7 @@ class MetaModel(nn.Module):
                 which later ones overlay earlier ones.
             llama_type, llama_config, tokenizer_path: where the last folder does not say, or to overrule it;
                 several config files are merged, the last wins.
-            with_visual: must be False; Mixtral reads no images.
+            with_visual: must be False; these models read no images.
             max_seq_len: longest prompt and completion together, in tokens.
             mp_group: ranks that hold the model together; None: this process holds all of it.
             dtype: torch dtype, or "bf16", "fp16", "fp32", or "auto" for the dtype on disk. None: bfloat16, or
@@ -87,7 +87,7 @@ class MetaModel(nn.Module):
 
         def settle() -> tuple[ParallelState, Pretrained, torch.dtype]:
             if with_visual:
-                raise ValueError("with_visual is True: Mixtral has no image encoder; leave it False")
+                raise ValueError("with_visual is True: there is no image encoder; leave it False")
             state = replace(members, device=pick_device(device, mp_group))
             found = Pretrained.resolve(
                 pretrained_path,

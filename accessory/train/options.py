@@ -284,7 +284,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     """The parser of main_finetune.py."""
     parser = Parser(
         prog="main_finetune.py",
-        description="Finetune a Mixtral checkpoint, alone or started by torchrun or srun on many ranks.",
+        description="Finetune a Mixture-of-Experts checkpoint, alone or started by torchrun or srun on many ranks.",
         formatter_class=ToldDefaults,
     )
     add_finetune_flags(parser)
@@ -294,7 +294,7 @@ def finetune_parser() -> argparse.ArgumentParser:
 # Flags that are no options of their own, each with its group.
 _BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrained_type": ("model", {"choices": ["consolidated"], "help": "accepted; the form is recognised"}),
-    "no_visual": ("model", {"action": "store_true", "help": "accepted; Mixtral reads no images"}),
+    "no_visual": ("model", {"action": "store_true", "help": "accepted; these models read no images"}),
     "cache_ann_on_disk": ("data", {"action": "store_true", "help": "accepted; tokens always lie in mapped files"}),
     "num_workers": ("data", {"type": int, "help": "accepted; mapped files need no workers"}),
     "pin_mem": ("data", {"action": "store_true", "help": "accepted; batches are small"}),

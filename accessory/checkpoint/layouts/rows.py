@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.blocks import Blocks
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement, generic_name, local_box, matrix_of, parameter_shapes
@@ -23,6 +22,8 @@ Shape = tuple[int, ...]
 # A head's width, and how many of its first numbers the rotary embedding turns.
 Head = tuple[int, int]
 # Of a row's `part`: a key for each expert, or all of an axis in one tensor.
+# Elements that are copied at once.
+_AT_ONCE = 1 << 22
 EACH: Literal["each"] = "each"
 ALL: Literal["all"] = "all"
 
@@ -67,12 +68,29 @@ def _in_halves(stored: Any, shape: Shape, head: Head) -> _Rows:
     return _Rows(stored, torch.cat((pairs, places[:, turned:]), dim=1).flatten())
 
 
+class _Transposed:
+    """Matrices (experts, rows, columns) of which each lies with its axes exchanged in its file."""
+
+    def __init__(self, stored: Tensor) -> None:
+        self._stored = stored
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        experts, rows, columns = index
+        # The file's own rows first, then each matrix by itself: PyTorch turns a whole one quickly, and a part slowly.
+        return torch.stack([own.contiguous().t().contiguous() for own in self._stored[experts, columns, rows]])
+
+    def __setitem__(self, index: tuple[slice, ...], values: Tensor) -> None:
+        experts, rows, columns = index
+        for own, matrix in zip(self._stored[experts, columns, rows], values, strict=True):
+            own.copy_(matrix.contiguous().t().contiguous())
+
+
 PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored)
 # (experts, rows, columns) one expert below the other; the second with each expert's matrix transposed.
 STACKED = Lie(lambda shape: (math.prod(shape[:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
 STACKED_TRANSPOSED = Lie(
     lambda shape: (shape[0] * shape[2], shape[1]),
-    lambda stored, shape, _: stored.view(shape[0], shape[2], shape[1]).transpose(1, 2),
+    lambda stored, shape, _: _Transposed(stored.view(shape[0], shape[2], shape[1])),
 )
 # (experts, 2, rows, columns), each expert's two matrices one below the other.
 FUSED = Lie(lambda shape: (shape[0], math.prod(shape[1:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
@@ -138,8 +156,8 @@ class Source:
         return found[tuple(slice(None) if axis in self.kept else None for axis in range(len(part.size)))]
 
     def copy(self, stored: Any, part: Box, target: Tensor) -> None:
-        """Write a part of the box into a tensor of its shape; of coded values only so many at once are decoded."""
-        for piece in part.pieces(stored.at_once) if isinstance(stored, Blocks) else (part,):
+        """Write a part of the box into a tensor of its shape, in pieces: what is no view of the file stays small."""
+        for piece in part.pieces(_AT_ONCE):
             target[piece.within(part)].copy_(self.read(stored, piece))
 
     def write(self, stored: Any, part: Box, values: Tensor) -> None:
