@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -115,24 +116,27 @@ class Made:
     folder: Path
 
 
+def write_folder_of(case: Case, tokenizer: Path, folder: Path, seed: int) -> Made:
+    """A case's model with weights, norms and biases all drawn."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{case.classes}Config")(**(SHARED | case.settings))
+    hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
+    with torch.no_grad():
+        for own, parameter in hf.named_parameters():
+            parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=0.15)
+        for own, buffer in hf.named_buffers():
+            if own.endswith("correction_bias"):
+                buffer.normal_(std=0.2)
+    hf.save_pretrained(folder)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    return Made(hf, folder)
+
+
 @pytest.fixture(scope="module")
 def made(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     @cache
     def of(name: str) -> Made:
-        case = CASES[name]
-        torch.manual_seed(3)
-        config = getattr(transformers, f"{case.classes}Config")(**(SHARED | case.settings))
-        hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
-        with torch.no_grad():
-            for own, parameter in hf.named_parameters():
-                parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=0.15)
-            for own, buffer in hf.named_buffers():
-                if own.endswith("correction_bias"):
-                    buffer.normal_(std=0.2)
-        folder = tmp_path_factory.mktemp("families") / "folder"
-        hf.save_pretrained(folder)
-        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
-        return Made(hf, folder)
+        return write_folder_of(CASES[name], small_tokenizer, tmp_path_factory.mktemp("families") / "folder", 3)
 
     return of
 
@@ -174,6 +178,78 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         for ours, example in zip(logits, examples, strict=True):
             torch.testing.assert_close(ours, hf_logits(own.hf, example), atol=1e-4, rtol=0)
         assert tokens == greedy
+
+
+# What of each family's settings is drawn beside the sizes.
+DRAWN: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "Mixtral": lambda rng: {"num_local_experts": rng.choice([4, 6, 8]), "intermediate_size": 4 * rng.randint(1, 9)},
+    "Qwen3Moe": lambda rng: {
+        "num_experts": rng.choice([4, 8, 16]),
+        "moe_intermediate_size": 4 * rng.randint(1, 9),
+        "intermediate_size": 4 * rng.randint(1, 9),
+        "norm_topk_prob": rng.random() < 0.5,
+        "decoder_sparse_step": rng.choice([1, 2]),
+        "mlp_only_layers": rng.sample([1, 2, 4], rng.randint(0, 2)),
+        "num_hidden_layers": 5,
+    },
+    "Olmoe": lambda rng: {
+        "num_experts": rng.choice([4, 8, 16]),
+        "intermediate_size": 4 * rng.randint(1, 9),
+        "clip_qkv": rng.choice([None, 0.5, 2.0]),
+        "norm_topk_prob": rng.random() < 0.5,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    },
+    "Glm4Moe": lambda rng: {
+        **GLM,
+        "moe_intermediate_size": 4 * rng.randint(1, 9),
+        "intermediate_size": 4 * rng.randint(1, 9),
+        "first_k_dense_replace": rng.randint(0, 2),
+        "n_group": (groups := rng.choice([1, 2, 4])),
+        "topk_group": rng.randint(-(-groups // 2), groups),
+        "use_qk_norm": rng.random() < 0.5,
+        "attention_bias": rng.random() < 0.5,
+        "n_shared_experts": rng.randint(1, 2),
+        "norm_topk_prob": rng.random() < 0.5,
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+        "partial_rotary_factor": rng.choice([0.5, 1.0]),
+    },
+    "MiniMaxM2": lambda rng: {
+        "num_local_experts": rng.choice([4, 8, 12]),
+        "intermediate_size": 4 * rng.randint(1, 9),
+        "rotary_dim": rng.choice([4, 8]),
+    },
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("classes", DRAWN)
+def test_drawn_models_are_those_of_transformers(
+    classes: str, seed: int, small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    rng = random.Random(f"{classes} {seed}")
+    heads = rng.choice([2, 4, 8])
+    settings = {
+        "hidden_size": 8 * rng.randint(2, 8),
+        "num_hidden_layers": rng.randint(1, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([own for own in (1, 2, 4, 8) if heads % own == 0]),
+        "head_dim": 8 * rng.randint(1, 3),
+        "num_experts_per_tok": rng.randint(1, 4),
+        "rope_theta": rng.choice([1e4, 1e6]),
+        **DRAWN[classes](rng),
+    }
+    if classes == "Olmoe":  # which takes it from the others
+        settings["hidden_size"], _ = heads * settings["head_dim"], settings.pop("head_dim")
+    own = write_folder_of(Case(classes, settings), small_tokenizer, tmp_path / "folder", seed)
+    prompts = random_prompts(seed, (1, 9, 30))
+    greedy = [hf_greedy(own.hf, prompt, NEW_TOKENS) for prompt in prompts]
+    examples = [prompt + tokens for prompt, tokens in zip(prompts, greedy, strict=True)]
+    for size, placement in ((1, "expert"), (2, "tensor"), (2, "expert")):
+        logits, _ = alike(on_ranks(ranks, size, said_on_rank, own.folder, placement, prompts, examples))
+        for ours, example in zip(logits, examples, strict=True):
+            torch.testing.assert_close(ours, hf_logits(own.hf, example), atol=2e-4, rtol=0, msg=str(settings))
 
 
 # --- the router
