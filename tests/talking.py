@@ -10,7 +10,8 @@ from accessory.model.meta import MetaModel
 from accessory.text.chat import Message
 from accessory.text.forms import DefaultForm
 from accessory.train.export import export_checkpoint
-from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.optim import adamw
+from accessory.train.schedule import Schedule
 from accessory.train.trainer import train_step
 
 COUNT = "Please count."
@@ -38,7 +39,7 @@ def teach(base: Path, folder: Path) -> Path:
     torch.set_num_threads(1)  # as quick as two, and much quicker where the cores are busy
     model.train()
     optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=0.0)
-    schedule = CosineSchedule(steps=_STEPS, lr=3e-3, min_lr=1e-4, warmup=5)
+    schedule = Schedule(steps=_STEPS, lr=3e-3, min_lr=1e-4, warmup=5)
     for step in range(_STEPS):
         result = train_step(model, optimizer, [batch], lr=schedule(step), clip_grad=1.0)
         if result.loss < 0.003:

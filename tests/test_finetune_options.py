@@ -58,6 +58,8 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "lr": (2e-5, "5e-6", 5e-6),
     "min_lr": (0.0, "1e-7", 1e-7),
     "warmup_epochs": (0.0, "0.1", 0.1),
+    "schedule": ("cosine", "linear", "linear"),
+    "decay_steps": (None, None, 5),
     "weight_decay": (0.0, "0.02", 0.02),
     "clip_grad": (1.0, "-1", -1.0),
     "load_balancing_weight": (None, "0", 0.0),
@@ -152,11 +154,18 @@ def test_each_flag_sets_its_value_alone(name):
         ("precision", ("bf16", "fp16", "tf32", "fp32")),
         ("grad_ckpt_policy", ("full", "moe", "none")),
         ("device", ("cpu", "cuda")),
+        ("schedule", ("cosine", "linear", "constant", "wsd")),
     ],
 )
-def test_choices(name, values):
+def test_choices(name, values, capsys):
     for value in values:
         assert parse(f"--{name}", value)[name] == value
+    with pytest.raises(SystemExit):
+        parse(f"--{name}", f"{values[0]}x")
+    told = re.search(r"unknown value '\w+x' \(did you mean \w+\?\): choose from .*", capsys.readouterr().err)
+    assert told is not None
+    with pytest.raises(ValueError, match=re.escape(f"--{name}: {told[0]}")):
+        FinetuneOptions(data_config="d.yaml", **{name: f"{values[0]}x"})
 
 
 def test_each_way_to_switch_a_tuning_off():
@@ -208,6 +217,8 @@ def test_a_users_script_as_it_is():
         *((f"--{name} {2**49}", f"--{name} is {2**49}: give {2**48} at most") for name in ("max_words", "epochs")),
         (f"--epochs {-(10**400)}", f"--epochs is -1{'0' * 55}...: give 1 or more"),
         (f"--keep_last {10**400}", f"--keep_last is 1{'0' * 56}...: give {2**48} at most"),
+        ("--decay_steps 5", "--decay_steps is about --schedule wsd, and it is cosine: leave it out"),
+        ("--schedule wsd --decay_steps 0", "--decay_steps is 0: give 1 or more"),
         ("--lr 1e-5 --min_lr 2e-5", "--min_lr 2e-05 is above --lr 1e-05"),
         ("--lora_rank 0", "--lora_rank must be a whole number above 0, not 0"),
         ("--lora_alpha 0", "--lora_alpha must be a number above 0, not 0.0"),
@@ -322,6 +333,18 @@ def test_the_learning_rate_follows_the_formula(train):
     assert column(output, "lr") == pytest.approx(expected, rel=1e-9)
     # It would be min_lr with the next step.
     assert 1e-4 < expected[-1] < 1.2e-4
+
+
+def test_the_last_fall_may_be_run_from_any_state(train):
+    """A run at a constant rate, gone on with by another that falls over its last steps, which end with --max_steps."""
+    stable = train("stable", schedule="constant", warmup_epochs=0, min_lr=1e-4, max_steps=5, save_iteration_interval=3)
+    state = stable / "checkpoints" / "step-00000003"
+    fall = {"schedule": "wsd", "decay_steps": 4, "warmup_epochs": 0, "lr": 2e-3, "min_lr": 1e-3, "max_steps": 8}
+    falling = train("falling", resume=state, **fall)
+    assert column(stable, "lr") == [2e-3] * 5
+    assert column(falling, "lr") == pytest.approx([2e-3, 2e-3, 1.75e-3, 1.5e-3, 1.25e-3], rel=1e-12)
+    assert column(falling, "loss")[:2] == column(stable, "loss")[3:]
+    assert log_lines(train("whole", **fall))[3:] == log_lines(falling)
 
 
 def test_max_steps_ends_the_run_and_not_the_schedule(train):

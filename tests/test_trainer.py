@@ -16,8 +16,9 @@ from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState
 from accessory.train.build import build_for_training
 from accessory.train.export import drop_older_models
-from accessory.train.optim import CosineSchedule, adamw, clip_gradients
+from accessory.train.optim import adamw, clip_gradients
 from accessory.train.precision import loss_scaler, matmul_precision
+from accessory.train.schedule import Schedule
 from accessory.train.sharding import device_mesh
 from accessory.train.trainer import train_step
 
@@ -139,15 +140,31 @@ def test_clipping_is_torchs() -> None:
             torch.testing.assert_close(ours.grad, truth.grad)
 
 
+@pytest.mark.parametrize(
+    ("shape", "decay", "rates"),
+    [
+        # Two steps of warm-up and eight more, from 1 to 0.2.
+        ("linear", None, [0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]),
+        ("constant", None, [0.5, *[1.0] * 11]),
+        ("wsd", 4, [0.5, *[1.0] * 6, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ("wsd", None, [0.5, *[1.0] * 9, 0.2, 0.2]),
+        ("wsd", 99, [0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]),
+    ],
+)
+def test_the_schedules(shape: str, decay: int | None, rates: list[float]) -> None:
+    schedule = Schedule(steps=10, lr=1.0, min_lr=0.2, warmup=2, shape=shape, decay=decay)
+    assert [schedule(step) for step in range(12)] == pytest.approx(rates, rel=1e-12)
+
+
 def test_the_schedule_rises_and_falls() -> None:
-    schedule = CosineSchedule(steps=100, lr=1.0, min_lr=0.1, warmup=7.5)
+    schedule = Schedule(steps=100, lr=1.0, min_lr=0.1, warmup=7.5)
     rates = [schedule(step) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 7.5)
     assert max(rates) == rates[7] == 1.0
     assert rates[:8] == sorted(rates[:8])
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert schedule(100) == pytest.approx(0.1)
-    assert CosineSchedule(steps=2, lr=1.0)(0) == 1.0
+    assert Schedule(steps=2, lr=1.0)(0) == 1.0
 
 
 def test_matmul_precision_is_put_back() -> None:

@@ -14,14 +14,15 @@ from torch import Tensor
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
-from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.optim import adamw
 from accessory.train.recompute import recompute_activations
+from accessory.train.schedule import Schedule
 from accessory.train.sharding import device_mesh, shard_model
 from accessory.train.trainer import train_step
 
 STEPS = 20
 ROWS = 4
-SCHEDULE = CosineSchedule(steps=STEPS, lr=2e-3, min_lr=1e-4, warmup=3)
+SCHEDULE = Schedule(steps=STEPS, lr=2e-3, min_lr=1e-4, warmup=3)
 WEIGHT_DECAY = 0.1
 CLIP_GRAD = 0.5
 

@@ -25,7 +25,8 @@ from accessory.text.tokenizer import Tokenizer
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.tools.unfinished import Unfinished, unfinished
 from accessory.train.init import init_weights
-from accessory.train.optim import CosineSchedule, adamw
+from accessory.train.optim import adamw
+from accessory.train.schedule import Schedule
 from accessory.train.trainer import train_step
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _train(model: MetaModel, windows: Iterator[Tensor], recipe: dict[str, Any], 
     model.train()
     optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=recipe["weight_decay"])
     steps, warmup = recipe["steps"], max(1, recipe["steps"] // 20)
-    schedule = CosineSchedule(steps=steps, lr=recipe["lr"], min_lr=recipe["min_lr"], warmup=warmup)
+    schedule = Schedule(steps=steps, lr=recipe["lr"], min_lr=recipe["min_lr"], warmup=warmup)
     if (state := progress.load(recipe)) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

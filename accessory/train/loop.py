@@ -22,10 +22,10 @@ from accessory.train.export import BEST, drop_older_models, export_checkpoint, m
 from accessory.train.flops import flops_per_token, peak_flops
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.metrics import StepMetrics, peak_memory_gib
-from accessory.train.optim import CosineSchedule
 from accessory.train.options import FinetuneOptions
 from accessory.train.precision import COMPUTE_DTYPES, loss_scaler
 from accessory.train.run_log import RunLog
+from accessory.train.schedule import Schedule
 from accessory.train.space import Plan
 from accessory.train.trainer import MicroBatches, StepResult, train_step
 from accessory.train.validation import Validation
@@ -61,8 +61,16 @@ class FinetuneLoop:
         total = per_epoch * options.epochs
         warmup = options.warmup_epochs * per_epoch
         self.validation = Validation(options, held_out, per_epoch=per_epoch)
-        self.schedule = CosineSchedule(steps=total, lr=options.lr, min_lr=options.min_lr, warmup=warmup)
         self.end = min(total, options.max_steps or total)
+        self.schedule = Schedule(
+            # A cosine goes on behind --max_steps, in a run that is resumed; a last fall ends where the run does.
+            steps=self.end if options.schedule == "wsd" else total,
+            lr=options.lr,
+            min_lr=options.min_lr,
+            warmup=warmup,
+            shape=options.schedule,
+            decay=options.decay_steps,
+        )
         # A token sees half of its example's, and longer examples have more of them.
         seen = float((data.lengths.astype(float) ** 2).sum() / data.lengths.sum())
         self.flops_per_token = flops_per_token(model.llma.args, seen)

@@ -15,7 +15,8 @@ from accessory.arguments import Parser, add_threads_argument
 from accessory.config import LORA_TARGETS, PEFT_TYPES, PeftArgs, QuantArgs
 from accessory.config.layouts import EXPORT_FORMS
 from accessory.config.quant import add_quant_flags, quant_of_flags
-from accessory.errors import shown
+from accessory.errors import nearest, shown
+from accessory.train.schedule import SCHEDULES
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
@@ -108,10 +109,21 @@ class FinetuneOptions:
     )
     accum_iter: int = _steps(1, "micro-batches of an optimizer step", least=1)
     epochs: int = _steps(1, "passes over the data", least=1)
-    max_steps: int | None = _steps(None, "end after so many optimizer steps; the schedule follows --epochs", least=1)
+    max_steps: int | None = _steps(
+        None, "end after so many optimizer steps; all schedules but wsd follow --epochs", least=1
+    )
     lr: float = _steps(2e-5, "highest learning rate", least=0)
     min_lr: float = _steps(0.0, "learning rate at the end", least=0)
     warmup_epochs: float = _steps(0.0, "epochs, or a part of one, until --lr", least=0)
+    schedule: str = _steps(
+        "cosine",
+        f"how the rate falls from --lr to --min_lr: {', '.join(SCHEDULES)} (stays, and falls at the run's end)",
+        choices=tuple(SCHEDULES),
+        metavar="NAME",
+    )
+    decay_steps: int | None = _steps(
+        None, "optimizer steps at the run's end over which wsd falls (default: a tenth of all)", least=1, metavar="N"
+    )
     weight_decay: float = _steps(0.0, "of AdamW, for matrices", least=0)
     clip_grad: float = _steps(1.0, "limit of the gradients' norm; 0 or less: off", least=-math.inf)
     load_balancing_weight: float | None = _steps(None, "in place of the config's", least=0)
@@ -165,11 +177,11 @@ class FinetuneOptions:
         for option in dataclasses.fields(self):
             if option.metadata.get("least") is not None:
                 _check_bounds(option, getattr(self, option.name))
+            _check_known(option, getattr(self, option.name))
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)
         self._check_adapters()
         self._check_validation()
-        if self.min_lr > self.lr:
-            raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        self._check_schedule()
         for option in dataclasses.fields(self):
             given = getattr(self, option.name)
             if given == "" or (isinstance(given, tuple) and "" in given):
@@ -190,6 +202,12 @@ class FinetuneOptions:
                 f"--{next(iter(given))} is about adapters, which --llama_type {self.llama_type} does not have: leave "
                 "--llama_type out"
             )
+
+    def _check_schedule(self) -> None:
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"--decay_steps is about --schedule wsd, and it is {self.schedule}: leave it out")
 
     def _check_validation(self) -> None:
         if self.eval_ratio is not None and not 0 < self.eval_ratio < 1:
@@ -331,6 +349,16 @@ def _add_flag(group: argparse._ArgumentGroup, option: "dataclasses.Field[Any]") 
 
 
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
+
+
+def _check_known(option: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raise ValueError where a name that is given, or one of several, is none of those to choose from."""
+    of_type = get_args(option.type) if get_origin(option.type) is Literal else None
+    known = of_type or option.metadata.get("arguments", {}).get("choices")
+    for name in value if isinstance(value, tuple) else (value,):
+        if known and name is not None and name not in known:
+            message = f"--{option.name}: unknown value {name!r}{nearest(name, known)}: choose from {', '.join(known)}"
+            raise ValueError(message)
 
 
 def _check_bounds(option: "dataclasses.Field[Any]", value: float | None) -> None:
