@@ -123,6 +123,16 @@ def _(folder, good):
     return {"device": "cuda"}
 
 
+@case("a rate of what does not train", "--lora_plus is given, and the run trains no LoRA updates", "leave it out")
+def _(folder, good):
+    return {"lora_plus": 16}
+
+
+@case("a rate of what is frozen", "--lr_router is given, and the run trains no router", "leave it out")
+def _(folder, good):
+    return {"lora_rank": 4, "lr_router": 1e-3}
+
+
 # -- the model's files
 
 
@@ -429,7 +439,7 @@ def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
 
 def late(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
     """`outcome` of a run that fails when it has built its model."""
-    with mock.patch.object(finetune_module, "adamw", side_effect=MemoryError("no memory")):
+    with mock.patch.object(finetune_module, "make_optimizer", side_effect=MemoryError("no memory")):
         return outcome(setting, arguments)
 
 

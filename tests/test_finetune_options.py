@@ -60,6 +60,10 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "warmup_epochs": (0.0, "0.1", 0.1),
     "schedule": ("cosine", "linear", "linear"),
     "decay_steps": (None, None, 5),
+    "optimizer": ("adamw", "muon", "muon"),
+    "lr_router": (None, "1e-4", 1e-4),
+    "lr_embeddings": (None, "1e-6", 1e-6),
+    "lora_plus": (None, "16", 16.0),
     "weight_decay": (0.0, "0.02", 0.02),
     "clip_grad": (1.0, "-1", -1.0),
     "load_balancing_weight": (None, "0", 0.0),
@@ -80,6 +84,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "keep_best": (False, None, True),
     "early_stop": (None, None, 3),
     "output_dir": ("./output_dir", "out", "out"),
+    "log_to": (("tensorboard",), "wandb,mlflow", ("wandb", "mlflow")),
     "save_interval": (1, "2", 2),
     "save_iteration_interval": (5000, "100", 100),
     "keep_last": (2, "3", 3),
@@ -121,7 +126,7 @@ def options_table() -> str:
         lines.append(f"| *{heading}* | | |")
         for option in fields(FinetuneOptions):
             if option.metadata.get("group") == heading:
-                none = option.default is MISSING or str(option.default) in ("None", "False", "()")
+                none = option.default is MISSING or str(option.default) in ("None", "False", "()", "('tensorboard',)")
                 told = "" if none else f"`{option.default}`"
                 lines.append(f"| `--{option.name}` | {told} | {option.metadata['help']} |")
     return "\n".join(lines) + "\n"
@@ -154,6 +159,7 @@ def test_each_flag_sets_its_value_alone(name):
         ("precision", ("bf16", "fp16", "tf32", "fp32")),
         ("grad_ckpt_policy", ("full", "moe", "none")),
         ("device", ("cpu", "cuda")),
+        ("optimizer", ("adamw", "muon")),
         ("schedule", ("cosine", "linear", "constant", "wsd")),
     ],
 )
@@ -217,6 +223,11 @@ def test_a_users_script_as_it_is():
         *((f"--{name} {2**49}", f"--{name} is {2**49}: give {2**48} at most") for name in ("max_words", "epochs")),
         (f"--epochs {-(10**400)}", f"--epochs is -1{'0' * 55}...: give 1 or more"),
         (f"--keep_last {10**400}", f"--keep_last is 1{'0' * 56}...: give {2**48} at most"),
+        (
+            "--log_to wandb,mflow",
+            "--log_to: unknown value 'mflow' (did you mean mlflow?): choose from tensorboard, wandb",
+        ),
+        ("--lr 0 --lr_router 1e-3", "--lr_router follows the schedule of --lr, which is 0: give --lr a rate"),
         ("--decay_steps 5", "--decay_steps is about --schedule wsd, and it is cosine: leave it out"),
         ("--schedule wsd --decay_steps 0", "--decay_steps is 0: give 1 or more"),
         ("--lr 1e-5 --min_lr 2e-5", "--min_lr 2e-05 is above --lr 1e-05"),
@@ -345,6 +356,13 @@ def test_the_last_fall_may_be_run_from_any_state(train):
     assert column(falling, "lr") == pytest.approx([2e-3, 2e-3, 1.75e-3, 1.5e-3, 1.25e-3], rel=1e-12)
     assert column(falling, "loss")[:2] == column(stable, "loss")[3:]
     assert log_lines(train("whole", **fall))[3:] == log_lines(falling)
+
+
+def test_a_state_is_gone_on_with_by_its_optimizer(train):
+    first = train("muon", optimizer="muon", lr_router=1e-3, max_steps=2)
+    assert column(train("further", optimizer="muon", resume=first), "step") == [3]
+    with pytest.raises(AssertionError, match="was saved by a run with --optimizer muon: give that, or begin anew"):
+        train("another", resume=first)
 
 
 def test_max_steps_ends_the_run_and_not_the_schedule(train):

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pty
+import struct
 import subprocess
 import sys
 import termios
@@ -24,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from accessory.log import setup_logging
-from accessory.train import appended_file
+from accessory.train import appended_file, trackers
 from accessory.train.heatmap import draw
 from accessory.train.metrics import StepMetrics, expert_shares, peak_memory_gib
 from accessory.train.progress import ProgressLines
@@ -243,6 +244,115 @@ def test_a_run_leaves_lines_events_and_a_picture(tmp_path: Path, log: pytest.Log
     assert (tmp_path / "experts.png").read_bytes() == pictures[2].encoded_image_string == last
     assert not warnings_of(log)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["experts.png", "log.jsonl", "tensorboard"]
+
+
+def track(folder: Path, name: str, steps: range, *, first: int = 0) -> None:
+    settings = {"lr": 1e-3 + first}
+    numbers = ("loss", "perplexity", "token_accuracy", "balance_loss", "tokens", "records")
+    with RunLog(folder, total_steps=9, first_step=first, active=True, log_to=[name], settings=settings) as run:
+        for step in steps:
+            run.step(metrics(step))
+        run.evaluation(steps[-1], 0.5, dict.fromkeys(numbers, 1.5))
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """The records of a file of wandb's: LevelDB's log format behind a head of 7 bytes, in blocks of 32 KiB."""
+    content, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part of one
+            yield record
+            record = b""
+        if 2**15 - at % 2**15 < 7:
+            at += -at % 2**15
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline(tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    track(tmp_path, "wandb", range(1, 4))
+    track(tmp_path, "wandb", range(3, 5), first=2)
+    assert not warnings_of(log)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        run = ""
+        for data in wandb_records(file):
+            record = Record()
+            record.ParseFromString(data)
+            run = record.run.run_id or run
+            if record.WhichOneof("record_type") == "history":
+                names = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                found.append((run, {name: json.loads(value) for name, value in names.items()}))
+    assert len({run for run, _ in found}) == 1, "a resumed run goes on in the same one"
+    assert [row["step"] for _, row in found if "loss" in row] == [1, 2, 3, 3, 4]
+    assert [row["loss"] for _, row in found if "loss" in row][:2] == [metrics(step).loss for step in (1, 2)]
+    assert [(row["step"], row["eval_loss"]) for _, row in found if "eval_loss" in row] == [(3, 1.5), (4, 1.5)]
+    pictures = [row["step"] for _, row in found if any(name.startswith("experts/") for name in row)]
+    assert pictures == [3, 4], found[-1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_in_the_output_folder(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="mlflow's database is not installed")
+    track(tmp_path, "mlflow", range(1, 4))
+    track(tmp_path, "mlflow", range(3, 5), first=2)
+    assert not warnings_of(log)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("accessory").experiment_id])
+    assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.001"})
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted(value.step for value in history) == [1, 2, 3, 3, 4]
+    assert {value.step: value.value for value in history}[2] == metrics(2).loss
+    assert [value.step for value in client.get_metric_history(run.info.run_id, "eval_loss")] == [3, 4]
+    assert sorted(path.name for path in tmp_path.glob("mlflow/**/*.png")) == ["step-00000003.png", "step-00000004.png"]
+
+
+class Failing:
+    """A tracker that fails at its second step."""
+
+    patient = False
+    taken: list[int]
+
+    def __init__(self, *_: Any, **settings: Any) -> None:
+        if settings["first_step"] == 7:
+            raise ConnectionError("no network\nand many words")
+        Failing.taken = []
+
+    def add(self, step: int, _: Any) -> None:
+        Failing.taken.append(step)
+        if step == 2:
+            raise ConnectionError("no network\nand many words")
+
+    def close(self) -> None:
+        raise AssertionError("it was given up")
+
+
+def test_a_tracker_that_fails_is_said_once(
+    tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", trackers.Kind("wandb", Failing))
+    for first, says in ((0, "failed"), (7, "cannot begin")):
+        log.clear()
+        with RunLog(tmp_path, total_steps=9, first_step=first, active=True, log_to=["wandb", "tensorboard"]) as run:
+            for step in range(first + 1, first + 5):
+                run.step(metrics(step))
+        assert warnings_of(log) == [f"--log_to wandb {says} (ConnectionError: no network): training goes on without it"]
+    assert Failing.taken == [1, 2]
+    taken = [1, 2, 3, 4, 8, 9, 10, 11]
+    assert [line["step"] for line in lines(tmp_path)] == list(scalar(events(tmp_path), "loss")) == taken
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", trackers.Kind("wandb_that_nobody_has", Failing))
+    trackers.refuse_absent(["tensorboard"])
+    with pytest.raises(ValueError, match=r"--log_to wandb needs a package .*: pip install wandb_that"):
+        trackers.refuse_absent(["tensorboard", "wandb"])
 
 
 def test_a_line_can_be_read_as_soon_as_its_step_is_done(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState, over_all_ranks
 from accessory.train import checkpointer
 from accessory.train.checkpointer import Checkpointer
-from accessory.train.optim import adamw
+from accessory.train.optim import adamw, muon
 from accessory.train.sharding import device_mesh, shard_model
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import tensors_of
@@ -60,7 +60,12 @@ class Course(NamedTuple):
 
 @contextlib.contextmanager
 def running(
-    folder: Path, output: Path, mp_size: int, placement: str = "auto", keep_last: int | None = None
+    folder: Path,
+    output: Path,
+    mp_size: int,
+    placement: str = "auto",
+    keep_last: int | None = None,
+    build: Callable[..., torch.optim.Optimizer] = adamw,
 ) -> Iterator[Run]:
     state = ParallelState.init(mp_size, "cpu")
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
@@ -69,14 +74,16 @@ def running(
     model = MetaModel(llma, pretrained.tokenizer).train()
     world = over_all_ranks(state, torch.distributed.new_group(backend="gloo"))
     store = Checkpointer(output, state, world, keep_last=keep_last)
-    yield Run(model, adamw(model.named_parameters(), lr=1.0, weight_decay=WEIGHT_DECAY), store)
+    yield Run(model, build(model.named_parameters(), lr=1.0, weight_decay=WEIGHT_DECAY), store)
     store.wait()
     torch.distributed.destroy_process_group(world.mp_group)
 
 
-def steps_on_rank(folder: Path, output: Path, mp_size: int, placement: str, end: int, save_at: int) -> Course:
+def steps_on_rank(
+    folder: Path, output: Path, mp_size: int, placement: str, end: int, save_at: int, build: Any = adamw
+) -> Course:
     """Train from the last checkpoint on (from step 0 without one) up to ``end``, saving on the way."""
-    with running(folder, output, mp_size, placement) as run:
+    with running(folder, output, mp_size, placement, build=build) as run:
         state = run.model.llma.state
         torch.manual_seed(state.dp_rank)
         begin, latest = 0, run.store.latest()
@@ -126,6 +133,20 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(
         assert all(torch.equal(after.weights[name], weight) for name, weight in before.weights.items())
         assert after.random == before.random
     assert len({course.random for course in third}) > 1, "each rank has a random state of its own"
+
+
+def test_muon_goes_on_with_the_same_ranks_and_with_others(ranks: Any, folder: Path, tmp_path: Path) -> None:
+    whole = ranks(4).run(steps_on_rank, folder, tmp_path, 2, "tensor", 4, 2, muon)[0]
+    for mp_size, placement, size in ((2, "tensor", 4), (1, "auto", 1)):
+        found = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, 4, 0, muon)[0]
+        assert found.begin == 2
+        if size == 4:
+            assert found.losses == whole.losses[2:]
+            assert all(torch.equal(found.weights[name], weight) for name, weight in whole.weights.items())
+            continue
+        assert found.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+        for name, weight in whole.weights.items():
+            torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(

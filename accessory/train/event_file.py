@@ -23,6 +23,8 @@ class EventFile:
         first_step: steps taken before; readers drop what earlier files hold of later ones.
     """
 
+    patient = True
+
     def __init__(self, folder: Path, *, first_step: int) -> None:
         # Readers look for "tfevents" and take a folder's files in the order of their names.
         file = AppendedFile(folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}")

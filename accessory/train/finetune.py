@@ -23,6 +23,7 @@ from accessory.launch.launcher import Launch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
+from accessory.parallel.plan import rows_of_model, trains
 from accessory.parallel.state import ParallelState, agreed, on_first, over_all_ranks
 from accessory.text.form_files import form_for_training, trained_form
 from accessory.text.forms import Form
@@ -31,7 +32,7 @@ from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.checkpointer import Checkpointer
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
-from accessory.train.optim import adamw
+from accessory.train.optim import make_optimizer
 from accessory.train.options import FinetuneOptions
 from accessory.train.output_folder import OPTIONS, held, refuse_earlier_run
 from accessory.train.parameters import describe_trainable, warning_without_matrix
@@ -42,6 +43,7 @@ from accessory.train.sharding import device_mesh
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import seed_rank
 from accessory.train.space import say_space
+from accessory.train.trackers import refuse_absent
 from accessory.train.validation import split_held_out
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 1. Ranks with the same options, and a folder that they can all write to.
         everyone = over_all_ranks(ParallelState.single("cpu"))
         agreed(everyone, partial(_refuse_no_model, options), options)
+        on_first(everyone, partial(refuse_absent, options.log_to))
         layout = partial(ParallelState.init, options.model_parallel_size, options.device, timeout=COLLECTIVE_TIMEOUT)
         state = agreed(everyone, layout)
         # The folder is held until the last save is on disk.
@@ -100,11 +103,12 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         if progress is not None:
             agreed(world, lambda: sampler.resume(progress["sampler"]))
             agreed(world, lambda: _refuse_another_form(form, progress.get("form"), resumed))
+            agreed(world, lambda: _refuse_another_optimizer(options, progress.get("optimizer", "adamw"), resumed))
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
         # A training state may leave out what is frozen.
         model = _build(options, pretrained, state, fill=resumed is None or pretrained.args.peft is not None)
-        optimizer = adamw(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        optimizer = make_optimizer(model, options)
         loop = FinetuneLoop(options, model, optimizer, data, held_out, sampler, store, form)
         logger.info("%s", describe_trainable(model))
         without_matrix = warning_without_matrix(pretrained.args)
@@ -113,16 +117,23 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 4. Steps, from where an earlier run stopped.
         if resumed is not None:
             loop.resume(resumed)
-        on_first(world, partial(write_json, output / OPTIONS, dataclasses.asdict(options)))
+        told = dataclasses.asdict(options)
+        on_first(world, partial(write_json, output / OPTIONS, told))
         logger.info("%s", loop.describe())
         if folder is not None:
             say_space(loop.plan(output), output)
         interruption.begin(store.last_saved)
         if folder is not None:
             folder.begun = True
-        active = world.is_first
-        log = stack.enter_context(RunLog(output, total_steps=loop.end, first_step=loop.done, active=active))
-        return loop.run(log, interruption)
+        log = RunLog(
+            output,
+            total_steps=loop.end,
+            first_step=loop.done,
+            active=world.is_first,
+            log_to=options.log_to,
+            settings=told,
+        )
+        return loop.run(stack.enter_context(log), interruption)
 
 
 def _refuse_no_model(options: FinetuneOptions) -> None:
@@ -182,6 +193,7 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
     }
     refuse_nothing_to_train(found.args)
     _refuse_parts(options, found.args)
+    _refuse_rates(options, found.args)
     refuse_shared_heads(found.args, state.mp_size)
     resolve_placement(found.args, options.expert_placement, state.mp_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
@@ -196,6 +208,18 @@ def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
         raise ValueError(f"{form} takes whole models, and adapters are trained: leave it out, and merge afterwards")
     if args.quant is not None or options.only_save_trainable:
         raise ValueError(f"{form} takes whole models: leave --only_save_trainable and --quant out")
+
+
+def _refuse_rates(options: FinetuneOptions, args: ModelArgs) -> None:
+    """Raise ValueError where a rate is given to what does not train."""
+    trained = {row.kind for row in rows_of_model(args) if trains(row.pattern, args)}
+    for name, kind, what in (
+        ("lr_router", "router", "router"),
+        ("lr_embeddings", "embedding", "token embeddings"),
+        ("lora_plus", "lora", "LoRA updates"),
+    ):
+        if getattr(options, name) is not None and kind not in trained:
+            raise ValueError(f"--{name} is given, and the run trains no {what}: leave it out")
 
 
 def _llama_type(options: FinetuneOptions) -> str | None:
@@ -246,6 +270,12 @@ def _refuse_another_form(form: Form | None, saved: str | None, resumed: Path | N
         raise ValueError(
             f"{resumed} was saved by a run with another prompt form: give its --chat_template, or begin anew"
         )
+
+
+def _refuse_another_optimizer(options: FinetuneOptions, saved: str, resumed: Path | None) -> None:
+    """What one optimizer has kept of the steps before is not what another one needs."""
+    if saved != options.optimizer:
+        raise ValueError(f"{resumed} was saved by a run with --optimizer {saved}: give that, or begin anew")
 
 
 def _data(

@@ -271,6 +271,7 @@ class FinetuneLoop:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "form": None if self.form is None else self.form.digest,
             "validation": self.validation.state(),
+            "optimizer": self.options.optimizer,
         }
         name = f"step-{self.done:08d}"
         self.store.save(self.model, self.optimizer, progress, name, asynchronous=asynchronous)

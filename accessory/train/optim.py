@@ -1,7 +1,9 @@
-"""The optimizer, and clipping."""
+"""The optimizers, which parameters each rate is of, and clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -10,22 +12,97 @@ from torch.distributed.tensor import DTensor
 from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
+from accessory.train.muon import Muon
+from accessory.train.options import FinetuneOptions, OptimizerName
 
 
-def adamw(parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How many times the run's learning rate the rate of some parameters is."""
+
+    router: float = 1.0
+    embedding: float = 1.0
+    lora_b: float = 1.0
+
+    @classmethod
+    def of(cls, options: FinetuneOptions) -> Self:
+        """Those that a run asks for."""
+        own = {"router": options.lr_router, "embedding": options.lr_embeddings}
+        ratios = {kind: rate / options.lr for kind, rate in own.items() if rate is not None}
+        return cls(**ratios, lora_b=1.0 if options.lora_plus is None else options.lora_plus)
+
+    def __call__(self, name: str) -> float:
+        kind = _kind(name)
+        if kind == "lora":
+            return self.lora_b if "lora_b" in name else 1.0
+        return {"router": self.router, "embedding": self.embedding}.get(kind, 1.0)
+
+
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, rates: Rates | None = None
+) -> torch.optim.AdamW:
     """Fused AdamW with betas 0.9 and 0.95; norms and biases do not decay.
 
     Args:
         parameters: of a Transformer or of the MetaModel around it.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    return torch.optim.AdamW(_groups(parameters, weight_decay, rates), lr=lr, betas=_BETAS, fused=True)
+
+
+def muon(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, rates: Rates | None = None
+) -> Muon:
+    """Muon for the matrices of attention, experts and adapters, and `adamw` for embedding, head, router and vectors."""
+    named = list(parameters)
+    both = ([own for own in named if (_kind(own[0]) in _MUON_KINDS) == asked] for asked in (True, False))
+    return Muon(*(_groups(some, weight_decay, rates) for some in both), lr=lr, betas=_BETAS)
+
+
+class Kind(NamedTuple):
+    """A kind of optimizer.
+
+    Attributes:
+        build: makes one, with the arguments of `adamw`.
+        states: names of what it keeps of a matrix, each as large as that; for all else it keeps what AdamW does.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    states: tuple[str, ...]
+
+
+_BETAS = (0.9, 0.95)
+_MUON_KINDS = ("attention", "expert", "dense", "shared", "lora")
+_ADAMW_STATES = ("exp_avg", "exp_avg_sq")
+
+OPTIMIZERS: dict[OptimizerName, Kind] = {"adamw": Kind(adamw, _ADAMW_STATES), "muon": Kind(muon, Muon.STATES)}
+
+
+def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
+    """The optimizer that a run asks for, of the parameters that train."""
+    build = OPTIMIZERS[options.optimizer].build
+    rates = Rates.of(options)
+    return build(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay, rates=rates)
+
+
+def states_of(optimizer: OptimizerName, name: str) -> tuple[str, ...]:
+    """What an optimizer keeps of a parameter that is as large as it."""
+    return OPTIMIZERS[optimizer].states if _kind(name) in _MUON_KINDS else _ADAMW_STATES
+
+
+def _kind(name: str) -> str:
+    return split_of(name.removeprefix("llma.")).kind
+
+
+def _groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rates: Rates | None
+) -> list[dict[str, Any]]:
+    """Groups of parameters that train, by decay and by how many times the run's rate theirs is ("rate")."""
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            kind = split_of(name.removeprefix("llma.")).kind
-            (plain if kind in ("norm", "bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+            decay = 0.0 if _kind(name) in ("norm", "bias") else weight_decay
+            found.setdefault((decay, 1.0 if rates is None else rates(name)), []).append(parameter)
+    return [{"params": own, "weight_decay": decay, "rate": rate} for (decay, rate), own in found.items()]
 
 
 @torch.no_grad()

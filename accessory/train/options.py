@@ -17,17 +17,26 @@ from accessory.config.layouts import EXPORT_FORMS
 from accessory.config.quant import add_quant_flags, quant_of_flags
 from accessory.errors import nearest, shown
 from accessory.train.schedule import SCHEDULES
+from accessory.train.trackers import TRACKERS
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
 RecomputePolicy = Literal["full", "moe", "none"]
+OptimizerName = Literal["adamw", "muon"]
 
 # The first is far beyond any run: sizes near 2^63 overflow in PyTorch. Of a seed it takes 64 bits.
 _MOST, _MOST_SEED = 2**48, 2**64 - 1
 
 
 def _option(
-    group: str, default: Any, text: str, *, least: float | None = None, most: int = _MOST, **arguments: Any
+    group: str,
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    most: int = _MOST,
+    known: Sequence[str] = (),
+    **arguments: Any,
 ) -> Any:
     """A field that is a flag of its name; its type says how the flag is read.
 
@@ -35,11 +44,19 @@ def _option(
         group: heading of --help under which it stands.
         text: its help.
         least, most: bounds of a number.
+        known: names that may be given, where argparse cannot be told its ``choices``.
         arguments: what argparse is told besides; ``flags``: other spellings.
     """
     return dataclasses.field(
         default=default,
-        metadata={"group": group, "help": text, "least": least, "most": most, "arguments": arguments},
+        metadata={
+            "group": group,
+            "help": text,
+            "least": least,
+            "most": most,
+            "known": known or arguments.get("choices"),
+            "arguments": arguments,
+        },
     )
 
 
@@ -124,7 +141,15 @@ class FinetuneOptions:
     decay_steps: int | None = _steps(
         None, "optimizer steps at the run's end over which wsd falls (default: a tenth of all)", least=1, metavar="N"
     )
-    weight_decay: float = _steps(0.0, "of AdamW, for matrices", least=0)
+    optimizer: OptimizerName = _steps(
+        "adamw", "adamw, or muon: that for the matrices of attention, experts and adapters, adamw for all else"
+    )
+    weight_decay: float = _steps(0.0, "of all but norms and biases", least=0)
+    lr_router: float | None = _steps(None, "the routers' highest learning rate, in place of --lr", least=0)
+    lr_embeddings: float | None = _steps(None, "the same of the token embeddings", least=0)
+    lora_plus: float | None = _steps(
+        None, "LoRA+: how many times --lr the rate of the updates' second factor (lora_b) is", least=0, metavar="RATIO"
+    )
     clip_grad: float = _steps(1.0, "limit of the gradients' norm; 0 or less: off", least=-math.inf)
     load_balancing_weight: float | None = _steps(None, "in place of the config's", least=0)
     z_loss_weight: float | None = _steps(None, "weight of the router's z-loss, in place of the config's", least=0)
@@ -157,6 +182,14 @@ class FinetuneOptions:
     )
 
     output_dir: str = _output("./output_dir", "folder of the run, shared by all hosts")
+    log_to: tuple[str, ...] = _output(
+        ("tensorboard",),
+        f"where the numbers of log.jsonl go as well, separated by commas: {', '.join(TRACKERS)} (default: tensorboard)",
+        type=_names,
+        nargs=None,
+        known=tuple(TRACKERS),
+        metavar="A,B",
+    )
     save_interval: int = _output(1, "epochs between saves", least=1)
     save_iteration_interval: int = _output(5000, "micro-batches between saves within an epoch; 0: none", least=0)
     keep_last: int = _output(2, "training states, and models of within an epoch, that stay", least=1)
@@ -206,6 +239,9 @@ class FinetuneOptions:
     def _check_schedule(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        for name in ("lr_router", "lr_embeddings"):
+            if getattr(self, name) is not None and self.lr == 0:
+                raise ValueError(f"--{name} follows the schedule of --lr, which is 0: give --lr a rate")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f"--decay_steps is about --schedule wsd, and it is {self.schedule}: leave it out")
 
@@ -354,7 +390,7 @@ _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | No
 def _check_known(option: "dataclasses.Field[Any]", value: Any) -> None:
     """Raise ValueError where a name that is given, or one of several, is none of those to choose from."""
     of_type = get_args(option.type) if get_origin(option.type) is Literal else None
-    known = of_type or option.metadata.get("arguments", {}).get("choices")
+    known = of_type or option.metadata.get("known")
     for name in value if isinstance(value, tuple) else (value,):
         if known and name is not None and name not in known:
             message = f"--{option.name}: unknown value {name!r}{nearest(name, known)}: choose from {', '.join(known)}"

@@ -1,7 +1,7 @@
 """The record of a finetuning run, written step by step beside its checkpoints.
 
-In output_dir: log.jsonl, one line for each optimizer step and one for each evaluation; tensorboard/; experts.png, how
-the experts shared the tokens of late.
+In output_dir: log.jsonl, one line for each optimizer step and one for each evaluation; experts.png, how the experts
+shared the tokens of late. The same goes to the trackers that were asked for.
 """
 
 import contextlib
@@ -9,25 +9,24 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import Tensor
 
+from accessory.errors import first_line
 from accessory.files import free_name, replacing
 from accessory.train.appended_file import AppendedFile
 from accessory.train.heatmap import draw
 from accessory.train.metrics import StepMetrics, expert_shares, heaviest, lightest
 from accessory.train.progress import ProgressBar, ProgressLines
-
-if TYPE_CHECKING:
-    from accessory.train.event_file import EventFile
+from accessory.train.trackers import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
-LINES, EVENTS, PICTURE = "log.jsonl", "tensorboard", "experts.png"
+LINES, PICTURE = "log.jsonl", "experts.png"
 
 
 class RunLog:
@@ -41,6 +40,8 @@ class RunLog:
         first_step: steps taken before; what the folder says of later ones, which will be taken again, is dropped.
         active: whether this is the rank that writes.
         heatmap_every: steps between two pictures of the experts.
+        log_to: names of trackers (`trackers.TRACKERS`).
+        settings: the run's options, for them to show.
 
     Raises:
         ValueError: heatmap_every is not positive.
@@ -54,21 +55,25 @@ class RunLog:
         first_step: int,
         active: bool,
         heatmap_every: int = 50,
+        log_to: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if heatmap_every < 1:
             raise ValueError(f"heatmap_every is {heatmap_every}: give 1 or more")
         self._folder, self._heatmap_every = Path(output_dir), heatmap_every
         self._open = active
         self._said: set[tuple[type, int | None]] = set()
+        self._trackers: dict[str, Tracker] = {}
         # Pairs of token and expert since the last picture, and the steps that they are of.
         self._pairs_LE: Tensor | None = None
         self._steps = range(first_step + 1, first_step + 1)
         if not active:
             return
         self._lines = StepLines(self._folder / LINES, first_step=first_step)
-        self._events: EventFile | None = None
-        with self._forgiving():
-            self._events = _event_file(self._folder / EVENTS, first_step=first_step)
+        for name in log_to:
+            with self._forgiving(name):
+                folder = self._folder.absolute()
+                self._trackers[name] = open_tracker(name, folder, first_step=first_step, settings=settings or {})
         progress = ProgressBar if sys.stderr.isatty() else ProgressLines
         self._progress = progress(total_steps=total_steps, first_step=first_step)
 
@@ -84,9 +89,7 @@ class RunLog:
             return
         with self._forgiving():
             self._lines.add(metrics.to_record())
-        with self._forgiving():
-            if self._events is not None:
-                self._events.add(metrics.step, _scalars(metrics))
+        self._tell(lambda tracker: tracker.add(metrics.step, _scalars(metrics)))
         with self._forgiving():
             self._progress.update(metrics)
         pairs_LE = metrics.pairs_LE.detach().double().cpu()
@@ -103,9 +106,7 @@ class RunLog:
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         with self._forgiving():
             self._lines.add({"step": step, "epoch": epoch, **dict.fromkeys(numbers), **finite})
-        with self._forgiving():
-            if self._events is not None:
-                self._events.add(step, finite)
+        self._tell(lambda tracker: tracker.add(step, finite))
         with self._forgiving():
             self._progress.held_out(numbers["eval_loss"])
             logger.info(
@@ -120,13 +121,13 @@ class RunLog:
             return
         self._open = False
         self._draw()
-        for part in (self._progress, self._lines, self._events):
+        for part in (self._progress, self._lines):
             with self._forgiving():
-                if part is not None:
-                    part.close()
+                part.close()
+        self._tell(lambda tracker: tracker.close())
 
     def _draw(self) -> None:
-        """The picture of the steps since the last one, as a file and for TensorBoard."""
+        """The picture of the steps since the last one, as a file and for the trackers."""
         if self._pairs_LE is None:
             return
         first, last = self._steps.start, self._steps.stop - 1
@@ -135,20 +136,33 @@ class RunLog:
             png = draw(expert_shares(self._pairs_LE), title=f"Tokens of each expert, {steps}")
             with self._forgiving(), replacing(self._folder / PICTURE) as aside:
                 aside.write_bytes(png)
-            if self._events is not None:
-                self._events.add_picture(last, "experts", png)
+            self._tell(lambda tracker: tracker.add_picture(last, "experts", png))
         self._pairs_LE, self._steps = None, range(last + 1, last + 1)
 
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in [*self._trackers.items()]:
+            with self._forgiving(name):
+                call(tracker)
+
     @contextlib.contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        """Go on where writing fails, and say so; a full disk fails many times and is said once."""
+    def _forgiving(self, name: str | None = None) -> Iterator[None]:
+        """Go on where writing fails, and say so; a full disk fails many times and is said once.
+
+        Args:
+            name: the tracker that is called, which is given up unless it is a patient one.
+        """
         try:
             yield
-        except Exception as error:  # what TensorBoard and matplotlib raise where they do not work is their choice
+        except Exception as error:  # what trackers and matplotlib raise where they do not work is their choice
+            what = f"{type(error).__name__}: {first_line(str(error), otherwise='')}"
             kind = (type(error), getattr(error, "errno", None))
-            if kind not in self._said:
+            if name in self._trackers and not self._trackers[name].patient:
+                del self._trackers[name]
+                logger.warning("--log_to %s failed (%s): training goes on without it", name, what)
+            elif name is not None and name not in self._trackers:
+                logger.warning("--log_to %s cannot begin (%s): training goes on without it", name, what)
+            elif kind not in self._said:
                 self._said.add(kind)
-                what = f"{type(error).__name__}: {error}"
                 logger.warning("writing the run's log in %s failed (%s): training goes on", self._folder, what)
 
 
@@ -202,13 +216,6 @@ class StepLines:
                 aside.write_bytes(lines)
 
 
-def _event_file(folder: Path, *, first_step: int) -> "EventFile":
-    # The import takes a while, and other ranks have no use for it.
-    from accessory.train.event_file import EventFile
-
-    return EventFile(folder, first_step=first_step)
-
-
 def _step_of(line: bytes) -> tuple[int, bool] | None:
     """The step of a line, and whether it is of an evaluation; None where it is no whole record."""
     try:
@@ -220,7 +227,7 @@ def _step_of(line: bytes) -> tuple[int, bool] | None:
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:
-    """The finite numbers of a step by TensorBoard's tags, with the extreme shares of every layer."""
+    """The finite numbers of a step by the trackers' tags, with the extreme shares of every layer."""
     values = metrics.scalars()
     shares_LE = metrics.shares()
     for tag, extremes in (("expert_share_max", heaviest(shares_LE)), ("expert_share_min", lightest(shares_LE))):

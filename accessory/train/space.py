@@ -9,6 +9,7 @@ from torch import nn
 
 from accessory.errors import shown_bytes
 from accessory.train.export import BEST
+from accessory.train.optim import states_of
 from accessory.train.options import FinetuneOptions
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,13 @@ class Plan:
         """
         exported = saved = 0
         quantized = any("_codes" in name for name, _ in model.named_parameters())
-        for _, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
             trains = parameter.requires_grad
             if trains or not (options.only_save_trainable or quantized):
                 exported += parameter.numel() * itemsize
             if trains or not options.only_save_trainable:
                 saved += parameter.numel() * parameter.element_size()
-            saved += 2 * 4 * parameter.numel() if trains else 0  # the optimizer's two moments
+            saved += 4 * parameter.numel() * len(states_of(options.optimizer, name)) if trains else 0
         at_ends, within = models_after(options, done=done, end=end, per_epoch=per_epoch)
         names = [path.parent.name for path in output.glob("epoch*/meta.json")]
         inner = sum("-" in name for name in names)

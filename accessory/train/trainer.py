@@ -61,6 +61,7 @@ def train_step(
 
     Args:
         micro_batches: of this rank; all ranks must have equally many.
+        lr: learning rate; a group of the optimizer has ``rate`` times that.
         clip_grad: limit of the gradients' global norm; 0 or less: none.
         scaler: for float16; a step whose gradients overflow is skipped.
 
@@ -69,7 +70,7 @@ def train_step(
             every rank alike, and the step is not taken.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
     loss_scale = None if scaler is None else scaler.get_scale()
     (loss, balance, z_loss), (learned, places), pairs_LE = _gradients(model, micro_batches, scaler)
     if scaler is not None:

@@ -1,0 +1,122 @@
+"""Muon: momentum whose matrices are made orthogonal before each step (https://kellerjordan.github.io/posts/muon/).
+
+Each expert's w1, w3 and w2 is a matrix of its own: the last two axes of a parameter are the matrix, those before them
+count matrices. Where ranks hold parts of a matrix, it is brought together for the product and cut again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from accessory.parallel.ops import local
+
+# The quintic's coefficients, and how often it is applied: singular values end between 0.7 and 1.2.
+_A, _B, _C, _TIMES = 3.4445, -4.7750, 2.0315, 5
+_MOMENTUM = 0.95
+# Of AdamW's update about this is the root of the mean square, whatever a matrix's shape; an orthogonal matrix's is
+# 1 / sqrt(its longer side). So scaled, --lr and --weight_decay are AdamW's (https://arxiv.org/abs/2502.16982).
+_RMS = 0.2
+
+Groups = list[dict[str, Any]]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum for matrices, and AdamW for all else, as one optimizer.
+
+    Args:
+        matrices: groups of parameters of two axes or more.
+        others: groups of AdamW's.
+        betas: AdamW's.
+        dtype: of the products; None: bfloat16 on CUDA, as published, and float32 on the CPU, where it is no slower.
+    """
+
+    STATES = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        matrices: Groups,
+        others: Groups,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__([*matrices, *others], {"lr": lr, "weight_decay": 0.0})
+        self._matrices, self._dtype = self.param_groups[: len(matrices)], dtype
+        # It has the same groups, whose rates it so follows, and the same states.
+        rest = self.param_groups[len(matrices) :]
+        self._others = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
+        if self._others is not None:
+            self._others.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One step; collective over the ranks that hold parts of a parameter, and ``closure`` is not called."""
+        for group in self._matrices:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, lr=group["lr"], weight_decay=group["weight_decay"])
+        if self._others is not None:
+            self._others.step()
+
+    def _step(self, parameter: nn.Parameter, *, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient, momentum, own = local(parameter.grad), local(state["momentum_buffer"]), local(parameter)  # type: ignore[arg-type]
+        momentum.lerp_(gradient, 1 - _MOMENTUM)
+        if lr == 0:  # nothing would change, and a new optimizer is given its states by such a step
+            return
+        update = self._orthogonal(gradient.lerp(momentum, _MOMENTUM), parameter)
+        rows, columns = parameter.shape[-2:]
+        own.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * _RMS * math.sqrt(max(rows, columns)))
+
+    def _orthogonal(self, update: Tensor, parameter: nn.Parameter) -> Tensor:
+        """`orthogonal` of an update that is cut as the parameter is."""
+        if not isinstance(parameter, DTensor) or (whole := _uncut(parameter)) == parameter.placements:
+            return orthogonal(update, self._dtype)
+        layout: dict[str, Any] = {"run_check": False, "shape": parameter.shape, "stride": parameter.stride()}
+        mesh, cut = parameter.device_mesh, parameter.placements
+        matrices = DTensor.from_local(update, mesh, cut, **layout).redistribute(placements=whole).to_local()
+        made = orthogonal(matrices, self._dtype)
+        return DTensor.from_local(made, mesh, whole, **layout).redistribute(placements=cut).to_local()
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The orthogonal factor of each matrix, nearly: five times x becomes a x + (b g + c g²) x, with g = x xᵀ.
+
+    Args:
+        matrices: (..., rows, columns), of any dtype; zeros stay zeros.
+        dtype: of the products; None: bfloat16 on CUDA, float32 elsewhere.
+    """
+    dtype = dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(dtype).flatten(end_dim=-3) if matrices.ndim > 2 else matrices.to(dtype)[None]
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    # The largest singular value is then 1 at most.
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(_TIMES):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
+
+
+def _uncut(parameter: DTensor) -> tuple[Placement, ...]:
+    """How its ranks hold whole matrices: each some of them where their count allows it, else each all of them."""
+    matrix = (parameter.ndim - 2, parameter.ndim - 1)
+    axes = [None if isinstance(kind, Replicate) else kind.dim for kind in parameter.placements]  # type: ignore[attr-defined]
+    found: list[Placement] = []
+    taken = {axis for axis in axes if axis is not None}
+    for number, axis in enumerate(axes):
+        if axis not in matrix:
+            found.append(parameter.placements[number])
+            continue
+        size = parameter.device_mesh.size(number)
+        free = [one for one in range(matrix[0]) if one not in taken and parameter.shape[one] % size == 0]
+        taken |= set(free[:1])
+        found.append(Shard(free[0]) if free else Replicate())
+    return tuple(found)
