@@ -34,6 +34,8 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "quant_head": (False, None, False),
     "lora_rank": (None, "8", 8),
     "lora_alpha": (None, "16", 16.0),
+    "rslora": (None, "", True),
+    "no_rslora": (..., None, ...),
     "lora_dropout": (None, "0.1", 0.1),
     "lora_targets": ((), "experts attention", ("experts", "attention")),
     "bias_tuning": (None, "", True),

@@ -235,6 +235,7 @@ def test_an_adapter_before_its_base(folders: Folders) -> None:
         ({"lora_targets": ["attention", "gate"]}, "lora_targets must be a list of attention and experts"),
         ({"lora_targets": "experts"}, "lora_targets must be a list of attention and experts"),
         ({"lora_rank": 4, "lora_targets": []}, "lora_targets names no matrix"),
+        ({"rslora": "yes"}, "rslora must be true or false, not 'yes'"),
         ({"bias_tuning": 1}, "bias_tuning must be true or false, not 1"),
     ],
 )
@@ -264,7 +265,7 @@ def test_config_json_says_no_more_than_it_must() -> None:
         "norm_tuning": False,
     }
     shown = {"lora_rank": 8, "bias_tuning": False, "norm_tuning": True}
-    more = {"lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": ["experts"]}
+    more = {"lora_alpha": 16, "rslora": True, "lora_dropout": 0.1, "lora_targets": ["experts"]}
     for peft in (shown, {**shown, **more}):
         args = ModelArgs.from_dict({**CONFIG, **peft})
         assert args.to_dict() == {**plain.to_dict(), **peft}

@@ -91,7 +91,7 @@ def test_an_adapter_loads_above_its_base(name, base, ranks, tmp_path):
     assert "behind the folder of its base" in "\n".join(describe(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("name", ["attention", "fused experts", "norms"])
+@pytest.mark.parametrize("name", ["attention", "fused experts", "norms", "rslora"])
 def test_what_was_read_is_written_for_peft_again(name, base, ranks, tmp_path):
     """By way of our own folder: merged and read are the same, so is what export-adapter makes of a run's adapter."""
     adapted(tmp_path / "adapter", **CONFIGS[name])
@@ -100,6 +100,9 @@ def test_what_was_read_is_written_for_peft_again(name, base, ranks, tmp_path):
 
     export_checkpoint(model, tmp_path / "own", dtype=torch.float32, only_trainable=True)
     export_adapter(tmp_path / "own", tmp_path / "again")
+    given, made = (json.loads((tmp_path / one / "adapter_config.json").read_text()) for one in ("adapter", "again"))
+    for key in ("r", "lora_alpha", "use_rslora"):
+        assert made.get(key, False) == given[key], key
     (prompt,) = random_prompts(3, (9,))
     first, second = (ranks(1).run(logits_of, [base, tmp_path / folder], prompt)[0] for folder in ("adapter", "again"))
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)

@@ -96,6 +96,7 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
         "base_model_name_or_path": None,
         "r": args.peft.lora_rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        **({"use_rslora": True} if args.peft.rslora else {}),
         "lora_dropout": 0.0,  # of training, which is over; peft has none for stacked experts
         "bias": "none",
         "target_modules": [*dict.fromkeys(name for target in args.peft.lora_targets for name in modules[target])],

@@ -1,4 +1,4 @@
-"""Base and adapter as one plain checkpoint: W + (lora_alpha / lora_rank) lora_b lora_a, matrix by matrix."""
+"""Base and adapter as one plain checkpoint: W + scale lora_b lora_a, matrix by matrix."""
 
 import dataclasses
 import logging

@@ -1,5 +1,6 @@
 """Settings of parameter-efficient finetuning."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ class PeftArgs:
     Attributes:
         lora_rank: inner width of the low-rank updates (Hu et al., 2021, https://arxiv.org/abs/2106.09685); -1: none.
         lora_alpha: the updates are scaled by lora_alpha / lora_rank; lora_rank where absent, so that the scale is 1.
+        rslora: by lora_alpha / sqrt(lora_rank) instead, so that updates of a high rank learn as fast as those of a low
+            one (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732).
         lora_dropout: share of an update's inputs that training sets to 0.
         lora_targets: which matrices get updates: those of the attention, those of the experts.
         bias_tuning: every matrix of attention and experts gets a bias.
@@ -27,6 +30,7 @@ class PeftArgs:
 
     lora_rank: int = -1
     lora_alpha: float | None = None
+    rslora: bool = False
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = LORA_TARGETS
     bias_tuning: bool = True
@@ -34,7 +38,7 @@ class PeftArgs:
 
     def __post_init__(self) -> None:
         require_ints(self, positive_or_unset=("lora_rank",))
-        for name in ("bias_tuning", "norm_tuning"):
+        for name in ("rslora", "bias_tuning", "norm_tuning"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -59,13 +63,20 @@ class PeftArgs:
     @property
     def scale(self) -> float:
         """Factor on the low-rank updates."""
-        return (self.lora_alpha or 0.0) / self.lora_rank
+        return (self.lora_alpha or 0.0) / self.width
+
+    @property
+    def width(self) -> float:
+        """What lora_alpha is divided by."""
+        return math.sqrt(self.lora_rank) if self.rslora else self.lora_rank
 
     def to_dict(self) -> dict[str, Any]:
         """Keys of a config.json; those that other tools do not know only where they say something."""
         values = {name: getattr(self, name) for name in ("lora_rank", "bias_tuning", "norm_tuning")}
         if self.lora_rank > 0 and self.lora_alpha != self.lora_rank:
             values["lora_alpha"] = self.lora_alpha
+        if self.rslora:
+            values["rslora"] = True
         if self.lora_dropout:
             values["lora_dropout"] = self.lora_dropout
         if self.lora_targets != LORA_TARGETS:

@@ -4,6 +4,7 @@ Each expert's w1, w3 and w2 is a matrix of its own: the last two axes of a param
 count matrices. Where ranks hold parts of a matrix, it is brought together for the product and cut again.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,11 @@ _MOMENTUM = 0.95
 _RMS = 0.2
 
 Groups = list[dict[str, Any]]
+
+# They warn of what is slow and not wrong: gloo has no all-to-all, and an axis that both FSDP and the model-parallel
+# ranks cut is gathered twice.
+for _name in ("_collective_utils", "_redistribute"):
+    logging.getLogger(f"torch.distributed.tensor.{_name}").setLevel(logging.ERROR)
 
 
 class Muon(torch.optim.Optimizer):

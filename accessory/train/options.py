@@ -96,6 +96,7 @@ class FinetuneOptions:
         metavar="R",
     )
     lora_alpha: float | None = _adapter(None, "the updates are scaled by A / R; by default R", metavar="A")
+    rslora: bool | None = _adapter(None, "scale the updates by A / sqrt(R)")
     lora_dropout: float | None = _adapter(None, "share of an update's inputs that is set to 0", metavar="P")
     lora_targets: tuple[str, ...] = _adapter(
         (), "matrices that get updates (default: both)", choices=LORA_TARGETS, metavar="|".join(LORA_TARGETS)
@@ -290,7 +291,7 @@ class FinetuneOptions:
     @property
     def adapters(self) -> dict[str, Any]:
         """What is said of adapters, by the keys of config.json, over whose files it rules."""
-        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "bias_tuning", "norm_tuning")
+        names = ("lora_rank", "lora_alpha", "rslora", "lora_dropout", "lora_targets", "bias_tuning", "norm_tuning")
         return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
     @property

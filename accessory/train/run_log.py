@@ -70,7 +70,7 @@ class RunLog:
         if not active:
             return
         self._lines = StepLines(self._folder / LINES, first_step=first_step)
-        for name in log_to:
+        for name in dict.fromkeys(log_to):
             with self._forgiving(name):
                 folder = self._folder.absolute()
                 self._trackers[name] = open_tracker(name, folder, first_step=first_step, settings=settings or {})

@@ -194,13 +194,16 @@ def _settings(path: Path, keys: Keys, base: ModelArgs) -> dict[str, Any]:
     modules = list(_modules(shapes, base, path))
     if not modules:
         raise CheckpointError(f"{path.parent} holds no lora_A and lora_B: it is no adapter")
-    rank = max(module.rank for module in modules)
+    rank, rooted = max(module.rank for module in modules), bool(config.get("use_rslora"))
     scales = [_scale(module, config) for module in modules]
+    usual = max(set(scales), key=scales.count)
     of_attention = {".self_attn." in module.begins for module in modules}
     targets = [name for name, place in (("attention", True), ("experts", False)) if place in of_attention]
     return {
         "lora_rank": rank,
-        "lora_alpha": max(set(scales), key=scales.count) * rank,
+        # Without the last digits, which a root and its square have lost.
+        "lora_alpha": round(usual * math.sqrt(rank), 12) if rooted else usual * rank,
+        **({"rslora": True} if rooted else {}),
         "lora_targets": targets,
         "bias_tuning": False,
         "norm_tuning": any("norm.weight" in key for key in shapes),
