@@ -128,6 +128,11 @@ def _(folder, good):
     return {"lora_plus": 16}
 
 
+@case("routers beside adapters", "--train_router is given, and beside adapters the base stays as it is", "leave it out")
+def _(folder, good):
+    return {"lora_rank": 4, "train_router": True}
+
+
 @case("a rate of what is frozen", "--lr_router is given, and the run trains no router", "leave it out")
 def _(folder, good):
     return {"lora_rank": 4, "lr_router": 1e-3}

@@ -63,6 +63,8 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "schedule": ("cosine", "linear", "linear"),
     "decay_steps": (None, None, 5),
     "optimizer": ("adamw", "muon", "muon"),
+    "train_router": (None, "no", False),
+    "no_train_router": (..., None, ...),
     "lr_router": (None, "1e-4", 1e-4),
     "lr_embeddings": (None, "1e-6", 1e-6),
     "lora_plus": (None, "16", 16.0),

@@ -24,6 +24,9 @@ from finetuning import (
 )
 from ranks import RankPool, assert_same, error_of
 
+from accessory.checkpoint.folder import Folder
+from accessory.parallel.box import Box
+from accessory.parallel.plan import parameter_shapes
 from accessory.train.checkpointer import Checkpointer
 
 Pools = Callable[[int], RankPool]
@@ -140,6 +143,22 @@ def test_a_step_of_other_examples_is_refused(ranks: Pools, setting: Setting, sto
             assert kind == "ValueError"
             assert says in text
     assert_same(state_tensors(latest_state(output)), before)
+
+
+def test_frozen_routers_stay_as_they_are(ranks: Pools, setting: Setting, tmp_path: Path) -> None:
+    """To the bit, also where a run goes on from a state without what is frozen."""
+    asked = {"train_router": "no", "only_save_trainable": True, "save_interval": 1}
+    for end in (PER_EPOCH, 2 * PER_EPOCH):
+        train(ranks, setting, tmp_path, LAYOUTS["2 x 2"], max_steps=end, auto_resume=True, **asked)
+    train(ranks, setting, whole := tmp_path / "whole", LAYOUTS["2 x 2"], max_steps=2 * PER_EPOCH, **asked)
+    assert log_lines(tmp_path) == log_lines(whole)
+    assert not any(name.endswith("gate.weight") for name in model_tensors(tmp_path / "epoch1"))
+    train(ranks, setting, tmp_path / "all", LAYOUTS["1 x 1"], max_steps=3, train_router="no")
+    before, after = Folder(setting.model), Folder(next((tmp_path / "all").glob("epoch0-iter*")))
+    args = before.stored_args()
+    for name, shape in parameter_shapes(args):
+        first, second = (folder.weights(args).read(name, Box.whole(shape)).float() for folder in (before, after))
+        assert torch.equal(first, second) == name.endswith("gate.weight"), name
 
 
 def test_a_packed_run_goes_on_with_the_same_rows(ranks: Pools, setting: Setting, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from accessory.files import write_json
 from accessory.launch.launcher import Launch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
+from accessory.model.transformer import Transformer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
-from accessory.parallel.plan import rows_of_model, trains
+from accessory.parallel.plan import rows_of_model, split_of, trains
 from accessory.parallel.state import ParallelState, agreed, on_first, over_all_ranks
 from accessory.text.form_files import form_for_training, trained_form
 from accessory.text.forms import Form
@@ -107,7 +108,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.mp_rank)
         # A training state may leave out what is frozen.
-        model = _build(options, pretrained, state, fill=resumed is None or pretrained.args.peft is not None)
+        adapted = pretrained.args.peft is not None
+        model = _build(options, pretrained, state, fill=resumed is None or options.only_save_trainable or adapted)
         optimizer = make_optimizer(model, options)
         loop = FinetuneLoop(options, model, optimizer, data, held_out, sampler, store, form)
         logger.info("%s", describe_trainable(model))
@@ -213,6 +215,8 @@ def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
 def _refuse_rates(options: FinetuneOptions, args: ModelArgs) -> None:
     """Raise ValueError where a rate is given to what does not train."""
     trained = {row.kind for row in rows_of_model(args) if trains(row.pattern, args)}
+    if options.train_router and "router" not in trained:
+        raise ValueError("--train_router is given, and beside adapters the base stays as it is: leave it out")
     for name, kind, what in (
         ("lr_router", "router", "router"),
         ("lr_embeddings", "embedding", "token embeddings"),
@@ -344,6 +348,13 @@ def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:
         )
 
 
+def _settle_training(options: FinetuneOptions, llma: Transformer) -> None:
+    recompute_activations(llma, options.grad_ckpt_policy)
+    for name, parameter in llma.named_parameters() if options.train_router is False else ():
+        if split_of(name).kind == "router":
+            parameter.requires_grad_(False)
+
+
 def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelState, *, fill: bool) -> MetaModel:
     llma = build_for_training(
         pretrained,
@@ -352,7 +363,7 @@ def _build(options: FinetuneOptions, pretrained: Pretrained, state: ParallelStat
         data_parallel=options.data_parallel,
         compute_dtype=COMPUTE_DTYPES[options.precision],
         expert_placement=options.expert_placement,
-        before_sharding=lambda llma: recompute_activations(llma, options.grad_ckpt_policy),
+        before_sharding=partial(_settle_training, options),
         seed=options.seed,
         fill=fill,
     )

@@ -61,9 +61,10 @@ def _option(
 
 
 def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    said = {"true": True, "yes": True, "false": False, "no": False}.get(text.lower())
+    if said is None:
         raise argparse.ArgumentTypeError(f"{text!r} given: give true or false")
-    return text.lower() == "true"
+    return said
 
 
 def _names(text: str) -> list[str]:
@@ -146,6 +147,7 @@ class FinetuneOptions:
         "adamw", "adamw, or muon: that for the matrices of attention, experts and adapters, adamw for all else"
     )
     weight_decay: float = _steps(0.0, "of all but norms and biases", least=0)
+    train_router: bool | None = _steps(None, "train the routers (default: yes, but beside adapters no)")
     lr_router: float | None = _steps(None, "the routers' highest learning rate, in place of --lr", least=0)
     lr_embeddings: float | None = _steps(None, "the same of the token embeddings", least=0)
     lora_plus: float | None = _steps(
@@ -240,6 +242,8 @@ class FinetuneOptions:
     def _check_schedule(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if self.train_router is False and self.lr_router is not None:
+            raise ValueError("--lr_router is a rate of routers, which --train_router no leaves as they are: give one")
         for name in ("lr_router", "lr_embeddings"):
             if getattr(self, name) is not None and self.lr == 0:
                 raise ValueError(f"--{name} follows the schedule of --lr, which is 0: give --lr a rate")
