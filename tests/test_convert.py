@@ -272,7 +272,7 @@ def test_keys_that_nobody_knows_are_named_once(tmp_path, caplog, monkeypatch):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"lm_head_bias": True}, "lm_head_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e6}}, "rope_type is 'longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor"),
         ({"rope_parameters": 3}, "rope_parameters must be an object"),

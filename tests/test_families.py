@@ -21,11 +21,13 @@ from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from accessory.checkpoint.adapter_export import export_adapter
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.diff import diff
 from accessory.checkpoint.layouts import load_args
+from accessory.checkpoint.layouts.hf import config_of
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
@@ -36,6 +38,7 @@ from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
 from accessory.model.meta import MetaModel
+from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
 from accessory.serve.web.experts import heatmap
 from accessory.train.flops import flops_per_token
@@ -66,6 +69,16 @@ SHARED = {
     "num_experts_per_tok": 3,
     "experts_implementation": "eager",
 }
+# Beyond the original length from early on.
+SLOWED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {**SLOWED, "rope_type": "yarn", "beta_fast": 4.0, "truncate": False}
+LLAMA3 = {
+    **SLOWED,
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "partial_rotary_factor": 0.5,
+}
 QWEN3 = {"num_experts": 8, "head_dim": 12, "moe_intermediate_size": 24, "intermediate_size": 40}
 GLM = {
     "n_routed_experts": 8,
@@ -84,9 +97,12 @@ CASES = {
     "qwen3_moe": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": True}),
     "qwen3_moe, as probable as they are": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": False}),
     "qwen3_moe, with dense layers": Case(
-        "Qwen3Moe", {**QWEN3, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+        "Qwen3Moe",
+        {**QWEN3, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "rope_parameters": YARN},
     ),
-    "glm4_moe": Case("Glm4Moe", {**GLM, "attention_bias": True, "routed_scaling_factor": 1.5}),
+    "glm4_moe": Case(
+        "Glm4Moe", {**GLM, "attention_bias": True, "routed_scaling_factor": 1.5, "rope_parameters": LLAMA3}
+    ),
     "glm4_moe, in groups": Case(
         "Glm4Moe",
         {
@@ -639,6 +655,59 @@ PUBLISHED = {
 }
 
 
+LONG = {"original_max_position_embeddings": 64}
+# Drawn beside a factor, a base and a width of the heads.
+ROPES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "linear": {},
+    "yarn": {
+        "beta_fast": (None, 32.0, 8.0),
+        "beta_slow": (None, 1.0, 2.5),
+        "truncate": (True, False),
+        "attention_factor": (None, 0.8),
+        "mscale": (None, 0.7),
+        "mscale_all_dim": (None, 0.4),
+    },
+    "llama3": {"low_freq_factor": (1.0, 2.0), "high_freq_factor": (4.0, 9.0)},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_the_rotary_embedding_of_drawn_configs_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+    """At positions beyond the original length, of whole heads and parts of them, there and back."""
+    draw = random.Random(f"{kind} 1")
+    for _ in range(25):
+        said = {name: value for name, values in ROPES[kind].items() if (value := draw.choice(values)) is not None}
+        said |= {"rope_type": kind, "rope_theta": draw.choice((1e4, 1.5e5)), "factor": draw.choice((1.0, 2.5, 32.0))}
+        said |= {} if kind == "linear" else {"original_max_position_embeddings": draw.choice((40, 512, 4096))}
+        part = draw.choice((0.5, 1.0))
+        sizes = SHARED | {"head_dim": draw.choice((16, 64)), "n_routed_experts": 8, "moe_intermediate_size": 8}
+        config = transformers.Glm4MoeConfig(**sizes, rope_parameters={**said, "partial_rotary_factor": part})
+        frequencies, longer = ROPE_INIT_FUNCTIONS[kind](deepcopy(config), torch.device("cpu"))
+        config.architectures = ["Glm4MoeForCausalLM"]
+        config.save_pretrained(tmp_path / "theirs")
+        args = load_args([tmp_path / "theirs" / "config.json"])
+        (tmp_path / "ours.json").write_text(json.dumps(config_of(args, torch.float32)[1]))
+        again = load_args([tmp_path / "ours.json"])
+        assert again == ModelArgs.from_dict(json.loads(json.dumps(args.to_dict()))) == args
+        rotary = RotaryTable(
+            args.head_dim,
+            200,
+            turned=args.rotary_dim,
+            theta=args.rope_theta,
+            scaling=args.rope_scaling,
+            slowed=args.rope,
+            device=torch.device("cpu"),
+        )
+        angles = torch.arange(200)[:, None].double() * frequencies.double()
+        turned = args.rotary_dim
+        assert turned == 2 * angles.shape[1]
+        for ours, theirs in ((rotary.cos, angles.cos()), (rotary.sin[:, 1::2].repeat_interleave(2, 1), angles.sin())):
+            wanted = (theirs * longer).float().repeat_interleave(2, 1)
+            torch.testing.assert_close(ours[:, :turned], wanted, atol=3e-5, rtol=0)
+        assert (rotary.cos[:, turned:] == 1).all()
+        assert (rotary.sin[:, turned:] == 0).all()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Path) -> None:
     content, (total, active) = PUBLISHED[name]
@@ -673,7 +742,11 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
         ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is [1, 0]"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor of yarn rope scaling must be a number above 0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0, **LONG, "low_freq_factor": 8}}, "low_freq_factor 8"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **LONG, "beta_slow": "1"}}, "rope.beta_slow must be"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **LONG, "mscale": "1"}}, "mscale and mscale_all_dim"),
         ({"norm_topk_prob": "yes"}, "moe.norm_topk_prob must be true or false, not 'yes'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized by another program"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "quantized by another"),

@@ -22,6 +22,7 @@ MOST_LAYERS, MOST_HEADS, MOST_EXPERTS = 2**10, 2**12, 2**16
 
 QKNorm = Literal["none", "head", "full"]
 Score = Literal["softmax", "sigmoid"]
+RopeKind = Literal["yarn", "llama3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,47 @@ class AttentionArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeArgs:
+    """How the rotary embedding's slow frequencies are slowed down further, for contexts longer than those of training.
+
+    Attributes:
+        kind: "yarn" (https://arxiv.org/abs/2309.00071) or "llama3" (Llama 3.1's).
+        factor: the slowest frequencies are divided by it.
+        original: the length of the contexts before.
+        beta_fast, beta_slow: yarn's; what turns so often, or so seldom, within the original length stays, or is slowed
+            down wholly.
+        truncate: yarn's; the bounds between these are moved to whole places.
+        attention_factor: yarn's; queries and keys are multiplied by it as they are turned.
+        low_freq_factor, high_freq_factor: llama3's; the same as beta_slow and beta_fast.
+    """
+
+    kind: RopeKind = "yarn"
+    factor: float = 1.0
+    original: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RopeKind):
+            raise ValueError(unknown("rope.kind", self.kind, get_args(RopeKind)))
+        require_ints(self, positive=("original",))
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "low_freq_factor", "high_freq_factor"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"rope.{name} must be a number above 0, not {getattr(self, name)!r}")
+        if type(self.truncate) is not bool:
+            raise ValueError(f"rope.truncate must be true or false, not {self.truncate!r}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope.low_freq_factor {self.low_freq_factor} must be less than high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """Sizes and constants of a model.
 
@@ -168,6 +210,7 @@ class ModelArgs:
         n_kv_heads: key/value heads, shared by groups of query heads (n_heads where absent).
         vocab_size: rows of the embedding, one for each of the tokenizer's tokens or more; -1 leaves their number open.
         rope_scaling: factor on positions before the rotary embedding (1 / Hugging Face's linear factor).
+        rope: how slow frequencies are slowed down; None: they are not.
         sliding_window: so many tokens back a token sees in other programs; here a context may not be longer.
         max_batch_size: sequences that are generated at once.
         max_seq_len: a hint; the argument of from_pretrained rules.
@@ -187,6 +230,7 @@ class ModelArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
     rope_scaling: float | None = None
+    rope: RopeArgs | None = None
     sliding_window: int | None = None
     max_batch_size: int = 32
     max_seq_len: int = 2048
@@ -238,6 +282,8 @@ class ModelArgs:
             raise ValueError(f"dense.layers names layer {self.dense.layers[-1]}, of {self.n_layers}: correct it")
         if not self.moe_layers:
             raise ValueError("dense.layers names all layers: of a model without experts nothing is known here")
+        if self.rope is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 beside rope, not {self.rope_theta!r}")
         if self.peft is not None:
             self._check_rank(self.peft)
 
@@ -277,10 +323,11 @@ class ModelArgs:
         missing = sorted(required - set(given))
         if missing:
             raise ValueError(f"key(s) {', '.join(missing)} missing: add them")
-        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe", "attention", "dense"):
+        for optional in ("n_kv_heads", "head_dim", "vocab_size", "moe", "attention", "dense", "rope"):
             if optional in given and given[optional] is None:
                 del given[optional]
-        for name, kind in (("moe", MoEArgs), ("attention", AttentionArgs), ("dense", DenseArgs)):
+        parts = {"moe": MoEArgs, "attention": AttentionArgs, "dense": DenseArgs, "rope": RopeArgs}
+        for name, kind in parts.items():
             if name in given:
                 given[name] = part_of_config(name, kind, _with_router(given[name]) if name == "moe" else given[name])
         if given.get("quant") is not None:
@@ -302,6 +349,8 @@ class ModelArgs:
             del values["family"]
         if self.attention == AttentionArgs():
             del values["attention"]
+        if self.rope is None:
+            del values["rope"]
         if self.dense is None:
             del values["dense"]
         else:
@@ -315,7 +364,8 @@ class ModelArgs:
     def computes_as_mixtral(self) -> bool:
         """Whether its sizes say all of the model."""
         sizes = {name: getattr(self.moe, name) for name in ("num_experts", "num_experts_per_tok")}
-        return self.attention == AttentionArgs() and self.moe == MoEArgs(**sizes) and self.dense is None
+        plain = self.attention == AttentionArgs() and self.moe == MoEArgs(**sizes)
+        return plain and self.dense is None and self.rope is None
 
     @property
     def rotary_dim(self) -> int:

@@ -118,6 +118,7 @@ class Transformer(nn.Module):
             turned=args.rotary_dim,
             theta=args.rope_theta,
             scaling=args.rope_scaling,
+            slowed=args.rope,
             device=state.device,
         )
 

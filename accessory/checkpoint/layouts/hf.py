@@ -20,6 +20,7 @@ from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
 from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Lie, Row, by_parameter
 from accessory.config import ModelArgs, read_json
+from accessory.config.checks import is_number
 from accessory.config.model import MOST_LAYERS
 from accessory.errors import CheckpointError, shown
 from accessory.model.LLM import FAMILIES, family_of
@@ -136,9 +137,8 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     found |= family.arguments(given)
     own = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
     found["moe"] = own | found.get("moe", {})
-    found["rope_theta"], factor, part = _rope(given)
-    if factor is not None:
-        found["rope_scaling"] = 1 / factor
+    found["rope_theta"], scaling, part = _rope(given)
+    found |= scaling
     if part not in (1, 1.0):
         if "partial_rotary_factor" not in family.read:
             raise ValueError(f"partial_rotary_factor is {shown(part)}, and {family.name} has 1 alone")
@@ -169,31 +169,65 @@ def _turned(values: Mapping[str, Any], part: Any) -> int:
     return int(width * part)
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, float | None, Any]:
-    """The base of the rotary embedding, the factor that divides positions, and which part of a head is turned."""
+# Settings of kinds of rotary embedding, by ours.
+_SLOWED: dict[str, dict[str, str]] = {
+    "yarn": {name: name for name in ("beta_fast", "beta_slow", "truncate")},
+    "llama3": {name: name for name in ("low_freq_factor", "high_freq_factor")},
+}
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
+    """The base of the rotary embedding, our settings of how it is slowed down, and which part of a head is turned."""
     said = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
         raise ValueError(f"rope_parameters must be an object, not {shown(said)}")
     kind = said.get("rope_type", said.get("type", "default"))
     theta = said.get("rope_theta", values["rope_theta"])
     part = said.get("partial_rotary_factor", values.get("partial_rotary_factor", 1))
+    if kind == "default":
+        return theta, {}, part
+    if kind not in ("linear", *_SLOWED):
+        why = ": its angles depend on the longest text of a batch" if kind == "dynamic" else ""
+        raise ValueError(f"rope_type is {shown(kind)}{why}; known here are default, linear, {', '.join(_SLOWED)}")
+    known = {name: value for name, value in said.items() if value is not None}
+    longest = values.get("max_position_embeddings")
+    original = values.get(_ORIGINAL, known.get(_ORIGINAL, longest))
+    factor: Any = known.get("factor")
+    if kind == "yarn" and factor is None and is_number(longest) and is_number(original) and original > 0:
+        factor = longest / original
+    if not is_number(factor) or factor <= 0:
+        raise ValueError(f"the factor of {kind} rope scaling must be a number above 0, not {shown(factor)}")
     if kind == "linear":
-        factor = said.get("factor")
-        if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
-            raise ValueError(f"the factor of linear rope scaling must be a number above 0, not {shown(factor)}")
-        return theta, float(factor), part
-    if kind != "default":
-        raise ValueError(f"rope_type is {shown(kind)}: of those that scale positions only linear is known here")
-    return theta, None, part
+        return theta, {"rope_scaling": 1 / factor}, part
+    own = {ours: known[theirs] for ours, theirs in _SLOWED[kind].items() if theirs in known}
+    if kind == "yarn":
+        own["attention_factor"] = known.get("attention_factor", _attention_factor(factor, known))
+    return theta, {"rope": {"kind": kind, "factor": factor, "original": original, **own}}, part
+
+
+def _attention_factor(factor: float, said: Mapping[str, Any]) -> float:
+    """What YaRN makes queries and keys longer by, where its config does not say it."""
+    scales = [said.get("mscale"), said.get("mscale_all_dim")]
+    for value in scales:
+        if value is not None and not is_number(value):
+            raise ValueError(f"mscale and mscale_all_dim of yarn must be numbers, not {shown(value)}")
+    over, under = (1 + 0.1 * (scale or 0) * math.log(max(factor, 1)) for scale in (scales if all(scales) else (1, 0)))
+    return over / under
 
 
 def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
     """The config.json of such a model, for transformers 4 and 5 alike."""
     rope: dict[str, Any] = {"rope_theta": args.rope_theta, "rope_type": "default"}
-    old = None
+    scaling: dict[str, Any] = {}
     if args.rope_scaling is not None:
-        rope |= {"rope_type": "linear", "factor": 1 / args.rope_scaling}
-        old = {"type": "linear", "rope_type": "linear", "factor": 1 / args.rope_scaling}
+        scaling = {"type": "linear", "rope_type": "linear", "factor": 1 / args.rope_scaling}
+    elif args.rope is not None:
+        own = args.rope
+        scaling = {"type": own.kind, "rope_type": own.kind, "factor": own.factor, _ORIGINAL: own.original}
+        scaling |= {theirs: getattr(own, ours) for ours, theirs in _SLOWED[own.kind].items()}
+        scaling |= {"attention_factor": own.attention_factor} if own.kind == "yarn" else {}
+    rope |= {name: value for name, value in scaling.items() if name != "type"}
     name = str(dtype).removeprefix("torch.")
     family = FAMILIES[args.family]
     part = {}
@@ -217,7 +251,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]
         "output_router_logits": False,
         "router_jitter_noise": 0.0,
         "rope_theta": args.rope_theta,
-        "rope_scaling": old,
+        "rope_scaling": scaling or None,
         "rope_parameters": rope,
         "tie_word_embeddings": False,
         "torch_dtype": name,
