@@ -21,6 +21,7 @@ from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from accessory.checkpoint.adapter_export import export_adapter
@@ -92,6 +93,15 @@ GLM = {
 }
 MINIMAX = {"num_local_experts": 12, "head_dim": 10, "intermediate_size": 16}
 OLMOE = {"num_experts": 16, "intermediate_size": 20, "eos_token_id": None, "pad_token_id": None}
+GPT_OSS = {
+    "num_local_experts": 8,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "sliding_window": 8,
+    "swiglu_limit": 0.6,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 CASES = {
     "mixtral": Case("Mixtral", {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 8}),
     "qwen3_moe": Case("Qwen3Moe", {**QWEN3, "norm_topk_prob": True}),
@@ -117,6 +127,20 @@ CASES = {
     ),
     "minimax_m2": Case("MiniMaxM2", {**MINIMAX, "rotary_dim": 6}),
     "minimax_m2, 2 kv heads": Case("MiniMaxM2", {**MINIMAX, "num_key_value_heads": 2}),
+    "gpt_oss": Case("GptOss", GPT_OSS),
+    "gpt_oss, 2 kv heads": Case(
+        "GptOss",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 21,
+            "attention_bias": False,
+            "swiglu_alpha": 1.2,
+            "rope_parameters": {**YARN, "truncate": True, "attention_factor": 1.3},
+        },
+    ),
     "olmoe": Case("Olmoe", {**OLMOE, "num_key_value_heads": 8}),
     "olmoe, clipped, 2 kv heads": Case(
         "Olmoe", {**OLMOE, "num_key_value_heads": 2, "clip_qkv": 0.9, "norm_topk_prob": True}
@@ -388,6 +412,7 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
 # --- training
 
 
+OF_PEFT = {"gpt_oss": {"lora_targets": "attention"}}  # which has no modules for the experts there
 ADAPTED = {"lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "only_save_trainable": True}
 
 
@@ -399,7 +424,7 @@ def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, A
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
-@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])
 def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
 ) -> None:
@@ -415,6 +440,13 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     merge(own.folder, adapter, tmp_path / "merged", to="hf")
     merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)
+    if name in OF_PEFT:
+        with pytest.raises(ValueError, match="gpt_oss's experts, for which peft has no modules"):
+            export_adapter(adapter, tmp_path / "peft")
+        options |= OF_PEFT[name]
+        ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "narrow", options)
+        adapter = tmp_path / "narrow" / "epoch0"
+        expected = load([own.folder, adapter]).compute_logits([prompt])[0]
     export_adapter(adapter, tmp_path / "peft")
     theirs = PeftModel.from_pretrained(deepcopy(own.hf), str(tmp_path / "peft"))
     torch.testing.assert_close(hf_logits(theirs, prompt), expected, atol=1e-4, rtol=1e-4)
@@ -441,7 +473,7 @@ def test_what_no_gradient_reaches_is_after_training_what_it_was(
         assert same == {f"layers.{layer}.feed_forward.gate.correction_bias" for layer in (1, 2)}
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])
 def test_a_quantized_copy_says_what_quantizing_while_reading_does(
     name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
 ) -> None:
@@ -479,7 +511,7 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
 def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     to: str, made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("qwen3_moe", "olmoe", "glm4_moe", "minimax_m2"):
+    for name in ("qwen3_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"):
         assert main(["convert", str(made(name).folder), str(tmp_path / "out"), "--to", to]) == 1
         said = f"{to} cannot say what {name} computes: take one of accessory, accessory-sparse, hf"
         assert said in capsys.readouterr().err
@@ -536,6 +568,90 @@ def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
 
 def said_of_prompts(folder: Path, placement: str, prompts: list[list[int]]) -> list[Tensor]:
     return load(folder, placement).compute_logits(prompts)
+
+
+def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: Pools, tmp_path: Path) -> None:
+    """Codes and exponents drawn, on four ranks that cut down's matrices of 2 blocks within these."""
+    sizes = {**SHARED, **GPT_OSS, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+    torch.manual_seed(5)
+    hf = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).bfloat16()
+    for name, parameter in hf.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            parameter.data.normal_(std=0.2)
+    hf.save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    coded = {**plain}
+    for key in [key for key in plain if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = coded.pop(key).shape
+        codes = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        exponents = torch.randint(118, 125, codes.shape[:-1], dtype=torch.uint8)
+        coded |= {f"{key}_blocks": codes, f"{key}_scales": exponents}
+        plain[key] = convert_moe_packed_tensors(codes, exponents).contiguous()
+        assert plain[key].shape == (experts, inputs, outputs)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    for name, tensors, more in (("plain", plain, {}), ("coded", coded, said)):
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+    convert(tmp_path / "coded", tmp_path / "own", mp=2)
+    assert diff(tmp_path / "plain", tmp_path / "own").same
+    convert(tmp_path / "own", tmp_path / "hf", to="hf")
+    again = load_file(tmp_path / "hf" / "model.safetensors")
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    assert any("MXFP4" in line for line in describe(tmp_path / "coded"))
+    for size, placement in ((2, "expert"), (4, "tensor")):
+        prompts = random_prompts(6, (3, 9))
+        both = (
+            alike(on_ranks(ranks, size, said_of_prompts, tmp_path / name, placement, prompts))
+            for name in ("plain", "coded")
+        )
+        assert_same(*both)
+    key = "model.layers.0.mlp.experts.down_proj"
+    for scales, says in (
+        ({}, f"{key}_blocks lies in a file without its {key}_scales"),
+        ({f"{key}_scales": torch.ones(4, 64, 3, dtype=torch.uint8)}, f"{key}_scales has shape (4, 64, 3)"),
+    ):
+        kept = {name: value for name, value in coded.items() if name != f"{key}_scales"}
+        save_file({**kept, **scales}, tmp_path / "coded" / "model.safetensors")
+        with pytest.raises(CheckpointError, match=re.escape(says)):
+            load(tmp_path / "coded")
+
+
+# --- windows
+
+
+def test_a_cache_holds_no_more_of_a_layer_than_its_window(made: Callable[[str], Made]) -> None:
+    """Texts read piece by piece and token by token, in slots that are used again, beyond a window of 21."""
+    own = made("gpt_oss, 2 kv heads")
+    llma = load(own.folder).llma
+    cache = llma.new_cache(3, 96)
+    assert cache.k.shape[:3] == (1, 3, 96)
+    assert cache.near_k.shape[:3] == cache.near_v.shape[:3] == (2, 3, 21)
+    texts = [torch.tensor(prompt) for prompt in random_prompts(7, (70, 33, 50))]
+    wanted = [hf_logits(own.hf, text.tolist()) for text in texts]
+    places = [0, 0, 0]
+    for pieces in ([10, 1, 30], [1, 1, 0], [25, 22, 1], [0, 1, 4], [30, 1, 1]):
+        asked = [(slot, count) for slot, count in enumerate(pieces) if count]
+        parts = [texts[slot][places[slot] : places[slot] + count] for slot, count in asked]
+        slots, counts = zip(*asked, strict=True)
+        logits = llma.prefill(torch.cat(parts), counts, slots, cache, all_logits=True)
+        for (slot, count), found in zip(asked, logits.split(counts), strict=True):
+            expected = wanted[slot][places[slot] : places[slot] + count]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            places[slot] += count
+    active = torch.tensor([False, True, True])
+    for _ in range(5):  # what is written for the slot that is not asked may not harm it
+        tokens = torch.stack([text[place] for text, place in zip(texts, places, strict=True)])
+        logits = llma.decode(tokens, cache, active)
+        for slot in (1, 2):
+            torch.testing.assert_close(logits[slot], wanted[slot][places[slot]], atol=1e-4, rtol=0)
+            places[slot] += 1
+        cache.extend([1, 2], [1, 1])
+    logits = llma.prefill(texts[0][places[0] :], [70 - places[0]], [0], cache)
+    torch.testing.assert_close(logits[0], wanted[0][-1], atol=1e-4, rtol=0)
 
 
 # --- configs
@@ -633,6 +749,41 @@ PUBLISHED = {
             "vocab_size": 200064,
         },
         (228.69, 11.0),
+    ),
+    "gpt-oss-20b": (
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "attention_bias": True,
+            "experts_per_token": 4,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2880,
+            "initial_context_length": 4096,
+            "intermediate_size": 2880,
+            "layer_types": ["sliding_attention", "full_attention"] * 12,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 64,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "quantization_config": {"quant_method": "mxfp4"},
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "vocab_size": 201088,
+        },
+        (20.91, 4.19),
     ),
     "OLMoE-1B-7B": (
         {
@@ -740,6 +891,12 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
         ({"model_type": "minimax_m2", "use_routing_bias": False}, "use_routing_bias is False"),
         ({"model_type": "minimax_m2", "qk_norm_type": "per_head"}, "qk_norm_type is 'per_head'"),
         ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is [1, 0]"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized by another program"),
+        ({"model_type": "gpt_oss", "layer_types": ["full_attention"]}, "layer_types must name each of 48 layers"),
+        ({"model_type": "gpt_oss", "layer_types": ["chunked_attention"] * 48}, "layer_types must name each of 48"),
+        ({"model_type": "gpt_oss", "sliding_window": 0}, "sliding_window must be a whole number from 1 on"),
+        ({"model_type": "gpt_oss", "swiglu_limit": -7}, "moe.clamp.limit must be a number above 0, not -7"),
+        ({"model_type": "gpt_oss", "attention_bias": "no"}, "attention_bias must be true or false, not 'no'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type is 'longrope'"),

@@ -41,6 +41,11 @@ def export_adapter(
     args = folder.with_vocabulary(folder.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
+    if "experts" in args.peft.lora_targets and not FAMILIES[args.family].matrices:
+        raise ValueError(
+            f"{folder.path} has updates of {args.family}'s experts, for which peft has no modules of their own: merge "
+            "it, or train with lora_targets attention"
+        )
     weights = folder.weights(args, partial=True)
     _refuse_biases(weights)
     norms = {name for name in weights.held if args.peft.norm_tuning and split_of(name).kind == "norm"}

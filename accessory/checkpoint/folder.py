@@ -5,7 +5,7 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +400,15 @@ class Weights:
         """Whether the folder holds this part of a parameter, whole."""
         if name not in self._sources or self.layout.pads:
             return name in self._sources
-        return sum(common.numel for _, common in self._sources[name].within(box)) >= box.numel
+        return sum(common.numel for _, common in self._once(name, box)) >= box.numel
+
+    def _once(self, name: str, box: Box) -> Iterator[tuple[Source, Box]]:
+        """What holds a part of a box, without the copies in other files."""
+        met: set[Box] = set()
+        for source, common in self._sources[name].within(box):
+            if common not in met:
+                met.add(common)
+                yield source, common
 
     def read(self, name: str, box: Box) -> Tensor:
         """A part of a parameter that the folder holds."""
@@ -417,9 +425,7 @@ class Weights:
         missing = box.numel
         if self.layout.pads:
             part.zero_()
-        for source, common in self._sources[name].within(box):
-            if missing == 0:  # the others are copies in other files
-                break
+        for source, common in self._once(name, box):
             source.copy(self._tensor(source), common, part[common.within(box)])
             missing -= common.numel
         assert missing == 0 or self.layout.pads, f"{name}: {missing} elements have no source"

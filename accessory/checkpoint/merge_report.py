@@ -11,7 +11,10 @@ from accessory.config import PEFT_TYPES
 
 BIASES = "bias"
 # What stands in the keys of a group of weights; the first that does names it.
-_GROUPS = (BIASES, "wq", "wk", "wv", "wo", "w1", "w2", "w3", "norm", "gate", "tok_embeddings", "output")
+_GROUPS = (
+    *(BIASES, "wq", "wk", "wv", "wo", "w1", "w2", "w3", "b1", "b2", "b3"),
+    *("sinks", "norm", "gate", "tok_embeddings", "output"),
+)
 _WORTH_SAYING = 0.001
 
 

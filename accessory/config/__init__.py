@@ -1,7 +1,7 @@
 """What a model is: its sizes, its adapters, and how its matrices are quantized, as config.json holds them."""
 
 from .checks import part_of_config, read_json
-from .model import AttentionArgs, DenseArgs, ModelArgs, MoEArgs, RopeArgs, RouterArgs
+from .model import AttentionArgs, ClampArgs, DenseArgs, ModelArgs, MoEArgs, RopeArgs, RouterArgs
 from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
 from .quant import QUANT_FORMS, QuantArgs, QuantForm
 
@@ -10,6 +10,7 @@ __all__ = [
     "PEFT_TYPES",
     "QUANT_FORMS",
     "AttentionArgs",
+    "ClampArgs",
     "DenseArgs",
     "MoEArgs",
     "ModelArgs",

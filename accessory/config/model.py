@@ -34,6 +34,7 @@ class RouterArgs:
         correction: a bias on the scores, for the choice alone (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
         groups: so many groups of neighbouring experts, of which the ``groups_chosen`` best are chosen from: those whose
             two best experts together score most.
+        bias: the logits have a bias.
         eps: is added to the sum of the chosen experts' scores before they are divided by it.
         scale: factor on the weights.
         float32: the product that gives the logits runs in float32; else in the compute dtype.
@@ -41,6 +42,7 @@ class RouterArgs:
 
     score: Score = "softmax"
     correction: bool = False
+    bias: bool = False
     groups: int = 1
     groups_chosen: int = 1
     eps: float = 0.0
@@ -53,7 +55,7 @@ class RouterArgs:
         require_ints(self, positive=("groups", "groups_chosen"))
         if self.groups_chosen > self.groups:
             raise ValueError(f"moe.router.groups_chosen is {self.groups_chosen}, of {self.groups} groups: give fewer")
-        for name in ("correction", "float32"):
+        for name in ("correction", "bias", "float32"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"moe.router.{name} must be true or false, not {getattr(self, name)!r}")
         if not is_number(self.eps) or self.eps < 0:
@@ -63,12 +65,31 @@ class RouterArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClampArgs:
+    """Limited gated units: (up + 1) * gate * sigmoid(alpha * gate), the gate limited from above, up on both sides.
+
+    Attributes:
+        alpha, limit: as gpt-oss has them.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "limit"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"moe.clamp.{name} must be a number above 0, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEArgs:
     """Experts of a layer, and how many of them each token visits (top-k).
 
     Attributes:
         norm_topk_prob: the weights of the chosen experts add up to 1; else they are their scores.
         shared_hidden_dim: width inside the expert that every token visits beside those that it chose; 0: there is none.
+        bias: the experts' matrices have biases.
+        clamp: their gated units are limited; None: they are silu(gate) * up.
         router: how they are chosen.
     """
 
@@ -76,6 +97,8 @@ class MoEArgs:
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     shared_hidden_dim: int = 0
+    bias: bool = False
+    clamp: ClampArgs | None = None
     router: RouterArgs = field(default_factory=RouterArgs)
 
     def __post_init__(self) -> None:
@@ -86,8 +109,11 @@ class MoEArgs:
                 f"moe.num_experts_per_tok is {self.num_experts_per_tok} but there are only "
                 f"{self.num_experts} experts (moe.num_experts)"
             )
-        if type(self.norm_topk_prob) is not bool:
-            raise ValueError(f"moe.norm_topk_prob must be true or false, not {self.norm_topk_prob!r}")
+        for name in ("norm_topk_prob", "bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"moe.{name} must be true or false, not {getattr(self, name)!r}")
+        if self.shared_hidden_dim and self.clamp is not None:
+            raise ValueError("moe.clamp is not known of shared experts (moe.shared_hidden_dim)")
         groups, chosen = self.router.groups, self.router.groups_chosen
         if self.num_experts % groups or (groups > 1 and self.num_experts < 2 * groups):
             raise ValueError(f"{self.num_experts} experts do not make {groups} groups of 2 or more (moe.router.groups)")
@@ -101,10 +127,22 @@ class MoEArgs:
         """As a config.json has it; what Mixtral's do not know is left out where it is as there."""
         values = dataclasses.asdict(self)
         own = MoEArgs()
-        for name in ("norm_topk_prob", "shared_hidden_dim", "router"):
+        for name in ("norm_topk_prob", "shared_hidden_dim", "bias", "clamp", "router"):
             if getattr(self, name) == getattr(own, name):
                 del values[name]
         return values
+
+
+def layers_of_config(name: str, numbers: Any) -> tuple[int, ...]:
+    """Numbers of layers, in their order, each once.
+
+    Raises:
+        ValueError: no such list.
+    """
+    listed = isinstance(numbers, list | tuple)
+    if not listed or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{name} must be a list of layers' numbers, not {numbers!r}")
+    return tuple(sorted(set(numbers)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +159,10 @@ class DenseArgs:
 
     def __post_init__(self) -> None:
         require_ints(self, positive=("hidden_dim",))
-        numbers = self.layers
-        listed = isinstance(numbers, list | tuple) and len(numbers) > 0
-        if not listed or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"dense.layers must be a list of layers' numbers, not {numbers!r}")
-        object.__setattr__(self, "layers", tuple(sorted(set(numbers))))
+        numbers = layers_of_config("dense.layers", self.layers)
+        if not numbers:
+            raise ValueError(f"dense.layers must be a list of layers' numbers, not {self.layers!r}")
+        object.__setattr__(self, "layers", numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +174,17 @@ class AttentionArgs:
         qk_norm: an RMSNorm of queries and keys: of each "head", or of all heads' values together ("full").
         clip: queries, keys and values are limited to plus and minus this number; None: they are not.
         rotary_dim: the first numbers of each head, so many, are turned; None: all.
+        o_bias: the output's product has a bias.
+        sinks: beside a token's keys each head has a learned logit, which takes its share of attention and gives nothing
+            (https://arxiv.org/abs/2309.17453).
+        window: in the layers ``windowed`` a token sees so many, itself and those before it; None: all.
     """
 
     qkv_bias: bool = False
+    o_bias: bool = False
+    sinks: bool = False
+    window: int | None = None
+    windowed: tuple[int, ...] = ()
     qk_norm: QKNorm = "none"
     clip: float | None = None
     rotary_dim: int | None = None
@@ -149,8 +194,14 @@ class AttentionArgs:
             raise ValueError(unknown("attention.qk_norm", self.qk_norm, get_args(QKNorm)))
         if self.clip is not None and (not is_number(self.clip) or self.clip <= 0):
             raise ValueError(f"attention.clip must be null or a number above 0, not {self.clip!r}")
-        if type(self.qkv_bias) is not bool:
-            raise ValueError(f"attention.qkv_bias must be true or false, not {self.qkv_bias!r}")
+        for name in ("qkv_bias", "o_bias", "sinks"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"attention.{name} must be true or false, not {getattr(self, name)!r}")
+        if self.window is not None:
+            require_ints(self, positive=("window",))
+        object.__setattr__(self, "windowed", layers_of_config("attention.windowed", self.windowed))
+        if bool(self.windowed) != (self.window is not None):
+            raise ValueError("attention.window and attention.windowed must be given together")
         if self.rotary_dim is not None:
             require_ints(self, positive=("rotary_dim",))
 
@@ -280,6 +331,10 @@ class ModelArgs:
             raise ValueError(f"attention.rotary_dim is {self.rotary_dim}: give an even one, {self.head_dim} at most")
         if self.dense is not None and self.dense.layers[-1] >= self.n_layers:
             raise ValueError(f"dense.layers names layer {self.dense.layers[-1]}, of {self.n_layers}: correct it")
+        if self.attention.windowed and self.attention.windowed[-1] >= self.n_layers:
+            raise ValueError(
+                f"attention.windowed names layer {self.attention.windowed[-1]}, of {self.n_layers}: correct it"
+            )
         if not self.moe_layers:
             raise ValueError("dense.layers names all layers: of a model without experts nothing is known here")
         if self.rope is not None and self.rope_theta <= 1:
@@ -329,7 +384,7 @@ class ModelArgs:
         parts = {"moe": MoEArgs, "attention": AttentionArgs, "dense": DenseArgs, "rope": RopeArgs}
         for name, kind in parts.items():
             if name in given:
-                given[name] = part_of_config(name, kind, _with_router(given[name]) if name == "moe" else given[name])
+                given[name] = part_of_config(name, kind, _with_parts(given[name]) if name == "moe" else given[name])
         if given.get("quant") is not None:
             given["quant"] = part_of_config("quant", QuantArgs, given["quant"])
         peft = {key: given.pop(key) for key in adapters & given.keys()}
@@ -355,6 +410,8 @@ class ModelArgs:
             del values["dense"]
         else:
             values["dense"]["layers"] = [*self.dense.layers]
+        if "attention" in values:
+            values["attention"]["windowed"] = [*self.attention.windowed]
         values["moe"] = self.moe.to_dict()
         del values["peft"], values["quant"]
         values |= self.peft.to_dict() if self.peft else {}
@@ -371,6 +428,10 @@ class ModelArgs:
     def rotary_dim(self) -> int:
         """So many numbers of each head are turned."""
         return self.head_dim if self.attention.rotary_dim is None else self.attention.rotary_dim
+
+    def window_of(self, layer: int) -> int | None:
+        """So many tokens a token of that layer sees; None: all."""
+        return self.attention.window if layer in self.attention.windowed else None
 
     @functools.cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -398,8 +459,10 @@ class ModelArgs:
         return dataclasses.replace(self, **changes)
 
 
-def _with_router(moe: Any) -> Any:
-    """What stands under "moe" in a config.json, with its router made."""
-    if not isinstance(moe, Mapping) or "router" not in moe:
+def _with_parts(moe: Any) -> Any:
+    """What stands under "moe" in a config.json, with its parts made."""
+    if not isinstance(moe, Mapping):
         return moe
-    return {**moe, "router": part_of_config("moe.router", RouterArgs, moe["router"])}
+    parts = {"router": RouterArgs, "clamp": ClampArgs}
+    made = {name: part_of_config(f"moe.{name}", kind, moe[name]) for name, kind in parts.items() if name in moe}
+    return {**moe, **made}

@@ -9,7 +9,7 @@ G query heads that share one (H = K * G), h width of a head; all heads are this 
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,24 @@ from accessory.parallel.state import ParallelState, Place
 _QUERY_BLOCK = 64
 
 
+class Bounds(NamedTuple):
+    """What a layer's tokens attend to beside or instead of all before them.
+
+    Attributes:
+        window: so many tokens, the last of them the token itself; None: all.
+        sinks_H: each head's logit that takes its share of attention and gives nothing; None: there is none.
+    """
+
+    window: int | None
+    sinks_H: Tensor | None
+
+
 class Pattern(Protocol):
     """Which earlier tokens each token attends to."""
 
     positions_T: Tensor
 
-    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, bounds: Bounds | None = None) -> Tensor:
         """Attention of the new tokens over all that they may see; (T, H, h)."""
         ...
 
@@ -45,8 +57,11 @@ class CausalRows:
         self.rows = rows
         self.positions_T = torch.arange(length, device=device).repeat(rows)
 
-    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q_THh, k_TKh, v_TKh))
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, bounds: Bounds | None = None) -> Tensor:
+        q, k, v = (x.unflatten(0, (self.rows, -1)) for x in (q_THh, k_TKh, v_TKh))
+        if bounds is not None:
+            return attend_within(q, k, v, 0, bounds).flatten(0, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _attention(q, k, v, causal=True).transpose(1, 2).flatten(0, 1)
 
 
@@ -72,17 +87,16 @@ class Prefill:
         ends = itertools.accumulate(lengths)
         rows = [(slot, start, end - n, end) for slot, start, n, end in zip(slots, starts, lengths, ends, strict=True)]
         ones = [(slot, start, first) for slot, start, first, last in rows if last - first == 1]
+        self._all = rows
         self._ones = _SingleTokens(cache, ones) if len(ones) > 1 else None
         self._rows = [row for row, n in zip(rows, lengths, strict=True) if n > 1 or self._ones is None]
 
-    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, bounds: Bounds | None = None) -> Tensor:
         out_THh = torch.empty_like(q_THh)
-        for slot, start, first, last in self._rows:
-            end = start + last - first
-            keys, values = self.cache.k[layer, slot], self.cache.v[layer, slot]
-            keys[start:end], values[start:end] = k_TKh[first:last], v_TKh[first:last]
-            out_THh[first:last] = _attend_row(q_THh[first:last], keys[:end], values[:end], start)
-        if self._ones is not None:
+        for slot, start, first, last in self._rows if bounds is None else self._all:
+            keys, values, before = self.cache.extended(layer, slot, start, k_TKh[first:last], v_TKh[first:last])
+            out_THh[first:last] = _attend_row(q_THh[first:last], keys, values, before, bounds)
+        if bounds is None and self._ones is not None:
             self._ones.attend(layer, q_THh, k_TKh, v_TKh, out_THh)
         return out_THh
 
@@ -94,9 +108,9 @@ class Ragged:
         self.lengths = list(lengths)
         self.positions_T = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
 
-    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, bounds: Bounds | None = None) -> Tensor:
         split = (x.split(self.lengths) for x in (q_THh, k_TKh, v_TKh))
-        return torch.cat([_attend_row(q, k, v, 0) for q, k, v in zip(*split, strict=True)])
+        return torch.cat([_attend_row(q, k, v, 0, bounds) for q, k, v in zip(*split, strict=True)])
 
 
 class Decode:
@@ -108,11 +122,21 @@ class Decode:
     """
 
     def __init__(self, cache: KVCache, positions_S: Tensor, bound: int) -> None:
-        self.positions_T = positions_S
+        self.positions_T, self.cache, self.bound = positions_S, cache, bound
         self._attention = SlotAttention(cache.k, cache.v, positions_S, bound=bound)
 
-    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        return self._attention(layer, q_THh, k_TKh, v_TKh)
+    def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, bounds: Bounds | None = None) -> Tensor:
+        if bounds is None:
+            return self._attention(self.cache.place(layer), q_THh, k_TKh, v_TKh)
+        keys_SLKh, values_SLKh = self.cache.of_layer(layer)
+        slots_S, length = torch.arange(len(q_THh), device=q_THh.device), keys_SLKh.shape[1]
+        # Where there is a window, what is overwritten is behind it.
+        places = slots_S, self.positions_T % length
+        keys_SLKh.index_put_(places, k_TKh)
+        values_SLKh.index_put_(places, v_TKh)
+        end = min(self.bound, length)
+        seen_S1L = (torch.arange(end, device=q_THh.device) <= self.positions_T[:, None])[:, None]
+        return _weighted(q_THh[:, None], keys_SLKh[:, :end], values_SLKh[:, :end], seen_S1L, bounds.sinks_H)[:, 0]
 
 
 class _SingleTokens:
@@ -124,13 +148,14 @@ class _SingleTokens:
 
     def __init__(self, cache: KVCache, rows: Sequence[tuple[int, int, int]]) -> None:
         slots, positions, places = zip(*rows, strict=True)
+        self._place = cache.place
         positions_R, self.places_R = (torch.tensor(numbers, device=cache.k.device) for numbers in (positions, places))
         self._attention = SlotAttention(cache.k, cache.v, positions_R, slots, bound=max(positions) + 1)
 
     def attend(self, layer: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, out_THh: Tensor) -> None:
         """Attention of these rows' tokens, written to their places in ``out_THh``."""
         new_R = (x[self.places_R] for x in (q_THh, k_TKh, v_TKh))
-        out_THh.index_copy_(0, self.places_R, self._attention(layer, *new_R))
+        out_THh.index_copy_(0, self.places_R, self._attention(self._place(layer), *new_R))
 
 
 class Attention(nn.Module):
@@ -149,6 +174,11 @@ class Attention(nn.Module):
         if self.own.qkv_bias:
             self.q_bias = place.parameter(heads * args.head_dim)
             self.k_bias, self.v_bias = (place.parameter(kv_heads * args.head_dim) for _ in range(2))
+        if self.own.o_bias:
+            self.o_bias = place.parameter(args.dim)
+        if self.own.sinks:
+            self.sinks = place.parameter(heads)
+        self.window = args.window_of(layer)
         if self.own.qk_norm != "none":
             self.q_norm = RMSNorm(own["normed_heads"] * args.head_dim, args.norm_eps, place)
             self.k_norm = RMSNorm(own["normed_kv"] * args.head_dim, args.norm_eps, place)
@@ -174,8 +204,14 @@ class Attention(nn.Module):
         if (clip := self.own.clip) is not None:
             q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
         q, k = rotate_both(q, k, rotation)
-        out = pattern.attend(self.layer, q, k, v)
-        return self.wo(out.flatten(1))
+        out = pattern.attend(self.layer, q, k, v, self._bounds())
+        y_TD: Tensor = self.wo(out.flatten(1))
+        return y_TD + local(self.o_bias).type_as(y_TD) if self.own.o_bias else y_TD
+
+    def _bounds(self) -> Bounds | None:
+        if self.window is None and not self.own.sinks:
+            return None
+        return Bounds(self.window, local(self.sinks) if self.own.sinks else None)
 
     def _normed_together(self, q_TQ: Tensor, k_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's queries, and its keys, over the root mean square of those of all ranks."""
@@ -191,8 +227,10 @@ class Attention(nn.Module):
         return q, k
 
 
-def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:
+def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int, bounds: Bounds | None = None) -> Tensor:
     """One sequence whose new tokens begin at position ``start`` of its M tokens."""
+    if bounds is not None:
+        return attend_within(q_LHh[None], k_MKh[None], v_MKh[None], start, bounds)[0]
     if not q_LHh.is_cuda and not torch.is_grad_enabled():
         return _attend_in_blocks(q_LHh, k_MKh, v_MKh, start)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHh, k_MKh, v_MKh))
@@ -231,3 +269,37 @@ def _attend_in_blocks(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     shared = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+
+
+def attend_within(q_RLHh: Tensor, k_RMKh: Tensor, v_RMKh: Tensor, start: int, bounds: Bounds) -> Tensor:
+    """Attention with a window or sinks, of rows whose new tokens begin at position ``start`` of their M; (R, L, H, h).
+
+    In blocks of queries, each against no more keys than its windows hold.
+    """
+    device, blocks = q_RLHh.device, []
+    for first in range(0, q_RLHh.shape[1], _QUERY_BLOCK):
+        block = q_RLHh[:, first : first + _QUERY_BLOCK]
+        own = start + first
+        end = own + block.shape[1]
+        begin = 0 if bounds.window is None else max(0, own + 1 - bounds.window)
+        keys_M, queries_L1 = torch.arange(begin, end, device=device), torch.arange(own, end, device=device)[:, None]
+        seen_LM = keys_M <= queries_L1
+        if bounds.window is not None:
+            seen_LM &= keys_M > queries_L1 - bounds.window
+        blocks.append(_weighted(block, k_RMKh[:, begin:end], v_RMKh[:, begin:end], seen_LM[None], bounds.sinks_H))
+    return torch.cat(blocks, dim=1)
+
+
+def _weighted(q_RLHh: Tensor, k_RMKh: Tensor, v_RMKh: Tensor, seen_RLM: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """The values by the softmax of queries times keys and of each head's sink, in float32; (R, L, H, h)."""
+    length, heads = q_RLHh.shape[1], k_RMKh.shape[2]
+    q_RKGLh = q_RLHh.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
+    k_RKhM, v_RKMh = k_RMKh.permute(0, 2, 3, 1), v_RMKh.transpose(1, 2)
+    logits_RKGLM = (q_RKGLh.flatten(2, 3) @ k_RKhM).unflatten(2, (-1, length)).float() * q_RLHh.shape[-1] ** -0.5
+    logits_RKGLM = logits_RKGLM.masked_fill(~seen_RLM[:, None, None], float("-inf"))
+    if sinks_H is not None:
+        sinks = sinks_H.float().view(1, heads, -1, 1, 1).expand(*logits_RKGLM.shape[:-1], 1)
+        logits_RKGLM = torch.cat((logits_RKGLM, sinks), dim=-1)
+    shares_RKGLM = logits_RKGLM.softmax(-1)[..., : k_RMKh.shape[1]].type_as(v_RMKh)
+    out_RKGLh = (shares_RKGLM.flatten(2, 3) @ v_RKMh).unflatten(2, (-1, length))
+    return out_RKGLh.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -16,12 +16,17 @@ class KVCache:
     With slots of lengths [5, 0, 9], `decode` writes position 5 of slot 0 and position 9 of slot 2 if those two
     are active, and reads no further than `bound` says: on a CPU 64, the least multiple of 64 that holds position 9.
 
+    Of a layer with a window only the positions within it are there: position p of a slot lies at p % window, where
+    p - window lay, which nothing will see again.
+
     Args:
+        windows: of each layer, None where it has none; none at all: no layer has one.
         routes: (experts, experts chosen for each token, numbers of the layers that have experts) where the cache is to
             remember who took each token.
 
     Attributes:
-        k, v: (layers, slots, max_seq_len, local kv heads, head_dim).
+        k, v: (layers without a window, slots, max_seq_len, local kv heads, head_dim).
+        near_k, near_v: of the layers with one, and their windows in place of max_seq_len where these are shorter.
         lengths: (slots,) int64 on the device: tokens held by each slot.
         bound: how far the next decoding step reads: covers the new position of the longest slot.
         routes: (layers with experts, slots, max_seq_len, experts for each token) int16, beside k and v; None: not
@@ -46,12 +51,19 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        windows: Sequence[int | None] = (),
         routes: tuple[int, int, tuple[int, ...]] | None = None,
     ) -> None:
-        shape = (layers, slots, max_seq_len, kv_heads, head_dim)
+        self.layers = layers
+        self._near = [layer for layer, window in enumerate(windows) if window is not None]
+        self._far = [layer for layer in range(layers) if layer not in self._near]
+        window = min([max_seq_len, *(own for own in windows if own is not None)])
         # Zeros, not empty: masked positions still enter a product, and 0 * NaN would be NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v, self.near_k, self.near_v = (
+            torch.zeros((len(own), slots, length, kv_heads, head_dim), dtype=dtype, device=device)
+            for own, length in ((self._far, max_seq_len), (self._near, window))
+            for _ in range(2)
+        )
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.routes: Tensor | None = None
         if routes is not None:
@@ -80,6 +92,7 @@ class KVCache:
         """
         part = copy.copy(self)
         part.k, part.v, part.lengths = self.k[:, :slots], self.v[:, :slots], self.lengths[:slots]
+        part.near_k, part.near_v = self.near_k[:, :slots], self.near_v[:, :slots]
         part.routes = None if self.routes is None else self.routes[:, :slots]
         return part
 
@@ -98,6 +111,38 @@ class KVCache:
         written = self._host_lengths[slot] + 1
         self.k[:, slot, :written] = 0
         self.v[:, slot, :written] = 0
+        self.near_k[:, slot] = 0
+        self.near_v[:, slot] = 0
+
+    def place(self, layer: int) -> int:
+        """The number of a layer without a window among these."""
+        return self._far.index(layer) if self._near else layer
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, each (slots, length, local kv heads, head_dim)."""
+        if layer in self._near:
+            place = self._near.index(layer)
+            return self.near_k[place], self.near_v[place]
+        return self.k[self.place(layer)], self.v[self.place(layer)]
+
+    def extended(self, layer: int, slot: int, start: int, k_LKh: Tensor, v_LKh: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Write a slot's new tokens behind its first ``start`` ones.
+
+        Returns:
+            The keys and values that they may see, their own at the end, and how many are before these.
+        """
+        whole, found = [x[slot] for x in self.of_layer(layer)], []
+        length, end = whole[0].shape[0], start + k_LKh.shape[0]
+        if layer not in self._near:
+            for x, new in zip(whole, (k_LKh, v_LKh), strict=True):
+                x[start:end] = new
+            return whole[0][:end], whole[1][:end], start
+        before = torch.arange(max(0, start - length), start, device=k_LKh.device)
+        kept = torch.arange(max(start, end - length), end, device=k_LKh.device)
+        for x, new in zip(whole, (k_LKh, v_LKh), strict=True):
+            found.append(torch.cat((x[before % length], new)))
+            x[kept % length] = new[-len(kept) :]
+        return found[0], found[1], len(before)
 
     def check_room(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """Raise ValueError where ``counts`` more tokens in ``slots`` would exceed max_seq_len."""
@@ -138,7 +183,7 @@ class KVCache:
     def by_layer(self, routed: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         """What each layer with experts has, by the layer's number; empty for those without."""
         found = dict(zip(self._routed, map(tuple, routed), strict=True))
-        return tuple(found.get(layer, ()) for layer in range(self.k.shape[0]))
+        return tuple(found.get(layer, ()) for layer in range(self.layers))
 
     def _set_bound(self) -> None:
         # A number, not a property: torch.compile would make the lengths behind it part of what it compiled for.

@@ -134,9 +134,6 @@ class AdaptedExperts(Experts):
     ) -> None:
         super().__init__(args, state, placement, place)
         experts, dim, hidden = self.w2.shape
-        # Where every rank holds a slice of every expert, these are shared: their gradient is the ranks' sum.
-        self.region = state.mp_group if placement == "tensor" else None
-        self.adds_w2_bias = placement == "expert" or state.is_first
         self.peft, self.fuses = peft, False
         self.updated = peft.lora_rank > 0 and "experts" in peft.lora_targets
         if self.updated:
@@ -170,9 +167,7 @@ class AdaptedExperts(Experts):
             inner_Pr = pairs.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.peft.scale
             y_PD = y_PD + pairs.product(inner_Pr, copy_to_region(local(self.w2_lora_b), self.region))
         if self.peft.bias_tuning:
-            bias_PD = pairs.bias(copy_to_region(local(self.w2_bias), self.region), like=y_PD)
-            # Once over all ranks, but on each of them in the graph: they sum its gradient together.
-            y_PD = y_PD + bias_PD * float(self.adds_w2_bias)
+            y_PD = y_PD + self.whole_bias(local(self.w2_bias), pairs, y_PD)
         return y_PD
 
     def _dropped(self, x_PD: Tensor) -> Tensor:

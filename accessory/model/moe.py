@@ -11,7 +11,7 @@ from accessory.config import ModelArgs
 from accessory.model.dispatch import Dispatcher, Pairs, TrainedPairs
 from accessory.model.gated_unit import GatedUnit
 from accessory.model.router import Router, Routing
-from accessory.model.units import silu_gate
+from accessory.model.units import clamped_gate, silu_gate
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -21,7 +21,8 @@ from accessory.quant import QuantizedParameter
 class Experts(nn.Module):
     """This rank's part of a layer's experts: whole experts, or a slice of the hidden width of every expert.
 
-    Parameters: w13 (El, 2, F, D) holds w1 and w3; w2 is (El, D, F).
+    Parameters: w13 (El, 2, F, D) holds w1 and w3; w2 is (El, D, F). Where experts have biases, b13 (El, 2, F) and
+    b2 (El, D), which stands inside the expert: the router's weight scales it.
     """
 
     def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
@@ -32,7 +33,16 @@ class Experts(nn.Module):
         self.dispatcher = Dispatcher(first, experts, args.moe.num_experts)
         self.w13 = place.matrix(experts, 2, hidden, args.dim)
         self.w2 = place.matrix(experts, args.dim, hidden)
-        self.fuses = not isinstance(self.w13, QuantizedParameter)  # with gradients; adapters stand between its products
+        # Where every rank holds a slice of every expert, what is whole on each has as its gradient the ranks' sum, and
+        # is added by one of them; on the others it stays in the graph, since they sum its gradient together.
+        self.region = state.mp_group if placement == "tensor" else None
+        self.adds_whole = float(placement == "expert" or state.is_first)
+        self.biased, self.clamp = args.moe.bias, args.moe.clamp
+        if self.biased:
+            self.b13 = place.parameter(experts, 2, hidden)
+            self.b2 = place.parameter(experts, args.dim)
+        # With gradients, and nothing between its products.
+        self.fuses = not (isinstance(self.w13, QuantizedParameter) or self.biased or self.clamp)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of this rank's share of the chosen experts' outputs, in float32; (T, D) of x's dtype."""
@@ -40,16 +50,23 @@ class Experts(nn.Module):
         if self.fuses and isinstance(pairs, TrainedPairs):
             return pairs.fused(local(self.w13), local(self.w2), routing.weights_TK)
         both_PO = self.gate_up(pairs.rows, pairs)
-        y_PD = self.down(silu_gate(both_PO), pairs)
+        hidden_PF = silu_gate(both_PO) if self.clamp is None else clamped_gate(both_PO, self.clamp)
+        y_PD = self.down(hidden_PF, pairs)
         return pairs.combine(y_PD, routing.weights_TK)
 
     def gate_up(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
         """[w1 x, w3 x] of each pair's expert; (P, 2 F)."""
-        return pairs.product(x_PD, local(self.w13))
+        both_PO = pairs.product(x_PD, local(self.w13))
+        return both_PO + pairs.bias(local(self.b13).flatten(1), like=both_PO) if self.biased else both_PO
 
     def down(self, hidden_PF: Tensor, pairs: Pairs) -> Tensor:
         """w2 h of each pair's expert; (P, D)."""
-        return pairs.product(hidden_PF, local(self.w2))
+        y_PD = pairs.product(hidden_PF, local(self.w2))
+        return y_PD + self.whole_bias(local(self.b2), pairs, y_PD) if self.biased else y_PD
+
+    def whole_bias(self, bias_ED: Tensor, pairs: Pairs, y_PD: Tensor) -> Tensor:
+        """A bias that no placement cuts, of each pair's expert, once over all ranks; (P, D)."""
+        return pairs.bias(copy_to_region(bias_ED, self.region), like=y_PD) * self.adds_whole
 
     def synchronises(self, x_TD: Tensor, pairs: int) -> bool:
         """Whether on a GPU and in inference `forward` asks the device for a number, for so many pairs.

@@ -84,9 +84,10 @@ class Router(nn.Module):
     def __init__(self, args: ModelArgs, place: Place) -> None:
         super().__init__()
         self.args = args.moe
-        # The kernels know softmax alone, and to add weights up to 1.
-        self.by_kernel = args.moe.router == RouterArgs()
+        # The kernels know softmax alone, and to add weights up to 1: then they are the softmax of the chosen logits.
+        self.by_kernel = args.moe.router in (RouterArgs(), RouterArgs(bias=True))
         self.weight = place.parameter(args.moe.num_experts, args.dim)
+        self.bias = place.parameter(args.moe.num_experts) if args.moe.router.bias else None
         self.correction_bias: nn.Parameter | None = None
         if args.moe.router.correction:
             self.correction_bias = place._replace(dtype=torch.float32).parameter(args.moe.num_experts)
@@ -100,9 +101,13 @@ class Router(nn.Module):
         if not self.by_kernel:
             x_TD = x_TD.float() if self.args.router.float32 else x_TD
             bias_E = None if self.correction_bias is None else local(self.correction_bias)
-            return routed(linear(x_TD, local(self.weight)), bias_E, self.args, active_T)
+            return routed(self._logits(x_TD), bias_E, self.args, active_T)
         top_k = self.args.num_experts_per_tok
-        routing = Routing(*kernels.route(linear(x_TD, local(self.weight)), top_k, active_T))
+        routing = Routing(*kernels.route(self._logits(x_TD), top_k, active_T))
         if self.args.norm_topk_prob:
             return routing
         return routing._replace(weights_TK=routing.probs_TE.gather(-1, routing.experts_TK))
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        logits_TE = linear(x_TD, local(self.weight))
+        return logits_TE if self.bias is None else logits_TE + local(self.bias).type_as(logits_TE)

@@ -253,6 +253,7 @@ class Transformer(nn.Module):
             head_dim=self.args.head_dim,
             dtype=self.dtype,
             device=self.state.device,
+            windows=[self.args.window_of(layer) for layer in range(self.args.n_layers)],
             routes=(moe.num_experts, moe.num_experts_per_tok, self.args.moe_layers) if routes else None,
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory import kernels
+from accessory.config import ClampArgs
 from accessory.kernels.step_ops import silu_gate_reference
 
 # Pairs whose gate and up parts are worked on at once: a block of them fits the cache.
@@ -21,6 +22,13 @@ def silu_gate(both_PO: Tensor) -> Tensor:
         hidden_PF: Tensor = _SiluGate.apply(both_PO)
         return hidden_PF
     return kernels.silu_gate(both_PO)
+
+
+def clamped_gate(both_PO: Tensor, clamp: ClampArgs) -> Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate) of limited halves, (P, F); in float32."""
+    gate, up = both_PO.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return ((up + 1) * gate * torch.sigmoid(clamp.alpha * gate)).type_as(both_PO)
 
 
 class _SiluGate(torch.autograd.Function):

@@ -20,13 +20,26 @@ Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
 
 # What a parameter is. "dense" are matrices of a feed-forward part without experts, "shared" those of the expert that
-# all tokens visit; "correction" is a bias on the router's scores, which no gradient reaches; "lora" is either factor of
-# a low-rank update.
+# all tokens visit; a "sink" is a logit that takes its share of attention; "correction" is a bias on the router's
+# scores, which no gradient reaches; "lora" is either factor of a low-rank update.
 Kind = Literal[
-    "embedding", "attention", "router", "correction", "expert", "dense", "shared", "norm", "bias", "lora", "head"
+    "embedding",
+    "attention",
+    "router",
+    "correction",
+    "expert",
+    "dense",
+    "shared",
+    "norm",
+    "bias",
+    "sink",
+    "lora",
+    "head",
 ]
 # What some layers have and others lack.
-Part = Literal["qk_norm", "qkv_bias", "experts", "correction", "shared", "dense"]
+Part = Literal[
+    "qk_norm", "qkv_bias", "o_bias", "sinks", "experts", "router_bias", "correction", "expert_bias", "shared", "dense"
+]
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,7 @@ def _of_experts(name: str, kind: Kind, shape: str, tensor_axis: int | None, **mo
         tuple(shape.split()),
         {"expert": 0, "tensor": tensor_axis},
         {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
-        part="experts",
-        **more,
+        **{"part": "experts", **more},
     )
 
 
@@ -125,13 +137,18 @@ TABLE: tuple[Split, ...] = (
     _row(f"{_ATTENTION}q_bias", "bias", "heads*head_dim", 0, "heads", part="qkv_bias"),
     _row(f"{_ATTENTION}k_bias", "bias", "kv_heads*head_dim", 0, "kv_heads", part="qkv_bias"),
     _row(f"{_ATTENTION}v_bias", "bias", "kv_heads*head_dim", 0, "kv_heads", part="qkv_bias"),
+    _row(f"{_ATTENTION}o_bias", "bias", "dim", None, part="o_bias"),
+    _row(f"{_ATTENTION}sinks", "sink", "heads", 0, "heads", part="sinks"),
     _row(f"{_ATTENTION}q_norm.weight", "norm", "normed_heads*head_dim", 0, "normed_heads", part="qk_norm"),
     _row(f"{_ATTENTION}k_norm.weight", "norm", "normed_kv*head_dim", 0, "normed_kv", part="qk_norm"),
     _row("layers.N.attention_norm.weight", "norm", "dim", None),
     _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None, part="experts"),
+    _row("layers.N.feed_forward.gate.bias", "bias", "experts", None, part="router_bias"),
     _row("layers.N.feed_forward.gate.correction_bias", "correction", "experts", None, part="correction"),
     _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized="layers"),
     _of_experts("w2", "expert", "experts dim hidden", 2, quantized="layers", to_residual=True),
+    _of_experts("b13", "bias", "experts 2 hidden", 2, part="expert_bias"),
+    _of_experts("b2", "bias", "experts dim", None, part="expert_bias"),
     *_column_adapters(f"{_ATTENTION}wq", "heads*head_dim", "heads", "attention"),
     *_column_adapters(f"{_ATTENTION}wk", "kv_heads*head_dim", "kv_heads", "attention"),
     *_column_adapters(f"{_ATTENTION}wv", "kv_heads*head_dim", "kv_heads", "attention"),
@@ -254,6 +271,10 @@ def parts_of_layer(args: ModelArgs, layer: int) -> frozenset[Part]:
         "qk_norm": args.attention.qk_norm != "none",
         "qkv_bias": args.attention.qkv_bias,
         "experts": (experts := layer in args.moe_layers),
+        "o_bias": args.attention.o_bias,
+        "sinks": args.attention.sinks,
+        "router_bias": experts and args.moe.router.bias,
+        "expert_bias": experts and args.moe.bias,
         "correction": experts and args.moe.router.correction,
         "shared": experts and args.moe.shared_hidden_dim > 0,
         "dense": not experts,

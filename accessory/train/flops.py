@@ -16,8 +16,8 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
     6 for each parameter of a product that the token goes through (top-k of the experts), 4 where it is frozen and so
     has no gradient, and 12 * layers * heads * head_dim for each position that the token attends to, on average
     length / 2 of its row (Chowdhery et al., 2022, PaLM, appendix B, https://arxiv.org/abs/2204.02311, whose figure has
-    no causal mask). Looking up the embedding costs none; norms, rotary embedding and softmax are left out; what is
-    computed again does not count.
+    no causal mask); in a layer with a window fewer. Looking up the embedding costs none; norms, biases, rotary
+    embedding and softmax are left out; what is computed again does not count.
 
     Args:
         length: tokens of a row.
@@ -25,9 +25,18 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
     active = 0.0
     for name, (*counts, width) in parameter_shapes(args.replace(quant=None)):
         row = split_of(name)
-        if counts and row.kind != "embedding":
+        if counts and row.kind not in ("embedding", "bias"):
             active += (6 if trains(name, args) else 4) * share_of_tokens(row, args) * math.prod(counts) * width
-    return active + 12 * args.n_layers * args.n_heads * args.head_dim * length / 2
+    windows = (args.window_of(layer) for layer in range(args.n_layers))
+    positions = sum(_seen(length, window) for window in windows)
+    return active + 12 * args.n_heads * args.head_dim * positions
+
+
+def _seen(length: float, window: int | None) -> float:
+    """Positions that a token attends to, on average over a row."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window**2 / (2 * length)
 
 
 class Peaks(NamedTuple):

@@ -18,7 +18,7 @@ _STD = {"embedding": 1.0, "router": ROUTER_STD}
 def init_weights(model: Transformer, *, seed: int) -> None:
     """Normal weights that keep a signal's size: deviation 1 / sqrt(inputs) for matrices, 1 for the embedding.
 
-    Norms are 1, biases 0. The router starts nearly even (0.02). What adds to the residual stream is scaled by
+    Norms are 1, biases and sinks 0. The router starts nearly even (0.02). What adds to the residual stream is scaled by
     1 / sqrt(2 layers), as GPT-2's is (Radford et al., 2019): the stream's variance then does not grow with depth.
 
     The whole model is the same to the bit however it is split and sharded: each rank draws every parameter whole,
@@ -36,7 +36,7 @@ def init_weights(model: Transformer, *, seed: int) -> None:
         if row.kind == "norm":
             own.fill_(1.0)
             continue
-        if row.kind in ("bias", "correction"):
+        if row.kind in ("bias", "sink", "correction"):
             own.zero_()
             continue
         shape = shapes[name]

@@ -41,7 +41,7 @@ class Rates:
 def adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, rates: Rates | None = None
 ) -> torch.optim.AdamW:
-    """Fused AdamW with betas 0.9 and 0.95; norms and biases do not decay.
+    """Fused AdamW with betas 0.9 and 0.95; norms, biases and sinks do not decay.
 
     Args:
         parameters: of a Transformer or of the MetaModel around it.
@@ -100,7 +100,7 @@ def _groups(
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            decay = 0.0 if _kind(name) in ("norm", "bias") else weight_decay
+            decay = 0.0 if _kind(name) in ("norm", "bias", "sink") else weight_decay
             found.setdefault((decay, 1.0 if rates is None else rates(name)), []).append(parameter)
     return [{"params": own, "weight_decay": decay, "rate": rate} for (decay, rate), own in found.items()]
 

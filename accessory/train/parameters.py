@@ -16,6 +16,7 @@ _GROUPS: dict[Kind, str] = {
     "expert": "experts",
     "shared": "shared expert",
     "dense": "dense layers",
+    "sink": "sinks",
     "correction": "correction biases",
     "attention": "attention",
     "embedding": "embedding",

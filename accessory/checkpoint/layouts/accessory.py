@@ -33,6 +33,11 @@ MATRICES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "w13": (("w1", (0,)), ("w3", (1,))),
     "w2": (("w2", ()),),
 }
+# The same of its biases, which are the base's own and no adapters'.
+BIASES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
+    "b13": (("b1", (0,)), ("b3", (1,))),
+    "b2": (("b2", ()),),
+}
 
 
 def own_name(pattern: str) -> str:
@@ -43,6 +48,10 @@ def own_name(pattern: str) -> str:
 def _expert_rows(pattern: str) -> Iterator[Row]:
     """Of a stacked parameter, one tensor for each expert's matrix."""
     stacked = pattern.removeprefix(EXPERTS)
+    for single, place in BIASES.get(stacked, ()):
+        yield Row(pattern, f"{own_name(EXPERTS)}{{E}}.{single}", (EACH, *place))
+    if stacked in BIASES:
+        return
     matrix = stacked.partition("_")[0]
     for single, place in MATRICES[matrix]:
         ending = ENDINGS[stacked.removeprefix(matrix)]
@@ -96,7 +105,7 @@ def _params(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
 
 _WHOLE = [Row(row.pattern, own_name(row.pattern)) for row in TABLE if not row.pattern.startswith(EXPERTS)]
 _EXPERTS = [row for own in TABLE if own.pattern.startswith(EXPERTS) for row in _expert_rows(own.pattern)]
-_ADAPTERS = [row for row in _EXPERTS if "_" in row.parameter.removeprefix(EXPERTS)]
+_BESIDE = [row for row in _EXPERTS if row.parameter.removeprefix(EXPERTS) not in MATRICES]
 _GATE = Row("layers.N.feed_forward.gate.weight", "layers.{N}.block_sparse_moe.gate.weight", written=False)
 
 BASE = Layout(
@@ -109,12 +118,12 @@ BASE = Layout(
     file_name=_shard_name,
     config=_own_config,
 )
-# The experts' adapters have the names of the base form, cut as placement "tensor" cuts them.
+# The experts' biases and adapters have the names of the base form, cut as placement "tensor" cuts them.
 SPARSE = dataclasses.replace(
     BASE,
     name="accessory-sparse",
     shown="experts cut in slices (sparse)",
-    rows=for_all([*_WHOLE, *_stacked_rows("feed_forward", written=True), *_ADAPTERS]),
+    rows=for_all([*_WHOLE, *_stacked_rows("feed_forward", written=True), *_BESIDE]),
     cut="tensor",
 )
 # Several consolidated.NN.pth of which each has a slice of every tensor that is split.
@@ -138,8 +147,10 @@ def own_key(source: Source) -> str:
         return source.parameter
     experts, _, stacked = source.parameter.rpartition(".")
     matrix, _, adapter = stacked.partition("_")
-    single = MATRICES[matrix][source.box.start[1] if matrix == "w13" else 0][0]
+    single = (MATRICES | BIASES)[matrix][source.box.start[1] if matrix.endswith("13") else 0][0]
     number = f".{source.box.start[0]}" if source.box.size[0] == 1 else ""
+    if matrix in BIASES:
+        return f"{experts}{number}.{single}"
     return f"{experts}{number}.{single}.{ENDINGS[f'_{adapter}' if adapter else '']}"
 
 

@@ -18,7 +18,19 @@ import torch
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
 from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import EACH, FUSED, PLAIN, ROTARY_HALVES, Lie, Row, by_parameter
+from accessory.checkpoint.layouts.rows import (
+    BY_TURNS,
+    BY_TURNS_TRANSPOSED,
+    EACH,
+    FUSED,
+    PLAIN,
+    ROTARY_HALVES,
+    TRANSPOSED,
+    VALUES_BY_TURNS,
+    Lie,
+    Row,
+    by_parameter,
+)
 from accessory.config import ModelArgs, read_json
 from accessory.config.checks import is_number
 from accessory.config.model import MOST_LAYERS
@@ -61,12 +73,22 @@ def _rows_of(family: Family) -> Iterator[Row]:
         if theirs.startswith(_ROOM):
             key = own.key.replace(_ROOM, _ROOM_5)
             yield dataclasses.replace(own, key=key, written=False)
+    room = f"{IN_LAYER}mlp.experts."
+    if not family.matrices:
+        yield Row(f"{EXPERTS}w13", f"{room}gate_up_proj", lies=BY_TURNS_TRANSPOSED)
+        yield Row(f"{EXPERTS}w2", f"{room}down_proj", lies=TRANSPOSED)
+        yield Row(f"{EXPERTS}b13", f"{room}gate_up_proj_bias", lies=VALUES_BY_TURNS)
+        yield Row(f"{EXPERTS}b2", f"{room}down_proj_bias")
+        # As `checkpoint.scaled` makes whole matrices of them.
+        yield Row(f"{EXPERTS}w13", f"{room}gate_up_proj_blocks", lies=BY_TURNS, written=False)
+        yield Row(f"{EXPERTS}w2", f"{room}down_proj_blocks", written=False)
+        return
     for matrix, singles in MATRICES.items():
         for single, place in singles:
             yield Row(f"{EXPERTS}{matrix}", f"{IN_LAYER}{family.matrices[single]}.weight", (EACH, *place))
     # As transformers 5 holds them.
-    yield Row(f"{EXPERTS}w13", f"{IN_LAYER}mlp.experts.gate_up_proj", lies=FUSED, written=False)
-    yield Row(f"{EXPERTS}w2", f"{IN_LAYER}mlp.experts.down_proj", lies=PLAIN, written=False)
+    yield Row(f"{EXPERTS}w13", f"{room}gate_up_proj", lies=FUSED, written=False)
+    yield Row(f"{EXPERTS}w2", f"{room}down_proj", lies=PLAIN, written=False)
 
 
 # Settings that this computation has in one way only, and that way; what they would change otherwise.
@@ -122,7 +144,7 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = family_of(values.get("model_type", "mixtral"))
     said = values.get("quantization_config")
-    if said is not None and not _in_scaled_blocks(said):
+    if said is not None and not _is_decoded(said, family):
         method = said.get("quant_method") if isinstance(said, Mapping) else None
         raise ValueError(
             f"the weights are quantized by another program (quantization_config: {shown(method or said)}): take the "
@@ -146,8 +168,10 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "family": family.name}
 
 
-def _in_scaled_blocks(said: Any) -> bool:
+def _is_decoded(said: Any, family: Family) -> bool:
     """Whether a quantization_config speaks of what is read as `checkpoint.scaled` has it."""
+    if isinstance(said, Mapping) and said.get("quant_method") == "mxfp4":
+        return not family.matrices
     wanted = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     of_codes = isinstance(said, Mapping) and said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
     return of_codes and all(said.get(name) == value for name, value in wanted.items())

@@ -72,7 +72,7 @@ def _rows_of(family: Family) -> Iterator[Row]:
         elif is_updated(ours):
             yield Row(f"layers.N.{ours}.lora_a.weight", f"{module}.lora_A.weight")
             yield Row(f"layers.N.{ours}.lora_b.weight", f"{module}.lora_B.weight", lies=lie_of(ours))
-    for matrix, singles in MATRICES.items():
+    for matrix, singles in MATRICES.items() if family.matrices else ():
         for single, place in singles:
             for own, theirs in _FACTORS.items():
                 key = f"{IN_LAYER}{family.matrices[single]}.{theirs}.weight"

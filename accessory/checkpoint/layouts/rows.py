@@ -85,6 +85,18 @@ class _Transposed:
             own.copy_(matrix.contiguous().t().contiguous())
 
 
+class _ByTurns:
+    """Two matrices (experts, 2, rows, columns) whose rows lie by turns in a file, (experts, 2 * rows, columns)."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        experts, halves, rows, columns = index
+        found: Tensor = self._stored[experts, slice(2 * rows.start, 2 * rows.stop), columns]
+        return found.unflatten(1, (-1, 2)).transpose(1, 2)[:, halves]
+
+
 PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored)
 # (experts, rows, columns) one expert below the other; the second with each expert's matrix transposed.
 STACKED = Lie(lambda shape: (math.prod(shape[:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
@@ -94,6 +106,18 @@ STACKED_TRANSPOSED = Lie(
 )
 # (experts, 2, rows, columns), each expert's two matrices one below the other.
 FUSED = Lie(lambda shape: (shape[0], math.prod(shape[1:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
+# The same two by turns: their rows; their columns, of matrices that are transposed; and biases' values.
+BY_TURNS = Lie(lambda shape: (shape[0], 2 * shape[2], shape[3]), lambda stored, shape, _: _ByTurns(stored))
+BY_TURNS_TRANSPOSED = Lie(
+    lambda shape: (shape[0], shape[3], 2 * shape[2]),
+    lambda stored, shape, _: stored.view(shape[0], shape[3], shape[2], 2).permute(0, 3, 2, 1),
+)
+VALUES_BY_TURNS = Lie(
+    lambda shape: (shape[0], 2 * shape[2]),
+    lambda stored, shape, _: stored.view(shape[0], shape[2], 2).transpose(1, 2),
+)
+# (experts, rows, columns), each expert's matrix transposed.
+TRANSPOSED = Lie(lambda shape: (shape[0], shape[2], shape[1]), lambda stored, shape, _: _Transposed(stored))
 ROTARY_HALVES = Lie(lambda shape: shape, _in_halves)
 
 

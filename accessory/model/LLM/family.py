@@ -90,7 +90,8 @@ class Family:
         settings: further settings of a config.json, by ours.
         modules: its modules by ours, in a layer.
         tensors: the same of tensors that are no module's weight.
-        matrices: the three matrices of an expert by ours, with {E} for its number.
+        matrices: the three matrices of an expert by ours, with {E} for its number; none: those of a layer lie in one
+            tensor each for gate and up, by turns, and for down, transposed, and have biases.
     """
 
     name: str
