@@ -551,6 +551,7 @@ def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({**config, **more}))
         shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+    in_shards(coded, tmp_path / "coded")
     convert(tmp_path / "coded", tmp_path / "own", mp=2)
     assert diff(tmp_path / "plain", tmp_path / "own").same
     for placement in ("expert", "tensor"):
@@ -561,9 +562,18 @@ def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
         )
         assert_same(*both)
     key = "model.layers.0.self_attn.q_proj.weight_scale_inv"  # of 80 x 144
-    save_file({**coded, key: torch.ones(2, 2)}, tmp_path / "coded" / "model.safetensors")
+    in_shards({**coded, key: torch.ones(2, 2)}, tmp_path / "coded")
     with pytest.raises(CheckpointError, match=rf"{re.escape(key)} has shape \(2, 2\), and .* asks for \(1, 2\)"):
         load(tmp_path / "coded")
+
+
+def in_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """As three files with an index, numbered from 0, that part codes from their factors."""
+    files = {key: f"model-{number % 3:05d}-of-00002.safetensors" for number, key in enumerate(sorted(tensors))}
+    for file in {*files.values()}:
+        save_file({key: tensors[key] for key, own in files.items() if own == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def said_of_prompts(folder: Path, placement: str, prompts: list[list[int]]) -> list[Tensor]:
@@ -595,6 +605,7 @@ def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: 
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({**config, **more}))
         shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+    in_shards(coded, tmp_path / "coded")
     convert(tmp_path / "coded", tmp_path / "own", mp=2)
     assert diff(tmp_path / "plain", tmp_path / "own").same
     convert(tmp_path / "own", tmp_path / "hf", to="hf")
@@ -611,11 +622,11 @@ def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: 
         assert_same(*both)
     key = "model.layers.0.mlp.experts.down_proj"
     for scales, says in (
-        ({}, f"{key}_blocks lies in a file without its {key}_scales"),
+        ({}, f"{key}_blocks is there without {key}_scales"),
         ({f"{key}_scales": torch.ones(4, 64, 3, dtype=torch.uint8)}, f"{key}_scales has shape (4, 64, 3)"),
     ):
         kept = {name: value for name, value in coded.items() if name != f"{key}_scales"}
-        save_file({**kept, **scales}, tmp_path / "coded" / "model.safetensors")
+        in_shards({**kept, **scales}, tmp_path / "coded")
         with pytest.raises(CheckpointError, match=re.escape(says)):
             load(tmp_path / "coded")
 

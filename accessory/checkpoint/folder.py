@@ -79,10 +79,11 @@ class Folder:
         self.llama_type, self._settings, self.base_routers = _meta(self.path / META_NAME)
         known = {*(path.name for path in self.paths), *KNOWN}
         self.odd = tuple(name for name in names if name not in known)
+        self._stored: dict[int, dict[str, Tensor]] = {}
         self._tensors: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tensors": {}}  # another process maps the files itself
+        return {**self.__dict__, "_stored": {}, "_tensors": {}}  # another process maps the files itself
 
     @property
     def has_tokenizer(self) -> bool:
@@ -210,7 +211,18 @@ class Folder:
 
     def layout(self, args: ModelArgs, *, probe: int = 0) -> Layout:
         """The layout of the files; looks into file ``probe`` where several have such names."""
-        return self._found.layout(self.tensors, args, probe)
+        return self._found.layout(self._as_stored, args, probe)
+
+    def _as_stored(self, file: int) -> dict[str, Tensor]:
+        """A file's tensors by their keys, factors of coded ones by their own."""
+        if file not in self._stored:
+            self._stored[file] = open_tensors(*self._parts[file])
+        return self._stored[file]
+
+    def _in_others(self, key: str, file: int) -> Tensor | None:
+        """A tensor of this name as another file has it."""
+        others = (self._as_stored(other) for other in range(len(self.files)) if other != file)
+        return next((tensors[key] for tensors in others if key in tensors), None)
 
     def tensors(self, file: int, prefix: str = "") -> dict[str, Tensor]:
         """A file's tensors by their keys, mapped; without ``prefix`` where a key has it.
@@ -219,7 +231,7 @@ class Folder:
             FileNotFoundError, CheckpointError: as `open_tensors`; a tensor with and without prefix.
         """
         if file not in self._tensors:
-            self._tensors[file] = with_factors(open_tensors(*self._parts[file]))
+            self._tensors[file] = with_factors(self._as_stored(file), functools.partial(self._in_others, file=file))
         own = self._tensors[file]
         tensors = {key.removeprefix(prefix): value for key, value in own.items()}
         if len(tensors) < len(own):

@@ -9,8 +9,8 @@ rows, blocks, 16) uint8, two codes in a byte, the first in its lower bits, and `
 uint8, exponents of two with 127 added (OCP Microscaling Formats 1.0, section 5.3).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from accessory.checkpoint.blocks import Blocks, BlockType
 from accessory.errors import CheckpointError
 
 SIDE = 128
-_ENDING = "_scale_inv"
 
 
 class Scaled(Blocks):
@@ -70,47 +69,67 @@ class Packed(Blocks):
         return values[..., begin - skipped : end - skipped].to(self.dtype)
 
 
-def with_factors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's tensors, with each matrix that has factors in one with them.
+class _Form(NamedTuple):
+    """How codes and factors are told: how their names end, the codes' dtype and axes, and the factors' shape by theirs.
+
+    Attributes:
+        whole: codes without factors are none.
+    """
+
+    codes: str
+    factors: str
+    dtype: torch.dtype
+    axes: int
+    wanted: Callable[[tuple[int, ...]], tuple[int, ...]]
+    joined: Callable[[str, Tensor, Tensor], Blocks]
+    whole: bool
+
+    def is_codes(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.dtype == self.dtype and tensor.dim() == self.axes
+
+
+_FORMS = (
+    _Form(
+        *("", "_scale_inv", torch.float8_e4m3fn, 2),
+        wanted=lambda shape: tuple(-(-size // SIDE) for size in shape),
+        joined=Scaled,
+        whole=False,
+    ),
+    _Form("_blocks", "_scales", torch.uint8, 4, wanted=lambda shape: shape[:-1], joined=Packed, whole=True),
+)
+
+
+def with_factors(tensors: Mapping[str, Any], elsewhere: Callable[[str], Any]) -> dict[str, Any]:
+    """A file's tensors, with each matrix that has factors in one with them, under the name of its codes.
+
+    Args:
+        elsewhere: what another file of the folder has under a name, or None: a release may be cut between the two.
 
     Raises:
-        CheckpointError: the factors are not as many as there are blocks, or not in the same file.
+        CheckpointError: the factors are not there, or not as many as there are blocks.
     """
-    tensors = _unpacked(tensors)
-    found = {key: value for key, value in tensors.items() if not _belongs(key, tensors)}
-    for key, value in found.items():
-        if (factors := tensors.get(f"{key}{_ENDING}")) is None or not _belongs(f"{key}{_ENDING}", tensors):
-            continue
-        wanted = tuple(-(-size // SIDE) for size in value.shape)
-        if tuple(factors.shape) != wanted:
-            raise CheckpointError(
-                f"{key}{_ENDING} has shape {tuple(factors.shape)}, and {key} asks for {wanted}, one factor for each "
-                f"block of {SIDE} x {SIDE}: copy the file again"
-            )
-        found[key] = Scaled(key, value, factors)
-    return found
-
-
-def _belongs(key: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor holds the factors of one beside it."""
-    matrix = tensors.get(key.removesuffix(_ENDING)) if key.endswith(_ENDING) else None
-    return isinstance(matrix, Tensor) and matrix.dtype == torch.float8_e4m3fn and matrix.dim() == 2
-
-
-def _unpacked(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's tensors, with MXFP4's codes and exponents made one under the codes' name."""
     found = dict(tensors)
-    for key, codes in tensors.items():
-        if not key.endswith("_blocks") or codes.dtype != torch.uint8:
-            continue
-        other = f"{key.removesuffix('_blocks')}_scales"
-        exponents = found.pop(other, None)
-        if exponents is None:
-            raise CheckpointError(f"{key} lies in a file without its {other}: copy both again")
-        if tuple(codes.shape) != (*exponents.shape, 16) or exponents.dtype != torch.uint8:
-            raise CheckpointError(
-                f"{other} has shape {tuple(exponents.shape)}, and {key}, {tuple(codes.shape)}, asks for one of uint8 "
-                "for each 16 bytes: copy the file again"
-            )
-        found[key] = Packed(key, codes, exponents)
+
+    def beside(key: str) -> Any:
+        return tensors[key] if key in tensors else elsewhere(key)
+
+    for form in _FORMS:
+        for key, tensor in tensors.items():
+            if key.endswith(form.factors) and form.is_codes(beside(key.removesuffix(form.factors) + form.codes)):
+                del found[key]
+            elif key.endswith(form.codes) and form.is_codes(tensor):
+                name = key.removesuffix(form.codes) + form.factors
+                if (factors := beside(name)) is not None:
+                    found[key] = form.joined(key, tensor, _checked(name, factors, key, form.wanted(tensor.shape)))
+                elif form.whole:
+                    raise CheckpointError(f"{key} is there without {name}, its factors: copy the folder again")
     return found
+
+
+def _checked(name: str, factors: Tensor, key: str, wanted: tuple[int, ...]) -> Tensor:
+    if tuple(factors.shape) != tuple(wanted):
+        raise CheckpointError(
+            f"{name} has shape {tuple(factors.shape)}, and {key} asks for {tuple(wanted)}, one factor for each block: "
+            "copy the file again"
+        )
+    return factors

@@ -464,5 +464,7 @@ def _with_parts(moe: Any) -> Any:
     if not isinstance(moe, Mapping):
         return moe
     parts = {"router": RouterArgs, "clamp": ClampArgs}
-    made = {name: part_of_config(f"moe.{name}", kind, moe[name]) for name, kind in parts.items() if name in moe}
+    made: dict[str, Any] = {
+        name: part_of_config(f"moe.{name}", kind, moe[name]) for name, kind in parts.items() if name in moe
+    }
     return {**moe, **made}
