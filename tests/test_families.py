@@ -620,6 +620,10 @@ def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: 
             for name in ("plain", "coded")
         )
         assert_same(*both)
+    both = (
+        alike(on_ranks(ranks, 2, quantized_on_rank, tmp_path / name, "int8", prompts)) for name in ("plain", "coded")
+    )
+    assert_same(*both)
     key = "model.layers.0.mlp.experts.down_proj"
     for scales, says in (
         ({}, f"{key}_blocks is there without {key}_scales"),
