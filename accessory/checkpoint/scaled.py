@@ -41,9 +41,12 @@ class Scaled(Blocks):
         return (values * factors).to(self.dtype)
 
 
-# Of codes with a sign, two bits of exponent and one of mantissa.
+# Of codes: a sign, two bits of exponent and one of mantissa; of a byte's two, whose bits are those of one int32; and
+# factors by their exponents.
 _VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-_VALUES = torch.cat((_VALUES, -_VALUES))
+_VALUES = torch.cat((_VALUES, -_VALUES)).bfloat16()
+_PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), dim=-1).view(torch.int32).squeeze(-1)
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()
 
 
 class Packed(Blocks):
@@ -62,11 +65,12 @@ class Packed(Blocks):
         begin, end, _ = columns.indices(self.shape[-1])
         first = begin // self.coding.size
         places.append(slice(first, -(-end // self.coding.size)))
-        codes = self.coded[tuple(places)]
-        values = _VALUES[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()]
-        values = torch.ldexp(values, self._exponents[tuple(places)].int().unsqueeze(-1) - 127).flatten(-2)
+        codes, exponents = self.coded[tuple(places)], self._exponents[tuple(places)]
+        values = _PAIRS.index_select(0, codes.flatten().int()).view(self.dtype).view(*exponents.shape, -1)
+        # Exact: a value has two bits beside its exponent.
+        values *= _POWERS[exponents.int()].unsqueeze(-1)
         skipped = first * self.coding.size
-        return values[..., begin - skipped : end - skipped].to(self.dtype)
+        return values.flatten(-2)[..., begin - skipped : end - skipped]
 
 
 class _Form(NamedTuple):
