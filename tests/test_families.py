@@ -259,6 +259,17 @@ DRAWN: dict[str, Callable[[random.Random], dict[str, Any]]] = {
         "intermediate_size": 4 * rng.randint(1, 9),
         "rotary_dim": rng.choice([4, 8]),
     },
+    "GptOss": lambda rng: {
+        **GPT_OSS,
+        "num_local_experts": rng.choice([4, 8, 12]),
+        "intermediate_size": 4 * rng.randint(1, 9),
+        "sliding_window": rng.choice([1, 5, 16, 40]),
+        "num_hidden_layers": (count := rng.randint(1, 3)),
+        "layer_types": rng.choices(["sliding_attention", "full_attention"], k=count),
+        "attention_bias": rng.random() < 0.5,
+        "swiglu_limit": rng.choice([0.3, 7.0]),
+        "rope_parameters": rng.choice([None, LLAMA3 | {"partial_rotary_factor": 1.0}, {**YARN, "truncate": True}]),
+    },
 }
 
 

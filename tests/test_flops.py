@@ -7,7 +7,7 @@ import torch
 from checkpoints import accessory_config, random_mixtral
 from torch.utils.flop_counter import FlopCounterMode
 
-from accessory.config import ModelArgs
+from accessory.config import AttentionArgs, ModelArgs
 from accessory.train.flops import flops_per_token, peak_flops, peak_of_card
 
 MIXTRAL_8X7B = ModelArgs(dim=4096, hidden_dim=14336, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=32000)
@@ -43,6 +43,14 @@ def test_a_step_takes_what_pytorchs_counter_counts(sizes: dict[str, int]) -> Non
     assert flops_per_token(args, 2 * length) == pytest.approx(counted, rel=1e-6)
     attention = flops_per_token(args, 2 * length) - flops_per_token(args, length)
     assert attention > 0.02 * counted, "a length that was ignored would pass"
+
+
+def test_a_layer_with_a_window_attends_to_no_more() -> None:
+    """In a row of 16 the first layer of two sees 1, 2, 3 and then 4, on average 4 - 4^2 / 32; the second 8."""
+    attention = AttentionArgs(window=4, windowed=(0,))
+    args = MIXTRAL_8X7B.replace(n_layers=2, attention=attention)
+    assert flops_per_token(args, 16) - flops_per_token(args, 0) == 12 * 32 * 128 * (3.5 + 8)
+    assert flops_per_token(args, 4) - flops_per_token(args, 0) == 12 * 32 * 128 * (2 + 2)
 
 
 def test_mixtral_has_the_active_parameters_that_its_paper_names() -> None:

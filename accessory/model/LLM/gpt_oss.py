@@ -17,7 +17,7 @@ _KINDS = {"sliding_attention": True, "full_attention": False}
 def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
     count = natural(said, "num_hidden_layers", 1)
     kinds = said.get("layer_types", [[*_KINDS][layer % 2] for layer in range(min(count, 2**10))])
-    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in _KINDS for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in [*_KINDS] for kind in kinds):
         raise ValueError(f"layer_types must name each of {count} layers {' or '.join(_KINDS)}, not {kinds!r}")
     if type(said["attention_bias"]) is not bool:
         raise ValueError(f"attention_bias must be true or false, not {said['attention_bias']!r}")
