@@ -351,7 +351,7 @@ def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:
 def _settle_training(options: FinetuneOptions, llma: Transformer) -> None:
     recompute_activations(llma, options.grad_ckpt_policy)
     for name, parameter in llma.named_parameters() if options.train_router is False else ():
-        if split_of(name).kind == "router":
+        if split_of(name).kind == "router" or split_of(name).part == "router_bias":
             parameter.requires_grad_(False)
 
 
