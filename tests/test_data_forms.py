@@ -74,7 +74,7 @@ def test_the_form_is_told_by_the_records(
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("sources", [("a", "chats"), ("openai", "text", ("a", "shortqa")), ([*SHAREGPT, *ALPACA],)])
 def test_several_forms_are_refused(sources: tuple[Any, ...], skip: bool, tmp_path: Path) -> None:
-    listed = r"(alpaca|default) \(\S+\.jsonl\), \w+ \(\S+\.jsonl\)"
+    listed = r"((alpaca|default) \(\S+\.jsonl\), \w+ \(\S+\.jsonl\)|\w+ and \w+, in \S+\.jsonl)"
     with pytest.raises(ValueError, match=f"several prompt forms, {listed}: name one for all with --chat_template"):
         load(tmp_path, *sources, skip_bad_records=skip)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]

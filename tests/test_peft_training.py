@@ -301,6 +301,7 @@ def test_adapters_alone_on_disk(whole_run: Path, adapter_run: Path, setting: Set
     )
     form = {"name": "alpaca", "prompt_types": ["None"]}
     meta = json.loads((adapter_run / MODEL / "meta.json").read_text())
+    assert len(meta.pop("base_routers")) == 4, "two of each layer"
     assert meta == {"llama_type": "mistral_peft", "prompt_form": form}
     config = json.loads((adapter_run / MODEL / "config.json").read_text())
     assert (config["lora_rank"], config["lora_alpha"], config["norm_tuning"]) == (8, 6, True)

@@ -122,7 +122,7 @@ def trained(
         options["chat_template"] = folder / case.form if case.form.endswith(".jinja") else case.form
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     with Program(alone(arguments), {CACHE_VARIABLE: str(folder / "cache")}) as program:
-        assert program.wait(200) == 0, program.text
+        assert program.wait(400) == 0, program.text
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["loss"] < 0.02
     return folder / "run" / f"epoch{EPOCHS - 1}"

@@ -70,8 +70,8 @@ def ended(program: Callable[[], None]) -> int:
     """Run a program to its end, saying what went wrong; returns the exit code."""
     try:
         program()
-    except KeyboardInterrupt:
-        if global_rank() == 0:
+    except KeyboardInterrupt as error:
+        if global_rank() == 0 and not error.args:  # else it has been said what became of the work
             logger.warning("interrupted (Ctrl-C)")
         return 130
     except SystemExit as error:

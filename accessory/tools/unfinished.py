@@ -118,7 +118,7 @@ class StopSignals:
 
 def _end_by(number: signal.Signals) -> BaseException:
     """What ends a program as a shell has it of one that a signal ended: with the exit code 128 + its number."""
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+    return KeyboardInterrupt("the step is kept") if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextmanager
