@@ -118,9 +118,9 @@ def written_layout(name: str, args: ModelArgs) -> Layout:
     if name not in WRITTEN:
         raise ValueError(unknown("to", name, WRITTEN))
     layout = WRITTEN[name]
-    if layout.of_mixtral and not args.computes_as_mixtral:
-        able = [other.name for other in WRITTEN.values() if not other.of_mixtral]
-        raise ValueError(f"{name} cannot say what {args.family} computes: take one of {', '.join(able)}")
+    if unsaid := layout.unsaid(args):
+        able = [other.name for other in WRITTEN.values() if not other.unsaid(args)]
+        raise ValueError(f"{name} cannot say {unsaid}: take one of {', '.join(able)}")
     return layout
 
 

@@ -136,7 +136,7 @@ MISTRAL = dataclasses.replace(
     rows=for_all([*_WHOLE, *_EXPERTS, _GATE, *_stacked_rows("block_sparse_moe", written=False)]),
     cut=None,
     plain=True,
-    of_mixtral=True,
+    unsaid=lambda args: "" if args.computes_as_mixtral else f"what {args.family} computes",
 )
 
 

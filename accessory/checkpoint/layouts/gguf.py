@@ -1,11 +1,13 @@
-"""GGUF files of a Mixtral, llama.cpp's form: one file or a split set, which say the model's sizes themselves.
+"""GGUF files, llama.cpp's form: one file or a split set, which say the model's sizes themselves.
 
-The names are llama.cpp's, of its architecture "llama". Its converter has put the rows of q and k back into the order
-of the releases, rotary pairs neighbouring, since its rotary embedding turns neighbours as ours does. Experts are one
-tensor for each of the three matrices; early files (before April 2024) have one for each expert.
+The names are llama.cpp's, and what differs between families stands in theirs. Of the architecture "llama" its converter
+has put the rows of q and k back into the order of the releases, rotary pairs neighbouring, since its rotary embedding
+turns neighbours as ours does; of the others they lie as in Hugging Face's folders. Experts are one tensor for each of
+the three matrices; early files (before April 2024) have one for each expert.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,43 +19,50 @@ import torch
 
 from accessory.checkpoint.blocks import CODINGS, BlockType, Coding
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
+from accessory.checkpoint.layouts.hf import lie_of, say_left_out
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
-from accessory.checkpoint.layouts.rows import ALL, EACH, Row, Source, for_all
+from accessory.checkpoint.layouts.rows import ALL, EACH, PLAIN, Row, Source, by_parameter
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError, shown
-from accessory.gguf_header import SPLIT_NAME, SUFFIX, Header, are_one, read_header
+from accessory.gguf_header import SPLIT_NAME, SUFFIX, Header, are_one, read_header, set_of
+from accessory.model.LLM import FAMILIES
+from accessory.model.LLM.family import Family, natural
+from accessory.model.LLM.gguf import GATED, MODULES, Architecture
 from accessory.parallel.plan import split_of
 
-_LAYER = re.compile(r"blk\.(\d{1,9})\..+")
-ARCHITECTURE = "llama"
-_OF_MODEL = f"{ARCHITECTURE}."
+_LAYER = re.compile(r"blk\.(\d{1,9})\.(.+)")
+_ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf is not None}
 
-# Their modules by ours, outside of all layers and in a layer.
+# Their modules by ours, outside of all layers.
 _MODULES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-_LAYER_MODULES = {
-    "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "ffn_norm": "ffn_norm",
-    "feed_forward.gate": "ffn_gate_inp",
-}
-_EXPERTS = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}
 _OUTPUT = f"{_MODULES['output']}.weight"
 # Divisors of rotary frequencies, which other architectures' scaling makes.
 _FREQUENCIES = "rope_freqs.weight"
 _GATE = "feed_forward.gate"
 
 
-def _rows() -> Iterator[Row]:
+def _known(family: str) -> Architecture:
+    """What llama.cpp makes of a family that `unsaid` lets pass, or whose file was read."""
+    found = FAMILIES[family].gguf
+    assert found is not None
+    return found
+
+
+@functools.cache
+def _rows(family: str) -> Mapping[str, Sequence[Row]]:
+    return by_parameter(_rows_of(_known(family)))
+
+
+def _rows_of(own: Architecture) -> Iterator[Row]:
     for ours, theirs in _MODULES.items():
         yield Row(f"{ours}.weight", f"{theirs}.weight")
-    for ours, theirs in _LAYER_MODULES.items():
-        yield Row(f"layers.N.{ours}.weight", f"blk.{{N}}.{theirs}.weight")
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in own.modules.items()} | {**own.names}
+    for ours, theirs in names.items():
+        lies = lie_of(ours.removesuffix(".weight")) if own.in_halves else PLAIN
+        yield Row(f"layers.N.{ours}", f"blk.{{N}}.{theirs}", lies=lies)
     for matrix, singles in MATRICES.items():
         for single, place in singles:
-            name = f"blk.{{N}}.{_EXPERTS[single]}"
+            name = f"blk.{{N}}.{GATED[single]}"
             yield Row(f"{EXPERTS}{matrix}", f"{name}_exps.weight", (ALL, *place))
             yield Row(f"{EXPERTS}{matrix}", f"{name}.{{E}}.weight", (EACH, *place), written=False)
 
@@ -80,7 +89,7 @@ def find_gguf(folder: Path, names: Sequence[str]) -> Found | None:
 
 
 def _layout(folder: Path, files: Sequence[tuple[str, ...]], keys: Keys, args: ModelArgs, probe: int) -> Layout:
-    del args, probe
+    del probe
     for file, (name,) in enumerate(files if len(files) > 1 else ()):
         said = read_header(folder / name).values
         if (said.get("split.no"), said.get("split.count")) != (file, len(files)):
@@ -94,13 +103,23 @@ def _layout(folder: Path, files: Sequence[tuple[str, ...]], keys: Keys, args: Mo
             f"{folder} holds {_FREQUENCIES}, a scaling of the rotary embedding that is not known here: of those that "
             "scale positions only linear is"
         )
-    return GGUF if _OUTPUT in held else GGUF_TIED
+    if FAMILIES[args.family].gguf is None:
+        raise CheckpointError(
+            f"{folder} holds GGUF, in which {args.family} is not known: take the config out, or mend it"
+        )
+    layout = GGUF if _OUTPUT in held else GGUF_TIED
+    behind = sorted({int(match[1]) for key in held if (match := _LAYER.fullmatch(key))} - {*range(args.n_layers)})
+    key = f"{_known(args.family).name}.{_EXTRA}"
+    if not behind or not read_header(folder / files[0][0]).values.get(key):
+        return layout
+    left = "|".join(map(str, behind))
+    say_left_out(folder, f"blk.{left}.*", key)
+    return dataclasses.replace(layout, passed_over=re.compile(rf"{layout.passed_over.pattern}|blk\.({left})\..+"))
 
 
 # Their settings by ours, without the architecture before them.
 _SIZES = {
     "dim": "embedding_length",
-    "hidden_dim": "feed_forward_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
     "n_kv_heads": "attention.head_count_kv",
@@ -112,8 +131,11 @@ _SIZES = {
     "sliding_window": "attention.sliding_window",
 }
 _OF_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_WIDTH = "feed_forward_length"
 _NEEDED = ("dim", "hidden_dim", "n_layers", "n_heads", "norm_eps")
+_EXTRA = "nextn_predict_layers"
 _ROTATED = "rope.dimension_count"
+_SECTIONS = "rope.dimension_sections"
 _SCALING, _FACTOR = "rope.scaling.type", "rope.scaling.factor"
 # What would change the computation, and the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -133,6 +155,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_shared_count": (0,),
     "expert_group_count": (0, 1),
     "leading_dense_block_count": (0,),
+    _EXTRA: (0,),
     "interleave_moe_layer_step": (0, 1),
     "moe_every_n_layers": (0, 1),
     "use_parallel_residual": (False,),
@@ -145,39 +168,82 @@ def sizes(header: Header) -> dict[str, Any]:
     """The settings of ModelArgs that a GGUF file says.
 
     Raises:
-        ValueError: it is no Mixtral, or has a setting that this computation cannot follow, or that its tensors belie.
+        ValueError: it is of no family here, or has a setting that this computation cannot follow, or that its tensors
+            belie.
     """
     values = header.values
     kind = values.get("general.architecture")
-    if kind != ARCHITECTURE:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         if kind is None and "split.no" in values:
             raise ValueError("it is not the first file of its set, which says the sizes: give that")
-        raise ValueError(f"general.architecture is {shown(kind)}, and only {ARCHITECTURE} with experts is read")
-    said = {key.removeprefix(_OF_MODEL): value for key, value in values.items() if key.startswith(_OF_MODEL)}
+        known = ", ".join(_ARCHITECTURES)
+        raise ValueError(f"general.architecture is {shown(kind)}, and only {known} with experts are read")
+    family = _ARCHITECTURES[kind]
+    own, of_model = _known(family.name), f"{kind}."
+    said = {key.removeprefix(of_model): value for key, value in values.items() if key.startswith(of_model)}
     if not said.get(_OF_EXPERTS["num_experts"]):
-        raise ValueError(f"{_OF_MODEL}{_OF_EXPERTS['num_experts']} is absent or 0: the model has no experts")
-    for name, neutral in _NEUTRAL.items():
-        if name in said and said[name] not in neutral:
-            raise ValueError(f"{_OF_MODEL}{name} is {shown(said[name])}, and the model here has {neutral[0]} alone")
-    lacking = [theirs for ours, theirs in (_SIZES | _OF_EXPERTS).items() if theirs not in said and ours in _NEEDED]
+        raise ValueError(f"{of_model}{_OF_EXPERTS['num_experts']} is absent or 0: the model has no experts")
+    for name, neutral in {**_NEUTRAL, **own.fixed}.items():
+        if name in said and name not in own.settings.values() and said[name] not in neutral:
+            raise ValueError(f"{of_model}{name} is {shown(said[name])}, and the model here has {neutral[0]} alone")
+    if np.any(said.get(_SECTIONS, 0)):
+        raise ValueError(f"{of_model}{_SECTIONS} is {shown(said[_SECTIONS])}: positions of several kinds are not known")
+    lacking = [theirs for ours, theirs in _sizes_of(own).items() if theirs not in said and ours in _NEEDED]
     lacking += [theirs for theirs in _OF_EXPERTS.values() if theirs not in said]
     if lacking:
-        raise ValueError(f"{_OF_MODEL}{lacking[0]} is missing: copy the file again")
-    found = {ours: _one(said[theirs]) for ours, theirs in _SIZES.items() if theirs in said}
-    found["moe"] = {ours: said[theirs] for ours, theirs in _OF_EXPERTS.items()}
+        raise ValueError(f"{of_model}{lacking[0]} is missing: copy the file again")
+    _check_counts(header, of_model, _one(said[_SIZES["n_layers"]]), said[_OF_EXPERTS["num_experts"]])
+    stated = {}
+    if own.tensors:
+        held = {match[2] for name in _tensors(header) if (match := _LAYER.fullmatch(name))}
+        stated = {setting: name in held for setting, name in own.tensors.items()}
+    found = _arguments(family, said, stated)
     found.setdefault("rope_theta", 1e4)  # llama.cpp's own, where a file says none
-    _check_counts(header, found)
-    _check_heads(said, found)
+    _check_heads(said, of_model, found, partly="partial_rotary_factor" in family.read)
     if not found.get("sliding_window", 1):
         del found["sliding_window"]
     if _SCALING in said or _FACTOR in said:
         if (scaling := said.get(_SCALING, "linear")) not in ("none", "linear"):
-            raise ValueError(f"{_OF_MODEL}{_SCALING} is {shown(scaling)}: only linear is known here")
+            raise ValueError(f"{of_model}{_SCALING} is {shown(scaling)}: only linear is known here")
         factor = said.get(_FACTOR, 1.0)
         if not isinstance(factor, float) or not 0 < factor < float("inf"):
-            raise ValueError(f"{_OF_MODEL}{_FACTOR} must be a number above 0, not {shown(factor)}")
+            raise ValueError(f"{of_model}{_FACTOR} must be a number above 0, not {shown(factor)}")
         if scaling == "linear" and factor != 1:
             found["rope_scaling"] = 1 / factor
+    return found
+
+
+def _sizes_of(own: Architecture) -> dict[str, str]:
+    return {**_SIZES, "hidden_dim": own.width}
+
+
+def _tensors(header: Header) -> set[str]:
+    """The names of all the tensors of a file and of the others of its set."""
+    folder = header.path.parent
+    several = set_of(header.path.name, [path.name for path in folder.iterdir()])
+    others = (read_header(folder / name) for name in several if name != header.path.name)
+    return {place.name for own in (header, *others) for place in own.tensors}
+
+
+def _arguments(family: Family, said: Mapping[str, Any], stated: Mapping[str, bool]) -> dict[str, Any]:
+    """The settings of ModelArgs that follow from a file's keys, put in Hugging Face's words in between.
+
+    Args:
+        said: without the architecture before them.
+        stated: settings of Hugging Face's that the tensors say.
+    """
+    own = _known(family.name)
+    found = {ours: _one(said[theirs]) for ours, theirs in _sizes_of(own).items() if theirs in said}
+    given = {family.experts[ours]: said[theirs] for ours, theirs in _OF_EXPERTS.items()}
+    given |= {setting: said[theirs] for setting, theirs in own.settings.items() if theirs in said}
+    given |= {setting: value for setting, value in own.absent.items() if not given.get(setting)}
+    if family.extra_layers in given:  # they stand behind the others, and block_count counts them
+        found["n_layers"] -= natural(given, family.extra_layers)
+    given |= {theirs: found[ours] for ours, theirs in family.sizes.items() if ours in found}
+    given = {**family.defaults, **given, **stated, **own.computed}
+    found |= {"family": family.name, **family.arguments(given)}
+    chosen = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
+    found["moe"] = chosen | found.get("moe", {})
     return found
 
 
@@ -195,26 +261,27 @@ def _one(value: Any) -> Any:
 _MOST = 512
 
 
-def _check_counts(header: Header, found: Mapping[str, Any]) -> None:
-    layers, experts = found["n_layers"], found["moe"]["num_experts"]
+def _check_counts(header: Header, of_model: str, layers: Any, experts: Any) -> None:
     for name, count in (("block_count", layers), ("expert_count", experts)):
         if type(count) is not int or not 0 < count <= _MOST:
-            raise ValueError(f"{_OF_MODEL}{name} is {shown(count)}, and must be 1 to {_MOST}: copy the file again")
+            raise ValueError(f"{of_model}{name} is {shown(count)}, and must be 1 to {_MOST}: copy the file again")
     held = {int(match[1]) for own in header.tensors if (match := _LAYER.fullmatch(own.name))}
     if "split.count" not in header.values and held != set(range(layers)):
-        raise ValueError(f"{_OF_MODEL}block_count is {layers}, and there are tensors of {len(held)} layers")
-    routers = {own.shape[0] for own in header.tensors if own.name.endswith(f"{_LAYER_MODULES[_GATE]}.weight")}
+        raise ValueError(f"{of_model}block_count is {layers}, and there are tensors of {len(held)} layers")
+    routers = {own.shape[0] for own in header.tensors if own.name.endswith(f"{MODULES[_GATE]}.weight")}
     if routers - {experts}:
-        raise ValueError(f"{_OF_MODEL}expert_count is {experts}, and routers are for {sorted(routers)[0]}")
+        raise ValueError(f"{of_model}expert_count is {experts}, and routers are for {sorted(routers)[0]}")
 
 
-def _check_heads(said: Mapping[str, Any], found: dict[str, Any]) -> None:
+def _check_heads(said: Mapping[str, Any], of_model: str, found: dict[str, Any], *, partly: bool) -> None:
     rotated = said.get(_ROTATED)
-    if rotated is not None and found.setdefault("head_dim", rotated) != rotated:
-        raise ValueError(f"{_OF_MODEL}{_ROTATED} is {rotated}, and heads of {found['head_dim']} are turned whole here")
+    if partly:
+        found["attention"] = found.get("attention", {}) | {"rotary_dim": rotated}
+    elif rotated is not None and found.setdefault("head_dim", rotated) != rotated:
+        raise ValueError(f"{of_model}{_ROTATED} is {rotated}, and heads of {found['head_dim']} are turned whole here")
     width = said.get("attention.value_length")
     if width is not None and found.setdefault("head_dim", width) != width:
-        raise ValueError(f"{_OF_MODEL}attention.value_length is {width}, and keys have {found['head_dim']}")
+        raise ValueError(f"{of_model}attention.value_length is {width}, and keys have {found['head_dim']}")
 
 
 # -- what is written
@@ -247,26 +314,75 @@ def coded(source: Source, wanted: Coding) -> Coding:
 def metadata(args: ModelArgs, most: Coding, name: str) -> dict[str, Any]:
     """What a file says of a model of these sizes."""
     file_type = next((number for coding, number in TYPES.values() if coding == most), 0)
+    kind = _known(args.family).name
     found: dict[str, Any] = {
-        "general.architecture": ARCHITECTURE,
+        "general.architecture": kind,
         "general.type": "model",
         "general.name": name,
         "general.file_type": file_type,
         "general.quantization_version": 2,
     }
-    own = {theirs: getattr(args, ours) for ours, theirs in _SIZES.items()}
-    own |= {theirs: getattr(args.moe, ours) for ours, theirs in _OF_EXPERTS.items()}
-    own |= {_ROTATED: args.head_dim, "attention.value_length": args.head_dim}
-    own |= {theirs: float(own[theirs]) for theirs in (_SIZES["norm_eps"], _SIZES["rope_theta"])}
+    return found | {f"{kind}.{key}": value for key, value in _keys(args).items()}
+
+
+def _keys(args: ModelArgs) -> dict[str, Any]:
+    """The keys of a model's own, without the architecture before them."""
+    own = _known(args.family)
+    found = {_WIDTH: args.hidden_dim, **{key: values[0] for key, values in own.fixed.items()}}
+    found |= {theirs: getattr(args, ours) for ours, theirs in _sizes_of(own).items()}
+    found |= {theirs: getattr(args.moe, ours) for ours, theirs in _OF_EXPERTS.items()}
+    settings = _settings(args)
+    found |= {theirs: settings[setting] for setting, theirs in own.settings.items()}
+    found |= {_ROTATED: args.rotary_dim, "attention.value_length": args.head_dim}
+    floats = {_SIZES["norm_eps"], _SIZES["rope_theta"]}
+    floats |= {own.settings[setting] for setting, value in own.absent.items() if isinstance(value, float)}
+    found |= {key: float(found[key]) for key in floats}
     if args.rope_scaling is not None:
-        own |= {_SCALING: "linear", _FACTOR: 1 / args.rope_scaling}
-    return found | {f"{_OF_MODEL}{key}": value for key, value in own.items() if value is not None}
+        found |= {_SCALING: "linear", _FACTOR: 1 / args.rope_scaling}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _settings(args: ModelArgs) -> dict[str, Any]:
+    """Hugging Face's settings of a model, as far as they are its family's own."""
+    family = FAMILIES[args.family]
+    return {theirs: getattr(args.moe, ours) for ours, theirs in family.experts.items()} | family.settings(args)
+
+
+def unsaid(args: ModelArgs) -> str:
+    """What llama.cpp would compute otherwise than this model, or cannot hold of it; empty where it says all."""
+    family = FAMILIES[args.family]
+    if family.gguf is None:
+        return f"what {args.family} computes"
+    try:
+        settings, keys = _settings(args), _keys(args)
+        found = _arguments(family, keys, {setting: settings[setting] for setting in family.gguf.tensors})
+        _check_heads(keys, "", found, partly="partial_rotary_factor" in family.read)
+        read = dict(_parts(ModelArgs.from_dict(found)))
+    except ValueError as error:  # of what the family has in other ways only
+        return f"that {error}"
+    other = [(name, value, read.get(name)) for name, value in _parts(args) if read.get(name) != value]
+    if other:
+        return ", ".join(f"{name} {value} (llama.cpp's {family.gguf.name} has {there})" for name, value, there in other)
+    refused = family.gguf.refuses(args)
+    return f"{refused} (llama.cpp's {family.gguf.name} has them alike)" if refused else ""
+
+
+def _parts(args: ModelArgs) -> Iterator[tuple[str, Any]]:
+    """All settings that decide what is computed, but for the sizes."""
+    for part, own in (("attention", args.attention), ("moe", args.moe), ("moe.router", args.moe.router)):
+        yield from (
+            (f"{part}.{each.name}", getattr(own, each.name))
+            for each in dataclasses.fields(own)
+            if each.name != "router"
+        )
+    if args.dense is not None:
+        yield from (("dense.layers", [*args.dense.layers]), ("dense.hidden_dim", args.dense.hidden_dim))
 
 
 GGUF = Layout(
     name="gguf",
     shown="llama.cpp's",
-    rows=for_all(_rows()),
+    rows=lambda args: _rows(args.family),
     cut=None,
     file_name=lambda file, files, ending: "model.gguf",
     one_file=True,
@@ -274,7 +390,7 @@ GGUF = Layout(
     metadata=metadata,
     config=None,
     plain=True,
-    of_mixtral=True,
+    unsaid=unsaid,
 )
 # The output head is the embedding's matrix.
 _TIED = Row("output.weight", f"{_MODULES['tok_embeddings']}.weight")

@@ -379,13 +379,13 @@ def _without_extra_layers(layout: Layout, values: Mapping[str, Any], args: Model
     if type(count) is not int or not 0 < count <= MOST_LAYERS:
         return layout
     left = "|".join(str(args.n_layers + number) for number in range(count))
-    _say_left_out(folder, rf"model.layers.{left}.*", family.extra_layers)
+    say_left_out(folder, rf"model.layers.{left}.*", family.extra_layers)
     return dataclasses.replace(
         layout, passed_over=re.compile(rf"{layout.passed_over.pattern}|model\.layers\.({left})\..+")
     )
 
 
 @functools.cache
-def _say_left_out(folder: Path, tensors: str, setting: str) -> None:
+def say_left_out(folder: Path, tensors: str, setting: str) -> None:
     """Say it once in a process."""
     logger.info("%s: %s, if there, are left out: they predict further tokens (%s)", folder, tensors, setting)

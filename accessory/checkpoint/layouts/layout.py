@@ -45,7 +45,7 @@ class Layout:
         config: name and content of the file that says a model's sizes, by the dtype of most of its weights; None: the
             files of weights say them.
         plain: whether it holds neither adapters nor quantized matrices.
-        of_mixtral: whether its config can say of a model no more than sizes.
+        unsaid: what its config has no words for of a model's computation; empty where it says all.
         says_ends: whether generation_config.json says where an answer ends.
         pads: whether what it lacks of a parameter is zero.
     """
@@ -64,7 +64,7 @@ class Layout:
     passed_over: re.Pattern[str] = BUFFERS
     config: Callable[[ModelArgs, torch.dtype], tuple[str, dict[str, Any]]] | None = field(repr=False)
     plain: bool = False
-    of_mixtral: bool = False
+    unsaid: Callable[[ModelArgs], str] = field(repr=False, default=lambda args: "")
     says_ends: bool = False
     pads: bool = False
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accessory.config import ModelArgs
+from accessory.model.LLM.gguf import Architecture
 
 # transformers' settings by ours, as most families have them.
 SIZES: Mapping[str, str] = {
@@ -92,6 +93,7 @@ class Family:
         tensors: the same of tensors that are no module's weight.
         matrices: the three matrices of an expert by ours, with {E} for its number; none: those of a layer lie in one
             tensor each for gate and up, by turns, and for down, transposed, and have biases.
+        gguf: what llama.cpp makes of it; None: nothing that is known here.
     """
 
     name: str
@@ -109,3 +111,4 @@ class Family:
     modules: Mapping[str, str]
     tensors: Mapping[str, str] = field(default_factory=dict)
     matrices: Mapping[str, str]
+    gguf: Architecture | None = None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accessory.config import ModelArgs
+from accessory.model.LLM import gguf
 from accessory.model.LLM.family import (
     DENSE,
     MATRICES,
@@ -102,4 +103,34 @@ GLM4_MOE = Family(
         "feed_forward.gate.correction_bias": "mlp.gate.e_score_correction_bias",
     },
     matrices=MATRICES,
+    gguf=gguf.Architecture(
+        name="glm4moe",
+        settings={
+            "intermediate_size": "feed_forward_length",
+            "first_k_dense_replace": "leading_dense_block_count",
+            "n_shared_experts": "expert_shared_count",
+            "n_group": "expert_group_count",
+            "topk_group": "expert_group_used_count",
+            "routed_scaling_factor": "expert_weights_scale",
+            "norm_topk_prob": "expert_weights_norm",
+            "num_nextn_predict_layers": "nextn_predict_layers",
+        },
+        absent={
+            "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": False,
+        },
+        tensors={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
+        fixed={"expert_gating_func": (2, 0)},
+        modules={
+            **gguf.MODULES,
+            **gguf.QK_NORMS,
+            **gguf.DENSE,
+            **gguf.SHARED,
+            "ffn_norm": "post_attention_norm",
+        },
+        names={**{f"attention.{own}_bias": f"attn_{own}.bias" for own in "qkv"}, **gguf.CORRECTION},
+    ),
 )

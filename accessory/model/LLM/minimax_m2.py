@@ -7,6 +7,7 @@ normalised over all heads together, and only a part of each head is turned.
 from collections.abc import Mapping
 from typing import Any
 
+from accessory.model.LLM import gguf
 from accessory.model.LLM.family import MODULES, QK_NORMS, Family
 
 _ROOM = "block_sparse_moe"
@@ -53,4 +54,11 @@ MINIMAX_M2 = Family(
     modules={**MODULES, **QK_NORMS, "feed_forward.gate": f"{_ROOM}.gate"},
     tensors={"feed_forward.gate.correction_bias": f"{_ROOM}.e_score_correction_bias"},
     matrices={single: f"{_ROOM}.experts.{{E}}.{single}" for single in ("w1", "w2", "w3")},
+    gguf=gguf.Architecture(
+        name="minimax-m2",
+        settings={"rotary_dim": "rope.dimension_count"},
+        fixed={"expert_gating_func": (2,), "expert_weights_norm": (True,)},
+        modules={**gguf.MODULES, **gguf.QK_NORMS},
+        names=gguf.CORRECTION,
+    ),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accessory.config import ModelArgs
+from accessory.model.LLM import gguf
 from accessory.model.LLM.family import DENSE, EXPERTS, MATRICES, MODULES, QK_NORMS, SIZES, Family, dense_layers, natural
 
 
@@ -52,4 +53,10 @@ QWEN3_MOE = Family(
     settings=_settings,
     modules={**MODULES, **QK_NORMS, **DENSE},
     matrices=MATRICES,
+    gguf=gguf.Architecture(
+        name="qwen3moe",
+        computed={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        fixed={"expert_weights_norm": (True,)},
+        modules={**gguf.MODULES, **gguf.QK_NORMS},
+    ),
 )
