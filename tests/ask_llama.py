@@ -36,6 +36,27 @@ def ask_llama_cpp(
     return said, found["tokens"]
 
 
+def says_as_transformers(path: Path, hf: Any, *, prompts: Sequence[Sequence[int]], count: int) -> int:
+    """Hold what it says to what transformers' model does; how many tokens were clear enough to be compared."""
+    from checkpoints import hf_logits
+
+    compared = 0
+    answers, _ = ask_llama_cpp(path, prompts=prompts, count=count)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = list(prompt)
+        for said, best in answer:
+            truth = hf_logits(hf, text)[-1].log_softmax(-1)
+            for token, probability in best.items():
+                assert abs(probability - truth[token].item()) < 1e-3
+            truth[3:259] = -float("inf")
+            first, second = truth.topk(2).values.tolist()
+            if first - second > 1e-3:
+                assert said == truth.argmax().item()
+                compared += 1
+            text.append(said)
+    return compared
+
+
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp
 

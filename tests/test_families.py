@@ -7,14 +7,16 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from ask_llama import says_as_transformers
 from checkpoints import hf_greedy, hf_logits, random_prompts
 from finetuning import Setting, finetune_on_rank, make_setting
 from models import assembled, completions, load
@@ -27,14 +29,18 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from accessory.checkpoint.adapter_export import export_adapter
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.diff import diff
-from accessory.checkpoint.layouts import load_args
+from accessory.checkpoint.folder import Folder
+from accessory.checkpoint.layouts import load_args, written_layout
+from accessory.checkpoint.layouts.gguf import sizes as sizes_of_gguf
 from accessory.checkpoint.layouts.hf import config_of
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.config import ModelArgs, MoEArgs, QuantArgs, RouterArgs
+from accessory.config.model import DenseArgs
 from accessory.errors import CheckpointError
+from accessory.gguf_header import read_header
 from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
@@ -518,15 +524,101 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
     torch.testing.assert_close(hf_logits(again, prompt), hf_logits(own.hf, prompt), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("to", ["mistral", "gguf"])
 def test_forms_that_cannot_say_what_a_family_computes_are_refused(
-    to: str, made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("qwen3_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"):
+    for name, to, says in (
+        *((name, "mistral", f"what {name} computes") for name in FAMILIES if name != "mixtral"),
+        ("gpt_oss", "gguf", "what gpt_oss computes"),
+        ("qwen3_moe, as probable as they are", "gguf", "moe.norm_topk_prob False (llama.cpp's qwen3moe has True)"),
+        ("qwen3_moe, with dense layers", "gguf", "dense.layers [0, 2, 3] (llama.cpp's qwen3moe has None)"),
+        ("olmoe, clipped, 2 kv heads", "gguf", "attention.clip 0.9 (llama.cpp's olmoe has None)"),
+    ):
         assert main(["convert", str(made(name).folder), str(tmp_path / "out"), "--to", to]) == 1
-        said = f"{to} cannot say what {name} computes: take one of accessory, accessory-sparse, hf"
-        assert said in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"{to} cannot say " in error
+        assert says in error
+        assert "take one of accessory, accessory-sparse, hf" in error
     assert list(tmp_path.iterdir()) == []
+    olmoe = load_args([made("olmoe").folder / "config.json"])
+    with pytest.raises(ValueError, match=r"gguf cannot say n_kv_heads \* head_dim 24 beside dim 48"):
+        written_layout("gguf", olmoe.replace(n_kv_heads=4))
+    glm = load_args([made("glm4_moe").folder / "config.json"])
+    for changes, says in (
+        ({"dense": DenseArgs(layers=(1,), hidden_dim=40)}, "glm4_moe has the first ones alone"),
+        ({"moe": replace(glm.moe, shared_hidden_dim=17)}, "moe.shared_hidden_dim 17"),
+        ({"attention": replace(glm.attention, clip=2.0)}, "attention.clip 2.0"),
+        ({"family": "mixtral"}, "attention.qkv_bias True (llama.cpp's llama has False), attention.rotary_dim 6"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            written_layout("gguf", glm.replace(**changes))
+
+
+# Of sizes that blocks divide.
+IN_GGUF = ("qwen3_moe", "glm4_moe", "glm4_moe, in groups", "minimax_m2, 2 kv heads", "olmoe")
+WIDE = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_gguf_there_and_back_and_in_llama_cpp(name: str, small_tokenizer: Path, tmp_path: Path) -> None:
+    """Which also shows in which order an architecture has the rows of q and k."""
+    case = CASES[name]
+    wide = {setting: value for setting, value in WIDE.items() if setting in SHARED | case.settings}
+    own = write_folder_of(Case(case.classes, case.settings | wide), small_tokenizer, tmp_path / "hf", 3)
+    convert(own.folder, tmp_path / "own", mp=2, dtype=torch.bfloat16)
+    for first, type, dtype, atol in (
+        ("hf", "F32", None, 0),
+        ("own", "BF16", torch.bfloat16, 0),
+        ("hf", "Q8_0", None, 4e-3),
+    ):
+        convert(tmp_path / first, tmp_path / type, to="gguf", type=type)
+        convert(tmp_path / type, tmp_path / f"{type}-back", to="accessory-sparse", mp=2, dtype=dtype)
+        assert diff(tmp_path / first, tmp_path / f"{type}-back", atol=atol).same
+        assert Folder(tmp_path / type).stored_args() == Folder(own.folder).stored_args()
+    assert not diff(tmp_path / "hf", tmp_path / "Q8_0", atol=1e-4).same
+    prompts = random_prompts(5, (4, 17))
+    assert says_as_transformers(tmp_path / "F32" / "model.gguf", own.hf, prompts=prompts, count=8) > 12
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("qwen3_moe", {"expert_weights_norm": False}, "qwen3moe.expert_weights_norm is False"),
+        ("qwen3_moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length is missing"),
+        ("qwen3_moe", {"rope.dimension_count": 8}, "qwen3moe.rope.dimension_count is 8, and heads of 12"),
+        ("olmoe", {"attention.clamp_kqv": 8.0}, "olmoe.attention.clamp_kqv is 8.0"),
+        ("minimax_m2", {"expert_gating_func": 1}, "minimax-m2.expert_gating_func is 1"),
+        ("minimax_m2", {"leading_dense_block_count": 1}, "minimax-m2.leading_dense_block_count is 1"),
+        ("glm4_moe", {"expert_gating_func": 3}, "glm4moe.expert_gating_func is 3"),
+        ("glm4_moe", {"expert_shared_count": 0}, "n_shared_experts must be a whole number from 1 on, not 0"),
+        ("glm4_moe", {"leading_dense_block_count": 2**32 - 1}, "dense.layers names all layers"),
+        ("glm4_moe", {"nextn_predict_layers": 3}, "n_layers must be"),
+        ("glm4_moe", {"rope.dimension_sections": np.array([8, 8, 0, 0])}, "positions of several kinds"),
+        ("glm4_moe", {"expert_group_count": 3}, "8 experts do not make 3 groups"),
+        ("glm4_moe", {"expert_weights_norm": None}, {"moe": {"norm_topk_prob": False}}),
+        ("glm4_moe", {"expert_weights_scale": 0.0}, {"moe": {"router": {"scale": 1.0}}}),
+        ("glm4_moe", {"nextn_predict_layers": 1}, {"n_layers": 2}),
+        ("minimax_m2", {"rope.dimension_count": None}, {"attention": {"rotary_dim": None}}),
+    ],
+)
+def test_keys_of_gguf_mean_what_llama_cpp_takes_them_for(
+    name: str, changes: dict[str, Any], says: Any, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    convert(made(name).folder, tmp_path / "g", to="gguf")
+    header = read_header(tmp_path / "g" / "model.gguf")
+    kind = header.values["general.architecture"]
+    values = {**header.values, **{f"{kind}.{key}": value for key, value in changes.items()}}
+    changed = replace(header, values={key: value for key, value in values.items() if value is not None})
+    if isinstance(says, str):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            ModelArgs.from_dict(sizes_of_gguf(changed))
+    else:
+        before, after = (asdict(ModelArgs.from_dict(sizes_of_gguf(own))) for own in (header, changed))
+        assert after == put_into(before, says) != before
+
+
+def put_into(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return old | {key: put_into(old[key], value) if isinstance(value, dict) else value for key, value in new.items()}
 
 
 def in_scaled_blocks(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

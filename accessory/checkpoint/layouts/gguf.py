@@ -199,7 +199,7 @@ def sizes(header: Header) -> dict[str, Any]:
         stated = {setting: name in held for setting, name in own.tensors.items()}
     found = _arguments(family, said, stated)
     found.setdefault("rope_theta", 1e4)  # llama.cpp's own, where a file says none
-    _check_heads(said, of_model, found, partly="partial_rotary_factor" in family.read)
+    _check_heads(said, of_model, found, turns_whole="partial_rotary_factor" not in family.read)
     if not found.get("sliding_window", 1):
         del found["sliding_window"]
     if _SCALING in said or _FACTOR in said:
@@ -242,6 +242,8 @@ def _arguments(family: Family, said: Mapping[str, Any], stated: Mapping[str, boo
     given |= {theirs: found[ours] for ours, theirs in family.sizes.items() if ours in found}
     given = {**family.defaults, **given, **stated, **own.computed}
     found |= {"family": family.name, **family.arguments(given)}
+    if "partial_rotary_factor" in family.read:
+        found["attention"] = found.get("attention", {}) | {"rotary_dim": said.get(_ROTATED)}
     chosen = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
     found["moe"] = chosen | found.get("moe", {})
     return found
@@ -273,11 +275,9 @@ def _check_counts(header: Header, of_model: str, layers: Any, experts: Any) -> N
         raise ValueError(f"{of_model}expert_count is {experts}, and routers are for {sorted(routers)[0]}")
 
 
-def _check_heads(said: Mapping[str, Any], of_model: str, found: dict[str, Any], *, partly: bool) -> None:
+def _check_heads(said: Mapping[str, Any], of_model: str, found: dict[str, Any], *, turns_whole: bool) -> None:
     rotated = said.get(_ROTATED)
-    if partly:
-        found["attention"] = found.get("attention", {}) | {"rotary_dim": rotated}
-    elif rotated is not None and found.setdefault("head_dim", rotated) != rotated:
+    if turns_whole and rotated is not None and found.setdefault("head_dim", rotated) != rotated:
         raise ValueError(f"{of_model}{_ROTATED} is {rotated}, and heads of {found['head_dim']} are turned whole here")
     width = said.get("attention.value_length")
     if width is not None and found.setdefault("head_dim", width) != width:
@@ -356,7 +356,6 @@ def unsaid(args: ModelArgs) -> str:
     try:
         settings, keys = _settings(args), _keys(args)
         found = _arguments(family, keys, {setting: settings[setting] for setting in family.gguf.tensors})
-        _check_heads(keys, "", found, partly="partial_rotary_factor" in family.read)
         read = dict(_parts(ModelArgs.from_dict(found)))
     except ValueError as error:  # of what the family has in other ways only
         return f"that {error}"
