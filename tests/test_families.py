@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -578,6 +579,42 @@ def test_gguf_there_and_back_and_in_llama_cpp(name: str, small_tokenizer: Path, 
     assert not diff(tmp_path / "hf", tmp_path / "Q8_0", atol=1e-4).same
     prompts = random_prompts(5, (4, 17))
     assert says_as_transformers(tmp_path / "F32" / "model.gguf", own.hf, prompts=prompts, count=8) > 12
+
+
+def test_a_set_with_a_layer_that_predicts_further_tokens_is_read_as_llama_cpp_does(
+    made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Written by the package: its first file has none of the tensors, of which some say settings."""
+    own, kind = made("glm4_moe"), gguf.GGUFValueType
+    convert(own.folder, tmp_path / "one", to="gguf", type="F32")
+    reader = gguf.GGUFReader(tmp_path / "one" / "model.gguf")
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    tensors |= {name.replace(".2.", ".3."): tensor + 1 for name, tensor in tensors.items() if name.startswith("blk.2.")}
+    tensors |= {f"blk.3.nextn.{name}.weight": np.ones(48, np.float32) for name in ("enorm", "hnorm")}
+    tensors["blk.3.nextn.eh_proj.weight"] = np.ones((48, 96), np.float32)
+    changes = {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    (folder := tmp_path / "set").mkdir()
+    for file, held in enumerate(({}, tensors)):
+        writer = gguf.GGUFWriter(folder / f"m-{file + 1:05d}-of-00002.gguf", "glm4moe")
+        for name, field in reader.fields.items():
+            if file == 0 and not name.startswith(("GGUF.", "general.architecture")):
+                value = changes.get(name, field.contents())
+                writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        for name, count in (("no", file), ("count", 2)):
+            writer.add_key_value(f"split.{name}", count, kind.UINT16)
+        writer.add_key_value("split.tensors.count", len(tensors), kind.INT32)
+        for name, tensor in held.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with caplog.at_level("INFO"):
+        assert diff(own.folder, folder).same
+    assert Folder(folder).stored_args() == Folder(own.folder).stored_args()
+    assert "blk.3.*, if there, are left out" in caplog.text
+    first = folder / "m-00001-of-00002.gguf"
+    assert says_as_transformers(first, own.hf, prompts=random_prompts(5, (9,)), count=8) > 5
 
 
 @pytest.mark.parametrize(

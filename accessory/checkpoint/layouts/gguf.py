@@ -235,7 +235,7 @@ def _arguments(family: Family, said: Mapping[str, Any], stated: Mapping[str, boo
     own = _known(family.name)
     found = {ours: _one(said[theirs]) for ours, theirs in _sizes_of(own).items() if theirs in said}
     given = {family.experts[ours]: said[theirs] for ours, theirs in _OF_EXPERTS.items()}
-    given |= {setting: said[theirs] for setting, theirs in own.settings.items() if theirs in said}
+    given |= {setting: _one(said[theirs]) for setting, theirs in own.settings.items() if theirs in said}
     given |= {setting: value for setting, value in own.absent.items() if not given.get(setting)}
     if family.extra_layers in given:  # they stand behind the others, and block_count counts them
         found["n_layers"] -= natural(given, family.extra_layers)
