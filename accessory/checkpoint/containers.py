@@ -70,7 +70,7 @@ def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{file} is no plain file. Copy it again")
     openers: dict[str, Callable[[Path], dict[str, Any]]] = {SAFETENSORS: _safetensors, SUFFIX: open_gguf}
     content = openers[path.suffix](path) if path.suffix in openers else _archive(path, *more)
-    if not content:
+    if not content and path.suffix != SUFFIX:  # the first of a set may hold metadata alone
         raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
     for key, value in content.items():
         if isinstance(value, Unmapped | Blocks):
