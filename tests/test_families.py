@@ -201,6 +201,8 @@ def test_a_family_of_ours_that_nobody_knows_is_refused(
 
 def test_every_family_has_a_case() -> None:
     assert {name.partition(",")[0] for name in CASES} == {*FAMILIES}
+    in_gguf = {name for name, family in FAMILIES.items() if family.gguf is not None}
+    assert {name.partition(",")[0] for name in IN_GGUF} == in_gguf - {"mixtral"}  # of which tests/test_gguf.py is
 
 
 # --- logits and greedy tokens

@@ -49,8 +49,10 @@ class _Rows:
         self._stored, self._order = stored, order
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        # Columns first: so only what is asked for is read.
-        found: Tensor = self._stored[(slice(None), *index[1:])][self._order[index[0]]]
+        # Rows between the outermost, and columns, first: so only heads that are asked for are read, or decoded.
+        rows = self._order[index[0]]
+        first, last = (rows.min().item(), rows.max().item()) if len(rows) else (0, -1)
+        found: Tensor = self._stored[(slice(first, last + 1), *index[1:])][rows - first]
         return found
 
     def __setitem__(self, index: tuple[slice, ...], values: Tensor) -> None:

@@ -56,7 +56,6 @@ MINIMAX_M2 = Family(
     matrices={single: f"{_ROOM}.experts.{{E}}.{single}" for single in ("w1", "w2", "w3")},
     gguf=gguf.Architecture(
         name="minimax-m2",
-        settings={"rotary_dim": "rope.dimension_count"},
         fixed={"expert_gating_func": (2,), "expert_weights_norm": (True,)},
         modules={**gguf.MODULES, **gguf.QK_NORMS},
         names=gguf.CORRECTION,
