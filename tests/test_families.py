@@ -38,8 +38,7 @@ from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
-from accessory.config import ModelArgs, MoEArgs, QuantArgs, RouterArgs
-from accessory.config.model import DenseArgs
+from accessory.config import DenseArgs, ModelArgs, MoEArgs, QuantArgs, RopeArgs, RouterArgs
 from accessory.errors import CheckpointError
 from accessory.gguf_header import read_header
 from accessory.kernels import route
@@ -551,6 +550,7 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
         ({"dense": DenseArgs(layers=(1,), hidden_dim=40)}, "glm4_moe has the first ones alone"),
         ({"moe": replace(glm.moe, shared_hidden_dim=17)}, "moe.shared_hidden_dim 17"),
         ({"attention": replace(glm.attention, clip=2.0)}, "attention.clip 2.0"),
+        ({"rope": RopeArgs(factor=4.0)}, "rope.kind yarn (llama.cpp's glm4moe has None)"),
         ({"family": "mixtral"}, "attention.qkv_bias True (llama.cpp's llama has False), attention.rotary_dim 6"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):

@@ -374,6 +374,8 @@ def _parts(args: ModelArgs) -> Iterator[tuple[str, Any]]:
             for each in dataclasses.fields(own)
             if each.name != "router"
         )
+    if args.rope is not None:
+        yield "rope.kind", args.rope.kind
     if args.dense is not None:
         yield from (("dense.layers", [*args.dense.layers]), ("dense.hidden_dim", args.dense.hidden_dim))
 
