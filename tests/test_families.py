@@ -545,7 +545,7 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     olmoe = load_args([made("olmoe").folder / "config.json"])
     with pytest.raises(ValueError, match=r"gguf cannot say n_kv_heads \* head_dim 24 beside dim 48"):
         written_layout("gguf", olmoe.replace(n_kv_heads=4))
-    glm = load_args([made("glm4_moe").folder / "config.json"])
+    glm = load_args([made("glm4_moe").folder / "config.json"]).replace(rope=None)
     for changes, says in (
         ({"dense": DenseArgs(layers=(1,), hidden_dim=40)}, "glm4_moe has the first ones alone"),
         ({"moe": replace(glm.moe, shared_hidden_dim=17)}, "moe.shared_hidden_dim 17"),
@@ -557,43 +557,54 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
             written_layout("gguf", glm.replace(**changes))
 
 
-# Of sizes that blocks divide.
-IN_GGUF = ("qwen3_moe", "glm4_moe", "glm4_moe, in groups", "minimax_m2, 2 kv heads", "olmoe")
+# Of sizes that blocks divide, and of rotary scalings the linear one.
+IN_GGUF = ("qwen3_moe", "glm4_moe", "glm4_moe, in groups", "minimax_m2", "olmoe")
 WIDE = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "intermediate_size": 32}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def made_wide(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    @cache
+    def of(name: str) -> Made:
+        case = CASES[name]
+        wide = {own: value for own, value in (WIDE | LINEAR).items() if own in SHARED | case.settings}
+        folder = tmp_path_factory.mktemp("wide") / "folder"
+        return write_folder_of(Case(case.classes, case.settings | wide), small_tokenizer, folder, 3)
+
+    return of
 
 
 @pytest.mark.parametrize("name", IN_GGUF)
-def test_gguf_there_and_back_and_in_llama_cpp(name: str, small_tokenizer: Path, tmp_path: Path) -> None:
+def test_gguf_there_and_back_and_in_llama_cpp(name: str, made_wide: Callable[[str], Made], tmp_path: Path) -> None:
     """Which also shows in which order an architecture has the rows of q and k."""
-    case = CASES[name]
-    wide = {setting: value for setting, value in WIDE.items() if setting in SHARED | case.settings}
-    own = write_folder_of(Case(case.classes, case.settings | wide), small_tokenizer, tmp_path / "hf", 3)
+    own = made_wide(name)
     convert(own.folder, tmp_path / "own", mp=2, dtype=torch.bfloat16)
     for first, type, dtype, atol in (
-        ("hf", "F32", None, 0),
-        ("own", "BF16", torch.bfloat16, 0),
-        ("hf", "Q8_0", None, 4e-3),
+        (own.folder, "F32", None, 0),
+        (tmp_path / "own", "BF16", torch.bfloat16, 0),
+        (own.folder, "Q8_0", None, 4e-3),
     ):
-        convert(tmp_path / first, tmp_path / type, to="gguf", type=type)
+        convert(first, tmp_path / type, to="gguf", type=type)
         convert(tmp_path / type, tmp_path / f"{type}-back", to="accessory-sparse", mp=2, dtype=dtype)
-        assert diff(tmp_path / first, tmp_path / f"{type}-back", atol=atol).same
+        assert diff(first, tmp_path / f"{type}-back", atol=atol).same
         assert Folder(tmp_path / type).stored_args() == Folder(own.folder).stored_args()
-    assert not diff(tmp_path / "hf", tmp_path / "Q8_0", atol=1e-4).same
+    assert not diff(own.folder, tmp_path / "Q8_0", atol=1e-4).same
     prompts = random_prompts(5, (4, 17))
     assert says_as_transformers(tmp_path / "F32" / "model.gguf", own.hf, prompts=prompts, count=8) > 12
 
 
 def test_a_set_with_a_layer_that_predicts_further_tokens_is_read_as_llama_cpp_does(
-    made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    made_wide: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Written by the package: its first file has none of the tensors, of which some say settings."""
-    own, kind = made("glm4_moe"), gguf.GGUFValueType
+    own, kind = made_wide("glm4_moe"), gguf.GGUFValueType
     convert(own.folder, tmp_path / "one", to="gguf", type="F32")
     reader = gguf.GGUFReader(tmp_path / "one" / "model.gguf")
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     tensors |= {name.replace(".2.", ".3."): tensor + 1 for name, tensor in tensors.items() if name.startswith("blk.2.")}
-    tensors |= {f"blk.3.nextn.{name}.weight": np.ones(48, np.float32) for name in ("enorm", "hnorm")}
-    tensors["blk.3.nextn.eh_proj.weight"] = np.ones((48, 96), np.float32)
+    tensors |= {f"blk.3.nextn.{name}.weight": np.ones(64, np.float32) for name in ("enorm", "hnorm")}
+    tensors["blk.3.nextn.eh_proj.weight"] = np.ones((64, 128), np.float32)
     changes = {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
     (folder := tmp_path / "set").mkdir()
     for file, held in enumerate(({}, tensors)):
@@ -624,7 +635,7 @@ def test_a_set_with_a_layer_that_predicts_further_tokens_is_read_as_llama_cpp_do
     [
         ("qwen3_moe", {"expert_weights_norm": False}, "qwen3moe.expert_weights_norm is False"),
         ("qwen3_moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length is missing"),
-        ("qwen3_moe", {"rope.dimension_count": 8}, "qwen3moe.rope.dimension_count is 8, and heads of 12"),
+        ("qwen3_moe", {"rope.dimension_count": 8}, "qwen3moe.rope.dimension_count is 8, and heads of 16"),
         ("olmoe", {"attention.clamp_kqv": 8.0}, "olmoe.attention.clamp_kqv is 8.0"),
         ("minimax_m2", {"expert_gating_func": 1}, "minimax-m2.expert_gating_func is 1"),
         ("minimax_m2", {"leading_dense_block_count": 1}, "minimax-m2.leading_dense_block_count is 1"),
@@ -641,9 +652,9 @@ def test_a_set_with_a_layer_that_predicts_further_tokens_is_read_as_llama_cpp_do
     ],
 )
 def test_keys_of_gguf_mean_what_llama_cpp_takes_them_for(
-    name: str, changes: dict[str, Any], says: Any, made: Callable[[str], Made], tmp_path: Path
+    name: str, changes: dict[str, Any], says: Any, made_wide: Callable[[str], Made], tmp_path: Path
 ) -> None:
-    convert(made(name).folder, tmp_path / "g", to="gguf")
+    convert(made_wide(name).folder, tmp_path / "g", to="gguf")
     header = read_header(tmp_path / "g" / "model.gguf")
     kind = header.values["general.architecture"]
     values = {**header.values, **{f"{kind}.{key}": value for key, value in changes.items()}}
