@@ -418,7 +418,7 @@ def _(folder):
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown key": ({"n_layer": 1}, ("unknown", "n_layer", "known are attention, dense, dim")),
     "two unknown keys": ({"zebra": 1, "apple": 1}, ("unknown", "apple, zebra", "known are attention, dense, dim")),
-    "unknown key in moe": ({"moe": {"experts": 8}}, ("moe", "experts", "known are norm_topk_prob")),
+    "unknown key in moe": ({"moe": {"experts": 8}}, ("moe", "experts", "known are bias, clamp")),
     "key missing": ({"dim": ...}, ("dim", "missing", "add")),
     "keys missing": ({"dim": ..., "n_layers": ...}, ("dim, n_layers", "missing", "add")),
     "dim text": ({"dim": "64"}, ("dim", "'64'", "must be a whole number above 0")),
