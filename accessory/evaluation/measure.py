@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from accessory.model.balance import RouterStats, load_balancing_loss
+from accessory.model.cross_entropy import block_of
 from accessory.model.meta import MetaModel
 from accessory.parallel.ops import reduce_from_region
 from accessory.progress import showing
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a rank's forward pass, padding among them; a longer row has one of its own.
 PASS_TOKENS = 4096
-# Tokens whose logits are in float32 at once.
-_BLOCK, _CUDA_BLOCK = 64, 2048
 _NAMED = 5  # rows without a finite loss that are named; the others are counted
 
 
@@ -172,7 +171,7 @@ def _pass(model: MetaModel, rows: Sequence[tuple[NDArray[np.integer], NDArray[An
     targets_T = tokens_BL.roll(-1, 1).flatten()  # the logits at a position are those of the next token
     predicts_T = scored_BL.roll(-1, 1).flatten()
     sums_T3 = torch.zeros(len(targets_T), 3, dtype=torch.float64, device=device)
-    for places in predicts_T.nonzero().squeeze(1).split(_CUDA_BLOCK if logits_TV.is_cuda else _BLOCK):
+    for places in predicts_T.nonzero().squeeze(1).split(block_of(logits_TV)):
         log_probs, targets = logits_TV[places].float().log_softmax(-1), targets_T[places]
         losses = -log_probs.gather(-1, targets[:, None]).squeeze(1).double()
         sums_T3[places] = torch.stack(

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens whose logits are in float32 at once.
-_BLOCK = 64
-_CUDA_BLOCK = 2048
+_BLOCK, _CUDA_BLOCK = 64, 2048
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -31,7 +29,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, with_gradient: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
         grad_TV = torch.empty_like(logits_TV) if with_gradient else None
-        block = _block(logits_TV)
+        block = block_of(logits_TV)
         for begin in range(0, logits_TV.shape[0], block):
             rows = slice(begin, begin + block)
             targets = targets_T[rows, None]
@@ -50,10 +48,11 @@ class _CrossEntropy(torch.autograd.Function):
         (grad_TV,) = ctx.saved_tensors
         # In float32: a factor rounded to bfloat16 would scale every gradient of the model by up to 0.4 % too much.
         out_TV = torch.empty_like(grad_TV)
-        for rows, out in zip(grad_TV.split(_block(grad_TV)), out_TV.split(_block(grad_TV)), strict=True):
+        for rows, out in zip(grad_TV.split(block_of(grad_TV)), out_TV.split(block_of(grad_TV)), strict=True):
             out.copy_(rows.float().mul_(grad))
         return out_TV, None, None
 
 
-def _block(logits_TV: Tensor) -> int:
+def block_of(logits_TV: Tensor) -> int:
+    """How many tokens' logits are in float32 at once."""
     return _CUDA_BLOCK if logits_TV.is_cuda else _BLOCK

@@ -314,26 +314,20 @@ def _data(
 
 def _sampler(options: FinetuneOptions, data: FinetuneData, world: ParallelState) -> StepSampler:
     global_batch = options.batch_size * options.accum_iter * (world.mp_size // options.model_parallel_size)
-    if not options.packing:
-        sampler = StepSampler(data.lengths, global_batch, seed=options.seed)
-        _say_small(len(data), "examples", global_batch)
-        return sampler
-    sampler = PackedSampler(data.lengths, global_batch, room=options.max_words, seed=options.seed)
-    logger.info(
-        "%d examples share %d rows of %d tokens, %.1f%% of them filled",
-        *(len(data), len(sampler.lengths), options.max_words, 100 * sampler.filled),
-    )
-    _say_small(len(sampler.lengths), "rows", global_batch)
-    return sampler
-
-
-def _say_small(count: int, rows: str, global_batch: int) -> None:
-    if count < global_batch:
+    if options.packing:
+        packed = PackedSampler(data.lengths, global_batch, room=options.max_words, seed=options.seed)
+        logger.info(
+            "%d examples share %d rows of %d tokens, %.1f%% of them filled",
+            *(len(data), len(packed.lengths), options.max_words, 100 * packed.filled),
+        )
+    sampler = packed if options.packing else StepSampler(data.lengths, global_batch, seed=options.seed)
+    if (count := len(sampler.lengths)) < global_batch:
         logger.warning(
             "a step takes %d %s (--batch_size x data-parallel ranks x --accum_iter), and there are %d: an epoch is one "
             "smaller step",
-            *(global_batch, rows, count),
+            *(global_batch, "rows" if options.packing else "examples", count),
         )
+    return sampler
 
 
 def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:
