@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from gpu_products import product_rows, seconds
-from mid import ARGS, mixtral_config, random_model
+from mid import ARGS, random_model, transformers_config
 from transformers import DynamicCache, MixtralForCausalLM
 
 from accessory.config import QUANT_FORMS, QuantArgs
@@ -149,7 +149,7 @@ class TheirDecoding:
 def transformers_on(ours: Transformer) -> Any:
     """transformers' model of the same sizes whose weights are ours, without a copy. Its q and k expect another order
     of rows, which random weights do not notice."""
-    config = mixtral_config(ours.args)
+    config = transformers_config(ours.args)
     with torch.device("meta"):
         theirs = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     names = {"embed_tokens": ours.tok_embeddings.weight, "norm": ours.norm.weight}

@@ -1,6 +1,7 @@
 """Prefill and decoding beside transformers: the same random weights, one process, one run.
 
-    python benchmarks/inference.py              # shape 'mid', bfloat16, 2 threads
+    python benchmarks/inference.py                      # shape 'mid', bfloat16, 2 threads
+    python benchmarks/inference.py --shape mid-qwen
 
 transformers runs with each of its experts implementations; the best of them for each row is compared. Both sides
 take turns within every round, so that a noisy machine slows both, and ratios are of medians. The last table holds
@@ -22,13 +23,13 @@ from pathlib import Path
 import torch
 import transformers
 from machine import cpu_name
-from mid import ARGS, copy_weights, random_model, transformers_mid, write_checkpoint
-from transformers import DynamicCache, MixtralForCausalLM
+from mid import SHAPES, add_tokenizer, random_model, transformers_model, with_weights_of
+from transformers import DynamicCache, PreTrainedModel
 
+from accessory.checkpoint.convert import convert
 from accessory.config import QUANT_FORMS, QuantArgs
-from accessory.kernels import native_variant
+from accessory.kernels import native_variant, tiles_serve
 from accessory.model.transformer import Transformer
-from accessory.parallel.state import ParallelState
 from accessory.tools.quality import quantized_copy
 
 # batched_mm copies an expert's matrices for every token that chose it: 22 GB for this prefill.
@@ -39,6 +40,7 @@ PROMPT = 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="mid", help="a shape of benchmarks/mid.py")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--decode-steps", type=int, default=8, help="decoding steps in each round")
     parser.add_argument("--threads", type=int, default=2)
@@ -46,17 +48,17 @@ def main() -> None:
     parser.add_argument("--quantized", action="store_true", help="the last table alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    args = SHAPES[arguments.shape]
     if arguments.quantized:
         with torch.inference_mode():
-            quantized_rows(random_model(), arguments.rounds, arguments.decode_steps)
+            quantized_rows(random_model(args), arguments.rounds, arguments.decode_steps)
         return
-    theirs = transformers_mid()
-    ours = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
-    copy_weights(theirs, ours)
-    print(
-        f"{cpu_name()}, {arguments.threads} threads, {platform.python_version()}, torch {torch.__version__}, ", end=""
-    )
-    print(f"transformers {transformers.__version__}, kernels {native_variant()}, {time.strftime('%Y-%m-%d')}")
+    theirs = transformers_model(args)
+    ours = with_weights_of(theirs, args)
+    tiles = " and tiles" if tiles_serve() else ""
+    print(f"{arguments.shape}, {cpu_name()}, {arguments.threads} threads, {platform.python_version()}, ", end="")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+    print(f"kernels {native_variant()}{tiles}, {time.strftime('%Y-%m-%d')}")
     print(f"memory read by torch.sum: {read_bandwidth() / 1e9:.0f} GB/s\n")
     print(f"{'':26}{'accessory':>12}{'transformers':>14}{'best impl.':>12}{'ratio':>8}{'read':>12}")
     with torch.inference_mode():
@@ -64,7 +66,7 @@ def main() -> None:
         for batch in (1, 8):
             decode_row(ours, theirs, batch, arguments.rounds, arguments.decode_steps)
     if not arguments.skip_fresh:
-        fresh_rows(ours, theirs)
+        fresh_rows(theirs)
     del ours, theirs
     subprocess.run([sys.executable, *sys.argv, "--quantized"], check=True)
 
@@ -73,7 +75,7 @@ def quantized_rows(plain: Transformer, rounds: int, steps: int) -> None:
     """Each quantization beside bfloat16; they take turns within every round."""
     models = {"bfloat16": plain}
     models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in QUANT_FORMS}
-    prompt = torch.randint(3, ARGS.vocab_size, (PROMPT,))
+    prompt = torch.randint(3, plain.args.vocab_size, (PROMPT,))
 
     def prefill(model: Transformer) -> None:
         model.prefill(prompt, [PROMPT], [0], model.new_cache(1, PROMPT + 64))
@@ -103,7 +105,7 @@ class Decoding:
         self.model, self.slots = model, list(range(batch))
         self.active = torch.ones(batch, dtype=torch.bool)
         self.cache = model.new_cache(batch, length)
-        prompt = torch.randint(3, ARGS.vocab_size, (batch * 128,))
+        prompt = torch.randint(3, model.args.vocab_size, (batch * 128,))
         self.tokens = model.prefill(prompt, [128] * batch, self.slots, self.cache).argmax(-1)
 
     def run(self, steps: int) -> Callable[[], None]:
@@ -117,8 +119,8 @@ class Decoding:
         return step
 
 
-def prefill_row(ours: Transformer, theirs: MixtralForCausalLM, rounds: int) -> None:
-    tokens = torch.randint(3, ARGS.vocab_size, (1, PROMPT))
+def prefill_row(ours: Transformer, theirs: PreTrainedModel, rounds: int) -> None:
+    tokens = torch.randint(3, ours.args.vocab_size, (1, PROMPT))
 
     def run_ours() -> None:
         ours.prefill(tokens[0], [PROMPT], [0], ours.new_cache(1, PROMPT + 64))
@@ -130,8 +132,8 @@ def prefill_row(ours: Transformer, theirs: MixtralForCausalLM, rounds: int) -> N
     print_row(f"prefill {PROMPT} tokens", medians, best, "")
 
 
-def decode_row(ours: Transformer, theirs: MixtralForCausalLM, batch: int, rounds: int, steps: int) -> None:
-    prompt = torch.randint(3, ARGS.vocab_size, (batch, 128))
+def decode_row(ours: Transformer, theirs: PreTrainedModel, batch: int, rounds: int, steps: int) -> None:
+    prompt = torch.randint(3, ours.args.vocab_size, (batch, 128))
     run_ours = Decoding(ours, batch, 128 + (rounds + 1) * len(DECODE_IMPLEMENTATIONS) * steps).run(steps)
     read = bytes_read(ours, batch)
 
@@ -154,7 +156,7 @@ def decode_row(ours: Transformer, theirs: MixtralForCausalLM, batch: int, rounds
 def compare(
     run_ours: Callable[[], None],
     run_theirs: Callable[[], None],
-    theirs: MixtralForCausalLM,
+    theirs: PreTrainedModel,
     rounds: int,
     names: tuple[str, ...],
 ) -> tuple[tuple[float, float], str]:
@@ -211,9 +213,10 @@ class bytes_read:  # noqa: N801 - used as a function
     def _per_step(self) -> float:
         size = {name: p.numel() * p.element_size() for name, p in self.model.named_parameters()}
         one_expert = sum(count for name, count in size.items() if ".experts." in name)
-        one_expert /= ARGS.n_layers * ARGS.moe.num_experts
+        args = self.model.args
+        one_expert /= args.n_layers * args.moe.num_experts
         rest = sum(count for name, count in size.items() if ".experts." not in name and "embeddings" not in name)
-        return rest + statistics.mean(self.experts) * ARGS.n_layers * one_expert
+        return rest + statistics.mean(self.experts) * args.n_layers * one_expert
 
 
 def read_bandwidth() -> float:
@@ -233,22 +236,24 @@ model.generate(["The best programming language in the world is"], max_gen_len=1)
 THEIRS_FRESH = """
 import sys, torch
 torch.set_num_threads({threads})
-from transformers import MixtralForCausalLM
-model = MixtralForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 model.generate(torch.tensor([[1, 415, 1489, 15549, 3842, 297, 272, 1526, 349]]), max_new_tokens=1, do_sample=False)
 """
 
 
-def fresh_rows(ours: Transformer, theirs: MixtralForCausalLM) -> None:
-    """Whole processes: imports, loading 1.6 GB from the page cache, and one token."""
+def fresh_rows(theirs: PreTrainedModel) -> None:
+    """Whole processes: imports, loading the weights from the page cache, and one token."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        our_folder = write_checkpoint(Path(folder) / "ours", ours, files=4)
-        theirs.save_pretrained(Path(folder) / "theirs")
+        their_folder, our_folder = Path(folder) / "theirs", Path(folder) / "ours"
+        theirs.save_pretrained(their_folder)
+        add_tokenizer(their_folder)
+        convert(their_folder, our_folder, to="accessory", mp=4)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(4):
             for kept, code, path in (
                 (times[0], OURS_FRESH, our_folder),
-                (times[1], THEIRS_FRESH, Path(folder) / "theirs"),
+                (times[1], THEIRS_FRESH, their_folder),
             ):
                 command = [sys.executable, "-c", code.format(threads=torch.get_num_threads()), str(path)]
                 kept.append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True)))

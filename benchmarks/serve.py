@@ -121,16 +121,11 @@ def _make_tiny(scratch: Path) -> Path:
 
 def _make_mid(scratch: Path, *, with_theirs: bool) -> tuple[Path, Path | None]:
     """The same random weights as a checkpoint of ours and, where wanted, as a folder of transformers."""
-    from mid import ARGS, copy_weights, transformers_mid, write_checkpoint
+    from mid import ARGS, transformers_model, with_weights_of, write_checkpoint
     from transformers import LlamaTokenizer
 
-    from accessory.model.transformer import Transformer
-    from accessory.parallel.state import ParallelState
-
-    model = transformers_mid()
-    ours = Transformer(ARGS, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
-    copy_weights(model, ours)
-    folder = write_checkpoint(scratch / "mid", ours, files=1)
+    model = transformers_model(ARGS)
+    folder = write_checkpoint(scratch / "mid", with_weights_of(model, ARGS), files=1)
     if not with_theirs:
         return folder, None
     theirs = scratch / "mid-transformers"

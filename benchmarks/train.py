@@ -1,6 +1,7 @@
 """A training step beside transformers: tokens per second and peak memory of every rank, on the same model and data.
 
     python benchmarks/train.py                  # shape 'mid' with 4 layers, bfloat16, 1 rank x 2 threads, 2 x 1
+    python benchmarks/train.py --shape mid-qwen --layers 2
     python benchmarks/train.py --peft           # llamaPeft_normBiasLora.json beside full finetuning, both ours
 
 Over several ranks ours is measured with the model split over all of them (mp), and with the data (dp, mp 1);
@@ -18,6 +19,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,10 +27,20 @@ import torch
 import torch.distributed as dist
 from machine import cpu_name, free_port, rss_anon
 
-LAYERS = 4
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies an expert's matrices for every token that chose it
 OURS = "accessory"
 BALANCE_WEIGHT, CLIP_GRAD, LR = 0.1, 2.0, 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is made of: a model, and examples over all ranks."""
+
+    shape: str
+    layers: int
+    rows: int
+    length: int
+    checkpointing: bool
 
 
 def main() -> None:
@@ -39,16 +51,19 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again, on both sides")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peft", action="store_true", help="compare finetuning with adapters to full finetuning")
+    parser.add_argument("--shape", choices=("mid", "mid-qwen"), default="mid", help="a shape of benchmarks/mid.py")
+    parser.add_argument("--layers", type=int, default=4, help="of the shape")
     arguments = parser.parse_args()
     import transformers
 
     print(f"{cpu_name()}, 2 threads in all, {platform.python_version()}, torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
     tokens = arguments.rows * arguments.length
+    print(f"{arguments.shape} with {arguments.layers} layers, ", end="")
     print(f"steps of {arguments.rows} x {arguments.length} tokens, checkpointing {arguments.checkpointing}\n")
     print(f"{'ranks':>5} {'':22}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
     for ranks in arguments.ranks:
-        work = (arguments.rows, arguments.length, arguments.checkpointing)
+        work = Work(arguments.shape, arguments.layers, arguments.rows, arguments.length, arguments.checkpointing)
         if arguments.peft:
             for mp_size in range(ranks, 0, -1):
                 compare_peft(mp_size, ranks, work, arguments.rounds)
@@ -77,7 +92,7 @@ def main() -> None:
             )
 
 
-def compare(ours: str, way: str, ranks: int, work: tuple[int, int, bool], rounds: int) -> dict[str, list[float]]:
+def compare(ours: str, way: str, ranks: int, work: Work, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step by side; the sides take turns."""
     our_side, their_side = Side(ours, ranks, work), Side(way, ranks, work)
     theirs = [f"{implementation} {way}" for implementation in IMPLEMENTATIONS]
@@ -95,7 +110,7 @@ def compare(ours: str, way: str, ranks: int, work: tuple[int, int, bool], rounds
     return times
 
 
-def compare_peft(mp_size: int, ranks: int, work: tuple[int, int, bool], rounds: int) -> None:
+def compare_peft(mp_size: int, ranks: int, work: Work, rounds: int) -> None:
     """Print time and memory of a step with adapters and of a full one; the sides take turns."""
     names = (f"{OURS} mp {mp_size}", f"{OURS} mp {mp_size} peft")
     sides = [Side(name, ranks, work) for name in names]
@@ -112,13 +127,16 @@ def compare_peft(mp_size: int, ranks: int, work: tuple[int, int, bool], rounds: 
             side.close()
     for name in names:
         median = statistics.median(times[name])
-        print(f"{ranks:>5} {name:20}{median:>9.2f}{work[0] * work[1] / median:>10.0f}{peaks[name]:>18,.0f}", flush=True)
+        print(
+            f"{ranks:>5} {name:20}{median:>9.2f}{work.rows * work.length / median:>10.0f}{peaks[name]:>18,.0f}",
+            flush=True,
+        )
     full, peft = names
     slower = statistics.median(times[peft]) / statistics.median(times[full])
     print(f"{ranks:>5} adapters: {slower:.2f} x the time, {peaks[peft] / peaks[full]:.2f} x the memory\n", flush=True)
 
 
-def peak_memory(side: str, ranks: int, work: tuple[int, int, bool]) -> list[int]:
+def peak_memory(side: str, ranks: int, work: Work) -> list[int]:
     """Peak private memory of each rank over three steps, in bytes."""
     processes = Side(side if side.startswith(OURS) else side.split()[1], ranks, work)
     try:
@@ -132,7 +150,7 @@ def peak_memory(side: str, ranks: int, work: tuple[int, int, bool]) -> list[int]
 class Side:
     """The ranks of one side, each a process that waits for commands."""
 
-    def __init__(self, kind: str, ranks: int, work: tuple[int, int, bool]) -> None:
+    def __init__(self, kind: str, ranks: int, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.pipes: list[Connection] = []
@@ -163,20 +181,17 @@ class Side:
         return [pipe.recv() for pipe in self.pipes]
 
 
-def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: tuple[int, int, bool]) -> None:
+def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: Work) -> None:
     """A rank: builds its model, then steps when told to."""
     from accessory.train.allocator import return_freed_memory
 
     return_freed_memory()
     torch.set_num_threads(2 // ranks)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    peak, length = Peak(), work[1]
-    mp_size = int(kind.split()[2]) if kind.startswith(OURS) else 1
-    rows, dp_rank = work[0] * mp_size // ranks, rank // mp_size
-    if kind.startswith(OURS):
-        step = our_step(mp_size, checkpointing=work[2], peft=kind.endswith("peft"))
-    else:
-        step = their_step(kind, checkpointing=work[2])
+    peak, ours = Peak(), kind.startswith(OURS)
+    mp_size = int(kind.split()[2]) if ours else 1
+    rows, dp_rank = work.rows * mp_size // ranks, rank // mp_size
+    step = our_step(work, mp_size, peft=kind.endswith("peft")) if ours else their_step(work, kind)
     generator = torch.Generator().manual_seed(dp_rank)
     while True:
         command = pipe.recv()
@@ -185,15 +200,15 @@ def serve(pipe: Connection, kind: str, rank: int, ranks: int, port: int, work: t
         elif command == "peak":
             pipe.send(peak.value)
         else:
-            tokens = torch.randint(3, 32000, (rows, length), generator=generator)
+            tokens = torch.randint(3, 32000, (rows, work.length), generator=generator)
             dist.barrier()
             start = time.perf_counter()
             step(tokens, command)
             pipe.send(time.perf_counter() - start)
 
 
-def our_step(mp_size: int, *, checkpointing: bool, peft: bool) -> Callable[[torch.Tensor, str], None]:
-    from mid import ARGS
+def our_step(work: Work, mp_size: int, *, peft: bool) -> Callable[[torch.Tensor, str], None]:
+    from mid import SHAPES
 
     from accessory.config import PeftArgs
     from accessory.model.factory import build_transformer
@@ -207,10 +222,10 @@ def our_step(mp_size: int, *, checkpointing: bool, peft: bool) -> Callable[[torc
 
     state = ParallelState.init(mp_size, "cpu")
     adapters = PeftArgs(lora_rank=16, bias_tuning=True, norm_tuning=True) if peft else None
-    args = ARGS.replace(n_layers=LAYERS, peft=adapters)
+    args = SHAPES[work.shape].replace(n_layers=work.layers, load_balancing_weight=BALANCE_WEIGHT, peft=adapters)
     dtypes = {"dtype": torch.bfloat16, "trained_dtype": torch.float32}  # as build_for_training has them
     llma = build_transformer(args, state, **dtypes, device=torch.device("meta"))
-    recompute_activations(llma, "full" if checkpointing else "none")
+    recompute_activations(llma, "full" if work.checkpointing else "none")
     shard_model(llma, device_mesh(state), data_parallel="fsdp", compute_dtype=torch.bfloat16)
     llma.to_empty(device="cpu")
     init_weights(llma, seed=0)
@@ -223,17 +238,16 @@ def our_step(mp_size: int, *, checkpointing: bool, peft: bool) -> Callable[[torc
     return step
 
 
-def their_step(way: str, *, checkpointing: bool) -> Callable[[torch.Tensor, str], None]:
-    from mid import mixtral_config
+def their_step(work: Work, way: str) -> Callable[[torch.Tensor, str], None]:
+    from mid import SHAPES, transformers_config
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = mixtral_config(
-        num_hidden_layers=LAYERS, router_aux_loss_coef=BALANCE_WEIGHT, output_router_logits=True, use_cache=False
-    )
+    args = SHAPES[work.shape].replace(n_layers=work.layers)
+    config = transformers_config(args, router_aux_loss_coef=BALANCE_WEIGHT, output_router_logits=True, use_cache=False)
     torch.manual_seed(0)
-    model = MixtralForCausalLM._from_config(config, dtype=torch.float32).train()
-    if checkpointing:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    if work.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if way == "fsdp2":
