@@ -113,6 +113,10 @@ def _one_by_one(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor, *, transpos
     Args:
         transposed: x @ weight, in place of x @ weight.T.
     """
+    if not transposed and isinstance(weight_EOD, Tensor):
+        tiled_PO = kernels.grouped_by_tiles(x_PD, weight_EOD, offsets_E)
+        if tiled_PO is not None:
+            return tiled_PO
     y_PO = x_PD.new_empty(x_PD.shape[0], weight_EOD.shape[-1 if transposed else 1])
     for expert, rows in groups(offsets_E):
         weight_OD = _plain(weight_EOD[expert], x_PD.dtype)

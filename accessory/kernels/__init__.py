@@ -8,9 +8,10 @@ from .linear import (
     gathered_linear,
     gathered_linear_reference,
     gathering_pays,
+    grouped_by_tiles,
     plain_experts_synchronise,
 )
-from .native import native_available, native_variant
+from .native import native_available, native_variant, tiles_serve
 from .pointwise import rotate_heads, steps_natively
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
@@ -38,6 +39,7 @@ __all__ = [
     "gathered_linear_reference",
     "gathered_quantized_linear",
     "gathering_pays",
+    "grouped_by_tiles",
     "grouped_quantized_linear",
     "native_available",
     "native_variant",
@@ -54,5 +56,6 @@ __all__ = [
     "steps_natively",
     "steps_serve",
     "sum_pairs",
+    "tiles_serve",
     "turn_heads",
 ]

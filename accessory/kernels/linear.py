@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_products
-from .native import DTYPES, gathered_product, native_available, native_variant
+from .native import DTYPES, gathered_product, native_available, native_variant, tiled_product, tiles_serve
 from .tensors import shown
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
@@ -20,7 +20,10 @@ from .tensors import shown
 #               8 pairs      16           32           64
 #   7168, 1024  2622 / 4884  2600 / 4940  2827 / 4995  3962 / 5243
 #   1024, 3584  1310 / 2353  1249 / 2126  1967 / 2178  2684 / 2484
-FEW_TOKENS = 32  # pairs up to which gathered_linear is the way through the experts, and grouped_mm beyond
+FEW_TOKENS = 32
+# Pairs up to which gathered_linear is the way through the experts: as many, and so many for each expert. Beyond, their
+# weights are better read by the products of groups.
+_FEW_PER_EXPERT = 4
 
 # Dense, against F.linear:
 #                     1 token      2            4            8            16           32
@@ -39,15 +42,15 @@ _DENSE_ELEMENTS_BF16_HARDWARE = 32768  # of x
 _GROUPED_MM_CAPABILITIES = (9, 10)  # major ones of the GPUs for which PyTorch has a kernel of it, in bfloat16
 
 
-def gathering_pays(x_TD: Tensor, pairs: int) -> bool:
-    """Whether `gathered_linear` is the way for so many pairs, or grouped_mm.
+def gathering_pays(x_TD: Tensor, pairs: int, experts: int = 1) -> bool:
+    """Whether `gathered_linear` is the way for so many pairs, or a product of groups.
 
     Without the native kernel on CPU it is not: its twin copies the weights of every pair. What torch.compile
     traces takes it even so, since no shape there may depend on the choice of experts.
     """
     if x_TD.is_cuda and triton_products.triton_available():
         return pairs <= triton_products.MOST_GATHERED
-    if pairs > FEW_TOKENS:
+    if pairs > max(FEW_TOKENS, _FEW_PER_EXPERT * experts if x_TD.is_cpu else 0):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -100,6 +103,16 @@ def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     if called_directly(x_PD):
         return _few_tokens_on_cpu(x_PD, w_RD)
     return torch.ops.accessory.few_token_linear(x_PD, w_RD)
+
+
+def grouped_by_tiles(x_PD: Tensor, w_ERD: Tensor, offsets_E: Tensor) -> Tensor | None:
+    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R), where the CPU's tiles multiply
+    such a weight in place; else None. What is behind the last offset is unset. For inference only: no derivative.
+    """
+    bf16 = x_PD.dtype == w_ERD.dtype == torch.bfloat16
+    if not bf16 or not called_directly(x_PD) or not _native_serves(w_ERD) or not tiles_serve():
+        return None
+    return tiled_product(x_PD, w_ERD, offsets_E)
 
 
 def gathered_linear_reference(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 setup.py builds the library (the .cpp files here) where there is a C++ compiler with OpenMP. It holds several variants
 of its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
 that, for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
-PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import.
+PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import. Where the CPU has
+the tiles of AMX, the default multiplies many tokens by them; a variant by name does without.
 """
 
 import ctypes
@@ -11,9 +12,13 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .quantized_native import NativeWeight
 
 # torch comes first: its wheel brings the OpenMP runtime, and the library, loaded later, shares its threads. (Clang's
 # OpenMP is another one, which starts threads of its own.)
@@ -22,7 +27,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 6  # of native.cpp
+_ABI = 7  # of native.cpp
 _ADVICE = (
     "Decoding on CPU uses PyTorch's slower products; a C++ compiler with OpenMP (GCC, or clang and libomp) and a "
     "reinstall give speed."
@@ -37,7 +42,7 @@ def native_available() -> bool:
 @functools.cache
 def native_variant() -> str:
     """Name of the variant in use, one of `VARIANTS`, or 'none' where PyTorch alone serves."""
-    wanted = os.environ.get("ACCESSORY_KERNELS") or "auto"
+    wanted = _wanted()
     allowed = ("auto", "off", *VARIANTS)
     if wanted not in allowed:
         raise ValueError(f"ACCESSORY_KERNELS={wanted} is unknown: it may be {', '.join(allowed)}")
@@ -54,6 +59,12 @@ def native_variant() -> str:
     if wanted not in runnable:
         raise ValueError(f"ACCESSORY_KERNELS={wanted}: this CPU runs only {', '.join(runnable)}")
     return wanted
+
+
+@functools.cache
+def tiles_serve() -> bool:
+    """Whether `tiled_product` does: on a CPU with AMX, where no variant was named."""
+    return native_available() and _wanted() == "auto" and bool(native_library().accessory_has_tiles())
 
 
 def runnable_variants() -> list[str]:
@@ -91,12 +102,50 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
     return y_PR
 
 
+def tiled_product(
+    x_PD: Tensor, weight: "Tensor | NativeWeight", offsets_E: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R), all in bfloat16; see tiles.cpp.
+
+    What is behind the last offset is unset. The caller has asked `tiles_serve`, and has checked shapes and dtypes, that
+    the last axis of a plain weight (E, R, D) has unit stride, and that ``out`` is contiguous.
+
+    Args:
+        offsets_E: int32; None: all rows are expert 0's.
+    """
+    x_PD = x_PD.contiguous()
+    offsets_E = torch.tensor([x_PD.shape[0]], dtype=torch.int32) if offsets_E is None else offsets_E.contiguous()
+    if isinstance(weight, Tensor):
+        (experts, rows, depth), quantized = weight.shape, None
+        at, strides = weight.data_ptr(), weight.stride()[:2]
+    else:
+        experts, rows, depth, quantized = weight.experts, weight.rows, weight.depth, weight.reference
+        at, strides = None, (0, 0)
+    y_PR = x_PD.new_empty(x_PD.shape[0], rows) if out is None else out
+    outcome = native_library().accessory_tiled_linear(
+        native_variant().encode(),
+        quantized,
+        x_PD.data_ptr(),
+        at,
+        offsets_E.data_ptr(),
+        y_PR.data_ptr(),
+        *(experts, rows, depth, *strides),
+        torch.get_num_threads(),
+    )
+    check_outcome(outcome, None, experts)
+    return y_PR
+
+
 def native_library() -> ctypes.CDLL:
     """The library itself; RuntimeError where it does not serve."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"the native library does not serve: {reason}")
     return library
+
+
+def _wanted() -> str:
+    return os.environ.get("ACCESSORY_KERNELS") or "auto"
 
 
 def check_outcome(outcome: int, expert_P: Tensor | None, experts: int) -> None:
@@ -126,4 +175,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     product.restype = ctypes.c_int64
     pointers, sizes = [ctypes.c_void_p] * 4, [ctypes.c_int64] * 6
     product.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers, *sizes, ctypes.c_int]
+    library.accessory_tiled_linear.restype = ctypes.c_int64
+    pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 5
+    library.accessory_tiled_linear.argtypes = [ctypes.c_char_p, *pointers, *sizes, ctypes.c_int]
     return library, ""

@@ -3,23 +3,8 @@
 
 #include <omp.h>
 
+#include "quantized_weight.h"
 #include "schedule.h"
-
-// What each 4-bit code stands for; for nf4 with 8-bit activations steps * step.
-struct accessory_levels {
-    float values[16];
-    int8_t steps[16];
-    float step;
-};
-
-// A weight (experts, rows, depth). Strides count bytes; along a row, codes, scales and zeros have none between them.
-struct accessory_quantized_weight {
-    const char *codes, *scale, *zero;
-    const accessory_levels* levels;
-    int64_t experts, rows, depth;
-    int64_t codes_expert, codes_row, scale_expert, scale_row, zero_expert, zero_row;
-    int32_t kind;  // 0: int8, 1: int4 in groups of 32, 2: int4 in groups of 64, 3: nf4
-};
 
 namespace {
 
@@ -140,4 +125,10 @@ extern "C" int64_t accessory_dequantize(const char* variant_name, const accessor
         variant->expand[w.kind](row_at(w, r / w.rows, r % w.rows), w.depth, bf16,
                                 (char*)to + r * w.depth * (bf16 ? 2 : 4));
     return 0;
+}
+
+extern "C" void accessory_expand_rows(const char* variant_name, const accessory_quantized_weight* weight,
+                                      int64_t expert, int64_t row, int64_t n, char* to, int64_t stride) {
+    const auto expand = find_variant(variant_name)->expand[weight->kind];
+    for (int64_t i = 0; i < n; i++) expand(row_at(*weight, expert, row + i), weight->depth, true, to + i * stride);
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton_products
 from .linear import called_directly
-from .native import DTYPES
+from .native import DTYPES, tiled_product, tiles_serve
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
 from .tensors import shown
@@ -127,7 +127,8 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: t
 def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
     if not _few(x_PD):
-        return _by_blocks(x_PD, codes, scale, zero)
+        native = native_weight(codes, scale, zero) if _tiled(x_PD) else None
+        return _by_blocks(x_PD, codes, scale, zero) if native is None else tiled_product(x_PD, native, None)
     native = _native(x_PD.dtype, codes, scale, zero)
     if native is None:
         return quantized_linear_reference(x_PD, codes, scale, zero)
@@ -189,6 +190,11 @@ def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor |
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
     y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
+    native = native_weight(codes, scale, zero) if _tiled(x_PD) else None
+    if native is not None:
+        tiled_product(x_PD, native, offsets_E, out=y_PR)
+        y_PR[int(offsets_E[-1]) :] = 0
+        return y_PR
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
         if end > begin:
@@ -222,6 +228,10 @@ def _grouped_quantized_linear_fake(
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
+
+
+def _tiled(x_PD: Tensor) -> bool:
+    return x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
 
 
 def _few(x_PD: Tensor) -> bool:

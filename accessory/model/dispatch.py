@@ -67,7 +67,7 @@ class Dispatcher:
             local_TK = local_TK - self.first
             local_TK = torch.where((local_TK >= 0) & (local_TK < self.count), local_TK, -1)
         trains = torch.is_grad_enabled()
-        if not trains and kernels.gathering_pays(x_TD, local_TK.numel()):
+        if not trains and kernels.gathering_pays(x_TD, local_TK.numel(), self.total):
             return GatheredPairs(x_TD, local_TK)
         complete = self.count == self.total and routing.asked_TK is None
         kind = TrainedPairs if trains else GroupedPairs

@@ -1,0 +1,106 @@
+"""The products by AMX's tiles against float64, and themselves among other tokens; skipped where the CPU has none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from accessory import kernels
+from accessory.kernels.linear import grouped_by_tiles
+from accessory.products import grouped_linear, linear
+from accessory.quant import QuantizedWeight, quantize
+
+needs_tiles = pytest.mark.skipif(not kernels.tiles_serve(), reason="this CPU has no tiles (AMX), or they are off")
+Counts = st.lists(st.integers(0, 70), min_size=1, max_size=5)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def truth(x_PD: Tensor, w_ERD: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """The products in float64, and what rounding may make of them."""
+    experts = range(len(counts))
+    groups = list(zip(x_PD[: sum(counts)].double().split(counts), experts, strict=True))
+    exact = torch.cat([x @ w_ERD[e].double().T for x, e in groups])
+    terms = torch.cat([x.abs() @ w_ERD[e].double().abs().T for x, e in groups])
+    return exact, 2**-8 * exact.abs() + x_PD.shape[1] * 2**-24 * terms + 1e-30
+
+
+def ends(counts: list[int]) -> Tensor:
+    return torch.tensor(counts).cumsum(0).int()
+
+
+@needs_tiles
+@settings(max_examples=60)
+@given(
+    counts=Counts, rows=st.integers(1, 100), depth=st.integers(1, 200), behind=st.integers(0, 3), seed=st.integers(0)
+)
+def test_each_row_meets_its_experts_matrix(counts: list[int], rows: int, depth: int, behind: int, seed: int) -> None:
+    seed %= 2**31
+    x_PD = drawn(sum(counts) + behind, depth, seed=seed)
+    whole = drawn(len(counts), rows + 3, depth + 5, seed=seed + 1)
+    for w_ERD in (whole[:, 3:, 5:], whole[:, 3:, 5:].contiguous()):
+        y_PR = grouped_by_tiles(x_PD, w_ERD, ends(counts))
+        assert y_PR is not None
+        exact, allowed = truth(x_PD, w_ERD, counts)
+        assert bool(((y_PR[: sum(counts)].double() - exact).abs() <= allowed).all())
+
+
+@needs_tiles
+@settings(max_examples=30)
+@given(
+    counts=Counts,
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 4),
+    form=st.sampled_from(["int8", "int4", "nf4"]),
+    seed=st.integers(0),
+)
+@torch.no_grad()
+def test_quantized_rows_are_made_plain_on_the_way(
+    counts: list[int], rows: int, groups: int, form: str, seed: int
+) -> None:
+    seed %= 2**31
+    x_PD = drawn(sum(counts) + 1, 64 * groups, seed=seed)
+    weight = quantize(drawn(len(counts), rows, 64 * groups, seed=seed + 1), form)
+    exact, allowed = truth(x_PD, weight.dequantize(torch.bfloat16), counts)
+    y_PR = grouped_linear(x_PD, weight, ends(counts))[: sum(counts)]
+    assert bool(((y_PR.double() - exact).abs() <= allowed).all())
+    many = x_PD.repeat(20, 1)
+    exact, allowed = truth(many, weight.dequantize(torch.bfloat16)[:1], [many.shape[0]])
+    one = weight[0]
+    assert isinstance(one, QuantizedWeight)
+    assert bool(((linear(many, one).double() - exact).abs() <= allowed).all())
+
+
+@needs_tiles
+def test_a_result_depends_on_its_own_token_alone_and_on_no_number_of_threads() -> None:
+    x_PD, w_ERD = drawn(700, 1100, seed=0), drawn(2, 200, 1100, seed=1)
+    whole = grouped_by_tiles(x_PD, w_ERD, ends([650, 50]))
+    assert whole is not None
+    for begin, end in ((0, 1), (3, 40), (600, 650)):
+        alone = grouped_by_tiles(x_PD[begin:end], w_ERD[:1], ends([end - begin]))
+        assert alone is not None
+        assert torch.equal(alone, whole[begin:end])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again = grouped_by_tiles(x_PD, w_ERD, ends([650, 50]))
+    finally:
+        torch.set_num_threads(threads)
+    assert again is not None
+    assert torch.equal(again, whole)
+
+
+@needs_tiles
+def test_other_dtypes_and_a_variant_by_name_do_without() -> None:
+    x_PD, w_ERD = drawn(40, 64, seed=0), drawn(1, 8, 64, seed=1)
+    assert grouped_by_tiles(x_PD.float(), w_ERD.float(), ends([40])) is None
+    code = "from accessory import kernels; print(kernels.tiles_serve())"
+    named = os.environ | {"ACCESSORY_KERNELS": kernels.native_variant()}
+    assert subprocess.run([sys.executable, "-c", code], env=named, capture_output=True, text=True).stdout == "False\n"
