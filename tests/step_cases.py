@@ -177,10 +177,7 @@ def whole_model(dtype: torch.dtype, device: str) -> None:
     """Prefill and decoding, with a slot that is not active, through the kernels as through their twins."""
     sizes = {"dim": 40, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "hidden_dim": 24}
     args = ModelArgs(**sizes, vocab_size=64, max_seq_len=64, moe=MoEArgs(num_experts=5, num_experts_per_tok=3))
-    alone = ParallelState(
-        mp_group=None, mp_rank=0, mp_size=1, dp_group=None, dp_rank=0, dp_size=1, device=torch.device(device)
-    )
-    model = Transformer(args, alone, dtype=torch.float32)
+    model = Transformer(args, ParallelState(device=torch.device(device)), dtype=torch.float32)
     model.cuda_graphs = False
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

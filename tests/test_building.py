@@ -29,7 +29,7 @@ from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes
-from accessory.parallel.state import ParallelState, over_all_ranks
+from accessory.parallel.state import ParallelState, all_ranks
 from accessory.tools.corpus import documentation_corpus, train_tokenizer
 from accessory.train.build import build_for_training
 from accessory.train.checkpointer import Checkpointer
@@ -353,7 +353,7 @@ def saved_on_rank(folder: Path, output: Path) -> list[tuple[float, float, dict[s
     """The step after a "ddp" model was saved: of itself, and of models that go on from its state."""
     state = ParallelState.init(2, "cpu")
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
-    store = Checkpointer(output, state, over_all_ranks(state))
+    store = Checkpointer(output, state, all_ranks())
     found = []
     for kind in ("ddp", "ddp", "fsdp"):
         llma = build(pretrained, state, data_parallel=kind)

@@ -104,15 +104,54 @@ def test_init_lays_out_groups(mp_size, ranks):
         assert found["first"] == (mp_rank == 0)
 
 
-def init_error(mp_size: int) -> tuple[str, str]:
-    return error_of(ParallelState.init, mp_size, "cpu")
+def unflattened(mp_size: int, ep_size: int) -> tuple[tuple[int, ...], dict[str, list[int]]]:
+    """This rank's place along (efsdp, ep, mp), and its peers along each axis of more than one rank."""
+    state = ParallelState.init(mp_size, "cpu", timeout=timedelta(minutes=50), ep_size=ep_size)
+    axes = {"efsdp": state.efsdp, "ep": state.ep, "mp": state.mp}
+    peers = {}
+    for name, axis in axes.items():
+        if axis.size > 1:
+            assert axis.group is not None
+            assert axis.group._get_backend(state.device).options._timeout == timedelta(minutes=50)
+            peers[name] = dist.get_process_group_ranks(axis.group)
+            assert (axis.rank, axis.size) == (peers[name].index(dist.get_rank()), len(peers[name]))
+    assert state.dp.rank == state.efsdp.rank * ep_size + state.ep.rank
+    return tuple(axis.rank for axis in axes.values()), peers
 
 
-@pytest.mark.parametrize("mp_size", [3, 8, 0, -2])
-def test_init_refuses_sizes_that_do_not_divide(mp_size, ranks):
-    for kind, message in ranks(4).run(init_error, mp_size):
+def test_experts_have_a_mesh_of_three_axes(ranks):
+    """The picture in ParallelState's docstring is that of eight ranks."""
+    found = ranks(4).run(unflattened, 1, 2)
+    assert [place for place, _ in found] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+    assert found[1][1] == {"efsdp": [1, 3], "ep": [0, 1]}
+    assert found[2][1] == {"efsdp": [0, 2], "ep": [2, 3]}
+    found = ranks(4).run(unflattened, 2, 2)
+    assert [place for place, _ in found] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert found[1][1] == {"ep": [1, 3], "mp": [0, 1]}
+    found = ranks(8).run(unflattened, 2, 2)
+    assert [place for place, _ in found] == [(i, j, k) for i in range(2) for j in range(2) for k in range(2)]
+    assert found[6][1] == {"efsdp": [2, 6], "ep": [4, 6], "mp": [6, 7]}
+
+
+def init_error(mp_size: int, ep_size: int = 1) -> tuple[str, str]:
+    return error_of(ParallelState.init, mp_size, "cpu", ep_size=ep_size)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        *(((size,), f"model_parallel_size {size} does not divide the number of processes, 4") for size in (3, 8, 0)),
+        *(((1, size), f"expert_parallel_size {size} does not divide the number of data-") for size in (3, 8, 0)),
+        (
+            (2, 4),
+            "expert_parallel_size 4 does not divide the number of data-parallel ranks, 2 (4 processes, ",
+        ),
+    ],
+)
+def test_init_refuses_sizes_that_do_not_divide(sizes, message, ranks):
+    for kind, text in ranks(4).run(init_error, *sizes):
         assert kind == "ValueError"
-        assert f"model_parallel_size {mp_size} does not divide the number of processes, 4" in message
+        assert message in text
 
 
 # -- from_group

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
-from accessory.parallel.state import ParallelState, over_all_ranks
+from accessory.parallel.state import ParallelState, Ranks, all_ranks
 from accessory.train import checkpointer
 from accessory.train.checkpointer import Checkpointer
 from accessory.train.optim import adamw, muon
@@ -72,11 +72,11 @@ def running(
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
     shard_model(llma, device_mesh(state))
     model = MetaModel(llma, pretrained.tokenizer).train()
-    world = over_all_ranks(state, torch.distributed.new_group(backend="gloo"))
+    world = all_ranks(torch.distributed.new_group(backend="gloo"))
     store = Checkpointer(output, state, world, keep_last=keep_last)
     yield Run(model, build(model.named_parameters(), lr=1.0, weight_decay=WEIGHT_DECAY), store)
     store.wait()
-    torch.distributed.destroy_process_group(world.mp_group)
+    torch.distributed.destroy_process_group(world.group)
 
 
 def steps_on_rank(
@@ -265,7 +265,7 @@ def test_what_a_user_renamed_is_kept(ranks: Any, folder: Path, tmp_path: Path) -
 
 def test_keep_last_must_be_positive() -> None:
     with pytest.raises(ValueError, match="keep_last is 0"):
-        Checkpointer("nowhere", ParallelState.single("cpu"), ParallelState.single("cpu"), keep_last=0)
+        Checkpointer("nowhere", ParallelState.single("cpu"), Ranks(), keep_last=0)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -279,7 +279,7 @@ def test_a_state_without_ranks(folder: Path, tmp_path: Path) -> None:
     staged = checkpointer.stage(model, optimizer, aside, copy=True)
     for parameter in model.parameters():
         parameter.detach().zero_()
-    files = checkpointer.write(staged, aside, alone)
+    files = checkpointer.write(staged, aside, Ranks())
     assert Shelf.incomplete(aside), "it has no name yet, and nothing that says how long its files are"
     checkpointer.publish(shelf, aside, final, {"args": pretrained.args.to_dict(), "files": files})
     assert shelf.latest() == final

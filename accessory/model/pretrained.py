@@ -23,7 +23,7 @@ from accessory.model.lora import begin_adapters
 from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
 from accessory.parallel.plan import local_boxes, matrix_of
-from accessory.parallel.state import ParallelState, agreed
+from accessory.parallel.state import ParallelState, Ranks, agreed
 from accessory.quant import shown_quantized
 from accessory.text.tokenizer import Tokenizer
 
@@ -152,7 +152,7 @@ def load_transformer(
     with torch.inference_mode(False), torch.no_grad():
         # Paths may differ between hosts; what was found there must not.
         llma = agreed(state, build, (pretrained.args, n_tokens, gaps, dtype, expert_placement))
-        boxes = local_boxes(llma.args, placement=llma.placement, rank=state.mp_rank, size=state.mp_size)
+        boxes = local_boxes(llma.args, state, placement=llma.placement)
         fill_parameters(dict(llma.named_parameters()), boxes, pretrained, state)
     return llma
 
@@ -163,7 +163,7 @@ def fill_parameters(
     pretrained: Pretrained,
     state: ParallelState,
     *,
-    everyone: ParallelState | None = None,
+    everyone: Ranks | None = None,
     seed: int = 0,
 ) -> None:
     """Read a rank's parameters, as `load_parameters` does; adapters that no folder holds begin untrained.
@@ -175,7 +175,7 @@ def fill_parameters(
         seed: of adapters that begin.
     """
     folders, args = pretrained.folders, pretrained.args
-    everyone = everyone or state
+    everyone = everyone or state.mp
     maxima = agreed(everyone, lambda: measure_rows(boxes, folders, args))
     if maxima and state.mp_group is not None:
         rows = torch.cat(list(maxima.values())).to(state.device)

@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         assert self.n_tokens <= args.vocab_size
         self.gaps: tuple[int, ...] = ()
         self.cuda_graphs = True
-        self.placement = resolve_placement(args, expert_placement, state.mp_size)
+        self.placement = resolve_placement(args, expert_placement, state.mp_size, ep_size=state.ep.size)
         own = local_sizes(args, state.mp_size, self.placement)
         place = Place(dtype, state.device if device is None else device, args.quant)
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, own["dim"], state, place)

@@ -10,14 +10,20 @@ from accessory.errors import unknown
 from accessory.parallel.plan import PLACEMENTS, Placement, cut_widths, is_quantized, rows_of_model, sizes
 
 
-def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
+def resolve_placement(args: ModelArgs, placement: str, size: int, *, ep_size: int = 1) -> Placement:
     """Turn "auto" into a placement, and check that ``size`` ranks can hold the model.
+
+    Args:
+        ep_size: data-parallel ranks over which the experts are spread besides.
 
     Raises:
         ValueError: an unknown placement, or sizes that do not divide; lists the rank counts that work.
     """
     if placement not in PLACEMENTS:
         raise ValueError(unknown("expert_placement", placement, PLACEMENTS))
+    if ep_size > 1:
+        _refuse_ep(args, placement, size, ep_size)
+        placement = _resolved(args, placement, size, ep_size)
     obstacles = _obstacles(args, placement, size)
     if obstacles:
         works = ", ".join(map(str, supported_sizes(args, placement))) or "none; int8 has no groups"
@@ -27,10 +33,25 @@ def resolve_placement(args: ModelArgs, placement: str, size: int) -> Placement:
     return _resolved(args, placement, size)
 
 
-def _resolved(args: ModelArgs, placement: str, size: int) -> Placement:
+def _resolved(args: ModelArgs, placement: str, size: int, ep_size: int = 1) -> Placement:
     if placement == "auto":
-        return "expert" if args.moe.num_experts % size == 0 else "tensor"
+        return "expert" if args.moe.num_experts % (size * ep_size) == 0 else "tensor"
     return "expert" if placement == "expert" else "tensor"
+
+
+def _refuse_ep(args: ModelArgs, placement: str, size: int, ep_size: int) -> None:
+    """Raise ValueError where so many ranks cannot share the experts, of which the model-parallel ranks have parts."""
+    experts, asked = args.moe.num_experts, f"expert_parallel_size {ep_size}"
+    if experts % ep_size:
+        works = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
+        raise ValueError(f"{asked} does not divide the {experts} experts of a layer: give one of {works}")
+    if experts % (ep_size * size) == 0:
+        return
+    shared = f"{asked} x model_parallel_size {size} does not divide the {experts} experts of a layer"
+    if placement == "expert":
+        raise ValueError(f'{shared} (expert_placement "expert"): give smaller sizes, or expert_placement "tensor"')
+    if args.hidden_dim % size:
+        raise ValueError(f"{shared}, nor model_parallel_size {size} their hidden_dim {args.hidden_dim}: give others")
 
 
 def refuse_shared_heads(args: ModelArgs, size: int) -> None:
@@ -75,7 +96,7 @@ def cut_groups(args: ModelArgs, placement: Placement, size: int) -> list[str]:
         if not is_quantized(row, args.quant):
             continue
         inputs = math.prod(counts[factor] for factor in row.shape[-1].split("*"))
-        own = inputs // size if row.axis[placement] == len(row.shape) - 1 else inputs
+        own = inputs // size if row.axis(placement) == len(row.shape) - 1 else inputs
         if own % group:
             name = row.pattern.replace("layers.N.", "")
             found.append(f"{own} inputs of {name} on a rank are not whole groups of {group} ({args.quant.type})")

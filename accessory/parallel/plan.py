@@ -1,9 +1,10 @@
-"""The table: which parameters a model has, what each is, and how it is split over the model-parallel ranks.
+"""The table: which parameters a model has, what each is, and how it is split over the ranks of its mesh.
 
 The loader, the converter, checkpoint saving, initial weights, the optimizer, counting and the layers ask here; none has
 a rule of its own, and none reads a parameter's name. Names
 are those of the Transformer's ``named_parameters()``. The experts of a layer are stacked, so that both
-placements are the same parameter with another split axis (see docs/architecture.md).
+placements are the same parameter with another split axis (see docs/architecture.md). The meshes are drawn in
+`ParallelState`.
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
 from accessory.parallel.box import Box
+from accessory.parallel.state import ParallelState
 
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
@@ -42,6 +44,26 @@ Part = Literal[
 ]
 
 
+MeshAxis = Literal["dp", "efsdp", "ep", "mp"]
+# Of either mesh; the first axis cuts nothing here: what lies along it is FSDP's (`train.sharding`).
+DENSE_MESH: tuple[MeshAxis, ...] = ("dp", "mp")
+EXPERT_MESH: tuple[MeshAxis, ...] = ("efsdp", "ep", "mp")
+
+
+class Cut(NamedTuple):
+    """One axis of the mesh cuts one axis of a tensor.
+
+    Attributes:
+        mesh: the axis of the mesh.
+        axis: the tensor's.
+        unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
+    """
+
+    mesh: MeshAxis
+    axis: int
+    unit: str
+
+
 @dataclass(frozen=True)
 class Split:
     """One row of the table.
@@ -49,8 +71,8 @@ class Split:
     Attributes:
         pattern: full match for the parameter's name; ``N`` stands for a layer number.
         kind: what it is.
-        axis: for each placement of the experts the axis that is cut; None where every rank holds the whole.
-        unit: the setting of ModelArgs whose count the ranks must divide (a head is never cut in two).
+        cuts: for each placement of the experts what cuts it, in the order of the mesh; every rank along an axis of the
+            mesh that is not among them holds the same.
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
         to_residual: what the matrix makes is added to the residual stream.
@@ -60,8 +82,7 @@ class Split:
     pattern: str
     kind: Kind
     shape: tuple[str, ...]
-    axis: dict[str, int | None]
-    unit: dict[str, str]
+    cuts: dict[str, tuple[Cut, ...]]
     adapter: str = ""
     quantized: str = ""
     to_residual: bool = False
@@ -70,22 +91,34 @@ class Split:
     @property
     def per_expert(self) -> bool:
         """Whether each expert has a part of its own, so that a token meets only those of its experts."""
-        return self.unit["expert"] == "experts"
+        return any(cut.mesh == "ep" for cut in self.cuts["expert"])
+
+    @property
+    def mesh(self) -> tuple[MeshAxis, ...]:
+        """The axes of the mesh over which it lies."""
+        return EXPERT_MESH if self.per_expert else DENSE_MESH
+
+    def axis(self, placement: Placement, mesh: MeshAxis = "mp") -> int | None:
+        """The tensor's axis that an axis of the mesh cuts; None: none."""
+        return next((cut.axis for cut in self.cuts[placement] if cut.mesh == mesh), None)
 
 
 def _row(pattern: str, kind: Kind, shape: str, axis: int | None, unit: str = "", **more: Any) -> Split:
-    axes: dict[str, int | None] = dict.fromkeys(PLACEMENTS[1:], axis)
-    return Split(pattern, kind, tuple(shape.split()), axes, dict.fromkeys(PLACEMENTS[1:], unit), **more)
+    cuts = () if axis is None else (Cut("mp", axis, unit),)
+    return Split(pattern, kind, tuple(shape.split()), dict.fromkeys(PLACEMENTS[1:], cuts), **more)
 
 
 def _of_experts(name: str, kind: Kind, shape: str, tensor_axis: int | None, **more: Any) -> Split:
-    """A stacked parameter: cut by expert, or along its hidden dimension where it has one."""
+    """A stacked parameter: cut by expert, and by the model-parallel ranks so too or along its hidden dimension."""
+    spread = Cut("ep", 0, "experts")
     return Split(
         f"layers.N.feed_forward.experts.{name}",
         kind,
         tuple(shape.split()),
-        {"expert": 0, "tensor": tensor_axis},
-        {"expert": "experts", "tensor": "" if tensor_axis is None else "hidden"},
+        {
+            "expert": (spread, Cut("mp", 0, "experts")),
+            "tensor": (spread, *(() if tensor_axis is None else [Cut("mp", tensor_axis, "hidden")])),
+        },
         **{"part": "experts", **more},
     )
 
@@ -189,16 +222,19 @@ def sizes(args: ModelArgs) -> dict[str, int]:
     }
 
 
-def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert") -> dict[str, int]:
+def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert", *, ep_size: int = 1) -> dict[str, int]:
     """The same counts of what one of ``size`` model-parallel ranks holds of the split axes.
 
     Where ranks outnumber key/value heads, several ranks hold the same head.
+
+    Args:
+        ep_size: ranks over which the experts are spread besides.
     """
     counts = sizes(args)
     local = {unit: counts[unit] // size for unit in ("dim", "vocab", "heads", "shared_hidden", "dense_hidden")}
     for heads in ("kv_heads", "normed_heads", "normed_kv"):
         local[heads] = max(1, counts[heads] // size)
-    local["experts"] = counts["experts"] // size if placement == "expert" else counts["experts"]
+    local["experts"] = counts["experts"] // (ep_size * (size if placement == "expert" else 1))
     local["hidden"] = counts["hidden"] // size if placement == "tensor" else counts["hidden"]
     return local
 
@@ -233,7 +269,8 @@ def matrix_of(name: str) -> tuple[str, str]:
 def _without_inputs(row: Split) -> Split:
     """Of what stands for whole rows: it is not cut where their inputs are."""
     last = len(row.shape) - 1
-    return dataclasses.replace(row, axis={key: None if axis == last else axis for key, axis in row.axis.items()})
+    kept = {placement: tuple(cut for cut in cuts if cut.axis != last) for placement, cuts in row.cuts.items()}
+    return dataclasses.replace(row, cuts=kept)
 
 
 def is_quantized(row: Split, quant: QuantArgs) -> bool:
@@ -335,23 +372,39 @@ def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, .
         yield f"{row.pattern}.{tensor}", (*rest, inputs // shared if shared else 1)
 
 
-def local_box(name: str, shape: tuple[int, ...], args: ModelArgs, *, placement: Placement, rank: int, size: int) -> Box:
-    """The part of a parameter of whole ``shape`` that model-parallel rank ``rank`` of ``size`` holds."""
-    row = split_of(name)
-    axis = row.axis[placement]
-    if axis is None or size == 1:
-        return Box.whole(shape)
-    unit = row.unit[placement]
-    units, local = sizes(args)[unit], local_sizes(args, size, placement)[unit]
+def local_box(
+    name: str,
+    shape: tuple[int, ...],
+    args: ModelArgs,
+    *,
+    placement: Placement,
+    rank: int,
+    size: int,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+) -> Box:
+    """The part of a parameter of whole ``shape`` that model-parallel rank ``rank`` of ``size`` holds.
+
+    Args:
+        ep_rank, ep_size: its place among the ranks over which experts are spread.
+    """
+    places = {"ep": (ep_rank, ep_size), "mp": (rank, size)}
     start, part = [0] * len(shape), list(shape)
-    # Multiplied first: of packed codes there may be fewer than units.
-    start[axis], part[axis] = rank * units // size * shape[axis] // units, local * shape[axis] // units
+    units_of = {cut.axis: cut.unit for cut in split_of(name).cuts[placement]}
+    for axis, unit in units_of.items():
+        # Two axes of the mesh that cut the same axis of the tensor are one, the first of them the slower.
+        own, ranks = 0, 1
+        for cut in split_of(name).cuts[placement]:
+            if cut.axis == axis:
+                own, ranks = own * places[cut.mesh][1] + places[cut.mesh][0], ranks * places[cut.mesh][1]
+        if ranks > 1:
+            units = sizes(args)[unit]
+            # Multiplied first: of packed codes there may be fewer than units. Heads that ranks outnumber are shared.
+            start[axis], part[axis] = own * units // ranks * shape[axis] // units, shape[axis] // min(units, ranks)
     return Box(tuple(start), tuple(part))
 
 
-def local_boxes(args: ModelArgs, *, placement: Placement, rank: int, size: int) -> dict[str, Box]:
-    """`local_box` of every parameter of a model, by name."""
-    return {
-        name: local_box(name, shape, args, placement=placement, rank=rank, size=size)
-        for name, shape in parameter_shapes(args)
-    }
+def local_boxes(args: ModelArgs, state: ParallelState, *, placement: Placement) -> dict[str, Box]:
+    """`local_box` of every parameter of a model on this rank, by name."""
+    own = {"rank": state.mp.rank, "size": state.mp.size, "ep_rank": state.ep.rank, "ep_size": state.ep.size}
+    return {name: local_box(name, shape, args, placement=placement, **own) for name, shape in parameter_shapes(args)}

@@ -6,23 +6,22 @@ Parameters are created without memory, sharded, and only then given any: each ra
 from collections.abc import Callable
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from accessory.config import ModelArgs
 from accessory.model.factory import build_transformer
 from accessory.model.pretrained import Pretrained, fill_parameters
 from accessory.model.transformer import Transformer
 from accessory.parallel.ops import local
-from accessory.parallel.state import ParallelState, agreed, over_all_ranks
+from accessory.parallel.state import ParallelState, agreed, all_ranks
 from accessory.train.init import init_weights
 from accessory.train.options import DataParallel
-from accessory.train.sharding import own_boxes, shard_model
+from accessory.train.sharding import Meshes, own_boxes, shard_model
 
 
 def build_for_training(
     pretrained: Pretrained,
     state: ParallelState,
-    mesh: DeviceMesh,
+    mesh: Meshes,
     *,
     data_parallel: DataParallel,
     compute_dtype: torch.dtype,
@@ -48,7 +47,7 @@ def build_for_training(
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained` and `shard_model`, on all
             ranks alike.
     """
-    everyone, n_tokens, gaps = over_all_ranks(state), pretrained.tokenizer.n_words, pretrained.tokenizer.gaps
+    everyone, n_tokens, gaps = all_ranks(), pretrained.tokenizer.n_words, pretrained.tokenizer.gaps
 
     def build() -> Transformer:
         meta = torch.device("meta")
@@ -81,7 +80,7 @@ def build_for_training(
     # Parameters made in a caller's inference_mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         model = (pretrained.args, n_tokens, gaps, bool(pretrained.folders))
-        llma = agreed(everyone, build, (*model, data_parallel, compute_dtype, expert_placement, seed))
+        llma = agreed(everyone, build, (*model, data_parallel, compute_dtype, expert_placement, seed, state.ep.size))
         if fill:
             give_weights()
     return llma

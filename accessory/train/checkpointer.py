@@ -30,7 +30,7 @@ from accessory.errors import CheckpointError, first_line, shown_bytes
 from accessory.files import no_room, sync, write_json
 from accessory.launch.rendezvous import is_lost_peer
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import ParallelState, agreed, on_first
+from accessory.parallel.state import ParallelState, Ranks, agreed, on_first
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
     check_same_model,
@@ -69,7 +69,7 @@ class Checkpointer:
         self,
         folder: str | Path,
         state: ParallelState,
-        world: ParallelState,
+        world: Ranks,
         *,
         keep_last: int | None = None,
         without_frozen: bool = False,
@@ -77,7 +77,7 @@ class Checkpointer:
         """Touches nothing.
 
         Args:
-            world: `over_all_ranks` of a group of its own: saves run in a thread beside training steps, whose
+            world: `all_ranks` of a group of its own: saves run in a thread beside training steps, whose
                 collectives theirs must not meet.
             keep_last: how many checkpoints stay; None: all.
             without_frozen: leave out what does not train; the model must have it already when a state is loaded.
@@ -203,13 +203,13 @@ class Checkpointer:
         # A rank that fails before the collectives of DCP must not leave the others in them.
         explained = in_one_line(f"{path} cannot be read", "resume from another one", CheckpointError)
         tensors = agreed(self.world, explained(partial(tensors_to_fill, path, model, optimizer)))
-        read = partial(dcp.load, tensors, checkpoint_id=path, process_group=self.world.mp_group)
+        read = partial(dcp.load, tensors, checkpoint_id=path, process_group=self.world.group)
         agreed(self.world, explained(read))
         if (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size):
-            file = path / f"rng.{self.world.mp_rank}.pt"
+            file = path / f"rng.{self.world.rank}.pt"
             agreed(self.world, lambda: restore_rng(torch.load(file, weights_only=True), self._state.device))
         else:
-            seed_rank(seed, self.world.mp_rank)
+            seed_rank(seed, self.world.rank)
             self._say(
                 f"{path} was saved at dp {record['dp_size']}, mp {record['mp_size']}, and is resumed at dp "
                 f"{self._state.dp_size}, mp {self._state.mp_size}: random states begin anew from seed {seed} and rank"
@@ -223,8 +223,8 @@ class Checkpointer:
         explained = in_one_line(f"checkpoint {final} cannot be written", remedy, writing=(aside, staged.bytes))
         with self._removing_on_failure(aside):
             own = agreed(world, explained(partial(write, staged, aside, world)))
-            lengths: list[dict[str, int]] = [{} for _ in range(world.mp_size)]
-            dist.all_gather_object(lengths, own, group=world.mp_group)
+            lengths: list[dict[str, int]] = [{} for _ in range(world.size)]
+            dist.all_gather_object(lengths, own, group=world.group)
             self._say(f"checkpoint {final}: renaming")
             files = {name: length for part in lengths for name, length in part.items()}
             publishing = partial(publish, self._shelf, aside, final, {**record, "files": files})
@@ -276,10 +276,10 @@ def stage(
     return Staged(copied(tensors) if copy else tensors, rng_state(model.llma.state.device))
 
 
-def write(staged: Staged, aside: Path, world: ParallelState) -> dict[str, int]:
+def write(staged: Staged, aside: Path, world: Ranks) -> dict[str, int]:
     """Write this rank's part into the folder; returns the lengths of its files. Collective over ``world``."""
-    rank = world.mp_rank
-    dcp.save(staged.tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=world.mp_group)
+    rank = world.rank
+    dcp.save(staged.tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=world.group)
     torch.save(staged.rng, aside / f"rng.{rank}.pt")
     sync(aside / f"rng.{rank}.pt")
     names = [f"rng.{rank}.pt", *(path.name for path in aside.glob(f"__{rank}_*")), *([".metadata"] * (rank == 0))]

@@ -27,7 +27,7 @@ from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement as ExpertPlacement
 from accessory.parallel.plan import local_box, split_of
-from accessory.parallel.state import agreed, on_first, over_all_ranks
+from accessory.parallel.state import agreed, all_ranks, on_first
 from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, find_form, write_ends, write_text
 from accessory.text.forms import Form
 from accessory.train.options import FinetuneOptions
@@ -131,7 +131,7 @@ def export_checkpoint(
     start = time.monotonic()
     folder = Path(folder).absolute()
     state = model.llma.state
-    everyone = over_all_ranks(state)
+    everyone = all_ranks()
     aside = folder.with_name(f".{folder.name}.exporting")
     try:
         layout = agreed(everyone, lambda: _choose_layout(model, to), (folder.name, dtype, to))
@@ -200,7 +200,7 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None
         return parameter.to(dtype)
     cast = parameter.to(dtype)
     assert isinstance(cast, DTensor)
-    axis = None if placement is None else split_of(name).axis[placement]
+    axis = None if placement is None else split_of(name).axis(placement)
     wanted: Placement = Replicate() if axis is None else Shard(axis)
     if cast.placements[-1] != wanted:
         # Whole in between: gloo has no direct way from one split to another.

@@ -25,7 +25,7 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.transformer import Transformer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.plan import rows_of_model, split_of, trains
-from accessory.parallel.state import ParallelState, agreed, on_first, over_all_ranks
+from accessory.parallel.state import ParallelState, Ranks, agreed, all_ranks, on_first
 from accessory.text.form_files import form_for_training, trained_form
 from accessory.text.forms import Form
 from accessory.train.allocator import return_freed_memory
@@ -73,7 +73,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         stack.enter_context(matmul_precision(options.precision))
         return_freed_memory()
         # 1. Ranks with the same options, and a folder that they can all write to.
-        everyone = over_all_ranks(ParallelState.single("cpu"))
+        everyone = all_ranks()
         agreed(everyone, partial(_refuse_no_model, options), options)
         on_first(everyone, partial(refuse_absent, options.log_to))
         layout = partial(ParallelState.init, options.model_parallel_size, options.device, timeout=COLLECTIVE_TIMEOUT)
@@ -83,8 +83,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         folder = agreed(everyone, lambda: stack.enter_context(held(output)) if everyone.is_first else None)
         if folder is not None:
             interruption.at_the_end = folder.tidy_before_the_end
-        world = over_all_ranks(state, dist.new_group(backend="gloo", timeout=_PATIENCE))
-        stack.callback(dist.destroy_process_group, world.mp_group)
+        world = all_ranks(dist.new_group(backend="gloo", timeout=_PATIENCE))
+        stack.callback(dist.destroy_process_group, world.group)
         store = Checkpointer(
             options.checkpoints, state, world, keep_last=options.keep_last, without_frozen=options.only_save_trainable
         )
@@ -106,7 +106,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
             agreed(world, lambda: _refuse_another_form(form, progress.get("form"), resumed))
             agreed(world, lambda: _refuse_another_optimizer(options, progress.get("optimizer", "adamw"), resumed))
         # 3. The model, its parameters sharded over all ranks.
-        seed_rank(options.seed, world.mp_rank)
+        seed_rank(options.seed, world.rank)
         # A training state may leave out what is frozen.
         adapted = pretrained.args.peft is not None
         model = _build(options, pretrained, state, fill=resumed is None or options.only_save_trainable or adapted)
@@ -197,7 +197,7 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
     _refuse_parts(options, found.args)
     _refuse_rates(options, found.args)
     refuse_shared_heads(found.args, state.mp_size)
-    resolve_placement(found.args, options.expert_placement, state.mp_size)
+    resolve_placement(found.args, options.expert_placement, state.mp_size, ep_size=state.ep.size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
 
 
@@ -283,7 +283,7 @@ def _refuse_another_optimizer(options: FinetuneOptions, saved: str, resumed: Pat
 
 
 def _data(
-    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, form: Form | None, world: ParallelState
+    options: FinetuneOptions, launch: Launch, pretrained: Pretrained, form: Form | None, world: Ranks
 ) -> tuple[FinetuneData, FinetuneData | None]:
     """The examples to learn from, and those that are held out."""
 
@@ -312,8 +312,8 @@ def _data(
     return agreed(world, partial(split_held_out, data, other, options, pretrained.tokenizer))
 
 
-def _sampler(options: FinetuneOptions, data: FinetuneData, world: ParallelState) -> StepSampler:
-    global_batch = options.batch_size * options.accum_iter * (world.mp_size // options.model_parallel_size)
+def _sampler(options: FinetuneOptions, data: FinetuneData, world: Ranks) -> StepSampler:
+    global_batch = options.batch_size * options.accum_iter * (world.size // options.model_parallel_size)
     if options.packing:
         packed = PackedSampler(data.lengths, global_batch, room=options.max_words, seed=options.seed)
         logger.info(
@@ -330,14 +330,11 @@ def _sampler(options: FinetuneOptions, data: FinetuneData, world: ParallelState)
     return sampler
 
 
-def _see_that_data_are_alike(data: FinetuneData, world: ParallelState) -> None:
+def _see_that_data_are_alike(data: FinetuneData, world: Ranks) -> None:
     """Each host may read files of its own; the name of the cache is a digest of data, template and tokenizer."""
-    first = [data.folder.name]
-    if world.mp_size > 1:
-        dist.broadcast_object_list(first, group_src=0, group=world.mp_group)
-    if first[0] != data.folder.name:
+    if world.first_ones(data.folder.name) != data.folder.name:
         raise ValueError(
-            f"rank {world.mp_rank} on {socket.gethostname()} reads other data, or with another tokenizer, than rank 0: "
+            f"rank {world.rank} on {socket.gethostname()} reads other data, or with another tokenizer, than rank 0: "
             "give all hosts the same files"
         )
 

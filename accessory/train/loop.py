@@ -15,7 +15,7 @@ from accessory.data.collate import collate
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
 from accessory.model.meta import MetaModel
-from accessory.parallel.state import agreed, on_first, over_all_ranks
+from accessory.parallel.state import agreed, all_ranks, on_first
 from accessory.text.forms import Form
 from accessory.train.checkpointer import Checkpointer
 from accessory.train.export import BEST, drop_older_models, export_checkpoint, model_due
@@ -262,7 +262,7 @@ class FinetuneLoop:
         keep_last, keep_models = self.options.keep_last, self.options.keep_models
         drop = partial(drop_older_models, self._model(name), keep_last=keep_last, keep_models=keep_models)
         # Not the store's world: an earlier state may still be on its way to the disk, and agrees over that one.
-        on_first(over_all_ranks(self.model.llma.state), drop)
+        on_first(all_ranks(), drop)
 
     def _save(self, *, asynchronous: bool) -> None:
         progress = {

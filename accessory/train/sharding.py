@@ -1,12 +1,11 @@
-"""A model's parameters as 2-D DTensors: split by the plan over the model-parallel ranks, and by FSDP over the others.
+"""A model's parameters as DTensors over its meshes: the plan splits them along the inner axes, FSDP along the first.
 
-With both axes in every parameter, gradient norms, checkpoints and counts see the whole model. Under "ddp" the
-data-parallel axis is there as well, with every rank of it holding the same.
+With all axes in every parameter, gradient norms, checkpoints and counts see the whole model. Under "ddp" the first axis
+is there as well, with every rank of it holding the same. Of experts that are spread over all data-parallel ranks no two
+ranks hold the same, and FSDP has no part in them.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -15,37 +14,62 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from accessory.model.transformer import Transformer
+from accessory.model.moe import MoE
+from accessory.model.transformer import Transformer, TransformerBlock
 from accessory.parallel.box import Box
 from accessory.parallel.placement import refuse_shared_heads
 from accessory.parallel.plan import local_boxes, split_of
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, Ranks
 from accessory.train.options import DataParallel
 
 
-def device_mesh(state: ParallelState) -> DeviceMesh:
-    """The mesh (dp, mp) over the groups that `ParallelState.init` laid out: neighbours in rank share a model."""
+class Meshes(NamedTuple):
+    """The two meshes of `ParallelState`, of which axes of one rank may be missing.
+
+    Attributes:
+        dense: (dp, mp).
+        experts: (efsdp, ep, mp), or (ep, mp) where efsdp has one rank; the dense one where ep has.
+    """
+
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+    def of(self, name: str) -> DeviceMesh:
+        """The mesh over which a parameter lies."""
+        return self.experts if split_of(name).per_expert else self.dense
+
+
+def device_mesh(state: ParallelState) -> Meshes:
+    """The meshes over the groups that `ParallelState.init` laid out."""
     if state.mp_group is None or state.dp_group is None:
         raise ValueError("training needs process groups for both axes: make the state with ParallelState.init")
-    ranks = torch.arange(state.dp_size * state.mp_size).view(state.dp_size, state.mp_size)
-    groups = [state.dp_group, state.mp_group]
-    mesh = DeviceMesh.from_group(groups, state.device.type, mesh=ranks, mesh_dim_names=("dp", "mp"))
-    mesh._flatten("all")
-    return mesh
+
+    def over(**axes: Ranks) -> DeviceMesh:
+        ranks = torch.arange(state.dp_size * state.mp_size).view([axis.size for axis in axes.values()])
+        groups = [axis.group for axis in axes.values()]
+        return DeviceMesh.from_group(groups, state.device.type, mesh=ranks, mesh_dim_names=tuple(axes))  # type: ignore[arg-type]
+
+    dense = over(dp=state.dp, mp=state.mp)
+    dense._flatten("all")
+    if state.ep.size == 1:
+        return Meshes(dense, dense)
+    efsdp = {"efsdp": state.efsdp} if state.efsdp.size > 1 else {}
+    return Meshes(dense, over(**efsdp, ep=state.ep, mp=state.mp))
 
 
 def shard_model(
     model: Transformer,
-    mesh: DeviceMesh,
+    mesh: Meshes,
     *,
     data_parallel: DataParallel = "fsdp",
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Turn the parameters of a model-parallel rank into sharded DTensors, in place.
 
-    Each block is one unit of communication. Parameters, gradients and optimizer state keep the parameters' dtype
-    and are split over the data-parallel ranks; products run in ``compute_dtype`` and gradients are summed (not
-    averaged) in float32. Parameters on the meta device stay there, and take no memory yet.
+    Each block is one unit of communication, and where experts are spread these are one more. Parameters, gradients and
+    optimizer state keep the parameters' dtype and are split over the data-parallel ranks; products run in
+    ``compute_dtype`` and gradients are summed (not averaged) in float32. Parameters on the meta device stay there, and
+    take no memory yet.
 
     A single data-parallel rank needs no FSDP, whose copies between buffers take a good part of a step's time: there
     the layers cast the weights as they use them.
@@ -61,31 +85,40 @@ def shard_model(
     if data_parallel not in get_args(DataParallel):
         raise ValueError(f"data_parallel is {data_parallel!r}: give one of {', '.join(get_args(DataParallel))}")
     refuse_shared_heads(model.args, model.state.mp_size)
-    _distribute(model, mesh["mp"])
+    _distribute(model, mesh)
     if model.state.dp_size == 1:
         model.tok_embeddings.dtype = compute_dtype
         return
     # Inputs are not cast: tokens begin in the compute dtype, and rotations stay float32 as in inference.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
-    # It would be cast as well; and what is chosen by it is to be what inference chooses.
-    ignored = {own for name, own in model.named_parameters() if split_of(name).kind == "correction"}
-    shard: Callable[[nn.Module], object]
-    root: Callable[[nn.Module], object]
-    if data_parallel == "ddp":
-        shard = root = partial(replicate, mesh=mesh["dp"], mp_policy=policy, ignored_params=ignored)
-    else:
-        root = partial(
-            fully_shard,
-            mesh=mesh["dp"],
+    alone = mesh.experts is not mesh.dense and "efsdp" not in _names(mesh.experts)
+    # A correction would be cast as well, and what is chosen by it is to be what inference chooses. Experts of which no
+    # rank has a copy are as parameters are where one data-parallel rank is all.
+    ignored = {
+        own
+        for name, own in model.named_parameters()
+        if split_of(name).kind == "correction" or (alone and split_of(name).per_expert)
+    }
+
+    def unit(module: nn.Module, over: DeviceMesh, *, reshards: bool) -> None:
+        if data_parallel == "ddp":
+            replicate(module, mesh=over, mp_policy=policy, ignored_params=ignored)
+            return
+        fully_shard(
+            module,
+            mesh=over,
             mp_policy=policy,
             ignored_params=ignored,
-            reshard_after_forward=False,
-            shard_placement_fn=lambda parameter: Shard(_dp_axis(parameter, model.state.dp_size)),
+            reshard_after_forward=reshards and data_parallel == "fsdp",
+            shard_placement_fn=lambda parameter: Shard(_dp_axis(parameter, over.size())),
         )
-        shard = partial(root, reshard_after_forward=data_parallel == "fsdp")
+
     for block in model.layers:
-        shard(block)
-    root(model)  # stays gathered: the backward pass begins with its output head
+        assert isinstance(block, TransformerBlock)
+        if "efsdp" in _names(mesh.experts) and isinstance(block.feed_forward, MoE):
+            unit(block.feed_forward.experts, mesh.experts["efsdp"], reshards=True)
+        unit(block, mesh.dense["dp"], reshards=True)
+    unit(model, mesh.dense["dp"], reshards=False)  # stays gathered: the backward pass begins with its output head
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the count of learned tokens over all ranks, so gradients are to be summed. Gloo
@@ -107,24 +140,35 @@ def set_last_backward(model: nn.Module, *, last: bool) -> None:
 
 def own_boxes(model: Transformer) -> dict[str, Box]:
     """The part of each whole parameter that lies on this rank; an empty one too, where ranks outnumber the rows."""
-    args, state = model.args, model.state
-    slices = local_boxes(args, placement=model.placement, rank=state.mp_rank, size=state.mp_size)
-    boxes = {}
+    state = model.state
+    boxes = local_boxes(model.args, state, placement=model.placement)
     for name, parameter in model.named_parameters():
-        boxes[name] = slices[name]
-        over_dp = parameter.placements[:-1] if isinstance(parameter, DTensor) else ()
-        if any(not isinstance(placement, Replicate) for placement in over_dp):
-            axis = _dp_axis(parameter, state.dp_size)
-            boxes[name] = slices[name].chunk(axis, rank=state.dp_rank, size=state.dp_size)
+        if not isinstance(parameter, DTensor):
+            continue
+        for axis, kind in zip(_names(parameter.device_mesh), parameter.placements, strict=True):
+            if axis in ("dp", "efsdp") and not isinstance(kind, Replicate):
+                ranks = state.dp if axis == "dp" else state.efsdp
+                boxes[name] = boxes[name].chunk(kind.dim, rank=ranks.rank, size=ranks.size)  # type: ignore[attr-defined]
     return boxes
 
 
-def _distribute(model: Transformer, mp_mesh: DeviceMesh) -> None:
+def _names(mesh: DeviceMesh) -> tuple[str, ...]:
+    assert mesh.mesh_dim_names is not None
+    return mesh.mesh_dim_names
+
+
+def _distribute(model: Transformer, mesh: Meshes) -> None:
+    """Make each parameter, of which this rank holds its part, a DTensor over the axes that the plan cuts by."""
     for name, parameter in list(model.named_parameters()):
-        axis = split_of(name).axis[model.placement]
-        # A lone model-parallel rank splits nothing, and leaves every axis to FSDP.
-        placement = Replicate() if axis is None or mp_mesh.size() == 1 else Shard(axis)
-        whole = DTensor.from_local(parameter.data, mp_mesh, [placement], run_check=False)
+        over = mesh.of(name)
+        over = over["ep", "mp"] if "ep" in _names(over) else over["mp"]
+        # A lone rank splits nothing, and leaves every axis to FSDP.
+        axes = {
+            axis: split_of(name).axis(model.placement, axis) if size > 1 else None  # type: ignore[arg-type]
+            for axis, size in zip(_names(over), over.shape, strict=True)
+        }
+        kinds = [Replicate() if axis is None else Shard(axis) for axis in axes.values()]
+        whole = DTensor.from_local(parameter.data, over, kinds, run_check=False)
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
@@ -138,8 +182,7 @@ def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
     assert isinstance(parameter, DTensor)
     # Integers are tensors of a quantized weight: the order of their last axis is its own, and all are to be cut alike.
     shape = parameter.shape if parameter.is_floating_point() else parameter.shape[:-1]
-    split = parameter.placements[-1]  # over the model-parallel ranks
-    taken = split.dim if isinstance(split, Shard) else None
-    free = [axis for axis, size in enumerate(shape) if axis != taken and size % dp_size == 0]
+    taken = [kind.dim for kind in parameter.placements if isinstance(kind, Shard)]
+    free = [axis for axis, size in enumerate(shape) if axis not in taken and size % dp_size == 0]
     # Pieces along axis 0 are sent as they lie; along any other, FSDP copies them together.
     return 0 if 0 in free else max(free, key=lambda axis: parameter.shape[axis], default=0)
