@@ -23,8 +23,8 @@ from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable, rotate
 from accessory.model.transformer import Transformer
 from accessory.parallel.placement import resolve_placement, supported_sizes
-from accessory.parallel.plan import Box, local_box, parameter_shapes, split_of
-from accessory.parallel.state import ParallelState, Place
+from accessory.parallel.plan import TABLE, Box, local_box, local_boxes, parameter_shapes, split_of
+from accessory.parallel.state import ParallelState, Place, Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,9 +52,7 @@ def args_of(**changes: Any) -> ModelArgs:
 
 def state_of(rank: int, size: int) -> ParallelState:
     """A rank's place among others that do not exist: enough to build its part of a model."""
-    return ParallelState(
-        mp_group=None, mp_rank=rank, mp_size=size, dp_group=None, dp_rank=0, dp_size=1, device=torch.device("cpu")
-    )
+    return ParallelState(mp=Ranks(None, rank, size), device=torch.device("cpu"))
 
 
 def test_names_of_the_parameters_are_frozen() -> None:
@@ -126,6 +124,34 @@ def test_the_splits_counts_are_what_the_plan_supports() -> None:
     assert supported_sizes(args_of(n_kv_heads=24, moe=MoEArgs(num_experts=6)), "expert") == [1, 2, 3, 6]
 
 
+@pytest.mark.parametrize(
+    ("placement", "cut"),
+    # The part of w13, (8 experts, 2, hidden 64, dim 48), at each place along (ep, mp).
+    [
+        ("expert", {(0, 0): ([0, 2], [0, 64]), (0, 1): ([2, 4], [0, 64]), (1, 0): ([4, 6], [0, 64])}),
+        ("tensor", {(0, 0): ([0, 4], [0, 32]), (0, 1): ([0, 4], [32, 64]), (1, 0): ([4, 8], [0, 32])}),
+    ],
+)
+def test_experts_are_cut_along_two_axes_of_the_mesh(placement: Any, cut: dict[tuple[int, int], Any]) -> None:
+    args, name = args_of(n_layers=1, hidden_dim=64), "layers.0.feed_forward.experts.w13"
+    for (ep, mp), (experts, hidden) in cut.items():
+        state = ParallelState(mp=Ranks(None, mp, 2), ep=Ranks(None, ep, 2), device=torch.device("cpu"))
+        boxes = local_boxes(args, state, placement=placement)
+        assert [[start, start + size] for start, size in zip(boxes[name].start, boxes[name].size, strict=True)] == [
+            experts,
+            [0, 2],
+            hidden,
+            [0, 48],
+        ]
+        model = Transformer(args, state, expert_placement=placement, device=torch.device("meta"))
+        assert {key: tuple(own.shape) for key, own in model.named_parameters()} == {
+            key: box.size for key, box in boxes.items()
+        }
+    for row in TABLE:
+        assert row.mesh == (("efsdp", "ep", "mp") if ".experts." in row.pattern else ("dp", "mp"))
+        assert (row.axis(placement, "ep") == 0) == (".experts." in row.pattern)
+
+
 def test_a_parameter_without_a_row_is_an_error() -> None:
     with pytest.raises(KeyError, match=r"no row for parameter layers\.0\.attention\.wz\.weight"):
         split_of("layers.0.attention.wz.weight")
@@ -153,7 +179,24 @@ def test_what_cannot_be_split_is_refused_with_what_can(
         Transformer(args, state_of(0, size), expert_placement=placement, device=torch.device("meta"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "placement", "sizes", "message"),
+    [
+        ({}, "auto", (1, 3), "expert_parallel_size 3 does not divide the 8 experts of a layer: give one of 1, 2, 4, 8"),
+        ({}, "tensor", (2, 16), "expert_parallel_size 16 does not divide the 8 experts of a layer: give one of 1, 2, "),
+        ({}, "expert", (4, 4), r"size 4 x model_parallel_size 4 does not divide .*, or expert_placement \"tensor\"$"),
+        ({"hidden_dim": 6}, "auto", (4, 4), "nor model_parallel_size 4 their hidden_dim 6: give others$"),
+    ],
+)
+def test_experts_that_cannot_be_spread(
+    changes: dict[str, Any], placement: str, sizes: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_placement(args_of(**changes), placement, sizes[0], ep_size=sizes[1])
+
+
 def test_auto_prefers_whole_experts() -> None:
+    assert [resolve_placement(args_of(), "auto", 4, ep_size=size) for size in (2, 4)] == ["expert", "tensor"]
     assert [resolve_placement(args_of(), "auto", size) for size in (1, 2, 8, 24)] == ["expert"] * 3 + ["tensor"]
     six = args_of(n_kv_heads=24, moe=MoEArgs(num_experts=6))
     assert [resolve_placement(six, "auto", size) for size in (3, 4, 6)] == ["expert", "tensor", "expert"]

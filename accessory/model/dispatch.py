@@ -1,7 +1,7 @@
 """The way of tokens to this rank's experts and back: `Dispatcher` gives each pair of a token and an expert a row of
 its own, products are asked of the `Pairs` that it made, and `combine` adds up what the experts made of each token.
 
-    pairs = dispatcher(x_TD, routing)              # gathered, grouped or trained
+    pairs = dispatcher(x_TD, routing)              # gathered, grouped or trained (exchange.py: exchanged)
     y_PO = pairs.product(pairs.rows, weight_EOD)   # as often as there are matrices, adapters' too
     out_TD = pairs.combine(y_PD, weights_TK)
 
@@ -156,8 +156,7 @@ class TrainedPairs(GroupedPairs):
 
     @property
     def rows(self) -> Tensor:
-        x_PD: Tensor = _Rows.apply(self.x_TD, self.order_P, self.top_k)
-        return x_PD
+        return ordered(self.x_TD, self.order_P, self.top_k)
 
     def combine(self, y_PD: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD: Tensor = _Combine.apply(y_PD, weights_TK, self.order_P)
@@ -203,6 +202,12 @@ class _FusedExperts(torch.autograd.Function):
         grad_x_PD = grouped_input_gradient(grad_both_PO, w13_EOD, offsets_E)
         grad_x_TD = _sum_of_rows(grad_x_PD, order_P, weights_TK.shape)
         return grad_x_TD, _unsorted(grad_weight_P, order_P, weights_TK.shape), grad_w13, grad_w2, None, None
+
+
+def ordered(x_TD: Tensor, order_P: Tensor, top_k: int = 1) -> Tensor:
+    """Of places in (T, top_k), flattened and all distinct, the tokens; with gradients."""
+    x_PD: Tensor = _Rows.apply(x_TD, order_P, top_k)
+    return x_PD
 
 
 class _Rows(torch.autograd.Function):

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from accessory import kernels
 from accessory.config import ModelArgs
 from accessory.model.dispatch import Dispatcher, Pairs, TrainedPairs
+from accessory.model.exchange import ExchangingDispatcher
 from accessory.model.gated_unit import GatedUnit
 from accessory.model.router import Router, Routing
 from accessory.model.units import clamped_gate, silu_gate
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import Placement, local_sizes
-from accessory.parallel.state import ParallelState, Place
+from accessory.parallel.state import ParallelState, Place, Ranks
 from accessory.quant import QuantizedParameter
 
 
@@ -27,10 +28,14 @@ class Experts(nn.Module):
 
     def __init__(self, args: ModelArgs, state: ParallelState, placement: Placement, place: Place) -> None:
         super().__init__()
-        own = local_sizes(args, state.mp_size, placement)
+        own = local_sizes(args, state.mp_size, placement, ep_size=state.ep.size)
         experts, hidden = own["experts"], own["hidden"]
-        first = experts * state.mp_rank if placement == "expert" else 0
-        self.dispatcher = Dispatcher(first, experts, args.moe.num_experts)
+        columns = state.mp if placement == "expert" else Ranks()
+        self.dispatcher: Dispatcher | ExchangingDispatcher = Dispatcher(
+            experts * columns.rank, experts, args.moe.num_experts
+        )
+        if state.ep.size > 1:
+            self.dispatcher = ExchangingDispatcher(experts, state.ep, columns)
         self.w13 = place.matrix(experts, 2, hidden, args.dim)
         self.w2 = place.matrix(experts, args.dim, hidden)
         # Where every rank holds a slice of every expert, what is whole on each has as its gradient the ranks' sum, and

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from accessory.model import exchange  # noqa: F401  (defines the operator)
 from accessory.model.transformer import Transformer
 from accessory.train.options import RecomputePolicy
 
-# Values and places of the chosen experts: the products that follow and top-k's own backward pass read these.
-_KEPT = [torch.ops.aten.topk.default]
+# Values and places of the chosen experts: the products that follow and top-k's own backward pass read these. And how
+# many tokens other ranks send, which they are not asked for again.
+_KEPT = [torch.ops.aten.topk.default, torch.ops.accessory.exchange_counts.default]
 
 
 def recompute_activations(model: Transformer, policy: RecomputePolicy) -> None:
