@@ -122,10 +122,11 @@ def finetune_on_rank(setting: Setting, arguments: Sequence[str]) -> Stop:
         setup_logging(rank)  # closes output.log
 
 
-def layout(dp_size: int, mp_size: int, accum_iter: int = 2) -> dict[str, int]:
+def layout(dp_size: int, mp_size: int, accum_iter: int = 2, *, ep_size: int = 1) -> dict[str, int]:
     """Options with which a step takes PRODUCT examples."""
     return {
         "model_parallel_size": mp_size,
+        **({"expert_parallel_size": ep_size} if ep_size > 1 else {}),
         "batch_size": PRODUCT // dp_size // accum_iter,
         "accum_iter": accum_iter,
     }

@@ -1,8 +1,6 @@
 """Experts spread over data-parallel ranks: the exchange by hand and beside the dispatcher of one process, gradients of
 whole models beside those of one process, and what is sent."""
 
-import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory.config import QuantArgs
 from accessory.model.dispatch import Dispatcher, Pairs, TrainedPairs
-from accessory.model.exchange import ExchangedPairs, ExchangingDispatcher
+from accessory.model.exchange import ExchangingDispatcher
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.model.router import Routing
@@ -294,3 +292,87 @@ def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: s
         largest = gradient.abs().max().item()
         difference = (ours[name] - gradient).abs().max().item()
         assert difference <= 1e-5 * largest, f"{what}: {name} is off by {difference} of {largest}"
+
+
+# -- what is sent
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts what a rank hands to exchanges.
+
+    Attributes:
+        payloads: of each exchange of rows, how many elements leave for each rank.
+        counts: exchanges of how many rows there are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payloads: list[list[int]] = []
+        self.counts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            rows, _, leaving, _ = args
+            self.payloads.append([count * rows.shape[1] for count in leaving])
+        self.counts += func is torch.ops.accessory.exchange_counts.default
+        return func(*args, **(kwargs or {}))
+
+
+class Sent(NamedTuple):
+    """What a rank sent in the passes of a micro-batch; pairs of its tokens whose experts lie on other ranks of ep."""
+
+    exchanges: int
+    counts: int
+    elements: int
+    elsewhere: int
+    tokens: int
+    pairs_elsewhere: int
+
+
+def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, ep_size: int) -> list[Sent]:
+    state, found = ParallelState.init(mp_size, "cpu", ep_size=ep_size), []
+    for row in rows:
+        model = built(models[row.model], row, state)
+        experts = model.llma.args.moe.num_experts
+        chosen: list[Tensor] = []
+        for block in model.llma.layers:
+            gate = block.get_submodule("feed_forward.gate")
+            gate.register_forward_hook(lambda _, __, routing, to=chosen: to.append(routing.experts_TK))
+        (own, *_) = own_rows(state, BATCH.examples, BATCH.labels)
+        with Exchanges() as exchanges:
+            loss, extras, _ = model.training_losses(*own)
+            first_choices = torch.stack(chosen)  # not those of a second computation
+            (loss + sum(value * weight for value, weight in extras.values())).backward()
+        leave = [sum(part for rank, part in enumerate(parts) if rank != state.ep.rank) for parts in exchanges.payloads]
+        on_LTK = first_choices // (experts // ep_size)  # which rank of ep, whatever the columns
+        found.append(
+            Sent(
+                len(exchanges.payloads),
+                exchanges.counts,
+                sum(map(sum, exchanges.payloads)),
+                sum(leave),
+                own[0].numel(),
+                int((on_LTK != state.ep.rank).sum()),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(("size", "mp_size", "ep_size"), [(2, 1, 2), (4, 2, 2)])
+def test_what_is_sent(size: int, mp_size: int, ep_size: int, ranks: Pools, models: dict[str, list[Path]]) -> None:
+    """As docs/scaling.md has it: exchanges x top-k x width for each token and layer, no pair twice, none dropped."""
+    layers, top_k, width = 2, 2, 32
+    for policy, exchanges in (("none", 4), ("moe", 6), ("full", 6)):
+        rows = [Row("plain", "fsdp", placement, policy) for placement in ("expert", "tensor")]
+        by_rank = ranks(size).run(sent_on_rank, models, rows, mp_size, ep_size)
+        for number, row in enumerate(rows):
+            # In slices every model-parallel rank sends all pairs; else each those of its own experts.
+            times = mp_size if row.placement == "tensor" else 1
+            found = [sent[number] for sent in by_rank]
+            assert all((sent.exchanges, sent.counts) == (exchanges * layers, layers) for sent in found)
+            tokens = sum(sent.tokens for sent in found) // mp_size
+            pairs_elsewhere = sum(sent.pairs_elsewhere for sent in found) // mp_size
+            per_pair = exchanges * width * times
+            assert sum(sent.elements for sent in found) == layers * tokens * top_k * per_pair
+            # The way back and both gradients are of the same rows, each from where it was sent.
+            assert sum(sent.elsewhere for sent in found) == pairs_elsewhere * per_pair

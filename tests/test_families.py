@@ -45,12 +45,17 @@ from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
 from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained
 from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
+from accessory.parallel.state import ParallelState
 from accessory.serve.web.experts import heatmap
+from accessory.train import trainer
+from accessory.train.build import build_for_training
 from accessory.train.flops import flops_per_token
 from accessory.train.heatmap import draw
 from accessory.train.metrics import expert_shares
+from accessory.train.sharding import device_mesh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -400,6 +405,23 @@ def gradients_on_rank(folder: Path, placement: str, tokens: Tensor) -> tuple[flo
     return loss.item(), {name: parameter.grad for name, parameter in trained}
 
 
+def spread_gradients_on_rank(folder: Path, tokens: Tensor, mp_size: int) -> tuple[float, dict[str, Tensor]]:
+    """The same where experts are spread over two data-parallel ranks, the second of which has one row alone."""
+    state = ParallelState.init(mp_size, "cpu", ep_size=2)
+    pretrained = Pretrained.resolve(folder, max_seq_len=128)
+    pretrained = replace(pretrained, args=pretrained.args.replace(load_balancing_weight=0.0, z_loss_weight=0.0))
+    settings: Any = {"data_parallel": "fsdp", "compute_dtype": torch.float32, "expert_placement": "tensor"}
+    llma = build_for_training(pretrained, state, device_mesh(state), **settings)
+    own = tokens.tensor_split(2)[state.dp_rank]
+    (loss, *_), _, _ = trainer._gradients(MetaModel(llma, pretrained.tokenizer), [(own, own)], None)
+    trained = ((name, parameter) for name, parameter in llma.named_parameters() if parameter.requires_grad)
+    return loss, {name: parameter.grad.full_tensor() for name, parameter in trained}
+
+
+# Of shared experts and corrections; of biases and clamps; of layers without experts.
+SPREAD = ("glm4_moe", "gpt_oss", "qwen3_moe, with dense layers")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_transformers_on_any_ranks(
     name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
@@ -421,11 +443,19 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
         for loss, _ in found:
             assert loss == pytest.approx(expected.item(), rel=1e-5)
         ours = assembled([by_name for _, by_name in found], args, placement)
-        assert {name for name in theirs if not name.endswith("correction_bias")} == ours.keys()
-        largest = max(parameter.abs().max().item() for parameter in theirs.values())
-        for parameter, value in ((name, value) for name, value in theirs.items() if name in ours):
-            limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
-            assert (ours[parameter] - value).abs().max().item() <= limit, (size, placement, parameter)
+        assert_their_gradients(ours, theirs, (size, placement))
+    for mp_size in (1, 2) if name in SPREAD else ():
+        loss, ours = ranks(2 * mp_size).run(spread_gradients_on_rank, own.folder, tokens, mp_size)[0]
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert_their_gradients(ours, theirs, ("spread", mp_size))
+
+
+def assert_their_gradients(ours: dict[str, Tensor], theirs: dict[str, Any], where: Any) -> None:
+    assert {name for name in theirs if not name.endswith("correction_bias")} == ours.keys()
+    largest = max(parameter.abs().max().item() for parameter in theirs.values())
+    for parameter, value in ((name, value) for name, value in theirs.items() if name in ours):
+        limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
+        assert (ours[parameter] - value).abs().max().item() <= limit, (where, parameter)
 
 
 # --- training

@@ -80,6 +80,32 @@ def _(folder, good):
     return {"model_parallel_size": 3}
 
 
+@case("expert ranks", "expert_parallel_size 3 does not divide the number of data-parallel ranks, ", "another size")
+def _(folder, good):
+    return {"expert_parallel_size": 3}
+
+
+@case(
+    "experts over too many ranks",
+    "expert_parallel_size 2 does not divide the 3 experts of a layer",
+    "give one of 1, 3",
+    sizes=(2,),
+)
+def _(folder, good):
+    return {"expert_parallel_size": 2, **sizes_of(folder, moe={"num_experts": 3, "num_experts_per_tok": 2})}
+
+
+@case(
+    "a placement that expert ranks exclude",
+    'expert_parallel_size 2 x model_parallel_size 2 does not divide the 2 experts of a layer (expert_placement "exp',
+    'expert_placement "tensor"',
+    sizes=(4,),
+)
+def _(folder, good):
+    sizes = {"expert_parallel_size": 2, "model_parallel_size": 2, "expert_placement": "expert"}
+    return {**sizes, **sizes_of(folder, moe={"num_experts": 2, "num_experts_per_tok": 1})}
+
+
 @case("heads", "n_heads 3 is not a multiple of 2", "Rank counts that work: 1", sizes=(2,))
 def _(folder, good):
     return {"model_parallel_size": 2, **sizes_of(folder, n_heads=3, n_kv_heads=3, dim=48, vocab_size=384)}

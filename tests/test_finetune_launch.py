@@ -201,16 +201,21 @@ def experiment_arguments(setting: Setting) -> list[str]:
     return [*map(str, files), "--data_config", str(setting.folder / "data.yaml")]
 
 
-# What the reference page says of each, as options.json has it.
+# What the reference page says of each, as options.json has it; and of the one that is not there, its own head.
 EXPECTED: dict[str, dict[str, Any]] = {
     "dialog_ultrachat200kWizardcode_mistral": {"lr": 5e-6, "model_parallel_size": 8, "data_parallel": "sdp"},
+    "dialog_ultrachat200kWizardcode_mistralExperts": {"lr": 5e-6, "expert_parallel_size": 8, "data_parallel": "fsdp"},
     "dialog_ultrachat200kWizardcode_mistralPeft": {"lr": 2e-5, "model_parallel_size": 4, "llama_type": "mistral_peft"},
 }
 SHARED = {"epochs": 1, "accum_iter": 8, "min_lr": 0, "clip_grad": 2, "weight_decay": 0, "dialog": True}
 SHARED |= {"warmup_epochs": 0.1, "grad_ckpt_policy": "full", "auto_resume": False}
 
 
-@pytest.mark.parametrize("script", EXPERIMENTS, ids=NAMES)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(own, marks=[pytest.mark.soak] if "Experts" in own.stem else []) for own in EXPERIMENTS],
+    ids=NAMES,
+)
 def test_an_experiment_as_the_reference_page_starts_it(script, dialogues, ranks, tmp_path):
     out = tmp_path / "out"
     srun = ("srun", "-n8", "--gres=gpu:8", "--ntasks-per-node=8", "bash", script.relative_to(ROOT))
@@ -228,7 +233,7 @@ def test_an_experiment_as_the_reference_page_starts_it(script, dialogues, ranks,
 def losses_alone(options: dict[str, Any], setting: Setting, ranks: Callable, *, data_parallel: int) -> list[float]:
     """The same by one process: of the arguments the layout alone is another."""
     output = Path(options["output_dir"]).with_name("alone")
-    layout = {"model_parallel_size": 1, "batch_size": options["batch_size"] * data_parallel}
+    layout = {"model_parallel_size": 1, "expert_parallel_size": 1, "batch_size": options["batch_size"] * data_parallel}
     ranks(1).run(finetune_on_rank, setting, flags({**options, **layout, "output_dir": output}))
     return losses(output)
 
@@ -252,7 +257,8 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 )
 def test_an_experiment_from_the_root_under_an_older_slurm(script, dialogues, ranks, tmp_path):
     out = tmp_path / "out"
-    given = (*experiment_arguments(dialogues), "--output_dir", out, "--model_parallel_size", "2")
+    two = ("--model_parallel_size", "2", "--expert_parallel_size", "1")
+    given = (*experiment_arguments(dialogues), "--output_dir", out, *two)
     environment = srun_environment(dialogues, tmp_path, STAND_IN_SRUN_NTASKS="SLURM_NPROCS")
     started("srun", "-n2", "bash", script.relative_to(ROOT), *given, environment=environment, cwd=ROOT)
     options = json.loads((out / "options.json").read_text())

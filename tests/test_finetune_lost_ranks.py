@@ -58,14 +58,15 @@ def errors_of(program: Program) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("victim", "moment", "ranks_of_model"),
-    [(0, "step", 1), (2, "export", 1), (3, "save", 2), (0, "save", 2)],
+    ("victim", "moment", "ranks_of_model", "ranks_of_experts"),
+    [(0, "step", 1, 2), (2, "export", 1, 1), (3, "save", 2, 2), (0, "save", 2, 1)],
 )
 def test_ranks_started_by_hand_end_when_one_dies(
-    victim: int, moment: str, ranks_of_model: int, setting: Setting, tmp_path: Path
+    victim: int, moment: str, ranks_of_model: int, ranks_of_experts: int, setting: Setting, tmp_path: Path
 ) -> None:
-    size = 2 * ranks_of_model if ranks_of_model > 1 else 3
+    size = 2 * ranks_of_model if ranks_of_model * ranks_of_experts > 1 else 3
     options = {"batch_size": 2, "model_parallel_size": ranks_of_model, "epochs": MANY, "save_iteration_interval": 2}
+    options["expert_parallel_size"] = ranks_of_experts
     command = alone(setting.arguments(tmp_path, **options))
     with ExitStack() as stack:
         programs = [stack.enter_context(Program(command, setting.environment | place)) for place in by_hand(size)]

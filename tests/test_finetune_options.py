@@ -74,6 +74,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "z_loss_weight": (None, "0.001", 0.001),
     "seed": (0, "7", 7),
     "model_parallel_size": (1, "8", 8),
+    "expert_parallel_size": (1, "4", 4),
     "data_parallel": ("sdp", "fsdp", "fsdp"),
     "expert_placement": ("auto", "tensor", "tensor"),
     "precision": ("bf16", "tf32", "tf32"),

@@ -28,6 +28,7 @@ from accessory.checkpoint.folder import Folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes
 from accessory.train.checkpointer import Checkpointer
+from accessory.train.shelf import Shelf
 
 Pools = Callable[[int], RankPool]
 
@@ -93,10 +94,11 @@ def test_a_run_stopped_twice_ends_at_the_same_bits(
         assert_same(torch.load(latest_state(broken) / rng.name), torch.load(rng))
 
 
-@pytest.mark.parametrize(("dp_size", "mp_size"), [(4, 1), (1, 2), (1, 1)])
+@pytest.mark.parametrize(("dp_size", "mp_size", "ep_size"), [(4, 1, 2), (1, 2, 1), (1, 1, 1)])
 def test_a_run_goes_on_with_other_ranks(
     dp_size: int,
     mp_size: int,
+    ep_size: int,
     ranks: Pools,
     setting: Setting,
     stopped: Path,
@@ -104,7 +106,11 @@ def test_a_run_goes_on_with_other_ranks(
     tmp_path: Path,
 ) -> None:
     output = copy_of(stopped, tmp_path / "run")
-    train(ranks, setting, output, layout(dp_size, mp_size), max_steps=END, auto_resume=True)
+    index = latest_state(output) / Shelf.INDEX
+    record = json.loads(index.read_text())
+    assert record.pop("ep_size") == 1
+    index.write_text(json.dumps(record))  # as versions wrote it that did not spread experts
+    train(ranks, setting, output, layout(dp_size, mp_size, ep_size=ep_size), max_steps=END, auto_resume=True)
     whole = unbroken("2 x 2")
     assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
     theirs = state_tensors(latest_state(whole))

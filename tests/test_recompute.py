@@ -88,8 +88,14 @@ def counted_sums(group: Any) -> Iterator[list[int]]:
 def passes_on_rank(
     folder: Path, mp_size: int, placement: str, batch: Batch, settings: dict[str, Any], moved_on: int = -1
 ) -> list[Pass]:
-    """The same two micro-batches under every policy; on one model-parallel rank the second choice may be moved."""
-    state = ParallelState.init(mp_size, "cpu")
+    """The same two micro-batches under every policy; on one rank of a model the second choice may be moved.
+
+    Args:
+        settings: of `shard_model`, and ``ep_size``.
+    """
+    settings = dict(settings)
+    state = ParallelState.init(mp_size, "cpu", ep_size=settings.pop("ep_size", 1))
+    moves = moved_on == (state.mp_rank if state.ep.size == 1 else state.ep.rank)
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     passes = []
     for policy in POLICIES:
@@ -102,7 +108,7 @@ def passes_on_rank(
                 own = [part[rows].chunk(state.dp_size)[state.dp_rank] for part in (batch.examples, batch.labels)]
                 loss, extras, _ = model.training_losses(*own)
                 assert extras.keys() == {"load_balancing", "z_loss"}
-                move(1 if state.mp_rank == moved_on else 0)
+                move(1 if moves else 0)
                 (loss + sum(value * weight for value, weight in extras.values())).backward()
                 move(0)
                 losses += [loss.item(), *(value.item() for value, _ in extras.values())]
@@ -138,6 +144,9 @@ def folders(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         (2, 2, "tensor", {}),
         (2, 2, "expert", {"compute_dtype": torch.bfloat16, "data_parallel": "sdp"}),
         (2, 2, "tensor", {"data_parallel": "ddp"}),
+        (2, 1, "auto", {"ep_size": 2, "compute_dtype": torch.bfloat16}),
+        (2, 1, "auto", {"ep_size": 2}),
+        (2, 2, "tensor", {"ep_size": 2, "data_parallel": "ddp"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
@@ -171,10 +180,12 @@ def assert_same_passes(kept: Pass, *others: Pass) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("placement", ["expert", "tensor"])
-def test_no_rank_can_choose_otherwise(case: str, placement: str, ranks: Any, folders: dict[str, Path]) -> None:
-    """Not even one alone, which would meet other shapes, or the peers in other sums."""
-    arguments = (folders[case], 2, placement, CASES[case][2], {})
+@pytest.mark.parametrize(("placement", "ep_size"), [("expert", 1), ("tensor", 1), ("auto", 2)])
+def test_no_rank_can_choose_otherwise(
+    case: str, placement: str, ep_size: int, ranks: Any, folders: dict[str, Path]
+) -> None:
+    """Not even one alone, which would meet other shapes, or the peers in other sums or exchanges."""
+    arguments = (folders[case], 2 // ep_size, placement, CASES[case][2], {"ep_size": ep_size})
     for (kept, *_), moved in zip(
         ranks(2).run(passes_on_rank, *arguments), ranks(2).run(passes_on_rank, *arguments, 1), strict=True
     ):

@@ -66,8 +66,9 @@ def running(
     placement: str = "auto",
     keep_last: int | None = None,
     build: Callable[..., torch.optim.Optimizer] = adamw,
+    ep_size: int = 1,
 ) -> Iterator[Run]:
-    state = ParallelState.init(mp_size, "cpu")
+    state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
     shard_model(llma, device_mesh(state))
@@ -80,10 +81,17 @@ def running(
 
 
 def steps_on_rank(
-    folder: Path, output: Path, mp_size: int, placement: str, end: int, save_at: int, build: Any = adamw
+    folder: Path,
+    output: Path,
+    mp_size: int,
+    placement: str,
+    end: int,
+    save_at: int,
+    build: Any = adamw,
+    ep_size: int = 1,
 ) -> Course:
     """Train from the last checkpoint on (from step 0 without one) up to ``end``, saving on the way."""
-    with running(folder, output, mp_size, placement, build=build) as run:
+    with running(folder, output, mp_size, placement, build=build, ep_size=ep_size) as run:
         state = run.model.llma.state
         torch.manual_seed(state.dp_rank)
         begin, latest = 0, run.store.latest()
@@ -137,10 +145,10 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(
 
 def test_muon_goes_on_with_the_same_ranks_and_with_others(ranks: Any, folder: Path, tmp_path: Path) -> None:
     whole = ranks(4).run(steps_on_rank, folder, tmp_path, 2, "tensor", 4, 2, muon)[0]
-    for mp_size, placement, size in ((2, "tensor", 4), (1, "auto", 1)):
-        found = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, 4, 0, muon)[0]
+    for mp_size, placement, size, ep_size in ((2, "tensor", 4, 1), (1, "auto", 1, 1), (1, "auto", 4, 2)):
+        found = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, 4, 0, muon, ep_size)[0]
         assert found.begin == 2
-        if size == 4:
+        if mp_size == 2:
             assert found.losses == whole.losses[2:]
             assert all(torch.equal(found.weights[name], weight) for name, weight in whole.weights.items())
             continue
@@ -150,19 +158,45 @@ def test_muon_goes_on_with_the_same_ranks_and_with_others(ranks: Any, folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("dp_size", "mp_size", "placement"), [(4, 1, "auto"), (1, 2, "tensor"), (1, 1, "auto"), (1, 4, "expert")]
+    ("dp_size", "mp_size", "placement", "ep_size"),
+    [(4, 1, "auto", 1), (1, 2, "tensor", 1), (1, 1, "auto", 1), (1, 4, "expert", 1), (4, 1, "auto", 4)],
 )
 def test_a_run_goes_on_with_other_ranks(
-    dp_size: int, mp_size: int, placement: str, ranks: Any, folder: Path, unbroken: tuple[Path, list[Course]]
+    dp_size: int, mp_size: int, placement: str, ep_size: int, ranks: Any, folder: Path, unbroken: Any
 ) -> None:
     saved, whole = unbroken
-    courses = ranks(dp_size * mp_size).run(steps_on_rank, folder, saved, mp_size, placement, END, 0)
+    where = (folder, saved, mp_size, placement, END, 0, adamw, ep_size)
+    assert_goes_on(ranks(dp_size * mp_size).run(steps_on_rank, *where), whole[0])
+
+
+def assert_goes_on(courses: list[Course], whole: Course) -> None:
     for course in courses:
         assert course.begin == STOP
-        assert course.losses == pytest.approx(whole[0].losses[STOP:], rel=1e-4)
-        for name, weight in whole[0].weights.items():
+        assert course.losses == pytest.approx(whole.losses[STOP:], rel=1e-4)
+        for name, weight in whole.weights.items():
             assert (course.weights[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
     assert len({course.random for course in courses}) == len(courses)
+
+
+def test_experts_that_were_spread_go_on_anywhere(
+    ranks: Any, folder: Path, unbroken: tuple[Path, list[Course]], tmp_path: Path
+) -> None:
+    """A state of four ranks over which experts were spread, with the same ranks and with others."""
+    whole = ranks(4).run(steps_on_rank, folder, tmp_path, 1, "auto", END, STOP, adamw, 4)
+    assert whole[0].losses == pytest.approx(unbroken[1][0].losses, rel=1e-4)
+    for size, mp_size, placement, ep_size in (
+        (4, 1, "auto", 4),
+        (4, 1, "auto", 2),
+        (4, 2, "tensor", 2),
+        (2, 2, "expert", 1),
+        (1, 1, "auto", 1),
+    ):
+        courses = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, END, 0, adamw, ep_size)
+        if ep_size == 4:
+            assert courses[0].losses == whole[0].losses[STOP:]
+            assert [course.random for course in courses] == [course.random for course in whole]
+        else:
+            assert_goes_on(courses, whole[0])
 
 
 def before_the_first_step_on_rank(folder: Path, output: Path) -> bool:

@@ -32,8 +32,10 @@ def folder(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )
 
 
-def built(folder: Path, mp_size: int, dtype: torch.dtype, data_parallel: Any = "fsdp") -> MetaModel:
-    state = ParallelState.init(mp_size, "cpu")
+def built(
+    folder: Path, mp_size: int, dtype: torch.dtype, data_parallel: Any = "fsdp", *, ep_size: int = 1
+) -> MetaModel:
+    state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     llma = build_for_training(pretrained, state, device_mesh(state), data_parallel=data_parallel, compute_dtype=dtype)
     return MetaModel(llma, pretrained.tokenizer).train()
@@ -49,9 +51,9 @@ def copies(model: MetaModel) -> list[torch.Tensor]:
     return [local(parameter).detach().clone() for parameter in model.parameters()]
 
 
-def overflow_on_rank(folder: Path, mp_size: int, data_parallel: str) -> list[Any]:
+def overflow_on_rank(folder: Path, mp_size: int, data_parallel: str, ep_size: int) -> list[Any]:
     """Steps at a loss scale that overflows, then at one that does not; then with weights that always overflow."""
-    model = built(folder, mp_size, torch.float16, data_parallel)
+    model = built(folder, mp_size, torch.float16, data_parallel, ep_size=ep_size)
     optimizer = adamw(model.named_parameters(), lr=1e-3, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before, found = copies(model), []
@@ -73,12 +75,13 @@ def overflow_on_rank(folder: Path, mp_size: int, data_parallel: str) -> list[Any
 
 
 @pytest.mark.parametrize(
-    ("world", "mp_size", "data_parallel"), [(1, 1, "sdp"), (2, 2, "sdp"), (2, 1, "fsdp"), (2, 1, "ddp")]
+    ("world", "mp_size", "data_parallel", "ep_size"),
+    [(1, 1, "sdp", 1), (2, 2, "sdp", 1), (2, 1, "fsdp", 1), (2, 1, "ddp", 1), (2, 1, "fsdp", 2)],
 )
 def test_float16_that_overflows_skips_the_step(
-    world: int, mp_size: int, data_parallel: str, ranks: Any, folder: Path
+    world: int, mp_size: int, data_parallel: str, ep_size: int, ranks: Any, folder: Path
 ) -> None:
-    results = ranks(world).run(overflow_on_rank, folder, mp_size, data_parallel)
+    results = ranks(world).run(overflow_on_rank, folder, mp_size, data_parallel, ep_size)
     assert all(result == results[0] for result in results)
     found, (kind, text), scale = results[0]
     *skipped, last = found
@@ -91,8 +94,8 @@ def test_float16_that_overflows_skips_the_step(
     assert scale < 1
 
 
-def float16_on_rank(folder: Path, with_scaler: bool) -> list[float]:
-    model = built(folder, 1, torch.float16 if with_scaler else torch.float32)
+def float16_on_rank(folder: Path, with_scaler: bool, ep_size: int = 1) -> list[float]:
+    model = built(folder, 1, torch.float16 if with_scaler else torch.float32, ep_size=ep_size)
     optimizer = adamw(model.named_parameters(), lr=1e-3, weight_decay=0.0)
     scaler = loss_scaler("fp16", torch.device("cpu")) if with_scaler else None
     steps = range(6)
@@ -101,8 +104,11 @@ def float16_on_rank(folder: Path, with_scaler: bool) -> list[float]:
 
 
 def test_float16_learns_as_float32_does(ranks: Any, folder: Path) -> None:
-    half, single = (ranks(2).run(float16_on_rank, folder, with_scaler)[0] for with_scaler in (True, False))
+    half, single, spread = (
+        ranks(2).run(float16_on_rank, folder, *given)[0] for given in ((True,), (False,), (True, 2))
+    )
     assert half == pytest.approx(single, rel=0.02)
+    assert spread == pytest.approx(single, rel=0.02)
 
 
 def not_finite_on_rank(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Twenty steps of training at several (dp, mp), against a plain loop over transformers' Mixtral and torch.optim."""
+"""Twenty steps of training at several (dp, mp, ep), against a plain loop over transformers' Mixtral and torch.optim."""
 
 import math
 from copy import deepcopy
@@ -57,9 +57,9 @@ def step_rows(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train_on_rank(
-    folder: Path, mp_size: int, placement: str, data_parallel: Any, accumulation: int, policy: Any
+    folder: Path, mp_size: int, ep_size: int, placement: str, data_parallel: Any, accumulation: int, policy: Any
 ) -> Course:
-    state = ParallelState.init(mp_size, "cpu")
+    state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
     llma = load_transformer(pretrained, state, dtype=torch.float32, expert_placement=placement)
     recompute_activations(llma, policy)
@@ -160,23 +160,25 @@ def assert_same_course(ours: Course, theirs: Course) -> None:
 
 
 LAYOUTS = (
-    (1, 1, "auto", "fsdp", 1),
-    (1, 1, "auto", "sdp", 2),
-    (2, 1, "auto", "fsdp", 2),
-    (1, 2, "expert", "fsdp", 1),
-    (1, 2, "tensor", "sdp", 2),
-    (2, 2, "expert", "sdp", 1),
-    (2, 2, "tensor", "fsdp", 2),
-    (1, 4, "expert", "fsdp", 2),
-    (1, 4, "tensor", "fsdp", 1),
-    (4, 1, "auto", "fsdp", 1),
-    (2, 1, "auto", "ddp", 1),
-    (2, 1, "auto", "ddp", 2),
-    (2, 2, "expert", "ddp", 2),
-    (2, 2, "tensor", "ddp", 1),
+    (1, 1, 1, "auto", "fsdp", 1),
+    (1, 1, 1, "auto", "sdp", 2),
+    (2, 1, 1, "auto", "fsdp", 2),
+    (1, 2, 1, "expert", "fsdp", 1),
+    (1, 2, 1, "tensor", "sdp", 2),
+    (2, 2, 1, "expert", "sdp", 1),
+    (2, 2, 1, "tensor", "fsdp", 2),
+    (1, 4, 1, "expert", "fsdp", 2),
+    (1, 4, 1, "tensor", "fsdp", 1),
+    (4, 1, 1, "auto", "fsdp", 1),
+    (2, 1, 1, "auto", "ddp", 1),
+    (2, 1, 1, "auto", "ddp", 2),
+    (2, 2, 1, "expert", "ddp", 2),
+    (2, 2, 1, "tensor", "ddp", 1),
+    (4, 1, 2, "auto", "fsdp", 1),
+    (2, 2, 2, "expert", "ddp", 2),
 )
 # Of four ranks, recomputing everything is tried in one layout, and in the others by `make soak`.
-FOUR_RECOMPUTED = (2, 2, "tensor", "ddp", 1)
+FOUR_RECOMPUTED = (2, 2, 1, "tensor", "ddp", 1)
 CASES = [
     pytest.param(*layout, policy, marks=[pytest.mark.soak] if slow else [])
     for layout in LAYOUTS
@@ -185,10 +187,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("dp_size", "mp_size", "placement", "data_parallel", "accumulation", "policy"), CASES)
+@pytest.mark.parametrize(
+    ("dp_size", "mp_size", "ep_size", "placement", "data_parallel", "accumulation", "policy"), CASES
+)
 def test_training_is_the_same_however_it_is_spread(
     dp_size: int,
     mp_size: int,
+    ep_size: int,
     placement: str,
     data_parallel: str,
     accumulation: int,
@@ -198,7 +203,7 @@ def test_training_is_the_same_however_it_is_spread(
     truth: dict[int, Course],
 ) -> None:
     pool = ranks(dp_size * mp_size)
-    courses = pool.run(train_on_rank, folder, mp_size, placement, data_parallel, accumulation, policy)
+    courses = pool.run(train_on_rank, folder, mp_size, ep_size, placement, data_parallel, accumulation, policy)
     for course in courses:
         assert course.norms == courses[0].norms, "ranks that clip by different norms drift apart"
     for name, weight in courses[0].weights.items():

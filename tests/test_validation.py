@@ -106,10 +106,10 @@ def on_small_passes(setting: Setting, arguments: list[str]) -> None:
 
 def test_numbers_are_alike_at_every_split_and_those_of_the_model(setting: Setting, ranks: Any, tmp_path: Path) -> None:
     found = []
-    for dp_size, mp_size in ((1, 1), (2, 1), (1, 2), (2, 2)):
+    for dp_size, mp_size, ep_size in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)):
         output = tmp_path / f"{dp_size}x{mp_size}"
         changes = {"eval_data_config": setting.folder / "eval.yaml", "eval_interval": 2, "eval_first": True}
-        arguments = setting.arguments(output, **layout(dp_size, mp_size), max_steps=3, **changes)
+        arguments = setting.arguments(output, **layout(dp_size, mp_size, ep_size=ep_size), max_steps=3, **changes)
         ranks(dp_size * mp_size).run(on_small_passes if dp_size > 1 else finetune_on_rank, setting, arguments)
         found.append(evaluations(output))
     assert [line["step"] for line in found[0]] == [0, 2, 3]

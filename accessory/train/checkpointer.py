@@ -133,8 +133,7 @@ class Checkpointer:
             self.wait()
         if name == self._saved:
             return
-        sizes = {"dp_size": self._state.dp_size, "mp_size": self._state.mp_size}
-        record = {"torch": torch.__version__, **sizes, "args": model.llma.args.to_dict(), "progress": progress}
+        record = {"torch": torch.__version__, **self._sizes, "args": model.llma.args.to_dict(), "progress": progress}
         record = agreed(self.world, lambda: json.loads(json.dumps(record)), (name, progress))
         aside, final = on_first(self.world, partial(self._shelf.aside, name))
         taking = partial(stage, model, optimizer, aside, copy=asynchronous, without_frozen=self._without_frozen)
@@ -205,17 +204,27 @@ class Checkpointer:
         tensors = agreed(self.world, explained(partial(tensors_to_fill, path, model, optimizer)))
         read = partial(dcp.load, tensors, checkpoint_id=path, process_group=self.world.group)
         agreed(self.world, explained(read))
-        if (record["dp_size"], record["mp_size"]) == (self._state.dp_size, self._state.mp_size):
+        saved = {axis: record.get(axis, 1) for axis in self._sizes}  # those of before know no ep_size
+        if saved == self._sizes:
             file = path / f"rng.{self.world.rank}.pt"
             agreed(self.world, lambda: restore_rng(torch.load(file, weights_only=True), self._state.device))
         else:
             seed_rank(seed, self.world.rank)
+            before, now = (
+                ", ".join(f"{axis.removesuffix('_size')} {size}" for axis, size in sizes.items())
+                for sizes in (saved, self._sizes)
+            )
             self._say(
-                f"{path} was saved at dp {record['dp_size']}, mp {record['mp_size']}, and is resumed at dp "
-                f"{self._state.dp_size}, mp {self._state.mp_size}: random states begin anew from seed {seed} and rank"
+                f"{path} was saved at {before}, and is resumed at {now}: random states begin anew from seed {seed} and "
+                "rank"
             )
         progress: dict[str, Any] = record["progress"]
         return progress
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        state = self._state
+        return {"dp_size": state.dp.size, "mp_size": state.mp.size, "ep_size": state.ep.size}
 
     def _write(self, staged: Staged, record: dict[str, Any], aside: Path, final: Path) -> None:
         start, world = time.monotonic(), self.world

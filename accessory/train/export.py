@@ -202,8 +202,10 @@ def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None
     assert isinstance(cast, DTensor)
     axis = None if placement is None else split_of(name).axis(placement)
     wanted: Placement = Replicate() if axis is None else Shard(axis)
-    if cast.placements[-1] != wanted:
-        # Whole in between: gloo has no direct way from one split to another.
+    elsewhere = any(type(kind) is Shard and kind.dim == axis for kind in cast.placements[:-1])
+    if cast.placements[-1] != wanted or elsewhere:
+        # Whole in between: gloo has no direct way from one split to another, and of an axis that two axes of the mesh
+        # split a rank's slice is another one without the first.
         cast = cast.redistribute(placements=[Replicate()] * len(cast.placements))
     return cast.redistribute(placements=[*[Replicate()] * (len(cast.placements) - 1), wanted]).to_local()
 

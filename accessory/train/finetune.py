@@ -76,7 +76,13 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         everyone = all_ranks()
         agreed(everyone, partial(_refuse_no_model, options), options)
         on_first(everyone, partial(refuse_absent, options.log_to))
-        layout = partial(ParallelState.init, options.model_parallel_size, options.device, timeout=COLLECTIVE_TIMEOUT)
+        layout = partial(
+            ParallelState.init,
+            options.model_parallel_size,
+            options.device,
+            timeout=COLLECTIVE_TIMEOUT,
+            ep_size=options.expert_parallel_size,
+        )
         state = agreed(everyone, layout)
         # The folder is held until the last save is on disk.
         output = Path(options.output_dir).absolute()

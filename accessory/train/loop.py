@@ -83,6 +83,7 @@ class FinetuneLoop:
         """One line on the work ahead."""
         state, options = self.model.llma.state, self.options
         layout = f"dp {state.dp_size} ({options.data_parallel}) x mp {state.mp_size} ({self.model.llma.placement})"
+        layout += f", experts over ep {state.ep.size}" if state.ep.size > 1 else ""
         begin = f"from step {self.done} " if self.done else ""
         return (
             f"{len(self.data):,} examples, {self.sampler.steps_per_epoch:,} steps of {self.sampler.global_batch} an "

@@ -159,6 +159,9 @@ class FinetuneOptions:
     seed: int = _steps(0, "of the data order, of dropout and of new weights", least=0, most=_MOST_SEED)
 
     model_parallel_size: int = _parallel(1, "ranks that hold one model together", least=1)
+    expert_parallel_size: int = _parallel(
+        1, "data-parallel ranks over which the experts of a layer are spread, to which tokens travel", least=1
+    )
     data_parallel: DataParallel = _parallel(
         "sdp", "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
     )
