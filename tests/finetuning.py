@@ -45,7 +45,7 @@ class Setting:
         return {CACHE_VARIABLE: str(self.folder / "cache")}
 
     def arguments(self, output: Path, **changes: Any) -> list[str]:
-        """The command's arguments; True is a flag alone, None leaves an option out."""
+        """The command's arguments; True is a flag alone, a tuple several values, None leaves an option out."""
         options: dict[str, Any] = {
             "pretrained_path": self.model,
             "data_config": self.folder / "data.yaml",
@@ -63,8 +63,12 @@ class Setting:
             **changes,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        pairs = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
+        pairs = ([f"--{name}"] if value is True else [f"--{name}", *_texts(value)] for name, value in given.items())
         return [part for pair in pairs for part in pair]
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
 
 
 def make_setting(

@@ -397,7 +397,7 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(
 # --- gradients
 
 
-def gradients_on_rank(folder: Path, placement: str, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+def gradients_on_rank(folder: Any, placement: str, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
     model = load(folder, placement)
     loss, _ = model(tokens, tokens)
     loss.backward()
@@ -461,8 +461,24 @@ def assert_their_gradients(ours: dict[str, Tensor], theirs: dict[str, Any], wher
 # --- training
 
 
-OF_PEFT = {"gpt_oss": {"lora_targets": "attention"}}  # which has no modules for the experts there
 ADAPTED = {"lora_rank": 3, "lora_alpha": 12, "norm_tuning": True, "only_save_trainable": True}
+EVERYWHERE = {
+    "lora_targets": ("attention", "experts", "router", "head"),
+    "lora_ranks": "attention=4,router=2,head=5",
+}
+# Matrices and their ranks as each row says it, or as all do.
+TARGETS: dict[str, dict[str, Any]] = {
+    "mixtral": EVERYWHERE,
+    "qwen3_moe, with dense layers": EVERYWHERE
+    | {"lora_targets": ("dense", "router", "attention")}
+    | {"lora_ranks": "attention=4,dense=5,router=2", "rslora": True},
+    "olmoe": EVERYWHERE | {"lora_alpha": None},
+    "glm4_moe": EVERYWHERE | {"lora_ranks": "attention=4,shared=2,dense=5,router=1"},
+    "glm4_moe, in groups": {"lora_targets": "shared"},
+    "minimax_m2": {"lora_targets": ("routed", "head")},
+    "gpt_oss": EVERYWHERE,
+}
+OF_PEFT = {"gpt_oss": {"lora_targets": ("attention", "router", "head")}}  # which has no modules for the experts there
 
 
 def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, Any]) -> None:
@@ -473,7 +489,7 @@ def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, A
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
-@pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])
+@pytest.mark.parametrize("name", TARGETS)
 def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
 ) -> None:
@@ -481,11 +497,18 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
 
     own = made(name)
     make_setting(tmp_path / "data", small_tokenizer, examples=16)
-    options = {**ADAPTED, "model_parallel_size": 2}
+    options = {**ADAPTED, "model_parallel_size": 2, **TARGETS[name]}
     ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run", options)
     adapter, prompt = tmp_path / "run" / "epoch0", random_prompts(4, (15,))[0]
     expected = load([own.folder, adapter]).compute_logits([prompt])[0]
     assert (expected - hf_logits(own.hf, prompt)).abs().max() > 0.05, "the adapter changes nothing"
+    tokens = torch.randint(3, 384, (2, 13), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for size, placement in ((1, "expert"), (2, "expert"), (2, "tensor")):
+        found = on_ranks(ranks, size, gradients_on_rank, [own.folder, adapter], placement, tokens)
+        grads.append(assembled([by_name for _, by_name in found], load([own.folder, adapter]).llma.args, placement))
+        for parameter, value in grads[0].items():
+            torch.testing.assert_close(grads[-1][parameter], value, atol=1e-6, rtol=1e-4)
     merge(own.folder, adapter, tmp_path / "merged", to="hf")
     merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)

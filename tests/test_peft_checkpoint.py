@@ -81,7 +81,7 @@ def test_a_whole_checkpoint_with_adapters_loads(folders: Folders, small_tokenize
     peft = {"lora_rank": 4, "bias_tuning": True, "norm_tuning": True}
     write_adapter(tmp_path / "whole", whole, CONFIG, files=2, tokenizer=small_tokenizer, peft=peft)
     assert_tensors(loaded(tmp_path / "whole"), whole)
-    assert load(tmp_path / "whole").llma.args.peft.scale == 1  # type: ignore[union-attr]
+    assert load(tmp_path / "whole").llma.args.peft.scale_of("routed") == 1  # type: ignore[union-attr]
 
 
 def test_a_second_adapter_replaces_the_first_and_says_so(
@@ -232,8 +232,31 @@ def test_an_adapter_before_its_base(folders: Folders) -> None:
         ({"lora_rank": 65, "lora_targets": ["attention"]}, "(dim is 32): give 32 at most"),
         ({"lora_alpha": 0}, "lora_alpha must be a number above 0, not 0"),
         ({"lora_dropout": 1}, "lora_dropout must be a number from 0 to below 1, not 1"),
-        ({"lora_targets": ["attention", "gate"]}, "lora_targets must be a list of attention and experts"),
-        ({"lora_targets": "experts"}, "lora_targets must be a list of attention and experts"),
+        (
+            {"lora_targets": ["attention", "gate"]},
+            "lora_targets must be a list of attention, experts, routed, shared, ",
+        ),
+        (
+            {"lora_targets": "experts"},
+            "lora_targets must be a list of attention, experts, routed, shared, dense, router",
+        ),
+        (
+            {"lora_rank": 4, "lora_targets": ["shared"]},
+            "lora_targets names shared, and the model has no shared expert: leave",
+        ),
+        ({"lora_rank": 4, "lora_targets": ["head", "dense"]}, "lora_targets names dense, and the model has no layer "),
+        ({"lora_ranks": [1]}, "lora_ranks must be an object of kinds of matrices and their ranks, not [1]"),
+        ({"lora_ranks": {"gate": 1}}, "lora_ranks names 'gate': give ranks to attention, experts, routed"),
+        (
+            {"lora_rank": 4, "lora_ranks": {"head": 1}},
+            "lora_ranks gives head a rank, and lora_targets does not name head",
+        ),
+        (
+            {"lora_rank": 4, "lora_ranks": {"experts": 2, "shared": 3}},
+            "lora_ranks gives shared a rank, and the model has",
+        ),
+        ({"lora_rank": 4, "lora_ranks": {"routed": 17}}, "lora_ranks routed 17 is larger than a matrix that it is"),
+        ({"lora_rank": -1, "lora_ranks": {"routed": 7}}, "lora_ranks is given and lora_rank, that of all other"),
         ({"lora_rank": 4, "lora_targets": []}, "lora_targets names no matrix"),
         ({"rslora": "yes"}, "rslora must be true or false, not 'yes'"),
         ({"bias_tuning": 1}, "bias_tuning must be true or false, not 1"),

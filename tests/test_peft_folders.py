@@ -22,7 +22,9 @@ from accessory.checkpoint.report import describe
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pattern keys did not match")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*pattern keys did not match", "ignore:Setting `save_embedding_layers`"
+)
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "lora_alpha": 8,
         "rank_pattern": {"k_proj": 2, r".*layers\.1\.self_attn\.q_proj": 6},
         "alpha_pattern": {"o_proj": 3},
+    },
+    "router and head": {
+        "target_modules": ["q_proj", "lm_head"],
+        "target_parameters": ["mlp.gate.weight"],
+        "r": 5,
+        "alpha_pattern": {"mlp.gate.weight": 3},
+        "rank_pattern": {"lm_head": 7},
     },
     "rslora": {"target_modules": ["q_proj", "v_proj"], "r": 5, "lora_alpha": 7, "use_rslora": True},
     "norms": {"target_modules": ["q_proj"], "r": 4, "modules_to_save": ["norm", "input_layernorm"]},
@@ -169,16 +178,16 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         set_tensors(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(384, 32)})),
         "lm_head.weight that the model does not have",
     ),
-    "a router's": (
+    "of the embedding": (
         set_tensors(
             lambda tensors: tensors.update(
                 {
-                    f"{PREFIX}.mlp.gate.lora_A.weight": torch.ones(4, 32),
-                    f"{PREFIX}.mlp.gate.lora_B.weight": torch.ones(8, 4),
+                    "base_model.model.model.embed_tokens.lora_A.weight": torch.ones(4, 384),
+                    "base_model.model.model.embed_tokens.lora_B.weight": torch.ones(32, 4),
                 }
             )
         ),
-        "mlp.gate.lora_A.weight",
+        "embed_tokens.lora_A.weight",
     ),
     "another width": (
         set_tensors(lambda tensors: tensors.update({f"{PREFIX}.self_attn.q_proj.lora_A.weight": torch.ones(4, 31)})),

@@ -1,5 +1,6 @@
 """Models with adapters against transformers' Mixtral that has the same adapters by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from adapters import PEFT, add_by_hand, by_base_names, random_adapter, trained_by_hand, write_adapter
+from adapters import PEFT, RANK, add_by_hand, by_base_names, random_adapter, trained_by_hand, write_adapter
 from checkpoints import accessory_config, hf_greedy, hf_logits, random_mixtral, random_prompts, write_checkpoint
 from models import completions
 from ranks import RankPool, alike, on_ranks
@@ -81,9 +82,11 @@ def untrained_on_rank(folder: Path, configs: list[Path], placement: str, dtype: 
     """A base with an untrained adapter is the base, to the bit: scoring, decoding, and the loss in training."""
     base = load([folder], placement, dtype)
     adapted = load([folder], placement, dtype, llama_type="mistral_peft", llama_config=configs)
-    names = dict(adapted.llma.named_parameters())
-    assert any("w13_lora_a" in name for name in names)
-    assert "layers.1.feed_forward.experts.w2_bias" in names
+    shapes = {name: tuple(own.shape) for name, own in adapted.llma.named_parameters()}
+    assert any("w13_lora_a" in name for name in shapes)
+    assert "layers.1.feed_forward.experts.w2_bias" in shapes
+    assert shapes["layers.1.feed_forward.gate.lora_b.weight"] == (8, 3)
+    assert shapes["output.lora_a.weight"] == (RANK, 32)
     with torch.no_grad():
         for ours, theirs in zip(score_tokens(adapted.llma, PROMPTS), score_tokens(base.llma, PROMPTS), strict=True):
             assert torch.equal(ours, theirs)
@@ -96,9 +99,11 @@ def untrained_on_rank(folder: Path, configs: list[Path], placement: str, dtype: 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("size", "placement"), [(1, "expert"), (2, "expert"), (2, "tensor")])
 def test_an_untrained_adapter_changes_no_bit(
-    size: int, placement: str, dtype: str, folders: Folders, ranks: Pools
+    size: int, placement: str, dtype: str, folders: Folders, ranks: Pools, tmp_path: Path
 ) -> None:
-    configs = [folders.base / "config.json", folders.adapter / "config.json"]
+    everywhere = {"lora_targets": ["attention", "experts", "router", "head"], "lora_ranks": {"router": 3}}
+    (tmp_path / "everywhere.json").write_text(json.dumps(everywhere))
+    configs = [folders.base / "config.json", folders.adapter / "config.json", tmp_path / "everywhere.json"]
     on_ranks(ranks, size, untrained_on_rank, folders.base, configs, placement, dtype)
 
 

@@ -236,10 +236,13 @@ def test_frozen_weights_cost_no_operations_of_a_gradient(paths: list[Path]) -> N
 # --- whole runs
 
 
+EVERYWHERE = {"lora_targets": ["attention", "experts", "router", "head"], "lora_ranks": {"router": 3, "head": 5}}
+
+
 @pytest.fixture(scope="module")
 def setting(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     setting = make_setting(tmp_path_factory.mktemp("runs"), small_tokenizer)
-    (setting.folder / "peft.json").write_text(json.dumps({**PEFT, "lora_rank": 8}))
+    (setting.folder / "peft.json").write_text(json.dumps({**PEFT, "lora_rank": 8, **EVERYWHERE}))
     return setting
 
 

@@ -104,7 +104,8 @@ def test_gradients_above_quantized_weights_are_those_of_transformers(
 def setting(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     sizes = {"dim": 64, "hidden_dim": 128, "head_dim": 16}
     setting = make_setting(tmp_path_factory.mktemp("runs"), small_tokenizer, **sizes)
-    (setting.folder / "peft.json").write_text('{"lora_rank": 8, "bias_tuning": true, "norm_tuning": true}')
+    peft = {"lora_rank": 8, "lora_targets": ["attention", "experts", "router", "head"], "bias_tuning": True}
+    (setting.folder / "peft.json").write_text(json.dumps({**peft, "norm_tuning": True}))
     return setting
 
 
@@ -194,7 +195,7 @@ def test_what_is_written_is_the_adapter_alone(adapter_run: Path, setting: Settin
     assert all(any(part in name for part in ("lora", "bias", "norm")) for name in tensors)
     assert "quant" not in json.loads((adapter_run / MODEL / "config.json").read_text())
     folders = [setting.model, adapter_run / MODEL]
-    for quant in (None, "nf4"):
+    for quant in (None, "nf4", QuantArgs(type="int8", head=True)):
         model = MetaModel.from_pretrained(folders, dtype="fp32", device="cpu", max_seq_len=64, quant=quant)
         assert model.llma.layers[0].attention.wq.lora_b.weight.any()  # type: ignore[union-attr,operator]
         assert isinstance(model.llma.layers[0].attention.wq.weight, QuantizedParameter) == (quant is not None)  # type: ignore[union-attr]

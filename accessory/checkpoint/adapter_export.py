@@ -1,7 +1,8 @@
 """An adapter as a folder of Hugging Face's peft library."""
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +11,9 @@ from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.layouts.hf import MODULES
-from accessory.checkpoint.layouts.peft import is_updated
+from accessory.checkpoint.layouts.peft import is_updated, modules_of
 from accessory.checkpoint.write import Writer
-from accessory.config import ModelArgs
+from accessory.config import ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
 from accessory.files import new_folder, write_json
 from accessory.model.LLM import FAMILIES
@@ -41,7 +42,7 @@ def export_adapter(
     args = folder.with_vocabulary(folder.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
-    if "experts" in args.peft.lora_targets and not FAMILIES[args.family].matrices:
+    if "routed" in args.peft.lora_targets and not FAMILIES[args.family].matrices:
         raise ValueError(
             f"{folder.path} has updates of {args.family}'s experts, for which peft has no modules of their own: merge "
             "it, or train with lora_targets attention"
@@ -83,32 +84,54 @@ def _refuse_biases(weights: Weights) -> None:
 
 def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
     assert args.peft is not None
-    assert args.peft.lora_alpha is not None
-    family, alpha = FAMILIES[args.family], args.peft.lora_alpha
-    attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
-    modules = {
-        "attention": [_last(family.modules[name]) for name in attention],
-        "experts": [_last(name) for name in family.matrices.values()],
-    }
+    peft, family = args.peft, FAMILIES[args.family]
     present = {row.pattern for row in rows_of_model(args)}
-    theirs = {own: name for own, name in family.modules.items() if f"layers.N.{own}.weight" in present}
+    theirs = {own: name for own, name in modules_of(family).items() if f"layers.N.{own}.weight" in present}
     saved = [_last(name) for own, name in theirs.items() if own.endswith("norm")]
-    # Of dense layers and shared experts: peft takes names of modules that end as those of experts do for experts'.
-    units = [f"{name}.weight" for own, name in theirs.items() if is_updated(own) and own not in attention]
+    of_kind: dict[str, list[str]] = {kind: [] for kind in peft.lora_targets}
+    for own, name in theirs.items():
+        # Of feed-forward parts peft takes modules' names that end as those of experts do for experts'.
+        kind = split_of(f"layers.N.{own}.weight").kind
+        if is_updated(own) and kind in of_kind:
+            of_kind[kind].append(_last(name) if kind == "attention" else f"{name}.weight")
+    if "routed" in of_kind:
+        of_kind["routed"] = [_last(name) for name in family.matrices.values()]
+    if "head" in of_kind:
+        of_kind["head"] = [MODULES["output"]]
+    parameters = [name for kind in ("dense", "shared", "router") for name in of_kind.get(kind, ())]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": args.peft.lora_rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        **({"use_rslora": True} if args.peft.rslora else {}),
+        **_ranks(peft, of_kind),
+        **({"use_rslora": True} if peft.rslora else {}),
         "lora_dropout": 0.0,  # of training, which is over; peft has none for stacked experts
         "bias": "none",
-        "target_modules": [*dict.fromkeys(name for target in args.peft.lora_targets for name in modules[target])],
-        "target_parameters": units if units and "experts" in args.peft.lora_targets else None,
+        "target_modules": [
+            *dict.fromkeys(name for kind in ("attention", "routed", "head") for name in of_kind.get(kind, ()))
+        ],
+        "target_parameters": parameters or None,
         "modules_to_save": [*saved, MODULES["norm"]] if norms else None,
         "inference_mode": True,
     }
+
+
+def _ranks(peft: PeftArgs, of_kind: Mapping[str, Sequence[str]]) -> dict[str, object]:
+    """Rank and alpha of most matrices, and of those that have others, by patterns of their names.
+
+    Most are the experts': peft makes patterns for them itself, of what it is told of all.
+    """
+    most = "routed" if "routed" in of_kind else max(of_kind, key=lambda kind: peft.rank_of(kind) == peft.lora_rank)
+    values: dict[str, object] = {"r": peft.rank_of(most), "lora_alpha": _number(peft.alpha_of(most))}
+    for key, value_of in (("rank_pattern", peft.rank_of), ("alpha_pattern", peft.alpha_of)):
+        others = {kind: names for kind, names in of_kind.items() if value_of(kind) != value_of(most)}
+        pattern = {re.escape(name): _number(value_of(kind)) for kind, names in others.items() for name in names}
+        values |= {key: pattern} if pattern else {}
+    return values
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
 def _last(module: str) -> str:

@@ -191,9 +191,11 @@ class _Merger:
         lora_a, lora_b = update_of(name)
         if lora_a not in self.adapter.held:
             return None
-        first = self.adapter.read(lora_a, _replaced(box, -2, self.peft.lora_rank)).float()
-        second = self.adapter.read(lora_b, _replaced(box, -1, self.peft.lora_rank)).float()
-        return (second @ first).mul_(self.peft.scale)
+        kind = split_of(lora_a).adapter
+        rank = self.peft.rank_of(kind)
+        first = self.adapter.read(lora_a, _replaced(box, -2, rank)).float()
+        second = self.adapter.read(lora_b, _replaced(box, -1, rank)).float()
+        return (second @ first).mul_(self.peft.scale_of(kind))
 
     def _replaces(self, name: str) -> bool:
         """Whether the adapter has trained this parameter itself: a norm or a bias."""

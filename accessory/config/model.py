@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from accessory.config.checks import is_number, part_of_config, require_ints
-from accessory.config.peft import PEFT_TYPES, PeftArgs, peft_from_dict
+from accessory.config.peft import EXPERT_KINDS, PEFT_TYPES, PeftArgs, peft_from_dict
 from accessory.config.quant import QuantArgs
 from accessory.errors import nearest, unknown
 
@@ -340,22 +340,49 @@ class ModelArgs:
         if self.rope is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1 beside rope, not {self.rope_theta!r}")
         if self.peft is not None:
-            self._check_rank(self.peft)
+            self._check_adapters(self.peft)
 
-    def _check_rank(self, peft: PeftArgs) -> None:
-        sides = {"dim": self.dim}
-        if "attention" in peft.lora_targets:
-            sides["n_kv_heads * head_dim"] = self.n_kv_heads * self.head_dim
-        if "experts" in peft.lora_targets:
-            sides["hidden_dim"] = self.hidden_dim
-            sides |= {} if self.dense is None else {"dense.hidden_dim": self.dense.hidden_dim}
-            sides |= {"moe.shared_hidden_dim": self.moe.shared_hidden_dim} if self.moe.shared_hidden_dim else {}
-        name, smallest = min(sides.items(), key=lambda side: side[1])
-        if peft.lora_rank > smallest:
+    def _check_adapters(self, peft: PeftArgs) -> None:
+        """See that what is said of low-rank updates is about matrices that the model has.
+
+        Raises:
+            ValueError: naming setting and kind of matrix.
+        """
+        if peft.lora_ranks and peft.lora_rank < 1:
             raise ValueError(
-                f"lora_rank {peft.lora_rank} is larger than a matrix that it is to update ({name} is {smallest}): "
-                f"give {smallest} at most"
+                f"lora_ranks is given and lora_rank, that of all other matrices, is {peft.lora_rank}: give it too"
             )
+        # Of each kind of matrix the side that is not dim.
+        sides = {
+            "attention": ("n_kv_heads * head_dim", self.n_kv_heads * self.head_dim),
+            "routed": ("hidden_dim", self.hidden_dim),
+            "shared": ("moe.shared_hidden_dim", self.moe.shared_hidden_dim),
+            "dense": ("dense.hidden_dim", 0 if self.dense is None else self.dense.hidden_dim),
+            "router": ("moe.num_experts", self.moe.num_experts),
+            "head": ("vocab_size", self.dim if self.vocab_size == -1 else self.vocab_size),
+        }
+        lacks = {"shared": "shared expert", "dense": "layer without experts"}
+        targets = peft.lora_targets if peft.lora_rank > 0 else ()
+        present = [kind for kind in targets if sides[kind][1]]
+        # All three together are "experts", and there with any of them.
+        absent = [] if {*EXPERT_KINDS} <= {*targets} else [kind for kind in targets if kind not in present]
+        if absent:
+            raise ValueError(f"lora_targets names {absent[0]}, and the model has no {lacks[absent[0]]}: leave it out")
+        for kind in peft.lora_ranks:
+            experts = (own for own in present if {kind, own} <= {*EXPERT_KINDS})
+            if kind in present or any(peft.rank_of(own) == peft.lora_ranks[kind] for own in experts):
+                continue
+            why = f"the model has no {lacks[kind]}" if kind in targets else f"lora_targets does not name {kind}"
+            raise ValueError(f"lora_ranks gives {kind} a rank, and {why}: leave it out")
+        for kind in sorted(present, key=lambda kind: sides[kind][1]):
+            label, smallest = min(sides[kind], ("dim", self.dim), key=lambda side: side[1])
+            if peft.rank_of(kind) > smallest:
+                name = f"lora_ranks {kind}" if kind in peft.lora_ranks else "lora_rank"
+                other = "" if kind in peft.lora_ranks else f", or a smaller one to {kind} in lora_ranks"
+                raise ValueError(
+                    f"{name} {peft.rank_of(kind)} is larger than a matrix that it is to update ({label} is "
+                    f"{smallest}): give {smallest} at most{other}"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

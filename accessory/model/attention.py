@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
-from accessory.model.layers import Layers
 from accessory.model.norm import RMSNorm, rms_norm
 from accessory.model.rope import rotate_both
+from accessory.parallel.layers import Linears
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -161,7 +161,7 @@ class _SingleTokens:
 class Attention(nn.Module):
     """Projections, rotary embedding and output product of one layer; heads are split over the ranks."""
 
-    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place, layers: Layers) -> None:
+    def __init__(self, layer: int, args: ModelArgs, state: ParallelState, place: Place, layers: Linears) -> None:
         super().__init__()
         self.layer, self.head_dim, self.group = layer, args.head_dim, state.mp_group
         own = local_sizes(args, state.mp_size)

@@ -3,13 +3,11 @@
 Shape letters: T tokens, D model width, O = 2 F for F hidden width (this rank's slice).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from accessory.model.units import silu_gate
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from accessory.parallel.layers import Linears
 from accessory.parallel.ops import copy_to_region
 from accessory.parallel.state import ParallelState, Place
 
@@ -19,24 +17,14 @@ class GatedUnit(nn.Module):
 
     Args:
         hidden: this rank's slice of the width.
-        column, row: the classes of `Layers`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        state: ParallelState,
-        place: Place,
-        *,
-        column: Callable[[int, int, Place], ColumnParallelLinear],
-        row: Callable[[int, int, ParallelState, Place], RowParallelLinear],
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, state: ParallelState, place: Place, layers: Linears) -> None:
         super().__init__()
         self.group = state.mp_group
-        self.w1 = column(dim, hidden, place)
-        self.w3 = column(dim, hidden, place)
-        self.w2 = row(hidden, dim, state, place)
+        self.w1 = layers.column(dim, hidden, place)
+        self.w3 = layers.column(dim, hidden, place)
+        self.w2 = layers.row(hidden, dim, state, place)
 
     def forward(self, x_TD: Tensor, beside_TD: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, D), the same on every rank; what enters must come through `copy_to_region` in training.

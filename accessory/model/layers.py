@@ -1,11 +1,12 @@
-"""Which classes a block's layers with matrices are built of."""
+"""Which classes a model's layers with matrices are built of."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from accessory.config import ModelArgs
 from accessory.model.moe import Experts
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from accessory.model.router import Router
+from accessory.parallel.layers import Linears, ParallelOutput
 from accessory.parallel.plan import Placement
 from accessory.parallel.state import ParallelState, Place
 
@@ -14,15 +15,16 @@ class Layers(NamedTuple):
     """The plain ones, or those of `lora.adapted_layers`; called as the plain classes are.
 
     Attributes:
-        column, row: of attention.
-        unit_column, unit_row: of a `GatedUnit`.
+        shared: of the expert that all tokens visit.
+        dense: of a feed-forward part without experts.
     """
 
-    column: Callable[[int, int, Place], ColumnParallelLinear] = ColumnParallelLinear
-    row: Callable[[int, int, ParallelState, Place], RowParallelLinear] = RowParallelLinear
+    attention: Linears = Linears()
+    router: Callable[[ModelArgs, Place], Router] = Router
     experts: Callable[[ModelArgs, ParallelState, Placement, Place], Experts] = Experts
-    unit_column: Callable[[int, int, Place], ColumnParallelLinear] = ColumnParallelLinear
-    unit_row: Callable[[int, int, ParallelState, Place], RowParallelLinear] = RowParallelLinear
+    shared: Linears = Linears()
+    dense: Linears = Linears()
+    output: Callable[..., ParallelOutput] = ParallelOutput
 
 
 PLAIN = Layers()

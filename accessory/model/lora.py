@@ -1,12 +1,12 @@
 """Adapters: biases and low-rank updates beside frozen matrices (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
 
-Output = W x + bias + (lora_alpha / lora_rank) lora_b (lora_a x). Each class here is a layer of the plain model with
+Output = W x + bias + (lora_alpha / rank) lora_b (lora_a x). Each class here is a layer of the plain model with
 such parameters beside its own; a model has them that is built of `adapted_layers`.
 
 Between `copy_to_region` and `reduce_from_region` a rank sees but a part of every gradient. An adapter that all ranks
 hold alike, and use there, goes through `copy_to_region` itself, which gives it the sum.
 
-Shape letters: as in model/moe.py, and r lora_rank; a trailing l marks a rank's own slice.
+Shape letters: as in model/moe.py, and r the rank; a trailing l marks a rank's own slice.
 """
 
 import zlib
@@ -24,13 +24,13 @@ from accessory.config import ModelArgs, PeftArgs
 from accessory.model.dispatch import Pairs
 from accessory.model.layers import Layers
 from accessory.model.moe import Experts
+from accessory.model.router import Router
 from accessory.parallel.box import Box
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from accessory.parallel.layers import ColumnParallelLinear, Linears, ParallelOutput, RowParallelLinear
 from accessory.parallel.ops import copy_to_region, local
 from accessory.parallel.plan import Placement, parameter_shapes
 from accessory.parallel.state import ParallelState, Place
 from accessory.products import linear
-from accessory.quant import QuantizedParameter
 
 _INITIAL_STD = 0.02
 
@@ -41,14 +41,21 @@ def adapted_layers(peft: PeftArgs, state: ParallelState, place: Place) -> Layers
     Args:
         place: of the adapters, whose dtype may be another than the layers'.
     """
-    column = partial(AdaptedColumnLinear, peft=peft, adapters=place, region=state.mp_group)
-    row = partial(AdaptedRowLinear, peft=peft, adapters=place, region=state.mp_group)
+    own: dict[str, Any] = {"peft": peft, "adapters": place}
+    region = own | {"region": state.mp_group}
+
+    def linears(kind: str) -> Linears:
+        return Linears(
+            partial(AdaptedColumnLinear, kind=kind, **region), partial(AdaptedRowLinear, kind=kind, **region)
+        )
+
     return Layers(
-        partial(column, target="attention"),
-        partial(row, target="attention"),
-        partial(AdaptedExperts, peft=peft, adapters=place),
-        partial(column, target="experts"),
-        partial(row, target="experts"),
+        attention=linears("attention"),
+        router=partial(AdaptedRouter, kind="router", **region),
+        experts=partial(AdaptedExperts, **own),
+        shared=linears("shared"),
+        dense=linears("dense"),
+        output=partial(AdaptedOutput, kind="head", **region),
     )
 
 
@@ -60,30 +67,38 @@ class _LowRank(nn.Module):
         self.weight = place.parameter(out_features, in_features)
 
 
-class _AdaptedLinear(nn.Module):
-    """A linear layer's adapters; made as the plain layer is.
+class _Updated(nn.Module):
+    """A matrix's low-rank update; made as the plain layer is.
 
     Args:
-        target: which of `PeftArgs.lora_targets` it belongs to.
+        kind: of matrices, as `PeftArgs` knows them.
     """
 
-    weight: nn.Parameter | QuantizedParameter
+    weight: Any
 
     def __init__(
-        self, *plain: Any, target: str, peft: PeftArgs, adapters: Place, region: dist.ProcessGroup | None
+        self, *plain: Any, kind: str, peft: PeftArgs, adapters: Place, region: dist.ProcessGroup | None, **more: Any
     ) -> None:
-        super().__init__(*plain)
+        super().__init__(*plain, **more)
         out_features, in_features = self.weight.shape
         self.peft, self.region = peft, region
-        self.updated = peft.lora_rank > 0 and target in peft.lora_targets
+        self.updated = (rank := peft.rank_of(kind)) > 0
         if self.updated:
-            self.lora_a = _LowRank(peft.lora_rank, in_features, adapters)
-            self.lora_b = _LowRank(out_features, peft.lora_rank, adapters)
-        self.bias = adapters.parameter(out_features) if peft.bias_tuning else None
+            self.scale = peft.scale_of(kind)
+            self.lora_a = _LowRank(rank, in_features, adapters)
+            self.lora_b = _LowRank(out_features, rank, adapters)
 
     def _update(self, x_TD: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         inner_Tr = linear(F.dropout(x_TD, self.peft.lora_dropout, self.training), lora_a)
-        return linear(inner_Tr * self.peft.scale, lora_b)
+        return linear(inner_Tr * self.scale, lora_b)
+
+
+class _AdaptedLinear(_Updated):
+    """The same, and a bias."""
+
+    def __init__(self, *plain: Any, peft: PeftArgs, adapters: Place, **more: Any) -> None:
+        super().__init__(*plain, peft=peft, adapters=adapters, **more)
+        self.bias = adapters.parameter(self.weight.shape[0]) if peft.bias_tuning else None
 
     def _with_bias(self, y_TO: Tensor) -> Tensor:
         return y_TO if self.bias is None else y_TO + local(self.bias).type_as(y_TO)
@@ -114,6 +129,27 @@ class AdaptedRowLinear(_AdaptedLinear, RowParallelLinear):
         return y_TO
 
 
+class AdaptedOutput(_Updated, ParallelOutput):
+    """Rows are split over the ranks, as those of `AdaptedColumnLinear`."""
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        y_TV = ParallelOutput.scores(self, x_TD)
+        if self.updated:
+            lora_a = copy_to_region(local(self.lora_a.weight), self.region)
+            y_TV = y_TV + self._update(x_TD, lora_a, local(self.lora_b.weight))
+        return y_TV
+
+
+class AdaptedRouter(_Updated, Router):
+    """Whole on every rank, which sees the whole gradient."""
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        logits_TE = Router._logits(self, x_TD)
+        if self.updated:
+            logits_TE = logits_TE + self._update(x_TD, local(self.lora_a.weight), local(self.lora_b.weight))
+        return logits_TE
+
+
 class AdaptedExperts(Experts):
     """Stacked adapters beside the stacked experts.
 
@@ -135,9 +171,9 @@ class AdaptedExperts(Experts):
         super().__init__(args, state, placement, place)
         experts, dim, hidden = self.w2.shape
         self.peft, self.fuses = peft, False
-        self.updated = peft.lora_rank > 0 and "experts" in peft.lora_targets
+        self.updated = (rank := peft.rank_of("routed")) > 0
         if self.updated:
-            rank = peft.lora_rank
+            self.scale = peft.scale_of("routed")
             self.w13_lora_a = adapters.parameter(experts, 2, rank, dim)
             self.w13_lora_b = adapters.parameter(experts, 2, hidden, rank)
             self.w2_lora_a = adapters.parameter(experts, rank, hidden)
@@ -154,7 +190,7 @@ class AdaptedExperts(Experts):
         both_PO = super().gate_up(x_PD, pairs)
         if self.updated:
             lora_a = copy_to_region(local(self.w13_lora_a), self.region)
-            inner_PR = pairs.product(self._dropped(x_PD), lora_a) * self.peft.scale
+            inner_PR = pairs.product(self._dropped(x_PD), lora_a) * self.scale
             halves = zip(inner_PR.chunk(2, dim=-1), local(self.w13_lora_b).unbind(1), strict=True)
             both_PO = both_PO + torch.cat([pairs.product(inner.contiguous(), lora_b) for inner, lora_b in halves], -1)
         if self.peft.bias_tuning:
@@ -164,7 +200,7 @@ class AdaptedExperts(Experts):
     def down(self, hidden_PF: Tensor, pairs: Pairs) -> Tensor:
         y_PD = super().down(hidden_PF, pairs)
         if self.updated:
-            inner_Pr = pairs.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.peft.scale
+            inner_Pr = pairs.product(self._dropped(hidden_PF), local(self.w2_lora_a)) * self.scale
             y_PD = y_PD + pairs.product(inner_Pr, copy_to_region(local(self.w2_lora_b), self.region))
         if self.peft.bias_tuning:
             y_PD = y_PD + self.whole_bias(local(self.w2_bias), pairs, y_PD)

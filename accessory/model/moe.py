@@ -88,12 +88,11 @@ class MoE(nn.Module):
     """The feed-forward part of a block: router on every rank, experts spread over them, and the shared expert."""
 
     def __init__(
-        self, args: ModelArgs, state: ParallelState, place: Place, experts: Experts, shared: GatedUnit | None = None
+        self, state: ParallelState, *, gate: Router, experts: Experts, shared: GatedUnit | None = None
     ) -> None:
         super().__init__()
         self.group = state.mp_group
-        self.gate = Router(args, place)
-        self.experts, self.shared = experts, shared
+        self.gate, self.experts, self.shared = gate, experts, shared
 
     def forward(self, x_TD: Tensor, active_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """(T, D) -> (T, D), the same on every rank, and how the tokens were routed.

@@ -21,7 +21,7 @@ from accessory.model.norm import RMSNorm
 from accessory.model.rope import RotaryTable
 from accessory.model.router import Routing
 from accessory.model.threads import adapt_waiting
-from accessory.parallel.layers import ParallelEmbedding, ParallelOutput
+from accessory.parallel.layers import ParallelEmbedding
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -34,7 +34,7 @@ class TransformerBlock(nn.Module):
         self, layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, layers: Layers
     ) -> None:
         super().__init__()
-        self.attention = Attention(layer, args, state, place, layers)
+        self.attention = Attention(layer, args, state, place, layers.attention)
         self.feed_forward = _feed_forward(layer, args, state, placement, place, layers)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, place)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, place)
@@ -57,12 +57,13 @@ def _feed_forward(
     layer: int, args: ModelArgs, state: ParallelState, placement: Placement, place: Place, layers: Layers
 ) -> MoE | Dense:
     own = local_sizes(args, state.mp_size)
-    column, row = layers.unit_column, layers.unit_row
     if layer not in args.moe_layers:
-        return Dense(args.dim, own["dense_hidden"], state, place, column=column, row=row)
-    width = own["shared_hidden"]
-    shared = GatedUnit(args.dim, width, state, place, column=column, row=row) if width else None
-    return MoE(args, state, place, layers.experts(args, state, placement, place), shared)
+        return Dense(args.dim, own["dense_hidden"], state, place, layers.dense)
+    shared = None
+    if width := own["shared_hidden"]:
+        shared = GatedUnit(args.dim, width, state, place, layers.shared)
+    gate, experts = layers.router(args, place), layers.experts(args, state, placement, place)
+    return MoE(state, gate=gate, experts=experts, shared=shared)
 
 
 class Transformer(nn.Module):
@@ -111,7 +112,8 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(args.dim, args.norm_eps, place)
         padded = self.n_tokens < args.vocab_size
-        self.output = ParallelOutput(args.dim, own["vocab"], state, place, n_tokens=self.n_tokens if padded else None)
+        n_tokens = self.n_tokens if padded else None
+        self.output = layers.output(args.dim, own["vocab"], state, place, n_tokens=n_tokens)
         self.rotary = RotaryTable(
             args.head_dim,
             args.max_seq_len,

@@ -4,6 +4,9 @@ Shape letters: T tokens, D input width, O output width, V vocabulary; a trailing
 Parameters are created uninitialised: a loader or `init_weights` fills them. Products run in the dtype of what comes in.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +54,13 @@ class RowParallelLinear(nn.Module):
         return linear(x_TDl, local(self.weight))
 
 
+class Linears(NamedTuple):
+    """Which classes a part of a block has its linear layers of; called as these are."""
+
+    column: Callable[[int, int, Place], ColumnParallelLinear] = ColumnParallelLinear
+    row: Callable[[int, int, ParallelState, Place], RowParallelLinear] = RowParallelLinear
+
+
 class ParallelEmbedding(nn.Module):
     """Every rank looks up its slice of the width; the slices are gathered.
 
@@ -92,7 +102,11 @@ class ParallelOutput(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V), the same on every rank."""
-        logits_TV = gather_last_dim(linear(copy_to_region(x_TD, self.group), local(self.weight)), self.group)
+        logits_TV = gather_last_dim(self.scores(copy_to_region(x_TD, self.group)), self.group)
         logits_TV = logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
         # In place, since logits may be the largest tensor of all; no backward pass needs what stood there.
         return logits_TV if self.gaps is None else logits_TV.index_fill_(-1, self.gaps, float("-inf"))
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, Vl), of this rank's own rows."""
+        return linear(x_TD, local(self.weight))

@@ -73,7 +73,8 @@ class Split:
         kind: what it is.
         cuts: for each placement of the experts what cuts it, in the order of the mesh; every rank along an axis of the
             mesh that is not among them holds the same.
-        adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, or "bias".
+        adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, of LORA_KINDS, or
+            "bias".
         quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
         to_residual: what the matrix makes is added to the residual stream.
         part: what a layer must have to have it, as `parts_of_layer` says; None: every layer has it.
@@ -148,8 +149,8 @@ def _gated_unit(module: str, kind: Literal["dense", "shared"]) -> list[Split]:
     return [
         *(_row(f"{name}.weight", kind, f"{hidden} dim", 0, hidden, quantized="layers", part=kind) for name in columns),
         _row(f"{prefix}.w2.weight", kind, f"dim {hidden}", 1, hidden, quantized="layers", to_residual=True, part=kind),
-        *(row for name in columns for row in _column_adapters(name, hidden, hidden, "experts", kind)),
-        *_row_adapters(f"{prefix}.w2", hidden, hidden, "experts", kind),
+        *(row for name in columns for row in _column_adapters(name, hidden, hidden, kind, kind)),
+        *_row_adapters(f"{prefix}.w2", hidden, hidden, kind, kind),
     ]
 
 
@@ -186,17 +187,21 @@ TABLE: tuple[Split, ...] = (
     *_column_adapters(f"{_ATTENTION}wk", "kv_heads*head_dim", "kv_heads", "attention"),
     *_column_adapters(f"{_ATTENTION}wv", "kv_heads*head_dim", "kv_heads", "attention"),
     *_row_adapters(f"{_ATTENTION}wo", "heads*head_dim", "heads", "attention"),
-    _of_experts("w13_lora_a", "lora", "experts 2 rank dim", None, adapter="experts"),
-    _of_experts("w13_lora_b", "lora", "experts 2 hidden rank", 2, adapter="experts"),
+    _of_experts("w13_lora_a", "lora", "experts 2 rank dim", None, adapter="routed"),
+    _of_experts("w13_lora_b", "lora", "experts 2 hidden rank", 2, adapter="routed"),
     _of_experts("w13_bias", "bias", "experts 2 hidden", 2, adapter="bias"),
-    _of_experts("w2_lora_a", "lora", "experts rank hidden", 2, adapter="experts"),
-    _of_experts("w2_lora_b", "lora", "experts dim rank", None, adapter="experts"),
+    _of_experts("w2_lora_a", "lora", "experts rank hidden", 2, adapter="routed"),
+    _of_experts("w2_lora_b", "lora", "experts dim rank", None, adapter="routed"),
     _of_experts("w2_bias", "bias", "experts dim", None, adapter="bias"),
+    _row("layers.N.feed_forward.gate.lora_a.weight", "lora", "rank dim", None, adapter="router", part="experts"),
+    _row("layers.N.feed_forward.gate.lora_b.weight", "lora", "experts rank", None, adapter="router", part="experts"),
     *_gated_unit("feed_forward.shared", "shared"),
     *_gated_unit("feed_forward", "dense"),
     _row("layers.N.ffn_norm.weight", "norm", "dim", None),
     _row("norm.weight", "norm", "dim", None),
     _row("output.weight", "head", "vocab dim", 0, "vocab", quantized="head"),
+    _row("output.lora_a.weight", "lora", "rank dim", None, adapter="head"),
+    _row("output.lora_b.weight", "lora", "vocab rank", 0, "vocab", adapter="head"),
 )
 _ROWS = {row.pattern: row for row in TABLE}
 
@@ -217,7 +222,6 @@ def sizes(args: ModelArgs) -> dict[str, int]:
         "experts": args.moe.num_experts,
         "shared_hidden": args.moe.shared_hidden_dim,
         "dense_hidden": 0 if args.dense is None else args.dense.hidden_dim,
-        "rank": args.peft.lora_rank if args.peft else -1,
         "2": 2,
     }
 
@@ -337,7 +341,7 @@ def _asked_for(row: Split, args: ModelArgs) -> bool:
         return not row.adapter
     if row.adapter == "bias":
         return args.peft.bias_tuning
-    return args.peft.lora_rank > 0 and row.adapter in args.peft.lora_targets
+    return args.peft.rank_of(row.adapter) > 0
 
 
 def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -346,7 +350,8 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     A matrix that ``args.quant`` quantizes counts as the tensors that it then consists of. Where the vocabulary is not
     known (vocab_size -1), parameters that have a row for each of its tokens are left out.
     """
-    rows = [row for row in TABLE if ".N." in row.pattern and _asked_for(row, args)]
+    asked = [row for row in TABLE if _asked_for(row, args)]
+    rows = [row for row in asked if ".N." in row.pattern]
     per_layer: dict[frozenset[Part], list[tuple[str, tuple[int, ...]]]] = {}
     yield from _parameters(split_of("tok_embeddings.weight"), args)
     for layer in range(args.n_layers):
@@ -356,14 +361,15 @@ def parameter_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
             per_layer[parts] = [parameter for row in own for parameter in _parameters(row, args)]
         for name, shape in per_layer[parts]:
             yield name.replace(".N.", f".{layer}."), shape
-    for name in ("norm.weight", "output.weight"):
-        yield from _parameters(split_of(name), args)
+    for row in asked:
+        if ".N." not in row.pattern and row.kind != "embedding":
+            yield from _parameters(row, args)
 
 
 def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     if "vocab" in row.shape and args.vocab_size == -1:
         return
-    counts = sizes(args)
+    counts = sizes(args) | {"rank": args.peft.rank_of(row.adapter) if args.peft else 0}
     *rest, inputs = (math.prod(counts[factor] for factor in axis.split("*")) for axis in row.shape)
     if args.quant is None or not is_quantized(row, args.quant):
         yield row.pattern, (*rest, inputs)

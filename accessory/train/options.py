@@ -71,6 +71,13 @@ def _names(text: str) -> list[str]:
     return [name for name in map(str.strip, text.split(",")) if name]
 
 
+def _ranks(text: str) -> dict[str, int]:
+    pairs = [name.partition("=") for name in _names(text)]
+    if not pairs or not all(name and rank.isdecimal() for name, _, rank in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} given: give names and ranks, as in attention=64,experts=8")
+    return {name: int(rank) for name, _, rank in pairs}
+
+
 _model, _adapter, _data = partial(_option, "model"), partial(_option, "adapters"), partial(_option, "data")
 _steps, _parallel = partial(_option, "optimization"), partial(_option, "parallelism and memory")
 _validation, _output = partial(_option, "validation"), partial(_option, "output")
@@ -96,11 +103,20 @@ class FinetuneOptions:
         "train low-rank updates (LoRA) of this width above frozen weights, and nothing else unless asked for",
         metavar="R",
     )
+    lora_ranks: dict[str, int] | None = _adapter(
+        None,
+        "widths of some matrices' updates, by names of --lora_targets",
+        type=_ranks,
+        metavar="attention=64,experts=8",
+    )
     lora_alpha: float | None = _adapter(None, "the updates are scaled by A / R; by default R", metavar="A")
     rslora: bool | None = _adapter(None, "scale the updates by A / sqrt(R)")
     lora_dropout: float | None = _adapter(None, "share of an update's inputs that is set to 0", metavar="P")
     lora_targets: tuple[str, ...] = _adapter(
-        (), "matrices that get updates (default: both)", choices=LORA_TARGETS, metavar="|".join(LORA_TARGETS)
+        (),
+        "matrices that get updates; experts are all of feed-forward parts (default: attention experts)",
+        choices=LORA_TARGETS,
+        metavar="|".join(LORA_TARGETS),
     )
     bias_tuning: bool | None = _adapter(None, "train a bias for every matrix")
     norm_tuning: bool | None = _adapter(None, "train the norms")
@@ -241,6 +257,8 @@ class FinetuneOptions:
                 f"--{next(iter(given))} is about adapters, which --llama_type {self.llama_type} does not have: leave "
                 "--llama_type out"
             )
+        if self.train_router is False and "router" in self.lora_targets:
+            raise ValueError("--lora_targets router trains updates of routers, and --train_router no none: give one")
 
     def _check_schedule(self) -> None:
         if self.min_lr > self.lr:
@@ -298,7 +316,7 @@ class FinetuneOptions:
     @property
     def adapters(self) -> dict[str, Any]:
         """What is said of adapters, by the keys of config.json, over whose files it rules."""
-        names = ("lora_rank", "lora_alpha", "rslora", "lora_dropout", "lora_targets", "bias_tuning", "norm_tuning")
+        names = [option.name for option in dataclasses.fields(PeftArgs)]
         return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
     @property

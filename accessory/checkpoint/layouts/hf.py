@@ -48,7 +48,7 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 IN_LAYER = "model.layers.{N}."
 # Where a layer's router and experts lie in some families' folders, and where transformers 5 holds them.
-_ROOM, _ROOM_5 = "block_sparse_moe.", "mlp."
+ROOM, ROOM_5 = "block_sparse_moe.", "mlp."
 # What lies as queries' and keys' rows do.
 _ROTATED = tuple(f"attention.{name}" for name in ("wq", "wk", "q_bias", "k_bias", "q_norm", "k_norm"))
 
@@ -70,8 +70,8 @@ def _rows_of(family: Family) -> Iterator[Row]:
     for ours, theirs in tensors.items():
         own = Row(f"layers.N.{ours}", f"{IN_LAYER}{theirs}", lies=lie_of(ours.removesuffix(".weight")))
         yield own
-        if theirs.startswith(_ROOM):
-            key = own.key.replace(_ROOM, _ROOM_5)
+        if theirs.startswith(ROOM):
+            key = own.key.replace(ROOM, ROOM_5)
             yield dataclasses.replace(own, key=key, written=False)
     room = f"{IN_LAYER}mlp.experts."
     if not family.matrices:

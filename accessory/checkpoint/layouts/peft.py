@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
-from accessory.checkpoint.layouts.hf import IN_LAYER, MODULES, config_of, lie_of
+from accessory.checkpoint.layouts.hf import IN_LAYER, MODULES, ROOM, ROOM_5, config_of, lie_of
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout
 from accessory.checkpoint.layouts.rows import ALL, EACH, Lie, Row, Source, by_parameter, for_all
 from accessory.config import ModelArgs, read_json
@@ -60,12 +60,17 @@ def _rows(family: str) -> Mapping[str, Sequence[Row]]:
 
 def is_updated(module: str) -> bool:
     """Whether adapters update one of our modules in a layer."""
-    return split_of(f"layers.0.{module}.weight").kind in ("attention", "dense", "shared")
+    return split_of(f"layers.0.{module}.weight").kind in ("attention", "dense", "shared", "router")
+
+
+def modules_of(family: Family) -> dict[str, str]:
+    """Its modules by ours as transformers 5 has them, whose router peft reaches by the name of its weight."""
+    return {ours: theirs.replace(ROOM, ROOM_5) for ours, theirs in family.modules.items()}
 
 
 def _rows_of(family: Family) -> Iterator[Row]:
     """An adapter's factors, and norms that were trained whole."""
-    for ours, theirs in family.modules.items():
+    for ours, theirs in modules_of(family).items():
         module = f"{IN_LAYER}{theirs}"
         if ours.endswith("norm"):
             yield Row(f"layers.N.{ours}.weight", f"{module}.weight", lies=lie_of(ours))
@@ -78,6 +83,8 @@ def _rows_of(family: Family) -> Iterator[Row]:
                 key = f"{IN_LAYER}{family.matrices[single]}.{theirs}.weight"
                 yield Row(f"{EXPERTS}{matrix}_{own}", key, (EACH, *place))
     yield Row("norm.weight", f"{MODULES['norm']}.weight")
+    for own, theirs in _FACTORS.items():
+        yield Row(f"output.{own}.weight", f"{MODULES['output']}.{theirs}.weight")
 
 
 # Of fused experts (E, r, in) lies as (E * r, in), and (E, out, r) as (out, r * E).
@@ -141,6 +148,8 @@ PEFT = AdapterLayout(
     prefix=PREFIX,
     strips=PREFIX,
     file_name=lambda file, files, ending: _FILES[0],
+    # Beside an update of the head peft saves the base's own.
+    passed_over=re.compile(rf"{re.escape(MODULES['output'])}\.base_layer\.weight"),
     config=config_of,
     ranks={},
     factors={},
@@ -177,8 +186,11 @@ def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayou
     for begins, name in {(re.sub(r"\.\d+\.", ".{N}.", begins), name) for begins, name in fused.items()}:
         rows += _fused_rows(begins, "w13" if name == "gate_up_proj" else "w2")
     assert args.peft is not None
-    wanted = args.peft.scale
-    factors = {f"{module.begins}.lora_B.weight": _scale(module, config) / wanted for module in modules}
+    factors = {
+        f"{module.begins}.lora_B.weight": _scale(module, config) / args.peft.scale_of(kind)
+        for module in modules
+        if (kind := _kind(module, args)) is not None
+    }
     return dataclasses.replace(
         PEFT,
         rows=for_all(rows),
@@ -195,16 +207,17 @@ def _settings(path: Path, keys: Keys, base: ModelArgs) -> dict[str, Any]:
     if not modules:
         raise CheckpointError(f"{path.parent} holds no lora_A and lora_B: it is no adapter")
     rank, rooted = max(module.rank for module in modules), bool(config.get("use_rslora"))
+    kinds = [(_kind(module, base), module.rank) for module in modules]
+    ranks = {kind: max(own for other, own in kinds if other == kind) for kind, _ in kinds if kind is not None}
     scales = [_scale(module, config) for module in modules]
     usual = max(set(scales), key=scales.count)
-    of_attention = {".self_attn." in module.begins for module in modules}
-    targets = [name for name, place in (("attention", True), ("experts", False)) if place in of_attention]
     return {
         "lora_rank": rank,
         # Without the last digits, which a root and its square have lost.
         "lora_alpha": round(usual * math.sqrt(rank), 12) if rooted else usual * rank,
         **({"rslora": True} if rooted else {}),
-        "lora_targets": targets,
+        "lora_ranks": ranks,
+        "lora_targets": [*ranks],
         "bias_tuning": False,
         "norm_tuning": any("norm.weight" in key for key in shapes),
     }
@@ -282,9 +295,27 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], args: ModelArgs, path: Path)
         yield _Module(f"{begins.removesuffix('.base_layer')}.{name}", begins, shape[0] // experts)
 
 
+def _kind(module: _Module, args: ModelArgs) -> str | None:
+    """Which of our matrices a module is one of, as `PeftArgs` has them; None: of none that gets updates here."""
+    if module.name != module.begins:
+        return "routed"
+    kinds = {
+        row.key: split_of(row.parameter).adapter
+        for rows in PEFT.rows(args).values()
+        for row in rows
+        if "lora_A" in row.key
+    }
+    begins = module.begins
+    for number in ("{N}", "{E}"):
+        begins = re.sub(r"\.\d+\.", f".{number}.", begins, count=1)
+    return kinds.get(f"{begins}.lora_A.weight")
+
+
 def _scale(module: _Module, config: Mapping[str, Any]) -> float:
     """Factor on a module's B A, as peft has it."""
     patterns = config.get("alpha_pattern") or {}
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module.name))
-    alpha = next(matching, config["lora_alpha"])
+    # What is no linear layer in transformers, as a router, peft knows by the name of its weight.
+    names = module.name, f"{module.name}.weight"
+    matching = (pattern for pattern in patterns if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names))
+    alpha = patterns.get(next(matching, None), config["lora_alpha"])
     return float(alpha) / (math.sqrt(module.rank) if config.get("use_rslora") else module.rank)
