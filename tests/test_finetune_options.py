@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from dataclasses import MISSING, asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,7 @@ def test_each_flag_sets_its_value_alone(name):
         ("precision", ("bf16", "fp16", "tf32", "fp32")),
         ("grad_ckpt_policy", ("full", "moe", "none")),
         ("device", ("cpu", "cuda")),
-        ("optimizer", ("adamw", "muon")),
+        ("optimizer", ("adamw", "adamw8bit", "muon")),
         ("schedule", ("cosine", "linear", "constant", "wsd")),
     ],
 )
@@ -372,6 +373,15 @@ def test_the_last_fall_may_be_run_from_any_state(train):
     assert column(falling, "lr") == pytest.approx([2e-3, 2e-3, 1.75e-3, 1.5e-3, 1.25e-3], rel=1e-12)
     assert column(falling, "loss")[:2] == column(stable, "loss")[3:]
     assert log_lines(train("whole", **fall))[3:] == log_lines(falling)
+
+
+def test_an_optimizer_without_its_package_is_refused_before_the_model_is_read(train):
+    if find_spec("torchao") is not None:
+        pytest.skip("torchao is installed")
+    with pytest.raises(
+        AssertionError, match="--optimizer adamw8bit needs torchao, which is not installed: pip install"
+    ):
+        train("none", optimizer="adamw8bit", pretrained_path="/nowhere")
 
 
 def test_a_state_is_gone_on_with_by_its_optimizer(train):

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
+from ranks import error_of
 from test_training import step_rows
 from torch import Tensor, nn
 
@@ -52,9 +53,16 @@ def torch_takes(name: str) -> bool:
     return "lora" in name or name.removesuffix(".weight").endswith(MATRICES)
 
 
+NO_TORCHAO = "no torchao: pip install -e .[adamw8bit]"
+TORCHAO = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@TORCHAO
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_are_torchs_with_a_rate_for_each_kind(optimizer: Any) -> None:
     """Every matrix by torch.optim.Muon, in float32, or AdamW, at its own rate, while the schedule falls."""
+    if optimizer == "adamw8bit":  # small parameters keep states of float32
+        pytest.importorskip("torchao", reason=NO_TORCHAO)
     draw = torch.Generator().manual_seed(1)
     ours = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in SHAPES.items()}
     theirs = {
@@ -83,6 +91,31 @@ def test_steps_are_torchs_with_a_rate_for_each_kind(optimizer: Any) -> None:
         truth = torch.stack([part.data for part in theirs[name]]).view_as(own)
         torch.testing.assert_close(own.data, truth, rtol=1e-5, atol=1e-6, msg=name)
         assert set(made.state[own]) - {"step"} == set(states_of(optimizer, name)), name
+
+
+@TORCHAO
+@pytest.mark.parametrize("at_once", [1 << 16, 256])
+def test_states_of_a_byte_are_torchaos_own(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, where torchao's step is not compiled; a row's blocks are not cut, so that both have the same."""
+    theirs = pytest.importorskip("torchao.optim", reason=NO_TORCHAO)
+    monkeypatch.setattr("accessory.train.adamw8bit._AT_ONCE", at_once)
+    draw = torch.Generator().manual_seed(1)
+    own, other = (nn.Parameter(torch.ones(4, 2, 6, 128)) for _ in range(2))
+    made = OPTIMIZERS["adamw8bit"].build([("layers.0.feed_forward.experts.w13", own)], lr=1e-2, weight_decay=DECAY)
+    plain = theirs.AdamW8bit([other], lr=1e-2, betas=(0.9, 0.95), weight_decay=DECAY, block_size=64)
+    for _ in range(3):
+        own.grad = torch.randn(own.shape, generator=draw) * torch.rand(own.shape, generator=draw) ** 8
+        other.grad = own.grad.clone()
+        made.step()
+        with torch.compiler.set_stance("force_eager"):
+            plain.step()
+    assert torch.equal(own, other)
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes, scales, moment = made.state[own][name], made.state[own][f"{name}_scale"], plain.state[other][name]
+        assert codes.dtype == torch.uint8
+        assert torch.equal(codes, moment.codes)
+        assert scales.shape == (4, 2, 6, 2)
+        assert torch.equal(scales.flatten(), moment.scale)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (4, 2, 6, 8)])
@@ -168,6 +201,15 @@ def test_muon_is_the_same_however_it_is_spread(
             assert torch.equal(course.weights[name], courses[0].weights[name]), name
             difference = (course.weights[name] - weight).abs().max().item()
             assert difference <= 1e-4 * weight.abs().max().item(), f"{name}: {difference}"
+
+
+@TORCHAO
+def test_ranks_that_would_hold_parts_of_a_block_are_refused(ranks: Any, folder: Path) -> None:
+    pytest.importorskip("torchao", reason=NO_TORCHAO)
+    arguments = folder, 2, "auto", "sdp", Rates(), "adamw8bit"
+    for kind, message in ranks(2).run(error_of, steps_on_rank, *arguments):
+        assert kind == "ValueError"
+        assert "blocks of 64 numbers, and of a parameter of shape (384, 64) a rank holds rows of 32: give an" in message
 
 
 def test_a_step_takes_each_groups_own_rate(ranks: Any, folder: Path) -> None:

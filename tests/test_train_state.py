@@ -27,7 +27,7 @@ from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState, Ranks, all_ranks
 from accessory.train import checkpointer
 from accessory.train.checkpointer import Checkpointer
-from accessory.train.optim import adamw, muon
+from accessory.train.optim import adamw, adamw8bit, muon
 from accessory.train.sharding import device_mesh, shard_model
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import tensors_of
@@ -143,18 +143,27 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(
     assert len({course.random for course in third}) > 1, "each rank has a random state of its own"
 
 
-def test_muon_goes_on_with_the_same_ranks_and_with_others(ranks: Any, folder: Path, tmp_path: Path) -> None:
-    whole = ranks(4).run(steps_on_rank, folder, tmp_path, 2, "tensor", 4, 2, muon)[0]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("build", "rel"), [(muon, 1e-5), (adamw8bit, 1e-3)])
+def test_an_optimizer_goes_on_with_the_same_ranks_and_with_others(
+    build: Any, rel: float, ranks: Any, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Of the second the blocks are the same everywhere, and roundings to other codes make steps differ."""
+    config = small_config(dim=128, hidden_dim=128, head_dim=16)
+    folder = write_folder(tmp_path / "m", random_tensors(config, 5), config, files=1, tokenizer=small_tokenizer)
+    if build is adamw8bit:
+        pytest.importorskip("torchao", reason="no torchao: pip install -e .[adamw8bit]")
+    whole = ranks(4).run(steps_on_rank, folder, tmp_path, 2, "tensor", 4, 2, build)[0]
     for mp_size, placement, size, ep_size in ((2, "tensor", 4, 1), (1, "auto", 1, 1), (1, "auto", 4, 2)):
-        found = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, 4, 0, muon, ep_size)[0]
+        found = ranks(size).run(steps_on_rank, folder, tmp_path, mp_size, placement, 4, 0, build, ep_size)[0]
         assert found.begin == 2
         if mp_size == 2:
             assert found.losses == whole.losses[2:]
             assert all(torch.equal(found.weights[name], weight) for name, weight in whole.weights.items())
             continue
-        assert found.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+        assert found.losses == pytest.approx(whole.losses[2:], rel=rel)
         for name, weight in whole.weights.items():
-            torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(found.weights[name], weight, rtol=10 * rel, atol=rel, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.checkpointer import Checkpointer
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
-from accessory.train.optim import make_optimizer
+from accessory.train.optim import make_optimizer, refuse_absent_optimizer
 from accessory.train.options import FinetuneOptions
 from accessory.train.output_folder import OPTIONS, held, refuse_earlier_run
 from accessory.train.parameters import describe_trainable, warning_without_matrix
@@ -76,6 +76,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         everyone = all_ranks()
         agreed(everyone, partial(_refuse_no_model, options), options)
         on_first(everyone, partial(refuse_absent, options.log_to))
+        agreed(everyone, partial(refuse_absent_optimizer, options.optimizer))
         layout = partial(
             ParallelState.init,
             options.model_parallel_size,
@@ -116,7 +117,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         # A training state may leave out what is frozen.
         adapted = pretrained.args.peft is not None
         model = _build(options, pretrained, state, fill=resumed is None or options.only_save_trainable or adapted)
-        optimizer = make_optimizer(model, options)
+        optimizer = agreed(world, partial(make_optimizer, model, options))
         loop = FinetuneLoop(options, model, optimizer, data, held_out, sampler, store, form)
         logger.info("%s", describe_trainable(model))
         without_matrix = warning_without_matrix(pretrained.args)

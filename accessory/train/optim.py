@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
+from accessory.train.adamw8bit import AdamW8bit, refuse_absent
 from accessory.train.muon import Muon
 from accessory.train.options import FinetuneOptions, OptimizerName
 
@@ -58,23 +59,38 @@ def muon(
     return Muon(*(_groups(some, weight_decay, rates) for some in both), lr=lr, betas=_BETAS)
 
 
+def adamw8bit(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, rates: Rates | None = None
+) -> AdamW8bit:
+    """`adamw` whose moments are 8-bit codes."""
+    return AdamW8bit(_groups(parameters, weight_decay, rates), lr=lr, betas=_BETAS)
+
+
 class Kind(NamedTuple):
     """A kind of optimizer.
 
     Attributes:
         build: makes one, with the arguments of `adamw`.
         states: names of what it keeps of a matrix, each as large as that; for all else it keeps what AdamW does.
+        bytes: of each number of a state.
+        absent: raises ValueError where a package that it needs is not there.
     """
 
     build: Callable[..., torch.optim.Optimizer]
     states: tuple[str, ...]
+    bytes: float = 4.0
+    absent: Callable[[], None] | None = None
 
 
 _BETAS = (0.9, 0.95)
 _MUON_KINDS = ("attention", "expert", "dense", "shared", "lora")
 _ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
-OPTIMIZERS: dict[OptimizerName, Kind] = {"adamw": Kind(adamw, _ADAMW_STATES), "muon": Kind(muon, Muon.STATES)}
+OPTIMIZERS: dict[OptimizerName, Kind] = {
+    "adamw": Kind(adamw, _ADAMW_STATES),
+    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, AdamW8bit.BYTES, refuse_absent),
+    "muon": Kind(muon, Muon.STATES),
+}
 
 
 def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
@@ -82,6 +98,13 @@ def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Op
     build = OPTIMIZERS[options.optimizer].build
     rates = Rates.of(options)
     return build(model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay, rates=rates)
+
+
+def refuse_absent_optimizer(name: OptimizerName) -> None:
+    """Raise ValueError where the optimizer needs a package that is not installed."""
+    absent = OPTIMIZERS[name].absent
+    if absent is not None:
+        absent()
 
 
 def states_of(optimizer: OptimizerName, name: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from accessory.train.trackers import TRACKERS
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 DataParallel = Literal["fsdp", "sdp", "ddp"]
 RecomputePolicy = Literal["full", "moe", "none"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
 # The first is far beyond any run: sizes near 2^63 overflow in PyTorch. Of a seed it takes 64 bits.
 _MOST, _MOST_SEED = 2**48, 2**64 - 1
@@ -160,7 +160,9 @@ class FinetuneOptions:
         None, "optimizer steps at the run's end over which wsd falls (default: a tenth of all)", least=1, metavar="N"
     )
     optimizer: OptimizerName = _steps(
-        "adamw", "adamw, or muon: that for the matrices of attention, experts and adapters, adamw for all else"
+        "adamw",
+        "adamw; adamw8bit: the same with states of a byte for each number; muon: that for the matrices of attention, "
+        "experts and adapters, adamw for all else",
     )
     weight_decay: float = _steps(0.0, "of all but norms and biases", least=0)
     train_router: bool | None = _steps(None, "train the routers (default: yes, but beside adapters no)")

@@ -9,7 +9,7 @@ from torch import nn
 
 from accessory.errors import shown_bytes
 from accessory.train.export import BEST
-from accessory.train.optim import states_of
+from accessory.train.optim import OPTIMIZERS, states_of
 from accessory.train.options import FinetuneOptions
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class Plan:
                 exported += parameter.numel() * itemsize
             if trains or not options.only_save_trainable:
                 saved += parameter.numel() * parameter.element_size()
-            saved += 4 * parameter.numel() * len(states_of(options.optimizer, name)) if trains else 0
+            kept = len(states_of(options.optimizer, name)) * OPTIMIZERS[options.optimizer].bytes if trains else 0
+            saved += int(parameter.numel() * kept)
         at_ends, within = models_after(options, done=done, end=end, per_epoch=per_epoch)
         names = [path.parent.name for path in output.glob("epoch*/meta.json")]
         inner = sum("-" in name for name in names)
