@@ -44,7 +44,12 @@ SLOW = {
 }
 
 
+# It runs for minutes in one of pytest's processes: begun last, it would be what all others wait for.
+FIRST = "test_pages_run_with_little_of_each_training"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name != FIRST)
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)

@@ -165,6 +165,17 @@ def test_kernels_import_nothing_of_the_rest() -> None:
             assert all(layer_of(name) == "kernels" for name in names), module
 
 
+def test_training_alone_imports_distributed_tensors() -> None:
+    """They take longer to import than anything of ours, and every command and every rank would pay for it."""
+    importers = {
+        layer_of(module)
+        for module, path in MODULES.items()
+        for _, name in imports_of(module, path.read_text())
+        if re.match(r"torch\.distributed\.(tensor|fsdp|checkpoint)", name)
+    }
+    assert importers == {"train"}
+
+
 def test_fairscale_has_one_importer() -> None:
     importers = {
         module

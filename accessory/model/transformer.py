@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from accessory.config import ModelArgs
 from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Ragged
@@ -22,6 +21,7 @@ from accessory.model.rope import RotaryTable
 from accessory.model.router import Routing
 from accessory.model.threads import adapt_waiting
 from accessory.parallel.layers import ParallelEmbedding
+from accessory.parallel.ops import is_distributed
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.plan import Placement, local_sizes
 from accessory.parallel.state import ParallelState, Place
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         if not (tokens_S.is_cuda and self.cuda_graphs and self.state.mp_size == 1):
             return False
         changes = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if changes or isinstance(self.norm.weight, DTensor):
+        if changes or is_distributed(self.norm.weight):
             return False
         block = self.layers[self.args.moe_layers[0]]  # all that have experts are alike
         assert isinstance(block, TransformerBlock)
