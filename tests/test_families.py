@@ -16,11 +16,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from ask_llama import says_as_transformers
 from checkpoints import hf_greedy, hf_logits, random_prompts
-from finetuning import Setting, finetune_on_rank, make_setting
-from models import assembled, completions, load
+from finetuning import Setting, finetune_on_rank, log_lines, make_setting
+from models import completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,6 +40,7 @@ from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
 from accessory.cli import main
 from accessory.config import DenseArgs, ModelArgs, MoEArgs, QuantArgs, RopeArgs, RouterArgs
+from accessory.data.collate import Batch
 from accessory.errors import CheckpointError
 from accessory.gguf_header import read_header
 from accessory.kernels import route
@@ -50,12 +52,14 @@ from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
 from accessory.parallel.state import ParallelState
 from accessory.serve.web.experts import heatmap
-from accessory.train import trainer
 from accessory.train.build import build_for_training
 from accessory.train.flops import flops_per_token
 from accessory.train.heatmap import draw
 from accessory.train.metrics import expert_shares
+from accessory.train.optim import adamw
+from accessory.train.options import DataParallel
 from accessory.train.sharding import device_mesh
+from accessory.train.trainer import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -397,65 +401,102 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(
 # --- gradients
 
 
-def gradients_on_rank(folder: Any, placement: str, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
-    model = load(folder, placement)
-    loss, _ = model(tokens, tokens)
-    loss.backward()
-    trained = ((name, parameter) for name, parameter in model.llma.named_parameters() if parameter.requires_grad)
-    return loss.item(), {name: parameter.grad for name, parameter in trained}
+LENGTHS = (21, 13, 17, 8, 1)  # beyond a window; those of the data-parallel ranks together learn unequally many tokens
 
 
-def spread_gradients_on_rank(folder: Path, tokens: Tensor, mp_size: int) -> tuple[float, dict[str, Tensor]]:
-    """The same where experts are spread over two data-parallel ranks, the second of which has one row alone."""
-    state = ParallelState.init(mp_size, "cpu", ep_size=2)
-    pretrained = Pretrained.resolve(folder, max_seq_len=128)
-    pretrained = replace(pretrained, args=pretrained.args.replace(load_balancing_weight=0.0, z_loss_weight=0.0))
-    settings: Any = {"data_parallel": "fsdp", "compute_dtype": torch.float32, "expert_placement": "tensor"}
-    llma = build_for_training(pretrained, state, device_mesh(state), **settings)
-    own = tokens.tensor_split(2)[state.dp_rank]
-    (loss, *_), _, _ = trainer._gradients(MetaModel(llma, pretrained.tokenizer), [(own, own)], None)
-    trained = ((name, parameter) for name, parameter in llma.named_parameters() if parameter.requires_grad)
-    return loss, {name: parameter.grad.full_tensor() for name, parameter in trained}
+def ragged_batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 384, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    tokens[torch.arange(max(LENGTHS)) >= torch.tensor(LENGTHS)[:, None]] = 0
+    return Batch(tokens, tokens * (torch.rand(tokens.shape, generator=generator) < 0.7))
 
 
-# Of shared experts and corrections; of biases and clamps; of layers without experts.
-SPREAD = ("glm4_moe", "gpt_oss", "qwen3_moe, with dense layers")
+def gradients_on_rank(
+    folders: list[Path], mp_size: int, placement: str, data_parallel: DataParallel, ep_size: int
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """Of each folder's model: a step's loss, and on the first rank the whole gradients, as the optimizer finds them."""
+    state, batch, found = ParallelState.init(mp_size, "cpu", ep_size=ep_size), ragged_batch(), []
+    mesh = device_mesh(state)
+    for folder in folders:
+        pretrained = Pretrained.resolve(folder, max_seq_len=64)
+        llma = build_for_training(
+            replace(pretrained, args=pretrained.args.replace(load_balancing_weight=0.0)),
+            state,
+            mesh,
+            data_parallel=data_parallel,
+            compute_dtype=torch.float32,
+            expert_placement=placement,
+        )
+        model = MetaModel(llma, pretrained.tokenizer).train()
+        gradients: dict[str, Tensor] = {}
+
+        def keep(*_: Any, llma: Any = llma, kept: dict[str, Tensor] = gradients) -> None:
+            for name, parameter in llma.named_parameters():
+                if parameter.requires_grad:
+                    kept[name] = parameter.grad.full_tensor()
+
+        optimizer = adamw(model.named_parameters(), lr=0.0, weight_decay=0.0)
+        optimizer.register_step_pre_hook(keep)
+        own = Batch(batch.examples[state.dp_rank :: state.dp_size], batch.labels[state.dp_rank :: state.dp_size])
+        loss = train_step(model, optimizer, [own], lr=0.0, clip_grad=0).loss
+        found.append((loss, gradients if dist.get_rank() == 0 else {}))
+    return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module")
+def of_autograd(made: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Loss and gradients, these as a folder of weights: reading does to them what it does to weights."""
+    batch, found = ragged_batch(), {}
+    for name in CASES:
+        own, folder = made(name), tmp_path_factory.mktemp("gradients")
+        hf = deepcopy(own.hf)
+        loss = hf(batch.examples, labels=batch.labels.masked_fill(batch.labels == 0, -100)).loss
+        loss.backward()
+        for parameter in hf.parameters():
+            parameter.data = parameter.grad
+        hf.save_pretrained(folder)
+        shutil.copyfile(own.folder / "tokenizer.model", folder / "tokenizer.model")
+        theirs = dict(load(folder).llma.named_parameters())
+        found[name] = loss.item(), {key: own for key, own in theirs.items() if not key.endswith("correction_bias")}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "mp_size", "placement", "data_parallel", "ep_size"),
+    [
+        (1, 1, "auto", "fsdp", 1),
+        (2, 1, "auto", "fsdp", 1),
+        (2, 1, "auto", "ddp", 1),
+        (2, 1, "auto", "fsdp", 2),
+        (1, 2, "expert", "fsdp", 1),
+        (1, 2, "tensor", "fsdp", 1),
+        (2, 2, "expert", "fsdp", 1),
+        (2, 2, "tensor", "sdp", 1),
+        (2, 2, "tensor", "fsdp", 2),
+    ],
+)
 def test_gradients_are_those_of_transformers_on_any_ranks(
-    name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
+    dp_size: int,
+    mp_size: int,
+    placement: str,
+    data_parallel: DataParallel,
+    ep_size: int,
+    made: Callable[[str], Made],
+    of_autograd: dict[str, Any],
+    ranks: Pools,
 ) -> None:
-    own = made(name)
-    tokens = torch.randint(3, 384, (3, 21), generator=torch.Generator().manual_seed(1))
-    hf = deepcopy(own.hf)
-    expected = hf(tokens, labels=tokens).loss
-    expected.backward()
-    for parameter in hf.parameters():
-        parameter.data = parameter.grad
-    # Their gradients as a folder of weights: reading does to them what it does to weights.
-    hf.save_pretrained(tmp_path / "gradients")
-    shutil.copyfile(own.folder / "tokenizer.model", tmp_path / "gradients" / "tokenizer.model")
-    theirs = dict(load(tmp_path / "gradients").llma.named_parameters())
-    args = load_args([own.folder / "config.json"])
-    for size, placement in ((1, "expert"), (2, "expert"), (2, "tensor")):
-        found = on_ranks(ranks, size, gradients_on_rank, own.folder, placement, tokens)
-        for loss, _ in found:
-            assert loss == pytest.approx(expected.item(), rel=1e-5)
-        ours = assembled([by_name for _, by_name in found], args, placement)
-        assert_their_gradients(ours, theirs, (size, placement))
-    for mp_size in (1, 2) if name in SPREAD else ():
-        loss, ours = ranks(2 * mp_size).run(spread_gradients_on_rank, own.folder, tokens, mp_size)[0]
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
-        assert_their_gradients(ours, theirs, ("spread", mp_size))
-
-
-def assert_their_gradients(ours: dict[str, Tensor], theirs: dict[str, Any], where: Any) -> None:
-    assert {name for name in theirs if not name.endswith("correction_bias")} == ours.keys()
-    largest = max(parameter.abs().max().item() for parameter in theirs.values())
-    for parameter, value in ((name, value) for name, value in theirs.items() if name in ours):
-        limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
-        assert (ours[parameter] - value).abs().max().item() <= limit, (where, parameter)
+    """All families in one process group; of every parameter."""
+    folders = [made(name).folder for name in CASES]
+    by_rank = ranks(dp_size * mp_size).run(gradients_on_rank, folders, mp_size, placement, data_parallel, ep_size)
+    for name, *found in zip(CASES, *by_rank, strict=True):
+        expected, theirs = of_autograd[name]
+        assert [loss for loss, _ in found] == pytest.approx([expected] * len(found), rel=1e-5), name
+        ours = found[0][1]
+        assert ours.keys() == theirs.keys(), name
+        largest = max(value.abs().max().item() for value in theirs.values())
+        for parameter, value in theirs.items():
+            limit = 3e-5 * max(value.abs().max().item(), 1e-3 * largest)
+            assert (ours[parameter] - value).abs().max().item() <= limit, (name, parameter)
 
 
 # --- training
@@ -543,6 +584,29 @@ def test_what_no_gradient_reaches_is_after_training_what_it_was(
     for trained in after:
         same = {name for name in before if torch.equal(before[name], trained[name])}
         assert same == {f"layers.{layer}.feed_forward.gate.correction_bias" for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_a_run_over_data_parallel_ranks_goes_on_over_model_parallel_ones(
+    name: str, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """With sinks and biases, and with norms that all heads share; its losses and gradient norms are one rank's."""
+    make_setting(tmp_path / "data", small_tokenizer, examples=16)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, steps, dp_size, mp_size in ((whole, 4, 1, 1), (parts, 2, 2, 1), (parts, 4, 1, 2)):
+        spread = {"batch_size": 4 // dp_size, "model_parallel_size": mp_size, "max_steps": steps}
+        options = {**spread, "export_form": "hf", "auto_resume": True, "lr": 1e-2}
+        ranks(dp_size * mp_size).run(trained_on_rank, tmp_path / "data", made(name).folder, output, options)
+    for line, expected in zip(log_lines(parts), log_lines(whole), strict=True):
+        for value in ("step", "loss", "grad_norm"):
+            assert line[value] == pytest.approx(expected[value], rel=1e-4), value
+    (model,) = (path.parent.name for path in parts.glob("epoch*/config.json") if (whole / path.parent.name).exists())
+    ours, theirs = (load_file(output / model / "model.safetensors") for output in (parts, whole))
+    before = load_file(made(name).folder / "model.safetensors")
+    assert ours.keys() == theirs.keys() == before.keys()
+    for key, value in theirs.items():
+        assert not torch.equal(value, before[key]), key
+        torch.testing.assert_close(ours[key], value, atol=2e-4, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])

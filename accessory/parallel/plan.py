@@ -378,6 +378,15 @@ def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, .
         yield f"{row.pattern}.{tensor}", (*rest, inputs // shared if shared else 1)
 
 
+def cut_axis(name: str, args: ModelArgs, *, placement: Placement, size: int, mesh: MeshAxis = "mp") -> int | None:
+    """Along which axis the ``size`` ranks of a mesh axis hold parts of a parameter; None where each holds the whole.
+
+    The latter also where the table names an axis, for the weights of a norm that all heads share.
+    """
+    cut = next((cut for cut in split_of(name).cuts[placement] if cut.mesh == mesh), None)
+    return None if cut is None or size == 1 or sizes(args)[cut.unit] == 1 else cut.axis
+
+
 def local_box(
     name: str,
     shape: tuple[int, ...],

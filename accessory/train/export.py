@@ -25,8 +25,7 @@ from accessory.checkpoint.write import Writer, write_config
 from accessory.files import by_umask, exchange, sync
 from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
-from accessory.parallel.plan import Placement as ExpertPlacement
-from accessory.parallel.plan import local_box, split_of
+from accessory.parallel.plan import cut_axis, local_box, split_of
 from accessory.parallel.state import agreed, all_ranks, on_first
 from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, find_form, write_ends, write_text
 from accessory.text.forms import Form
@@ -186,21 +185,21 @@ def _fill(model: MetaModel, kept: Set[str], writer: Writer, *, dtype: torch.dtyp
     for name, parameter in model.llma.named_parameters():
         if name not in kept:
             continue
-        own = Box.whole(tuple(parameter.shape))
+        own, axis = Box.whole(tuple(parameter.shape)), None
         if placement is not None:
             own = local_box(name, own.size, args, placement=placement, rank=state.mp_rank, size=state.mp_size)
+            axis = cut_axis(name, args, placement=placement, size=state.mp_size)
         # What is float32 whatever the others are is so in the files too.
         own_dtype = torch.float32 if split_of(name).kind == "correction" else dtype
-        writer.put(name, own, _slice(name, parameter, placement, own_dtype))
+        writer.put(name, own, _slice(parameter, axis, own_dtype))
 
 
-def _slice(name: str, parameter: nn.Parameter, placement: ExpertPlacement | None, dtype: torch.dtype) -> Tensor:
-    """This rank's slice of a parameter, cut as ``placement`` says, whichever way it is cut now; None: the whole."""
+def _slice(parameter: nn.Parameter, axis: int | None, dtype: torch.dtype) -> Tensor:
+    """This rank's slice of a parameter, cut along ``axis``, whichever way it is cut now; None: the whole."""
     if not isinstance(parameter, DTensor):
         return parameter.to(dtype)
     cast = parameter.to(dtype)
     assert isinstance(cast, DTensor)
-    axis = None if placement is None else split_of(name).axis(placement)
     wanted: Placement = Replicate() if axis is None else Shard(axis)
     elsewhere = any(type(kind) is Shard and kind.dim == axis for kind in cast.placements[:-1])
     if cast.placements[-1] != wanted or elsewhere:

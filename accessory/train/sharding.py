@@ -18,7 +18,7 @@ from accessory.model.moe import MoE
 from accessory.model.transformer import Transformer, TransformerBlock
 from accessory.parallel.box import Box
 from accessory.parallel.placement import refuse_shared_heads
-from accessory.parallel.plan import local_boxes, split_of
+from accessory.parallel.plan import cut_axis, local_boxes, split_of
 from accessory.parallel.state import ParallelState, Ranks
 from accessory.train.options import DataParallel
 
@@ -163,11 +163,11 @@ def _distribute(model: Transformer, mesh: Meshes) -> None:
         over = mesh.of(name)
         over = over["ep", "mp"] if "ep" in _names(over) else over["mp"]
         # A lone rank splits nothing, and leaves every axis to FSDP.
-        axes = {
-            axis: split_of(name).axis(model.placement, axis) if size > 1 else None  # type: ignore[arg-type]
+        axes = (
+            cut_axis(name, model.args, placement=model.placement, size=size, mesh=axis)  # type: ignore[arg-type]
             for axis, size in zip(_names(over), over.shape, strict=True)
-        }
-        kinds = [Replicate() if axis is None else Shard(axis) for axis in axes.values()]
+        )
+        kinds = [Replicate() if axis is None else Shard(axis) for axis in axes]
         whole = DTensor.from_local(parameter.data, over, kinds, run_check=False)
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(whole, requires_grad=parameter.requires_grad))
