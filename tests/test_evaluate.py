@@ -91,12 +91,21 @@ def test_the_numbers_are_those_of_the_models_logits(
     assert [(row["hits"], row["tokens"]) for row in rows] == [(hits, tokens) for _, hits, tokens in expected]
 
 
-def test_two_ranks_say_what_one_does(folder: Path, config: Path, run: Run) -> None:
+@pytest.mark.parametrize(("ranks", "together"), [(2, 2), (4, 2)])
+def test_more_ranks_say_what_one_does(
+    ranks: int, together: int, folder: Path, config: Path, run: Run, tmp_path: Path
+) -> None:
+    """One model on two of them, and two models on two each that share the records."""
     given = ("evaluate", folder, "--data_config", config, "--max_seq_len", 200, "--dtype", "fp32", "--device", "cpu")
-    two = subprocess.run([PYTHON, "-m", "accessory", *map(str, given), "--nproc", "2", "--json"], capture_output=True)
-    assert two.returncode == 0, two.stderr
-    one = json.loads(run(*given, "--json")[1])
-    assert json.loads(two.stdout) == pytest.approx(one, rel=1e-6)
+    layout = () if together == ranks else ("--model_parallel_size", str(together))
+    command = [PYTHON, "-m", "accessory", *map(str, given), "--nproc", str(ranks), *layout, "--json"]
+    told = subprocess.run([*command, "--per_record", tmp_path / "rows.jsonl"], capture_output=True)
+    assert told.returncode == 0, told.stderr
+    one = json.loads(run(*given, "--json", "--per_record", tmp_path / "one.jsonl")[1])
+    assert json.loads(told.stdout) == pytest.approx(one, rel=1e-6)
+    rows, own = ([*map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())] for name in ("rows", "one"))
+    for row, expected in zip(rows, own, strict=True):
+        assert row == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-5)}
     code, out, _ = run(*given)
     assert (code, out.splitlines()[0]) == (0, f"loss            {one['loss']:.6f}")
 
@@ -175,6 +184,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(folder: Path, config: P
         ("--text", tmp_path / "none.txt"): f"--text {tmp_path / 'none.txt'} cannot be read",
         ("--text", tmp_path / "empty.txt"): f"--text {tmp_path / 'empty.txt'} is empty",
         ("--text", tmp_path / "latin.txt"): f"--text {tmp_path / 'latin.txt'} is not UTF-8 (at byte 3)",
+        (*data, "--model_parallel_size", 2): "--model_parallel_size 2 does not divide the number of ranks, 1: give",
         (*data, "--per_record", tmp_path): f"--per_record {tmp_path} is a folder",
         ("--data_config", tmp_path / "none.yaml"): f"no data yaml {tmp_path / 'none.yaml'}",
     }.items():

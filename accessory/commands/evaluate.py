@@ -16,6 +16,7 @@ from accessory.serve.options import add_model_arguments, add_template_argument, 
 
 if TYPE_CHECKING:
     from accessory.evaluation.measure import Measured, Rows
+    from accessory.parallel.state import ParallelState
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,13 @@ def add_commands(commands: Any) -> None:
     )
     add_model_arguments(evaluate, positional=True)
     add_nproc_argument(evaluate)
+    help_text = "ranks that hold one model together; the others hold models of their own and share the data "
+    evaluate.add_argument(
+        *("--model_parallel_size", "--model-parallel-size"),
+        type=given_count,
+        metavar="M",
+        help=help_text + "(default: all ranks together)",
+    )
     data = evaluate.add_argument_group("data")
     what = data.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -60,20 +68,40 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from accessory.model.meta import MetaModel
     from accessory.parallel.state import ParallelState, agreed, on_first
 
-    with process_group_of_launcher(arguments.device, say=say) as mp_group:
+    with process_group_of_launcher(arguments.device, say=say) as everyone:
         # Loading a large model takes minutes: what is wrong is said before, and once for all ranks.
-        members = ParallelState.from_group(mp_group)
+        members = ParallelState.from_group(everyone)
         on_first(members, lambda: _check(arguments))
+        state = agreed(members, lambda: _layout(members, arguments.model_parallel_size))
         # One rank tokenises, and finds what is wrong; the others map its files.
         first = agreed(members, lambda: _rows(arguments) if members.is_first else None)
         rows, loading = agreed(members, lambda: (first or _rows(arguments), model_settings(arguments)))
-        model = MetaModel.from_pretrained(arguments.pretrained_path, mp_group=mp_group, **loading)
-        measured = measure(model, rows, shown="evaluating" if global_rank() == 0 else "")
+        # The ranks of one model raise together; agreed, those of the others do not wait for them.
+        path, mp_group = arguments.pretrained_path, state.mp_group
+        model = agreed(members, lambda: MetaModel.from_pretrained(path, mp_group=mp_group, **loading))
+        measured = measure(model, rows, state=state, shown="evaluating" if global_rank() == 0 else "")
         if members.is_first and (bad := name_not_finite(measured, rows)):
             logger.warning("%s", bad)
         if arguments.per_record is not None:
             on_first(members, lambda: _write(arguments.per_record, measured.per_row(rows)))
         show(_told(measured, "records" if arguments.text is None else "windows", as_json=arguments.json))
+
+
+def _layout(everyone: "ParallelState", mp_size: int | None) -> "ParallelState":
+    """Groups of `mp_size` ranks that hold one model each, laid over all ranks; collective.
+
+    Raises:
+        ValueError: the ranks are no multiple of it.
+    """
+    from accessory.parallel.state import ParallelState
+
+    ranks = everyone.mp_size
+    if ranks % (mp_size or ranks):
+        raise ValueError(
+            f"--model_parallel_size {mp_size} does not divide the number of ranks, {ranks}: give another size, or "
+            "another --nproc"
+        )
+    return everyone if mp_size in (None, ranks) else ParallelState.init(mp_size, everyone.device)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.cross_entropy import block_of
 from accessory.model.meta import MetaModel
 from accessory.parallel.ops import reduce_from_region
+from accessory.parallel.state import ParallelState
 from accessory.progress import showing
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def measure(model: MetaModel, rows: Rows, *, shown: str = "") -> Measured:
+def measure(model: MetaModel, rows: Rows, *, state: ParallelState | None = None, shown: str = "") -> Measured:
     """Predict every scored token of the rows, each from all tokens before it in its row.
 
     Collective over all ranks of the model, data-parallel ones too: each takes its share of the rows, in equally many
@@ -103,9 +104,11 @@ def measure(model: MetaModel, rows: Rows, *, shown: str = "") -> Measured:
 
     Args:
         rows: the same on every rank, each at most the model's max_seq_len long.
+        state: whose data-parallel ranks share the rows, where each group of model-parallel ranks has loaded a model of
+            its own; None: the model's.
         shown: what to call the work where its progress is shown; "": not at all.
     """
-    state, trains = model.llma.state, model.training
+    state, trains = state or model.llma.state, model.training
     scores_N3 = torch.zeros(len(rows.lengths), 3, dtype=torch.float64, device=state.device)
     stats: RouterStats | None = None
     passes = list(_passes(rows.lengths, state.dp_size))
