@@ -79,11 +79,11 @@ finetune-demo: $(TINY)/converted
 	@echo "--- training, two minutes on 2 cores"
 	$(BIN)/accessory finetune --nproc 2 \
 		--pretrained_path $(TINY)/converted --data_config runs/dialogues/data.yaml --output_dir runs/finetuned \
-		--epochs $(EPOCHS) --batch_size 4 --lr 2e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
+		--epochs $(EPOCHS) --batch_size 2 --packing --lr 2e-3 --min_lr 1e-4 --warmup_epochs 0.5 --max_words 256 \
 		--precision fp32 --device cpu --save_interval $(EPOCHS) \
 		--eval_data_config runs/dialogues/held_out.yaml --eval_first
 	@echo "--- held-out loss, before and after"
-	grep -h "held-out loss" runs/finetuned/output.log | sed -n '1p;$$p'
+	grep -ho "step .*held-out loss.*" runs/finetuned/output.log | sed -n '1p;$$p'
 	$(BIN)/accessory plot runs/finetuned
 	@echo "--- after"
 	$(BIN)/accessory generate runs/finetuned/$(MODEL) $(ALIKE) --max-gen-len 32 --prompt-file runs/dialogues/questions.txt
