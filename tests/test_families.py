@@ -21,7 +21,7 @@ import transformers
 from ask_llama import says_as_transformers
 from checkpoints import hf_greedy, hf_logits, random_prompts
 from finetuning import Setting, finetune_on_rank, log_lines, make_setting
-from models import completions, load
+from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -528,6 +528,13 @@ def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, A
     finetune_on_rank(setting, setting.arguments(output, **options))
 
 
+def backward_on_rank(folders: list[Path], placement: str, tokens: Tensor) -> dict[str, Tensor]:
+    model = load(folders, placement)
+    model(tokens, tokens)[0].backward()
+    trained = ((name, parameter) for name, parameter in model.llma.named_parameters() if parameter.requires_grad)
+    return {name: parameter.grad for name, parameter in trained}
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
 @pytest.mark.parametrize("name", TARGETS)
@@ -546,8 +553,8 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     tokens = torch.randint(3, 384, (2, 13), generator=torch.Generator().manual_seed(1))
     grads = []
     for size, placement in ((1, "expert"), (2, "expert"), (2, "tensor")):
-        found = on_ranks(ranks, size, gradients_on_rank, [own.folder, adapter], placement, tokens)
-        grads.append(assembled([by_name for _, by_name in found], load([own.folder, adapter]).llma.args, placement))
+        found = on_ranks(ranks, size, backward_on_rank, [own.folder, adapter], placement, tokens)
+        grads.append(assembled(found, load([own.folder, adapter]).llma.args, placement))
         for parameter, value in grads[0].items():
             torch.testing.assert_close(grads[-1][parameter], value, atol=1e-6, rtol=1e-4)
     merge(own.folder, adapter, tmp_path / "merged", to="hf")
