@@ -1,6 +1,7 @@
 """llama.cpp with a GGUF file, in a process of its own that ends at once: its server's threads are none of the tests'.
 
-Run as a program it reads {"path", "prompts", "count", "texts"} as JSON from its input, and writes {"said", "tokens"}.
+Run as a program it reads {"path", "prompts", "count", "texts", "marked"} as JSON from its input, and writes {"said",
+"tokens"}.
 """
 
 import json
@@ -19,15 +20,22 @@ Said = list[tuple[int, dict[int, float]]]
 
 
 def ask_llama_cpp(
-    path: Path, *, prompts: Sequence[Sequence[int]] = (), count: int = 1, texts: Sequence[str] = ()
+    path: Path,
+    *,
+    prompts: Sequence[Sequence[int]] = (),
+    count: int = 1,
+    texts: Sequence[str] = (),
+    marked: Sequence[str] = (),
 ) -> tuple[list[Said], list[list[int]]]:
-    """What it says greedily to each of the prompts, and the tokens of each of the texts.
+    """What it says greedily to each of the prompts, and the tokens of each text; then of those whose control tokens are
+    meant by their names.
 
     One thread, everything in float32, no flash attention. A byte's token is never said: the server holds those back
     until they make up a character.
     """
     pytest.importorskip("xllamacpp")
-    asked = {"path": str(path), "prompts": list(map(list, prompts)), "count": count, "texts": list(texts)}
+    asked = {"path": str(path), "prompts": list(map(list, prompts)), "count": count}
+    asked |= {"texts": list(texts), "marked": list(marked)}
     command = [sys.executable, __file__]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -78,8 +86,8 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         steps = answer["choices"][0]["logprobs"]["content"]
         said.append([(step["id"], [(own["id"], own["logprob"]) for own in step["top_logprobs"]]) for step in steps])
     tokens = []
-    for text in asked["texts"]:
-        body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
+    for text, special in [(text, kind == "marked") for kind in ("texts", "marked") for text in asked[kind]]:
+        body = json.dumps({"content": text, "add_special": True, "parse_special": special}).encode()
         header = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.listening_address}/tokenize", body, header)
         with urllib.request.urlopen(request) as response:

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from adapters import PEFT, random_adapter, write_adapter
 from ask_llama import ask_llama_cpp, says_as_transformers
@@ -26,7 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import error_of
 from safetensors.torch import load_file
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from accessory.checkpoint.blocks import CODINGS, Blocks, BlockType, open_gguf
 from accessory.checkpoint.convert import convert
@@ -41,6 +44,7 @@ from accessory.errors import CheckpointError
 from accessory.gguf_header import read_header
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
+from accessory.text import gguf_merges
 from accessory.text.form_files import templates_of
 from accessory.text.tokenizer import Tokenizer
 
@@ -525,13 +529,197 @@ def test_a_chat_template_comes_along(small_tokenizer, tmp_path):
     assert templates_of(tmp_path / "alone") == {"default": ("the folder's own", own)}
 
 
-def test_a_tokenizer_of_another_kind_is_refused_with_the_way_out(tensors, tmp_path):
-    values = {**metadata_of(CONFIG), "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+# Of Hugging Face's tokenizer.json of GPT-2 and OLMoE (whose ByteLevel has it of its own), Qwen3, GLM-4.5, Llama 3 (the
+# same, with ignore_merges), and gpt-oss.
+LETTERS_BY_CASE = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+)
+PATTERNS = {
+    "gpt-2": None,
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "glm4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "gpt-4o": LETTERS_BY_CASE + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+PATTERNS["llama-bpe"] = PATTERNS["glm4"]
+MERGED = ["<|begin|>", "<|end|>", "<|user|>", "<think>", "two words"]
+PROSE = [
+    "It isn't what WE'VE said: 12345 lists, 1,000 URLs/paths of HTTPServer and camelCase.\r\n\n",
+    "\tdef f(x): return x ** 2  # two  spaces\n\n    pass ... !!!",
+    "Ein süßer Bär kostet 20 €, \u4f60\u597d\u4e16\u754c \u3053\u3093 \u043f\u0440\u0438 \u2603\U0001f600",
+] * 3
+
+
+def of_merges(pre: str, folder: Path, **settings: Any) -> Path:
+    """A folder with a small tokenizer.json of bytes' merges, parted as those of some models are."""
+    made = tokenizers.Tokenizer(models.BPE())
+    alphabet, pattern = pre_tokenizers.ByteLevel.alphabet(), PATTERNS[pre]
+    made.pre_tokenizer = parting = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is not None:
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, parting])
+    made.decoder, made.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    made.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens(MERGED[:3])
+    made.add_tokens(MERGED[3:])
+    if pre == "llama-bpe":
+        made.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 380)])
+    content = json.loads(made.to_str())
+    content["model"]["ignore_merges"] = pre == "llama-bpe"
+    if pre == "llama-bpe":  # what no merge makes
+        content["model"]["merges"] = content["model"]["merges"][:-40]
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [381, 382]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged_tokenizers(tmp_path_factory) -> dict[str, tuple[Path, Tokenizer]]:
+    """For each way of parting a folder, and the tokenizer of the GGUF file that was written of it, which lies alone."""
+    found = {}
+    config = small_config(n_layers=1, dim=32, hidden_dim=32, n_heads=4, n_kv_heads=4, vocab_size=390)
+    tensors = random_tensors(config, 1)
+    for pre in PATTERNS:
+        folder = of_merges(pre, tmp_path_factory.mktemp(pre) / "hf")
+        write_release(folder.parent / "r", tensors, config, files=1, form="released")
+        for path in folder.iterdir():
+            shutil.copyfile(path, folder.parent / "r" / path.name)
+        convert(folder.parent / "r", folder.parent / "g", to="gguf", type="F32")
+        (folder.parent / "alone").mkdir()
+        shutil.move(folder.parent / "g" / "model.gguf", folder.parent / "alone" / "m.gguf")
+        found[pre] = folder, Tokenizer(folder.parent / "alone")
+    return found
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_a_tokenizer_of_merges_is_the_original(pre, merged_tokenizers, tmp_path):
+    folder, found = merged_tokenizers[pre]
+    original, theirs = Tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert read_header(found.path).values["tokenizer.ggml.pre"] == pre
+    convert(found.path.parent, tmp_path / "back", to="hf")
+    back, again = Tokenizer(tmp_path / "back"), PreTrainedTokenizerFast.from_pretrained(tmp_path / "back")
+    for other in (found, back):
+        assert [other.name(token) for token in range(385)] == [original.name(token) for token in range(385)]
+        for name in ("n_words", "bos_id", "eos_id", "eos_ids", "controls", "gaps", "names"):
+            assert getattr(other, name) == getattr(original, name), name
+    assert (found.bos_id, found.eos_ids) == (380 if pre == "llama-bpe" else None, {381, 382})
+
+    @settings(max_examples=80, deadline=None)
+    @given(st.text() | st.text("aAbÉé \n\r\t'sST0123/.\u4f60\u0301") | st.lists(st.sampled_from(MERGED)).map("".join))
+    def alike(text: str) -> None:
+        ids = original.encode(text, True, True)
+        assert found.encode(text, True, True) == back.encode(text, True, True) == ids
+        assert found.cont(text) == original.cont(text)
+        assert found.encode_with_spans(text) == original.encode_with_spans(text)
+        assert found.decode(ids) == original.decode(ids)
+        assert found.split_controls(text) == original.split_controls(text)
+        assert theirs(text).input_ids == again(text).input_ids
+        if not any(name in text for name in MERGED[:3]):  # whose names are text here
+            assert theirs(text).input_ids == original.encode(text, True, False)
+
+    alike()
+
+
+# Where llama.cpp's own pattern is the same: it knows case of ASCII's letters alone.
+ALIKE = {pre: st.characters(codec="utf-8") for pre in PATTERNS}
+ALIKE["gpt-4o"] = st.characters(codec="ascii") | st.characters(categories=["Lo", "N", "Zs", "P", "S"])
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_llama_cpp_reads_merges_alike(pre, merged_tokenizers):
+    folder, found = merged_tokenizers[pre]
+    texts = [*PROSE[:2], *MERGED, f"a{'b'.join(MERGED)} c"]
+
+    @settings(max_examples=100, deadline=None, database=None)
+    @given(st.text(ALIKE[pre]) | st.text("aAb \n\r\t'sST0123/.\u4f60"))
+    def draw(text: str) -> None:
+        texts.append(text)
+
+    draw()
+    _, theirs = ask_llama_cpp(found.path, texts=texts, marked=texts)
+    hf = PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = [found.encode(text, True, False) for text in texts] + hf(texts).input_ids
+    for text, ids, wanted in zip(texts * 2, theirs, expected, strict=True):
+        assert ids == wanted, text
+
+
+def test_a_model_alone_with_a_tokenizer_of_merges_generates(merged_tokenizers, tmp_path):
+    _, found = merged_tokenizers["gpt-4o"]
+    convert(found.path, tmp_path / "plain")
+    asked = ["def f(x)", "It isn't \u4f60"]
+    said = [
+        MetaModel.from_pretrained(place, max_seq_len=64, dtype="fp32").generate(asked, max_gen_len=12, temperature=0)
+        for place in (found.path.parent, tmp_path / "plain")
+    ]
+    assert said[0] == said[1]
+    assert all(said[0])
+
+
+def test_what_of_a_tokenizer_of_merges_llama_cpp_has_not(tmp_path):
+    content = json.loads((of_merges("qwen2", tmp_path / "t") / "tokenizer.json").read_text())
+    model, added = content["model"], content["added_tokens"]
+    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+    digits = {"type": "Digits", "individual_digits": True}
+
+    def parted(*parts: Any) -> dict[str, Any]:
+        return {**content, "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(parts)}}
+
+    removed = {**split, "behavior": "Removed", "invert": True}
+    short = {**model, "ignore_merges": True, "merges": model["merges"][:-1]}
+    for changed, says in (
+        (content, ""),
+        (parted(removed, byte_level), ""),
+        ({**content, "model": {**short, "merges": model["merges"]}}, ""),  # what no token shows
+        ({**content, "model": short}, "parts texts in a way that no tokenizer.ggml.pre is known for"),
+        (parted({**split, "pattern": {"Regex": ".+"}}, byte_level), "parts texts"),
+        (parted(digits, split, byte_level), "parts texts"),
+        (parted({**split, "invert": True}, byte_level), "parts texts"),
+        (parted(split, {**byte_level, "add_prefix_space": True}), "parts texts"),
+        ({**content, "pre_tokenizer": {"type": "Metaspace"}}, "parts texts"),
+        ({**content, "model": {**model, "byte_fallback": True}}, "is no tokenizer of bytes' merges"),
+        ({**content, "model": {**model, "type": "Unigram"}}, "is no tokenizer of bytes' merges"),
+    ):
+        assert says in gguf_merges.unsaid(changed)
+        assert bool(gguf_merges.unsaid(changed)) == bool(says)
+    assert gguf_merges.unlike(content) == ""
+    odd = {"normalizer": {"type": "NFC"}, "added_tokens": [*added, {**added[0], "content": "<x>", "lstrip": True}]}
+    expected = "changes texts before it reads them and takes white space around '<x>'"
+    assert gguf_merges.unlike({**content, **odd}) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "bert"}, "has the tokenizer 'bert'"),
+        ({"pre": "tekken"}, "has tokenizer.ggml.pre 'tekken'"),
+        ({"pre": None}, "has tokenizer.ggml.pre None"),
+        ({"merges": None}, "has no merges"),
+        ({"merges": ["ab"]}, "has merges that are of no two tokens"),
+        ({"merges": ["a c"]}, "is not a tokenizer that the tokenizers library reads"),
+        ({"tokens": ["a", "b", "a"]}, "has the token 'a' twice"),
+        ({"token_type": [1, 9, 1]}, "no tokens with a type each"),
+        ({"eos_token_id": 3}, "eos_token_id is 3, and there are 3 tokens"),
+        ({"eos_token_id": None}, "does not say its eos_token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_the_way_out(changes, says, tensors, tmp_path):
+    own = {"model": "gpt2", "pre": "qwen2", "tokens": ["a", "b", "ab"], "token_type": [1] * 3, "merges": ["a b"]}
+    own |= {"eos_token_id": 2, **changes}
+    values = {**metadata_of(CONFIG), **{f"tokenizer.ggml.{key}": value for key, value in own.items()}}
     write_gguf(tmp_path / "m" / "m.gguf", values, gguf_tensors(tensors))
     kind, message = error_of(MetaModel.from_pretrained, tmp_path / "m", max_seq_len=16)
-    assert kind == "ValueError"
-    assert "m.gguf has the tokenizer 'gpt2'" in message
-    assert "tokenizer.json" in message
+    assert kind in ("ValueError", "FileNotFoundError")
+    assert "m.gguf" in message
+    assert says in message
+    assert ("or name their place with --tokenizer_path" in message) == bool({"pre", "model"} & changes.keys())
+
+
+def test_a_file_without_a_tokenizer_wants_one(tensors, tmp_path):
     write_gguf(tmp_path / "n" / "m.gguf", metadata_of(CONFIG), gguf_tensors(tensors))
     assert not Folder(tmp_path / "n").has_tokenizer
     assert "has no tokenizer.model" in error_of(MetaModel.from_pretrained, tmp_path / "n", max_seq_len=16)[1]

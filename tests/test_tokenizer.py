@@ -344,12 +344,16 @@ def test_begin_and_end_must_be_named(key: str, value: Any, tmp_path: Path) -> No
         Tokenizer(folder)
 
 
+@pytest.mark.parametrize("said", [{"add_bos_token": False}, {}])
 @pytest.mark.parametrize("bos", [None, "<s>"])
-def test_a_text_may_begin_with_no_token(bos: str | None, tmp_path: Path) -> None:
-    """As Qwen3's and OLMoE's settings say; a template may write the token all the same."""
+def test_a_text_may_begin_with_no_token(bos: str | None, said: dict[str, bool], tmp_path: Path) -> None:
+    """As Qwen3's and OLMoE's settings say, and the post-processor of gpt-oss, GLM-4.5 and MiniMax-M2 by having none.
+
+    A template may write the token all the same.
+    """
     folder = train_json("byte_level", tmp_path)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({"add_bos_token": False, "bos_token": bos, "eos_token": "</s>"}))
+    path.write_text(json.dumps({**said, "bos_token": bos, "eos_token": "</s>"}))
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
     tokenizer, theirs = Tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)

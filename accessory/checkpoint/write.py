@@ -20,7 +20,7 @@ from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
 from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, templates_of, write_ends
-from accessory.text.gguf import is_of_merges, normalizes, text_metadata
+from accessory.text.gguf import text_metadata, unlike, unsaid
 from accessory.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -258,14 +258,13 @@ def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | N
     tokenizer = None if found is None else Tokenizer(found)
     if layout.metadata is None:
         return
-    if tokenizer is not None and (tokenizer.is_json or not is_of_merges(tokenizer.sentencepiece_model)):
+    if tokenizer is not None and (reason := unsaid(tokenizer)):
         logger.warning(
-            "%s is no sentencepiece model of byte pairs, and %s is given no other: llama.cpp takes token ids alone",
-            *(tokenizer.path, layout.name),
+            "%s %s, and %s is given no other: llama.cpp takes token ids alone", tokenizer.path, reason, layout.name
         )
         tokenizer = None
-    if tokenizer is not None and normalizes(tokenizer.sentencepiece_model):
-        logger.warning("%s changes texts before it reads them, and llama.cpp does not", tokenizer.path)
+    if tokenizer is not None and (more := unlike(tokenizer)):
+        logger.warning("%s %s, and llama.cpp does not", tokenizer.path, more)
     templates = {own: text for own, (text, _) in templates_of((form_of or source).place).items()}
     writer.metadata = layout.metadata(args, writer.most, name) | text_metadata(tokenizer, templates, args.vocab_size)
 

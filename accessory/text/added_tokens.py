@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accessory.gguf_header import SUFFIX
+from accessory.text.gguf import said_within
+
 SENTENCEPIECE_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -43,7 +46,7 @@ class TokenSettings:
     `names` are those of "bos_token" and so on, `homes` the files that say them; `special` all that are called special;
     `prefixes` whether Hugging Face's tokenizer puts a space before a text behind a control token too; `ids` the
     tokens of "bos_token" and so on by the model's own config, where a tokenizer.json has no settings beside it;
-    `begins` whether a text begins with a token, which some families have not.
+    `begins` whether a text begins with a token, which some families have not; None: no file says it.
     """
 
     files: tuple[Path, ...]
@@ -54,7 +57,7 @@ class TokenSettings:
     ends: tuple[int, ...]
     prefixes: bool
     ids: dict[str, int]
-    begins: bool
+    begins: bool | None
 
     @classmethod
     def beside(cls, tokenizer: Path, folders: Sequence[Path]) -> TokenSettings:
@@ -62,6 +65,9 @@ class TokenSettings:
         more = () if tokenizer.suffix == ".json" else (JSON_NAME,)
         files = (tokenizer.with_name(name) for name in (CONFIG_NAME, SPECIAL_NAME, *more, ADDED_NAME))
         read = {file: _read_json(file) for file in files if file.is_file()}
+        lying = tuple(read)
+        if tokenizer.suffix == SUFFIX:  # what lies beside it rules
+            read[tokenizer] = said_within(tokenizer)
         added: dict[int, AddedToken] = {}
         names, homes, special = {}, {}, set()
         for file, content in reversed(read.items()):  # the first one rules
@@ -71,7 +77,7 @@ class TokenSettings:
                     is_special, lstrip, rstrip = (flags.get(flag) is True for flag in ("special", "lstrip", "rstrip"))
                     added[token] = AddedToken(token, name, file, lstrip, rstrip)
                     special |= {name} if is_special else set()
-            for key, value in content.items() if file.name in (CONFIG_NAME, SPECIAL_NAME) else ():
+            for key, value in content.items() if file.name in (CONFIG_NAME, SPECIAL_NAME) or file == tokenizer else ():
                 if key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list | dict):
                     special |= set(map(_name, value.values() if isinstance(value, dict) else value))
                 elif key.endswith("_token") and (name := _name(value)):
@@ -84,8 +90,9 @@ class TokenSettings:
         said = next((_read_json(file) for file in models if file.is_file()), {})
         ends = _numbers(generations[generation[0]] if generation else None) or _numbers(said.get("eos_token_id"))
         firsts = {"bos_token": _numbers(said.get("bos_token_id")), "eos_token": ends}
+        begins = [own for content in read.values() if (own := content.get("add_bos_token")) is not None]
         return cls(
-            files=(*read, *generation),
+            files=(*lying, *generation),
             names=names,
             homes=homes,
             special=frozenset({*special, *names.values()}),
@@ -93,7 +100,7 @@ class TokenSettings:
             prefixes=_prefixes(read.get(tokenizer.with_name(JSON_NAME), {})),
             ends=ends,
             ids={key: numbers[0] for key, numbers in firsts.items() if numbers} if bare else {},
-            begins=read.get(tokenizer.with_name(CONFIG_NAME), {}).get("add_bos_token") is not False,
+            begins=begins[0] is not False if begins else None,
         )
 
     def controls(self, name: str) -> bool:

@@ -143,11 +143,11 @@ def write_text(tokenizer: Tokenizer, form: Form | None, folder: Path) -> dict[st
     For the named forms an equivalent chat template is written, for use by other programs.
     """
     for file in tokenizer.files:
-        # A sentencepiece model may have any name, and may lie within another file.
-        if tokenizer.is_json or file != tokenizer.path:
+        # A sentencepiece model may have any name, and any tokenizer may lie within another file.
+        if file != tokenizer.path or file.suffix == ".json":
             shutil.copyfile(file, folder / file.name)
         else:
-            (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
+            _write_tokens(tokenizer, folder)
     config = folder / CONFIG_NAME
     if tokenizer.is_json and not config.exists():
         _write_names(tokenizer, config)
@@ -203,9 +203,23 @@ def copy_text(source: Path, folder: Path, *, form_of: Path | None = None) -> dic
     return {} if recorded is None else {FORM_KEY: recorded}
 
 
+def _write_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer that has no file of its own."""
+    if tokenizer.is_json:
+        write_json(folder / JSON_NAME, tokenizer.json_content)
+    else:
+        (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
+
+
 def _write_names(tokenizer: Tokenizer, config: Path) -> None:
-    """Write the settings that a tokenizer.json lacked: they may have been in a config.json, which stays behind."""
-    write_json(config, {key: tokenizer.names[key] for key in ("bos_token", "eos_token")})
+    """Write the settings that a tokenizer.json lacked: they may have been in a config.json, which stays behind.
+
+    Of what lay within another file all settings are written, and so that transformers takes the file as it is.
+    """
+    names: dict[str, Any] = {key: name for key, name in tokenizer.names.items() if key in ("bos_token", "eos_token")}
+    if tokenizer.path.suffix == SUFFIX:
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
+    write_json(config, {**names, "add_bos_token": tokenizer.bos_id is not None})
 
 
 def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
@@ -217,7 +231,9 @@ def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
         except ValueError as error:
             logger.warning("%s", error)
         else:
-            (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.sentencepiece_model)
+            _write_tokens(tokenizer, folder)
+            if tokenizer.is_json and not (folder / CONFIG_NAME).exists():
+                _write_names(tokenizer, folder / CONFIG_NAME)
             if len(tokenizer.eos_ids) > 1 and not (folder / GENERATION_NAME).exists():
                 write_json(folder / GENERATION_NAME, {"eos_token_id": sorted(tokenizer.eos_ids)})
     for name, (template, file) in templates_of(form_of).items():

@@ -2,7 +2,7 @@
 
 Its tokenizer "llama" is a sentencepiece model of byte-pair merges in other words: pieces, scores and types, the
 numbers of these the same. So the model is put together again, and read as any other. The fields' numbers are those of
-sentencepiece_model.proto.
+sentencepiece_model.proto. The tokenizer "gpt2" is in `accessory.text.gguf_merges`.
 """
 
 from __future__ import annotations
@@ -16,31 +16,36 @@ import numpy as np
 
 from accessory.errors import shown
 from accessory.gguf_header import SUFFIX, are_one, folder_of, read_header, set_of
+from accessory.text import gguf_merges
+from accessory.text.gguf_tokens import (
+    BYTE,
+    CONTROL,
+    KEY,
+    MORE_ENDS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    numbers_of,
+    pad_name,
+    token_of,
+    types_of,
+)
 
-_KEY = "tokenizer.ggml."
 _NONE = ("none", "no_vocab")
 _TEMPLATE = "tokenizer.chat_template"
-# Types of tokens.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Scores of what was added to a model, and of the rows of a padded vocabulary; as llama.cpp's converter has them.
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
 
 
-class SentencePieceTokenizer(Protocol):
+class Written(gguf_merges.Written, Protocol):
     """What is asked of a tokenizer that is written, which `accessory.text.tokenizer.Tokenizer` answers."""
 
-    n_words: int
-    gaps: tuple[int, ...]
-    bos_id: int | None
-    eos_id: int
-    eos_ids: frozenset[int]
+    @property
+    def is_json(self) -> bool: ...
 
     @property
     def sentencepiece_model(self) -> bytes: ...
-
-    def name(self, token_id: int) -> str: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 def find_gguf(place: Path) -> Path | None:
@@ -55,7 +60,22 @@ def find_gguf(place: Path) -> Path | None:
 def holds_tokenizer(path: Path) -> bool:
     """Whether a GGUF file has a tokenizer, of whatever kind."""
     values = read_header(path).values
-    return f"{_KEY}tokens" in values or values.get(f"{_KEY}model", _NONE[0]) not in _NONE
+    return f"{KEY}tokens" in values or values.get(f"{KEY}model", _NONE[0]) not in _NONE
+
+
+def is_of_merges(path: Path) -> bool:
+    """Whether a GGUF file's tokenizer is of bytes' merges, as `accessory.text.gguf_merges` has it."""
+    return read_header(path).values.get(f"{KEY}model") == gguf_merges.KIND
+
+
+def said_within(path: Path) -> dict[str, Any]:
+    """What a GGUF file says of its tokens in the words of a tokenizer_config.json, where no sentencepiece model does.
+
+    Raises:
+        ValueError: as `gguf_merges.tokenizer_config`.
+    """
+    values = read_header(path).values
+    return gguf_merges.tokenizer_config(values, path) if values.get(f"{KEY}model") == gguf_merges.KIND else {}
 
 
 def sentencepiece_of(path: Path) -> bytes:
@@ -65,20 +85,21 @@ def sentencepiece_of(path: Path) -> bytes:
         ValueError: it is of another kind, or damaged; names the file.
     """
     values = read_header(path).values
-    kind = values.get(f"{_KEY}model")
+    kind = values.get(f"{KEY}model")
     if kind != "llama":
         raise ValueError(
-            f"{path} has the tokenizer {shown(kind)}, and of GGUF's only llama (sentencepiece) is read: put the "
-            "model's tokenizer.json and tokenizer_config.json, or its tokenizer.model, beside it"
+            f"{path} has the tokenizer {shown(kind)}, and of GGUF's only llama (sentencepiece) and gpt2 (bytes' "
+            f"merges) are read: {gguf_merges.WAY_OUT}"
         )
-    tokens = values.get(f"{_KEY}tokens")
+    tokens = values.get(f"{KEY}tokens")
     count = len(tokens) if isinstance(tokens, list) else 0
-    scores, types = _numbers(values, "scores", count), _numbers(values, "token_type", count)
-    if not isinstance(tokens, list) or not count or scores is None or types is None or not _are_types(types):
+    scores, types = numbers_of(values, "scores", count), types_of(values, count)
+    if not isinstance(tokens, list) or not count or scores is None or types is None:
         raise ValueError(f"{path} has no tokens with a score and a type each: copy it again")
-    names = {role: _id(values, path, role, count) for role in ("unknown", "bos", "eos", "padding")}
+    defaults = {"unknown": 0, "bos": 1, "eos": 2, "padding": None}
+    names = {role: token_of(values, path, role, count, default) for role, default in defaults.items()}
     # Rows that fill a vocabulary up are no tokens.
-    while count and types[count - 1] == UNUSED and tokens[count - 1] == _pad(count - 1):
+    while count and types[count - 1] == UNUSED and tokens[count - 1] == pad_name(count - 1):
         count -= 1
     types = types[:count].tolist()
     for role in ("bos", "eos"):
@@ -95,11 +116,11 @@ def sentencepiece_of(path: Path) -> bytes:
             trainer += _varint(own_id, own) + _field(own_name, _piece(tokens[own], types[own]).encode())
         elif role != "unknown":
             trainer += _varint(own_id, (1 << 64) - 1)
-    charsmap = values.get(f"{_KEY}precompiled_charsmap")
+    charsmap = values.get(f"{KEY}precompiled_charsmap")
     normalizer = _field(1, b"identity" if charsmap is None else b"user_defined")
     normalizer += b"" if charsmap is None else _field(2, np.asarray(charsmap).astype(np.uint8).tobytes())
-    normalizer += _varint(3, int(values.get(f"{_KEY}add_space_prefix", True) is not False))
-    normalizer += _varint(4, int(values.get(f"{_KEY}remove_extra_whitespaces", False) is True)) + _varint(5, 1)
+    normalizer += _varint(3, int(values.get(f"{KEY}add_space_prefix", True) is not False))
+    normalizer += _varint(4, int(values.get(f"{KEY}remove_extra_whitespaces", False) is True)) + _varint(5, 1)
     return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
 
 
@@ -113,11 +134,11 @@ def templates_in(path: Path) -> dict[str, str]:
     return {name: template for name, template in found.items() if isinstance(template, str) and template}
 
 
-def text_metadata(tokenizer: SentencePieceTokenizer | None, templates: Mapping[str, str], rows: int) -> dict[str, Any]:
+def text_metadata(tokenizer: Written | None, templates: Mapping[str, str], rows: int) -> dict[str, Any]:
     """A GGUF file's metadata about a tokenizer and chat templates.
 
     Args:
-        tokenizer: of byte-pair merges, as `is_of_merges` says; None: the file is to have none.
+        tokenizer: one of which `unsaid` has nothing to say; None: the file is to have none.
         rows: of the vocabulary, one for each token or more.
 
     Raises:
@@ -128,13 +149,15 @@ def text_metadata(tokenizer: SentencePieceTokenizer | None, templates: Mapping[s
             f"the tokenizer has {tokenizer.n_words} tokens, the model's vocab_size is only {rows}: they belong to "
             "different models"
         )
-    found: dict[str, Any] = {f"{_KEY}model": _NONE[0]} if tokenizer is None else _tokens(tokenizer, rows)
+    found: dict[str, Any] = {f"{KEY}model": _NONE[0]}
+    if tokenizer is not None:
+        found = gguf_merges.metadata(tokenizer, rows) if tokenizer.is_json else _tokens(tokenizer, rows)
     for name, template in templates.items():
         found[_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}"] = template
     return found
 
 
-def _tokens(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Any]:
+def _tokens(tokenizer: Written, rows: int) -> dict[str, Any]:
     model = tokenizer.sentencepiece_model
     tokens, scores, types = [], [], []
     normalizer: dict[int, Any] = {}
@@ -152,77 +175,57 @@ def _tokens(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Any]:
         added = token < tokenizer.n_words and token not in gaps
         if token < len(tokens) and (not added or _text(tokenizer.name(token), types[token]) == tokens[token]):
             continue
-        own = tokenizer.name(token) if added else _pad(token)
+        own = tokenizer.name(token) if added else pad_name(token)
         kind = UNUSED if not added else CONTROL if tokenizer.is_control(token) else USER_DEFINED
         place = slice(token, token + 1)  # an added token may stand in for one of the model's
         tokens[place], types[place], scores[place] = [own], [kind], [_ADDED_SCORE if added else _PAD_SCORE]
     ids = {"eos": tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id})
     if UNKNOWN in types:
         ids["unknown"] = types.index(UNKNOWN)
-    more = tokenizer.eos_ids - {tokenizer.eos_id}
-    if len(more) == 1:
-        ids["eot"] = min(more)
+    ids |= gguf_merges.more_ends_of(tokenizer)
     charsmap = normalizer.get(2, b"")
     return {
-        f"{_KEY}model": "llama",
-        f"{_KEY}pre": "default",
-        f"{_KEY}tokens": tokens,
-        f"{_KEY}scores": np.array(scores, np.float32),
-        f"{_KEY}token_type": np.array(types, np.int32),
-        **{f"{_KEY}{role}_token_id": token for role, token in ids.items()},
-        f"{_KEY}add_bos_token": tokenizer.bos_id is not None,
-        f"{_KEY}add_eos_token": False,
-        f"{_KEY}add_space_prefix": bool(normalizer.get(3, 1)),
-        f"{_KEY}remove_extra_whitespaces": bool(normalizer.get(4, 1)),
-        **({f"{_KEY}precompiled_charsmap": np.frombuffer(charsmap, np.uint8)} if charsmap else {}),
+        f"{KEY}model": "llama",
+        f"{KEY}pre": "default",
+        f"{KEY}tokens": tokens,
+        f"{KEY}scores": np.array(scores, np.float32),
+        f"{KEY}token_type": np.array(types, np.int32),
+        **{f"{KEY}{role}_token_id": token for role, token in ids.items()},
+        f"{KEY}add_bos_token": tokenizer.bos_id is not None,
+        f"{KEY}add_eos_token": False,
+        f"{KEY}add_space_prefix": bool(normalizer.get(3, 1)),
+        f"{KEY}remove_extra_whitespaces": bool(normalizer.get(4, 1)),
+        **({f"{KEY}precompiled_charsmap": np.frombuffer(charsmap, np.uint8)} if charsmap else {}),
     }
 
 
-def is_of_merges(model: bytes) -> bool:
-    """Whether a sentencepiece model is of byte-pair merges, as the tokenizer "llama" is."""
-    return any(dict(_fields(value)).get(3, 1) == 2 for number, value in _fields(model) if number == 2)
+def unsaid(tokenizer: Written) -> str:
+    """Why a GGUF file cannot hold a tokenizer; empty where it can."""
+    if tokenizer.is_json:
+        return gguf_merges.unsaid(tokenizer.json_content)
+    trainers = (dict(_fields(value)) for number, value in _fields(tokenizer.sentencepiece_model) if number == 2)
+    return "" if any(own.get(3, 1) == 2 for own in trainers) else "is a sentencepiece model of no byte pairs"
 
 
-def normalizes(model: bytes) -> bool:
-    """Whether a sentencepiece model changes texts, as llama.cpp's tokenizer "llama" does not."""
-    own = {number: dict(_fields(value)) for number, value in _fields(model) if number == 3}.get(3, {})
-    return bool(own.get(2, b"")) or bool(own.get(4, 1))
+def unlike(tokenizer: Written) -> str:
+    """What llama.cpp leaves out that a tokenizer does; empty where there is nothing."""
+    if tokenizer.is_json:
+        return gguf_merges.unlike(tokenizer.json_content)
+    fields = _fields(tokenizer.sentencepiece_model)
+    own = {number: dict(_fields(value)) for number, value in fields if number == 3}.get(3, {})
+    return "changes texts before it reads them" if own.get(2, b"") or own.get(4, 1) else ""
 
 
 def more_ends(path: Path) -> tuple[int, ...]:
     """The tokens that end an answer beside the tokenizer's own."""
     values = read_header(path).values
-    found = (values.get(f"{_KEY}{role}_token_id") for role in ("eot", "eom"))
+    found = (values.get(f"{KEY}{role}_token_id") for role in MORE_ENDS)
     return tuple(token for token in found if type(token) is int)
-
-
-def _numbers(values: Mapping[str, Any], name: str, count: int) -> np.ndarray | None:
-    found = values.get(f"{_KEY}{name}")
-    return found if isinstance(found, np.ndarray) and len(found) == count else None
-
-
-def _are_types(types: np.ndarray) -> bool:
-    return types.dtype.kind in "iu" and bool(((types >= NORMAL) & (types <= BYTE)).all())
-
-
-def _id(values: Mapping[str, Any], path: Path, role: str, count: int) -> int | None:
-    """The token of a role; those that the format gives to a model that does not say them."""
-    defaults = {"unknown": 0, "bos": 1, "eos": 2}
-    found = values.get(f"{_KEY}{role}_token_id", defaults.get(role))
-    if found is not None and (type(found) is not int or not 0 <= found < count):
-        raise ValueError(
-            f"{path}: {_KEY}{role}_token_id is {shown(found)}, and there are {count} tokens: copy it again"
-        )
-    return found
 
 
 def is_pad(token: int, name: str) -> bool:
     """Whether a token is none, but a row that fills a vocabulary up."""
-    return name == _pad(token)
-
-
-def _pad(token: int) -> str:
-    return f"[PAD{token}]"
+    return name == pad_name(token)
 
 
 # A token that was given by its user stands in GGUF with plain spaces.

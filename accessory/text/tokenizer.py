@@ -19,7 +19,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from accessory.gguf_header import SUFFIX, folder_of
+from accessory.gguf_header import SUFFIX, folder_of, read_header
+from accessory.text import gguf_merges
 from accessory.text.added_tokens import BESIDE_NAMES as BESIDE_NAMES
 from accessory.text.added_tokens import (
     CONFIG_NAME,
@@ -30,7 +31,7 @@ from accessory.text.added_tokens import (
     TokenSettings,
     read_file,
 )
-from accessory.text.gguf import find_gguf, holds_tokenizer, is_pad, more_ends, sentencepiece_of
+from accessory.text.gguf import find_gguf, holds_tokenizer, is_of_merges, is_pad, more_ends, sentencepiece_of
 
 _SPACES = re.compile(r"\s*")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -65,10 +66,11 @@ class Tokenizer:
         self.path: Path = found
         self._beside = tuple(folder_of(Path(place)).absolute() for place in beside)
         settings = TokenSettings.beside(found, self._beside)
-        self._backend: _SentencePiece | _Json = (_Json if found.suffix == ".json" else _SentencePiece)(found, settings)
+        is_json = found.suffix == ".json" or (found.suffix == SUFFIX and is_of_merges(found))
+        self._backend: _SentencePiece | _Json = (_Json if is_json else _SentencePiece)(found, settings)
         self.files: tuple[Path, ...] = (found, *settings.files)
         self.n_words: int = self._backend.n_words
-        self.bos_id: int | None = self._backend.bos_id if settings.begins else None
+        self.bos_id: int | None = self._backend.bos_id
         self.eos_id: int = self._backend.eos_id
         self.gaps: tuple[int, ...] = self._backend.gaps
         known = sorted(set(range(self.n_words)).difference(self.gaps))
@@ -76,7 +78,7 @@ class Tokenizer:
         self.eos_ids = frozenset({self.eos_id, *set(known).intersection(ends)})
         self.controls: Mapping[str, int] = {self.name(token): token for token in known if self.is_control(token)}
         begin = {} if self.bos_id is None else {"bos_token": self.name(self.bos_id)}
-        self.names = {**begin, "eos_token": self.name(self.eos_id), **settings.names}
+        self.names: Mapping[str, str] = {**begin, "eos_token": self.name(self.eos_id), **settings.names}
 
     @staticmethod
     def find(place: str | Path) -> Path | None:
@@ -94,6 +96,12 @@ class Tokenizer:
     def is_json(self) -> bool:
         """Whether it is Hugging Face's form."""
         return isinstance(self._backend, _Json)
+
+    @property
+    def json_content(self) -> dict[str, Any]:
+        """A tokenizer.json with all tokens that files add to what was read; none of a sentencepiece model."""
+        assert isinstance(self._backend, _Json)
+        return self._backend.content
 
     @property
     def sentencepiece_model(self) -> bytes:
@@ -217,10 +225,11 @@ class _SentencePiece:
                 own[key] = ids.get(name, int(self._processor.piece_to_id(name)))  # that of <unk> for what is none
                 if self.name(own[key]) != name:
                     raise ValueError(f"{settings.homes[key]}: correct {key}, {name!r} is no token of {path.name}")
-        self.bos_id, self.eos_id = own.values()
-        if self.bos_id < 0 or self.eos_id < 0:
+        bos_id, self.eos_id = own.values()
+        if bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} has no begin or no end token: train it with bos_id and eos_id set")
-        self._control |= {self.bos_id, self.eos_id}
+        self.bos_id = None if settings.begins is False else bos_id
+        self._control |= {bos_id, self.eos_id}
         self._read = {name: token for name, token in ids.items() if token not in self._control}
         names = sorted(self._read, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -297,11 +306,14 @@ class _Json:
     def __init__(self, path: Path, settings: TokenSettings) -> None:
         self._advice = f"{path} is not a tokenizer that the tokenizers library reads: copy or download it again"
         self._settings = settings
-        data = read_file(path)
-        try:
-            self._content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._advice} ({error})") from error
+        if path.suffix == SUFFIX:
+            self._content = gguf_merges.tokenizer_json(read_header(path).values, path)
+        else:
+            data = read_file(path)
+            try:
+                self._content = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self._advice} ({error})") from error
         self._tokenizer = self._made(self._content)
         self._names = {token_id: name for name, token_id in self._tokenizer.get_vocab().items()}
         if not self._names:
@@ -313,7 +325,7 @@ class _Json:
                 raise ValueError(f"{path} has no {token.name!r} under the id {token.id} that {token.file.name} says")
         self.n_words = last + 1
         self.gaps = tuple(token for token in range(self.n_words) if token not in self._names)
-        self.bos_id = self._id_of("bos_token", path) if settings.begins else None
+        self.bos_id = self._id_of("bos_token", path) if self._begins(path) else None
         self.eos_id = self._id_of("eos_token", path)
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special} | {self.eos_id}
@@ -321,6 +333,30 @@ class _Json:
         self.stripping = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
         self._names |= {gap: _unused(gap) for gap in self.gaps}
         self._control |= set(self.gaps)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        added = [
+            {
+                "id": token,
+                "content": own.content,
+                **{name: getattr(own, name) for name in ("single_word", "lstrip", "rstrip", "normalized")},
+                "special": token in self._control,
+            }
+            for token, own in sorted(self._tokenizer.get_added_tokens_decoder().items())
+        ]
+        return {**self._content, "added_tokens": added}
+
+    def _begins(self, path: Path) -> bool:
+        """Whether a token begins a text: as the settings say; without a word of theirs, of bytes, as the file does.
+
+        transformers' tokenizers of bytes put a token there only where their post-processor does.
+        """
+        whole = self._content.get("pre_tokenizer") or {}
+        of_bytes = any(part.get("type") == "ByteLevel" for part in whole.get("pretokenizers", [whole]))
+        if self._settings.begins is not None:
+            return self._settings.begins
+        return not of_bytes or not path.with_name(CONFIG_NAME).is_file() or "bos_token" in _around(self._content)
 
     def _made(self, content: Any) -> Any:
         try:
