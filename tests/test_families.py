@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -42,7 +43,7 @@ from accessory.cli import main
 from accessory.config import DenseArgs, ModelArgs, MoEArgs, QuantArgs, RopeArgs, RouterArgs
 from accessory.data.collate import Batch
 from accessory.errors import CheckpointError
-from accessory.gguf_header import read_header
+from accessory.gguf_header import header_bytes, read_header
 from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
 from accessory.model.LLM import FAMILIES
@@ -178,7 +179,9 @@ def write_folder_of(case: Case, tokenizer: Path, folder: Path, seed: int) -> Mad
     hf = getattr(transformers, f"{case.classes}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for own, parameter in hf.named_parameters():
-            parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=0.15)
+            # Biases so large that limits of gated units are met.
+            std = 0.6 * config.swiglu_limit if own.endswith("gate_up_proj_bias") else 0.15
+            parameter.uniform_(0.5, 1.5) if own.endswith("norm.weight") else parameter.normal_(std=std)
         for own, buffer in hf.named_buffers():
             if own.endswith("correction_bias"):
                 buffer.normal_(std=0.2)
@@ -210,6 +213,7 @@ def test_a_family_of_ours_that_nobody_knows_is_refused(
 def test_every_family_has_a_case() -> None:
     assert {name.partition(",")[0] for name in CASES} == {*FAMILIES}
     in_gguf = {name for name, family in FAMILIES.items() if family.gguf is not None}
+    assert in_gguf == {*FAMILIES}
     assert {name.partition(",")[0] for name in IN_GGUF} == in_gguf - {"mixtral"}  # of which tests/test_gguf.py is
 
 
@@ -655,7 +659,9 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
 ) -> None:
     for name, to, says in (
         *((name, "mistral", f"what {name} computes") for name in FAMILIES if name != "mixtral"),
-        ("gpt_oss", "gguf", "what gpt_oss computes"),
+        ("gpt_oss", "gguf", "moe.clamp.limit 0.6 (llama.cpp's gpt-oss has 7.0)"),
+        ("gpt_oss, 2 kv heads", "gguf", "attention.qkv_bias False (llama.cpp's gpt-oss has True), attention.o_bias"),
+        ("gpt_oss, 2 kv heads", "gguf", "attention.windowed (1, 2) (llama.cpp's gpt-oss has (0, 2))"),
         ("qwen3_moe, as probable as they are", "gguf", "moe.norm_topk_prob False (llama.cpp's qwen3moe has True)"),
         ("qwen3_moe, with dense layers", "gguf", "dense.layers [0, 2, 3] (llama.cpp's qwen3moe has None)"),
         ("olmoe, clipped, 2 kv heads", "gguf", "attention.clip 0.9 (llama.cpp's olmoe has None)"),
@@ -674,17 +680,26 @@ def test_forms_that_cannot_say_what_a_family_computes_are_refused(
         ({"dense": DenseArgs(layers=(1,), hidden_dim=40)}, "glm4_moe has the first ones alone"),
         ({"moe": replace(glm.moe, shared_hidden_dim=17)}, "moe.shared_hidden_dim 17"),
         ({"attention": replace(glm.attention, clip=2.0)}, "attention.clip 2.0"),
-        ({"rope": RopeArgs(factor=4.0)}, "rope.kind yarn (llama.cpp's glm4moe has None)"),
+        ({"rope": RopeArgs(kind="llama3", factor=4.0)}, "rope.kind llama3 (llama.cpp's glm4moe has None)"),
         ({"family": "mixtral"}, "attention.qkv_bias True (llama.cpp's llama has False), attention.rotary_dim 6"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
             written_layout("gguf", glm.replace(**changes))
 
 
-# Of sizes that blocks divide, and of rotary scalings the linear one.
-IN_GGUF = ("qwen3_moe", "glm4_moe", "glm4_moe, in groups", "minimax_m2", "olmoe")
+# Of sizes that blocks divide, and what else is drawn otherwise there. llama.cpp has of rotary scalings linear, and yarn
+# whose bounds are whole places, and one limit alone.
 WIDE = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "intermediate_size": 32}
-LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ROUNDED = {**YARN, "truncate": True}
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"rope_parameters": ROUNDED},
+    "glm4_moe": {"rope_parameters": LINEAR},
+    "glm4_moe, in groups": {},
+    "minimax_m2": {},
+    "olmoe": {},
+    "gpt_oss": {"rope_parameters": {**ROUNDED, "attention_factor": 1.3}, "swiglu_limit": 7.0, "num_hidden_layers": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -692,7 +707,7 @@ def made_wide(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -
     @cache
     def of(name: str) -> Made:
         case = CASES[name]
-        wide = {own: value for own, value in (WIDE | LINEAR).items() if own in SHARED | case.settings}
+        wide = {own: value for own, value in WIDE.items() if own in SHARED | case.settings} | IN_GGUF[name]
         folder = tmp_path_factory.mktemp("wide") / "folder"
         return write_folder_of(Case(case.classes, case.settings | wide), small_tokenizer, folder, 3)
 
@@ -773,6 +788,24 @@ def test_a_set_with_a_layer_that_predicts_further_tokens_is_read_as_llama_cpp_do
         ("glm4_moe", {"expert_weights_scale": 0.0}, {"moe": {"router": {"scale": 1.0}}}),
         ("glm4_moe", {"nextn_predict_layers": 1}, {"n_layers": 2}),
         ("minimax_m2", {"rope.dimension_count": None}, {"attention": {"rotary_dim": None}}),
+        ("gpt_oss", {"attention.sliding_window_pattern": 3}, "gpt-oss.attention.sliding_window_pattern is 3"),
+        ("gpt_oss", {"attention.sliding_window_pattern": np.array([True])}, "sliding_window_pattern is array([ True])"),
+        ("gpt_oss", {"attention.sliding_window": 0}, "sliding_window must be a whole number from 1 on"),
+        ("gpt_oss", {"attention.sliding_window": 9}, {"attention": {"window": 9}}),
+        ("gpt_oss", {"rope.scaling.yarn_beta_fast": 8.0}, {"rope": {"beta_fast": 8.0}}),
+        ("gpt_oss", {"rope.scaling.attn_factor": None}, {"rope": {"attention_factor": 1 + 0.1 * math.log(4)}}),
+        ("gpt_oss", {"rope.scaling.yarn_attn_factor": 2.0}, {"rope": {"attention_factor": 2.6}}),
+        ("qwen3_moe", {"rope.scaling.yarn_ext_factor": 0.5}, "qwen3moe.rope.scaling.yarn_ext_factor is 0.5"),
+        ("qwen3_moe", {"rope.scaling.yarn_log_multiplier": 0.1}, "qwen3moe.rope.scaling.yarn_log_multiplier is 0.1"),
+        (
+            "qwen3_moe",
+            {"rope.scaling.type": "longrope"},
+            "qwen3moe.rope.scaling.type is 'longrope': only linear and yarn",
+        ),
+        ("qwen3_moe", {"rope.scaling.factor": 0.0}, "qwen3moe.rope.scaling.factor must be a number above 0, not 0.0"),
+        ("qwen3_moe", {"rope.scaling.original_context_length": None}, {"rope": {"original": 256}}),
+        ("qwen3_moe", {"rope.scaling.type": "none"}, {"rope": None}),
+        ("glm4_moe", {"rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0, which 'linear' scaling has not"),
     ],
 )
 def test_keys_of_gguf_mean_what_llama_cpp_takes_them_for(
@@ -789,6 +822,19 @@ def test_keys_of_gguf_mean_what_llama_cpp_takes_them_for(
     else:
         before, after = (asdict(ModelArgs.from_dict(sizes_of_gguf(own))) for own in (header, changed))
         assert after == put_into(before, says) != before
+
+
+def test_gpt_oss_as_it_is_released_is_what_its_gguf_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose yarn rounds no bounds, as llama.cpp does."""
+    (path := tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gpt-oss-20b"][0]))
+    args = load_args([path])
+    assert args.rope is not None
+    assert not args.rope.truncate
+    with caplog.at_level("WARNING"):
+        values = written_layout("gguf", args).metadata(args, torch.bfloat16, "m")  # type: ignore[misc]
+    assert "llama.cpp rounds the bounds of yarn's frequencies, which this model does not" in caplog.text
+    (path := tmp_path / "m.gguf").write_bytes(header_bytes({**values, "split.count": 1}, {})[0])
+    assert load_args([path]) == args
 
 
 def put_into(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

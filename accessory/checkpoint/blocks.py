@@ -55,6 +55,7 @@ CODINGS: dict[int, Coding] = {
     12: BlockType("Q4_K", 256, 144),
     13: BlockType("Q5_K", 256, 176),
     14: BlockType("Q6_K", 256, 210),
+    39: BlockType("MXFP4", 32, 17),
 }
 _NUMBERS = {coding: number for number, coding in CODINGS.items()}
 

@@ -8,6 +8,8 @@ the three matrices; early files (before April 2024) have one for each expert.
 
 import dataclasses
 import functools
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from accessory.checkpoint.blocks import CODINGS, BlockType, Coding
-from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
+from accessory.checkpoint.layouts.accessory import BIASES, EXPERTS, MATRICES
 from accessory.checkpoint.layouts.hf import lie_of, say_left_out
 from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import ALL, EACH, PLAIN, Row, Source, by_parameter
@@ -29,6 +31,8 @@ from accessory.model.LLM import FAMILIES
 from accessory.model.LLM.family import Family, natural
 from accessory.model.LLM.gguf import GATED, MODULES, Architecture
 from accessory.parallel.plan import split_of
+
+logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(.+)")
 _ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf is not None}
@@ -65,6 +69,10 @@ def _rows_of(own: Architecture) -> Iterator[Row]:
             name = f"blk.{{N}}.{GATED[single]}"
             yield Row(f"{EXPERTS}{matrix}", f"{name}_exps.weight", (ALL, *place))
             yield Row(f"{EXPERTS}{matrix}", f"{name}.{{E}}.weight", (EACH, *place), written=False)
+    for biases, singles in BIASES.items():
+        for single, place in singles:
+            theirs = GATED[single.replace("b", "w")]
+            yield Row(f"{EXPERTS}{biases}", f"blk.{{N}}.{theirs}_exps.bias", (ALL, *place))
 
 
 def find_gguf(folder: Path, names: Sequence[str]) -> Found | None:
@@ -100,8 +108,8 @@ def _layout(folder: Path, files: Sequence[tuple[str, ...]], keys: Keys, args: Mo
     held = {key for file in range(len(files)) for key in keys(file)}
     if _FREQUENCIES in held:
         raise CheckpointError(
-            f"{folder} holds {_FREQUENCIES}, a scaling of the rotary embedding that is not known here: of those that "
-            "scale positions only linear is"
+            f"{folder} holds {_FREQUENCIES}, a scaling of the rotary embedding that is not known here: linear and yarn "
+            "are"
         )
     if FAMILIES[args.family].gguf is None:
         raise CheckpointError(
@@ -137,6 +145,13 @@ _EXTRA = "nextn_predict_layers"
 _ROTATED = "rope.dimension_count"
 _SECTIONS = "rope.dimension_sections"
 _SCALING, _FACTOR = "rope.scaling.type", "rope.scaling.factor"
+_OF_YARN = {
+    "original": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+# What yarn makes queries and keys longer by, beside 1 + 0.1 * log(factor).
+_LONGER = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
 # What would change the computation, and the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -159,7 +174,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "interleave_moe_layer_step": (0, 1),
     "moe_every_n_layers": (0, 1),
     "use_parallel_residual": (False,),
-    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "rope.scale_linear": (1.0,),
 }
 
@@ -184,7 +200,9 @@ def sizes(header: Header) -> dict[str, Any]:
     if not said.get(_OF_EXPERTS["num_experts"]):
         raise ValueError(f"{of_model}{_OF_EXPERTS['num_experts']} is absent or 0: the model has no experts")
     for name, neutral in {**_NEUTRAL, **own.fixed}.items():
-        if name in said and name not in own.settings.values() and said[name] not in neutral:
+        if name not in said or name in own.settings.values():
+            continue
+        if isinstance(said[name], np.ndarray) or said[name] not in neutral:
             raise ValueError(f"{of_model}{name} is {shown(said[name])}, and the model here has {neutral[0]} alone")
     if np.any(said.get(_SECTIONS, 0)):
         raise ValueError(f"{of_model}{_SECTIONS} is {shown(said[_SECTIONS])}: positions of several kinds are not known")
@@ -202,19 +220,48 @@ def sizes(header: Header) -> dict[str, Any]:
     _check_heads(said, of_model, found, turns_whole="partial_rotary_factor" not in family.read)
     if not found.get("sliding_window", 1):
         del found["sliding_window"]
-    if _SCALING in said or _FACTOR in said:
-        if (scaling := said.get(_SCALING, "linear")) not in ("none", "linear"):
-            raise ValueError(f"{of_model}{_SCALING} is {shown(scaling)}: only linear is known here")
-        factor = said.get(_FACTOR, 1.0)
-        if not isinstance(factor, float) or not 0 < factor < float("inf"):
-            raise ValueError(f"{of_model}{_FACTOR} must be a number above 0, not {shown(factor)}")
-        if scaling == "linear" and factor != 1:
-            found["rope_scaling"] = 1 / factor
-    return found
+    try:
+        return found | _rope(own, said)
+    except ValueError as error:
+        raise ValueError(f"{of_model}{error}") from None
+
+
+def _rope(own: Architecture, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings of how the rotary embedding is slowed down."""
+    if _SCALING not in said and _FACTOR not in said:
+        return {}
+    if (kind := said.get(_SCALING, "linear")) not in ("none", "linear", "yarn"):
+        raise ValueError(f"{_SCALING} is {shown(kind)}: only linear and yarn are known here")
+    factor, longer = said.get(_FACTOR, 1.0), [said.get(name, 1.0) for name in _LONGER]
+    for name, value in zip((_FACTOR, *_LONGER), (factor, *longer), strict=True):
+        if not isinstance(value, float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a number above 0, not {shown(value)}")
+        if kind != "yarn" and name != _FACTOR and value != 1:
+            raise ValueError(f"{name} is {shown(value)}, which {shown(kind)} scaling has not")
+    if kind != "yarn":
+        return {"rope_scaling": 1 / factor} if kind == "linear" and factor != 1 else {}
+    rope = {ours: said[theirs] for ours, theirs in _OF_YARN.items() if theirs in said}
+    rope.setdefault("original", said.get(_SIZES["max_seq_len"]))
+    length = math.prod(longer) * _length_of_yarn(factor)
+    # Without the last digits, which float32 has not.
+    return {
+        "rope": {
+            **{name: value for name, value in rope.items() if value is not None},
+            "kind": kind,
+            "factor": factor,
+            "truncate": own.rounds_yarn,
+            "attention_factor": float(str(np.float32(length))) if math.prod(longer) != 1 else length,
+        }
+    }
+
+
+def _length_of_yarn(factor: float) -> float:
+    return 1 + 0.1 * math.log(max(factor, 1))
 
 
 def _sizes_of(own: Architecture) -> dict[str, str]:
-    return {**_SIZES, "hidden_dim": own.width}
+    found = {**_SIZES, "hidden_dim": own.width}
+    return {ours: theirs for ours, theirs in found.items() if theirs not in own.settings.values()}
 
 
 def _tensors(header: Header) -> set[str]:
@@ -299,10 +346,10 @@ TYPES: dict[str, tuple[Coding, int]] = {
 def coded(source: Source, wanted: Coding) -> Coding:
     """How a tensor is coded in a file of some type, by the rules of llama.cpp's converter.
 
-    Vectors and routers are F32, and rows that blocks do not divide F16. Of dtypes that GGUF has no type for, those of
-    8 bits become BF16, and float64 F32.
+    Vectors, biases and routers are F32, and rows that blocks do not divide F16. Of dtypes that GGUF has no type for,
+    those of 8 bits become BF16, and float64 F32.
     """
-    if len(source.shape) == 1 or split_of(source.parameter).kind == "router":
+    if len(source.shape) == 1 or split_of(source.parameter).kind in ("router", "bias"):
         return torch.float32
     if isinstance(wanted, BlockType):
         return torch.float16 if source.shape[-1] % wanted.size else wanted
@@ -314,7 +361,13 @@ def coded(source: Source, wanted: Coding) -> Coding:
 def metadata(args: ModelArgs, most: Coding, name: str) -> dict[str, Any]:
     """What a file says of a model of these sizes."""
     file_type = next((number for coding, number in TYPES.values() if coding == most), 0)
-    kind = _known(args.family).name
+    own = _known(args.family)
+    kind = own.name
+    if args.rope is not None and args.rope.kind == "yarn" and not args.rope.truncate:
+        logger.warning(
+            "llama.cpp rounds the bounds of yarn's frequencies, which this model does not (truncate false): it will "
+            "compute nearly the same"
+        )
     found: dict[str, Any] = {
         "general.architecture": kind,
         "general.type": "model",
@@ -336,9 +389,15 @@ def _keys(args: ModelArgs) -> dict[str, Any]:
     found |= {_ROTATED: args.rotary_dim, "attention.value_length": args.head_dim}
     floats = {_SIZES["norm_eps"], _SIZES["rope_theta"]}
     floats |= {own.settings[setting] for setting, value in own.absent.items() if isinstance(value, float)}
-    found |= {key: float(found[key]) for key in floats}
     if args.rope_scaling is not None:
         found |= {_SCALING: "linear", _FACTOR: 1 / args.rope_scaling}
+    elif args.rope is not None and args.rope.kind == "yarn":
+        rope = args.rope
+        found |= {_SCALING: rope.kind, _FACTOR: float(rope.factor)}
+        found |= {theirs: getattr(rope, ours) for ours, theirs in _OF_YARN.items()}
+        floats |= {theirs for ours, theirs in _OF_YARN.items() if ours != "original"}
+        found |= {_LONGER[0]: rope.attention_factor / _length_of_yarn(rope.factor)}
+    found |= {key: float(found[key]) for key in floats}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -356,6 +415,7 @@ def unsaid(args: ModelArgs) -> str:
     try:
         settings, keys = _settings(args), _keys(args)
         found = _arguments(family, keys, {setting: settings[setting] for setting in family.gguf.tensors})
+        found |= _rope(family.gguf, keys)
         read = dict(_parts(ModelArgs.from_dict(found)))
     except ValueError as error:  # of what the family has in other ways only
         return f"that {error}"
@@ -372,8 +432,10 @@ def _parts(args: ModelArgs) -> Iterator[tuple[str, Any]]:
         yield from (
             (f"{part}.{each.name}", getattr(own, each.name))
             for each in dataclasses.fields(own)
-            if each.name != "router"
+            if each.name not in ("router", "clamp")
         )
+    if args.moe.clamp is not None:
+        yield from ((f"moe.clamp.{name}", value) for name, value in dataclasses.asdict(args.moe.clamp).items())
     if args.rope is not None:
         yield "rope.kind", args.rope.kind
     if args.dense is not None:

@@ -41,6 +41,8 @@ class Architecture:
         absent: what it takes where a file lacks a key, or says 0; the same.
         tensors: settings that are true where a layer has a tensor, and false where it has not.
         fixed: keys that must have one of these values, if they are there; the first is written.
+        rounds_yarn: its yarn moves the bounds of what is slowed down to whole places, as llama.cpp always does; else
+            llama.cpp computes nearly the same.
         refuses: what it cannot hold of a model; empty where it can.
         modules: its modules by ours, in a layer.
         names: the same of tensors that are no module's weight.
@@ -54,6 +56,7 @@ class Architecture:
     absent: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rounds_yarn: bool = True
     refuses: Callable[[ModelArgs], str] = lambda args: ""
     modules: Mapping[str, str]
     names: Mapping[str, str] = field(default_factory=dict)

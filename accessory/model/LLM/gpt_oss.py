@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accessory.config import ModelArgs
+from accessory.model.LLM import gguf
 from accessory.model.LLM.family import MODULES, SIZES, Family, natural
 
 _KINDS = {"sliding_attention": True, "full_attention": False}
@@ -91,4 +92,19 @@ GPT_OSS = Family(
         "feed_forward.gate.bias": "mlp.router.bias",
     },
     matrices={},
+    gguf=gguf.Architecture(
+        name="gpt-oss",
+        settings={"sliding_window": "attention.sliding_window"},
+        computed={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        # Every second layer, from the first on, sees a window.
+        fixed={"attention.sliding_window_pattern": (2,)},
+        rounds_yarn=False,
+        modules={**gguf.MODULES, "ffn_norm": "post_attention_norm"},
+        names={
+            **{f"attention.{own}_bias": f"attn_{own}.bias" for own in "qkv"},
+            "attention.o_bias": "attn_output.bias",
+            "attention.sinks": "attn_sinks.weight",
+            "feed_forward.gate.bias": "ffn_gate_inp.bias",
+        },
+    ),
 )
