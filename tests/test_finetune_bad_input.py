@@ -219,6 +219,16 @@ def _(folder, good):
     return {"lora_alpha": 8}
 
 
+@case("updates of what is not there", "lora_targets names shared, and the model has no shared expert: leave it out")
+def _(folder, good):
+    return {"lora_rank": 4, "lora_targets": ("attention", "shared")}
+
+
+@case("a rank for what gets no updates", "lora_ranks gives router a rank, and lora_targets does not name router: leave")
+def _(folder, good):
+    return {"lora_rank": 4, "lora_ranks": "router=2"}
+
+
 @case("a rank above the sizes", "lora_rank 64 is larger than a matrix", "give 16 at most")
 def _(folder, good):
     return {"lora_rank": 64}
