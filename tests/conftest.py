@@ -40,7 +40,7 @@ SLOW = {
     *("test_finetune_kill", "test_http_clients", "test_building", "test_finetune_ranks", "test_finetune_options"),
     *("test_training", "test_peft_training", "test_tiny", "test_quant_model", "test_padded_vocabulary"),
     *("test_multi_gpu_wrapper", "test_dialogues", "test_simple_inference", "test_stopping", "test_triton_kernels"),
-    *("test_triton_steps", "test_web_browser", "test_validation", "test_trainer"),
+    *("test_triton_steps", "test_web_browser", "test_validation", "test_beside_trainer"),
 }
 
 

@@ -37,7 +37,7 @@ def ends(counts: list[int]) -> Tensor:
 
 
 @needs_tiles
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     counts=Counts, rows=st.integers(1, 100), depth=st.integers(1, 200), behind=st.integers(0, 3), seed=st.integers(0)
 )
@@ -53,7 +53,7 @@ def test_each_row_meets_its_experts_matrix(counts: list[int], rows: int, depth: 
 
 
 @needs_tiles
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     counts=Counts,
     rows=st.integers(1, 40),

@@ -11,7 +11,7 @@ from .linear import (
     grouped_by_tiles,
     plain_experts_synchronise,
 )
-from .native import native_available, native_variant, tiles_serve
+from .native import native_available, native_variant
 from .pointwise import rotate_heads, steps_natively
 from .quantized import plain_values, quantized_linear_reference, round_activations
 from .quantized_native import NativeWeight
@@ -24,6 +24,7 @@ from .quantized_ops import (
     quantized_linear,
 )
 from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
+from .tiles import tiles_serve
 
 __all__ = [
     "FEW_TOKENS",

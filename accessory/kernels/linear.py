@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_products
-from .native import DTYPES, gathered_product, native_available, native_variant, tiled_product, tiles_serve
+from .native import DTYPES, gathered_product, native_available, native_variant
 from .tensors import shown
+from .tiles import tiled_product, tiles_serve
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
 # November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.

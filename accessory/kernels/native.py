@@ -12,13 +12,9 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .quantized_native import NativeWeight
 
 # torch comes first: its wheel brings the OpenMP runtime, and the library, loaded later, shares its threads. (Clang's
 # OpenMP is another one, which starts threads of its own.)
@@ -42,7 +38,7 @@ def native_available() -> bool:
 @functools.cache
 def native_variant() -> str:
     """Name of the variant in use, one of `VARIANTS`, or 'none' where PyTorch alone serves."""
-    wanted = _wanted()
+    wanted = named_variant()
     allowed = ("auto", "off", *VARIANTS)
     if wanted not in allowed:
         raise ValueError(f"ACCESSORY_KERNELS={wanted} is unknown: it may be {', '.join(allowed)}")
@@ -59,12 +55,6 @@ def native_variant() -> str:
     if wanted not in runnable:
         raise ValueError(f"ACCESSORY_KERNELS={wanted}: this CPU runs only {', '.join(runnable)}")
     return wanted
-
-
-@functools.cache
-def tiles_serve() -> bool:
-    """Whether `tiled_product` does: on a CPU with AMX, where no variant was named."""
-    return native_available() and _wanted() == "auto" and bool(native_library().accessory_has_tiles())
 
 
 def runnable_variants() -> list[str]:
@@ -102,40 +92,6 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
     return y_PR
 
 
-def tiled_product(
-    x_PD: Tensor, weight: "Tensor | NativeWeight", offsets_E: Tensor | None, *, out: Tensor | None = None
-) -> Tensor:
-    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R), all in bfloat16; see tiles.cpp.
-
-    What is behind the last offset is unset. The caller has asked `tiles_serve`, and has checked shapes and dtypes, that
-    the last axis of a plain weight (E, R, D) has unit stride, and that ``out`` is contiguous.
-
-    Args:
-        offsets_E: int32; None: all rows are expert 0's.
-    """
-    x_PD = x_PD.contiguous()
-    offsets_E = torch.tensor([x_PD.shape[0]], dtype=torch.int32) if offsets_E is None else offsets_E.contiguous()
-    if isinstance(weight, Tensor):
-        (experts, rows, depth), quantized = weight.shape, None
-        at, strides = weight.data_ptr(), weight.stride()[:2]
-    else:
-        experts, rows, depth, quantized = weight.experts, weight.rows, weight.depth, weight.reference
-        at, strides = None, (0, 0)
-    y_PR = x_PD.new_empty(x_PD.shape[0], rows) if out is None else out
-    outcome = native_library().accessory_tiled_linear(
-        native_variant().encode(),
-        quantized,
-        x_PD.data_ptr(),
-        at,
-        offsets_E.data_ptr(),
-        y_PR.data_ptr(),
-        *(experts, rows, depth, *strides),
-        torch.get_num_threads(),
-    )
-    check_outcome(outcome, None, experts)
-    return y_PR
-
-
 def native_library() -> ctypes.CDLL:
     """The library itself; RuntimeError where it does not serve."""
     library, reason = _load()
@@ -144,7 +100,8 @@ def native_library() -> ctypes.CDLL:
     return library
 
 
-def _wanted() -> str:
+def named_variant() -> str:
+    """What ACCESSORY_KERNELS asks for."""
     return os.environ.get("ACCESSORY_KERNELS") or "auto"
 
 
@@ -175,7 +132,4 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     product.restype = ctypes.c_int64
     pointers, sizes = [ctypes.c_void_p] * 4, [ctypes.c_int64] * 6
     product.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers, *sizes, ctypes.c_int]
-    library.accessory_tiled_linear.restype = ctypes.c_int64
-    pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 5
-    library.accessory_tiled_linear.argtypes = [ctypes.c_char_p, *pointers, *sizes, ctypes.c_int]
     return library, ""

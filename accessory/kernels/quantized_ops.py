@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import triton_products
 from .linear import called_directly
-from .native import DTYPES, tiled_product, tiles_serve
+from .native import DTYPES
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
 from .tensors import shown
+from .tiles import tiled_product, tiles_serve
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
 #               int8, 8 tokens   16           32            nf4, 8       16           32
