@@ -228,7 +228,7 @@ def _copy_from_gguf(source: Path, folder: Path, form_of: Path) -> None:
     if found is not None and found.suffix == SUFFIX:
         try:
             tokenizer = Tokenizer(found)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             logger.warning("%s", error)
         else:
             _write_tokens(tokenizer, folder)

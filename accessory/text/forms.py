@@ -325,7 +325,7 @@ class MistralForm(_Turns):
                 made += self._between("[SYSTEM_PROMPT]", turn.text, "[/SYSTEM_PROMPT]")
             else:
                 before = f"{system}\n\n" if system and place == place_of_system else ""
-                made += self._between("[INST]", before + turn.text, "[/INST]", first=len(made) == 1)
+                made += self._between("[INST]", before + turn.text, "[/INST]", first=place == questions[0])
         return made
 
     def _between(self, begin: str, text: str, end: str, *, first: bool = False) -> list[Segment]:

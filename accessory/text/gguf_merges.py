@@ -198,7 +198,9 @@ def metadata(tokenizer: Written, rows: int) -> dict[str, Any]:
         tokens.append(pad_name(token) if is_none else tokenizer.name(token))
         of_added = CONTROL if not is_none and tokenizer.is_control(token) else USER_DEFINED
         types.append(UNUSED if is_none else of_added if token in added else NORMAL)
-    ids = {role: tokens.index(tokenizer.names[name]) for role, name in ROLES.items() if name in tokenizer.names}
+    numbers = {name: token for token, name in enumerate(tokens)}
+    # Settings may name tokens that there are none of, such as a padding's.
+    ids = {role: numbers[own] for role, name in ROLES.items() if (own := tokenizer.names.get(name)) in numbers}
     ids |= {"eos": tokenizer.eos_id, **more_ends_of(tokenizer)}
     return {
         f"{KEY}model": KIND,
