@@ -54,6 +54,7 @@ from accessory.model.router import routed
 from accessory.parallel.state import ParallelState
 from accessory.serve.web.experts import heatmap
 from accessory.train.build import build_for_training
+from accessory.train.export import export_checkpoint
 from accessory.train.flops import flops_per_token
 from accessory.train.heatmap import draw
 from accessory.train.metrics import expert_shares
@@ -523,7 +524,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "minimax_m2": {"lora_targets": ("routed", "head")},
     "gpt_oss": EVERYWHERE,
 }
-OF_PEFT = {"gpt_oss": {"lora_targets": ("attention", "router", "head")}}  # which has no modules for the experts there
 
 
 def trained_on_rank(folder: Path, base: Path, output: Path, options: dict[str, Any]) -> None:
@@ -564,18 +564,45 @@ def test_an_adapter_trained_on_two_ranks_is_the_same_merged_and_in_peft(
     merge(own.folder, adapter, tmp_path / "merged", to="hf")
     merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)
-    if name in OF_PEFT:
-        with pytest.raises(ValueError, match="gpt_oss's experts, for which peft has no modules"):
-            export_adapter(adapter, tmp_path / "peft")
-        options |= OF_PEFT[name]
-        ranks(2).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "narrow", options)
-        adapter = tmp_path / "narrow" / "epoch0"
-        expected = load([own.folder, adapter]).compute_logits([prompt])[0]
     export_adapter(adapter, tmp_path / "peft")
     theirs = PeftModel.from_pretrained(deepcopy(own.hf), str(tmp_path / "peft"))
     torch.testing.assert_close(hf_logits(theirs, prompt), expected, atol=1e-4, rtol=1e-4)
     again = load([own.folder, tmp_path / "peft"]).compute_logits([prompt])[0]
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])
+def test_peft_s_updates_of_fused_experts_load(
+    name: str, made: Callable[[str], Made], ranks: Pools, tmp_path: Path
+) -> None:
+    """Of the rank of their own that gate and up have together, on two ranks, merged, and written for peft again."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    own, prompt = made(name), random_prompts(4, (15,))[0]
+    fused = [f"mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    settings = {"r": 3, "lora_alpha": 5, "rank_pattern": {"down_proj": 2}, "target_parameters": fused}
+    settings |= {"use_rslora": name == "gpt_oss"}
+    theirs = get_peft_model(deepcopy(own.hf), LoraConfig(target_modules=["k_proj"], **settings)).eval()
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for part, parameter in theirs.named_parameters():
+            if "lora_" in part:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = hf_logits(theirs, prompt)
+    assert (expected - hf_logits(own.hf, prompt)).abs().max() > 0.05
+    for (found,) in on_ranks(ranks, 2, said_of_prompts, [own.folder, tmp_path / "adapter"], "tensor", [prompt]):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    merge(own.folder, tmp_path / "adapter", tmp_path / "merged", to="hf")
+    merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)
+    model = load([own.folder, tmp_path / "adapter"])
+    export_checkpoint(model, tmp_path / "own", dtype=torch.float32, only_trainable=True)
+    export_adapter(tmp_path / "own", tmp_path / "again")
+    theirs = PeftModel.from_pretrained(deepcopy(own.hf), str(tmp_path / "again"))
+    torch.testing.assert_close(hf_logits(theirs, prompt), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_no_gradient_reaches_is_after_training_what_it_was(

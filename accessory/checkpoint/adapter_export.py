@@ -1,5 +1,6 @@
 """An adapter as a folder of Hugging Face's peft library."""
 
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.layouts.hf import MODULES
-from accessory.checkpoint.layouts.peft import is_updated, modules_of
+from accessory.checkpoint.layouts.peft import FUSED_NAMES, is_updated, modules_of
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
@@ -42,11 +43,6 @@ def export_adapter(
     args = folder.with_vocabulary(folder.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
-    if "routed" in args.peft.lora_targets and not FAMILIES[args.family].matrices:
-        raise ValueError(
-            f"{folder.path} has updates of {args.family}'s experts, for which peft has no modules of their own: merge "
-            "it, or train with lora_targets attention"
-        )
     weights = folder.weights(args, partial=True)
     _refuse_biases(weights)
     norms = {name for name in weights.held if args.peft.norm_tuning and split_of(name).kind == "norm"}
@@ -99,11 +95,13 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
     if "head" in of_kind:
         of_kind["head"] = [MODULES["output"]]
     parameters = [name for kind in ("dense", "shared", "router") for name in of_kind.get(kind, ())]
+    fused = "routed" in of_kind and not family.matrices
+    parameters += FUSED_NAMES.values() if fused else ()
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        **_ranks(peft, of_kind),
+        **_ranks(peft, of_kind, fused=fused),
         **({"use_rslora": True} if peft.rslora else {}),
         "lora_dropout": 0.0,  # of training, which is over; peft has none for stacked experts
         "bias": "none",
@@ -116,16 +114,19 @@ def _config(args: ModelArgs, *, norms: bool) -> dict[str, object]:
     }
 
 
-def _ranks(peft: PeftArgs, of_kind: Mapping[str, Sequence[str]]) -> dict[str, object]:
+def _ranks(peft: PeftArgs, of_kind: Mapping[str, Sequence[str]], *, fused: bool) -> dict[str, object]:
     """Rank and alpha of most matrices, and of those that have others, by patterns of their names.
 
-    Most are the experts': peft makes patterns for them itself, of what it is told of all.
+    Most are the experts': peft makes patterns for them itself, of what it is told of all. Where gate and up are written
+    as one matrix, it has twice the rank, and the same scale.
     """
     most = "routed" if "routed" in of_kind else max(of_kind, key=lambda kind: peft.rank_of(kind) == peft.lora_rank)
     values: dict[str, object] = {"r": peft.rank_of(most), "lora_alpha": _number(peft.alpha_of(most))}
-    for key, value_of in (("rank_pattern", peft.rank_of), ("alpha_pattern", peft.alpha_of)):
+    of_both = math.sqrt(2) if peft.rslora else 2
+    for key, value_of, times in (("rank_pattern", peft.rank_of, 2), ("alpha_pattern", peft.alpha_of, of_both)):
         others = {kind: names for kind, names in of_kind.items() if value_of(kind) != value_of(most)}
         pattern = {re.escape(name): _number(value_of(kind)) for kind, names in others.items() for name in names}
+        pattern |= {_last(FUSED_NAMES["w13"]): _number(times * value_of("routed"))} if fused else {}
         values |= {key: pattern} if pattern else {}
     return values
 

@@ -2,7 +2,8 @@
 
 A module's update is scale * B A. Ranks and scales may differ from module to module there, and experts have one each or
 one for all of a layer's fused matrices; here a model has one rank and one scale. So smaller updates are filled up with
-zeros, and where a module's scale is another its B is multiplied by the quotient.
+zeros, and where a module's scale is another its B is multiplied by the quotient. What is written for fused matrices of
+gate and up has twice the rank: of A one half is for each of the two, and B has zeros for the other.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _FUSED = re.compile(r"model\.layers\.\d+\.mlp\.experts(\.base_layer)?")
+# Fused matrices by ours; they are parameters of a module, in this order, and the last one's wrapper is the outer one.
+FUSED_NAMES = {"w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"}
+_WRAPPERS = {"w13": f"{IN_LAYER}mlp.experts.base_layer", "w2": f"{IN_LAYER}mlp.experts"}
 
 # Settings of LoraConfig that make something else of A and B than B A, or need more; and what is neutral there.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -54,7 +58,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @functools.cache
-def _rows(family: str) -> Mapping[str, Sequence[Row]]:
+def _rows(family: str) -> dict[str, tuple[Row, ...]]:
     return by_parameter(_rows_of(FAMILIES[family]))
 
 
@@ -95,15 +99,40 @@ _FUSED_B = Lie(
 )
 
 
-def _fused_half(half: int) -> Lie:
-    """Of (E, out, r) where gate and up are one below the other, one of the two."""
-    return Lie(
-        lambda shape: (2 * shape[1], shape[2] * shape[0]),
-        lambda stored, shape, _: stored.view(2, shape[1], shape[2], shape[0])[half].permute(2, 0, 1),
-    )
+def _fused_half(half: int, *, by_turns: bool) -> Lie:
+    """Of (E, out, r) where gate and up are one below the other, or their rows by turns, one of the two."""
+
+    def seen(stored: Any, shape: tuple[int, ...], _: Any) -> Any:
+        count, rows, rank = shape
+        both = stored.view(rows, 2, rank, count).transpose(0, 1) if by_turns else stored.view(2, rows, rank, count)
+        return both[half].permute(2, 0, 1)
+
+    return Lie(lambda shape: (2 * shape[1], shape[2] * shape[0]), seen)
 
 
-def _fused_rows(module: str, parameter: str) -> Iterator[Row]:
+# What is written of (E, 2, r, in) and (E, 2, out, r) for fused matrices whose rows lie by turns.
+_BOTH_A = Lie(lambda shape: (math.prod(shape[:3]), shape[3]), lambda stored, shape, _: stored.view(shape))
+_BOTH_B = Lie(
+    lambda shape: (2 * shape[2], 2 * shape[3] * shape[0]),
+    lambda stored, shape, _: (
+        stored.view(shape[2], 2, 2, shape[3], shape[0]).diagonal(dim1=1, dim2=2).permute(2, 3, 0, 1)
+    ),
+)
+
+
+def _fused_of(family: Family) -> dict[str, tuple[Row, ...]]:
+    """What is written of a family whose experts have no modules of their own."""
+    return {} if family.matrices else by_parameter(_written_fused_rows())
+
+
+def _written_fused_rows() -> Iterator[Row]:
+    lies = {"w13": (_BOTH_A, _BOTH_B), "w2": (_FUSED_A, _FUSED_B)}
+    for parameter, wrapper in _WRAPPERS.items():
+        for (own, theirs), lie in zip(_FACTORS.items(), lies[parameter], strict=True):
+            yield Row(f"{EXPERTS}{parameter}_{own}", f"{wrapper}.{theirs}.weight", lies=lie)
+
+
+def _fused_rows(module: str, parameter: str, *, by_turns: bool) -> Iterator[Row]:
     """Of a layer's fused experts; their A is that of both halves of gate_up."""
     for own, theirs in _FACTORS.items():
         key, name = f"{module}.{theirs}.weight", f"{EXPERTS}{parameter}_{own}"
@@ -111,7 +140,8 @@ def _fused_rows(module: str, parameter: str) -> Iterator[Row]:
             yield Row(name, key, (ALL,), _FUSED_A if own == "lora_a" else _FUSED_B)
         else:
             for half in (0, 1):
-                yield Row(name, key, (ALL, half), _FUSED_A if own == "lora_a" else _fused_half(half))
+                lies = _FUSED_A if own == "lora_a" else _fused_half(half, by_turns=by_turns)
+                yield Row(name, key, (ALL, half), lies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +173,7 @@ class AdapterLayout(Layout):
 PEFT = AdapterLayout(
     name="peft",
     shown="an adapter of peft's",
-    rows=lambda args: _rows(args.family),
+    rows=lambda args: _rows(args.family) | _fused_of(FAMILIES[args.family]),
     cut=None,
     prefix=PREFIX,
     strips=PREFIX,
@@ -182,9 +212,10 @@ def _layout(path: Path, keys: Keys, args: ModelArgs, probe: int) -> AdapterLayou
     shapes = _shapes(path, keys)
     modules = list(_modules(shapes, args, path))
     fused = {module.begins: module.name.rpartition(".")[2] for module in modules if module.name != module.begins}
-    rows = [row for own in PEFT.rows(args).values() for row in own]
+    rows = [row for own in _rows(args.family).values() for row in own]
+    by_turns = not FAMILIES[args.family].matrices
     for begins, name in {(re.sub(r"\.\d+\.", ".{N}.", begins), name) for begins, name in fused.items()}:
-        rows += _fused_rows(begins, "w13" if name == "gate_up_proj" else "w2")
+        rows += _fused_rows(begins, "w13" if name == "gate_up_proj" else "w2", by_turns=by_turns)
     assert args.peft is not None
     factors = {
         f"{module.begins}.lora_B.weight": _scale(module, config) / args.peft.scale_of(kind)
