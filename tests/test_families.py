@@ -43,6 +43,7 @@ from accessory.cli import main
 from accessory.config import DenseArgs, ModelArgs, MoEArgs, QuantArgs, RopeArgs, RouterArgs
 from accessory.data.collate import Batch
 from accessory.errors import CheckpointError
+from accessory.generation.sampling import Sampling
 from accessory.gguf_header import header_bytes, read_header
 from accessory.kernels import route
 from accessory.model.balance import RouterStats, load_balancing_loss
@@ -52,6 +53,8 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
 from accessory.parallel.state import ParallelState
+from accessory.serve.ranks import serve_on_ranks
+from accessory.serve.request import Engine
 from accessory.serve.web.experts import heatmap
 from accessory.train.build import build_for_training
 from accessory.train.export import export_checkpoint
@@ -240,6 +243,23 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         for ours, example in zip(logits, examples, strict=True):
             torch.testing.assert_close(ours, hf_logits(own.hf, example), atol=1e-4, rtol=0)
         assert tokens == greedy
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_server_s_answers_are_generate_s(name: str, made: Callable[[str], Made]) -> None:
+    """Prompts read in pieces of 16 tokens, through two slots."""
+    folder = made(name).folder
+    texts = ["The list method", "a", "def f(x):\n    return x", "one two three four five six seven eight nine ten"]
+    expected = load(folder).generate(texts, max_gen_len=NEW_TOKENS)
+    answers: list[str] = []
+
+    def program(engine: Engine) -> None:
+        sampling = Sampling(max_gen_len=NEW_TOKENS)
+        streams = [engine.submit(engine.tokenizer.encode(text, True, False), sampling) for text in texts]
+        answers.extend("".join(event.text for event in stream) for stream in streams)
+
+    serve_on_ranks(program, folder, max_seq_len=128, dtype="fp32", device="cpu", slots=2, prefill_tokens=16)
+    assert answers == expected
 
 
 # What of each family's settings is drawn beside the sizes.

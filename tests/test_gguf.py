@@ -23,6 +23,7 @@ from adapters import PEFT, random_adapter, write_adapter
 from ask_llama import ask_llama_cpp, says_as_transformers
 from checkpoints import hf_logits, random_mixtral, random_prompts, random_tensors, small_config, whole_tensors
 from checkpoints import write_folder as write_release
+from http_api import ServedApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import error_of
@@ -44,6 +45,7 @@ from accessory.errors import CheckpointError
 from accessory.gguf_header import read_header
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
+from accessory.serve.driver import Driver
 from accessory.text import gguf_merges
 from accessory.text.form_files import templates_of
 from accessory.text.tokenizer import Tokenizer
@@ -552,7 +554,7 @@ PROSE = [
 ] * 3
 
 
-def of_merges(pre: str, folder: Path, **settings: Any) -> Path:
+def of_merges(pre: str, folder: Path) -> Path:
     """A folder with a small tokenizer.json of bytes' merges, parted as those of some models are."""
     made = tokenizers.Tokenizer(models.BPE())
     alphabet, pattern = pre_tokenizers.ByteLevel.alphabet(), PATTERNS[pre]
@@ -572,7 +574,7 @@ def of_merges(pre: str, folder: Path, **settings: Any) -> Path:
         content["model"]["merges"] = content["model"]["merges"][:-40]
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>", **settings}
+    names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<none>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [381, 382]}))
     return folder
@@ -605,8 +607,9 @@ def test_a_tokenizer_of_merges_is_the_original(pre, merged_tokenizers, tmp_path)
     back, again = Tokenizer(tmp_path / "back"), PreTrainedTokenizerFast.from_pretrained(tmp_path / "back")
     for other in (found, back):
         assert [other.name(token) for token in range(385)] == [original.name(token) for token in range(385)]
-        for name in ("n_words", "bos_id", "eos_id", "eos_ids", "controls", "gaps", "names"):
+        for name in ("n_words", "bos_id", "eos_id", "eos_ids", "controls", "gaps"):
             assert getattr(other, name) == getattr(original, name), name
+        assert {**other.names, "unk_token": "<none>"} == original.names  # which is no token
     assert (found.bos_id, found.eos_ids) == (380 if pre == "llama-bpe" else None, {381, 382})
 
     @settings(max_examples=80, deadline=None)
@@ -648,7 +651,7 @@ def test_llama_cpp_reads_merges_alike(pre, merged_tokenizers):
         assert ids == wanted, text
 
 
-def test_a_model_alone_with_a_tokenizer_of_merges_generates(merged_tokenizers, tmp_path):
+def test_a_model_alone_with_a_tokenizer_of_merges_generates_and_serves(merged_tokenizers, tmp_path):
     _, found = merged_tokenizers["gpt-4o"]
     convert(found.path, tmp_path / "plain")
     asked = ["def f(x)", "It isn't \u4f60"]
@@ -658,6 +661,9 @@ def test_a_model_alone_with_a_tokenizer_of_merges_generates(merged_tokenizers, t
     ]
     assert said[0] == said[1]
     assert all(said[0])
+    with Driver(found.path, slots=2, max_seq_len=64, dtype="fp32", device="cpu") as engine, ServedApi(engine) as api:
+        answer = api.openai.completions.create(model=engine.name, prompt=asked, max_tokens=12, temperature=0)
+    assert [choice.text for choice in answer.choices] == said[0]
 
 
 def test_what_of_a_tokenizer_of_merges_llama_cpp_has_not(tmp_path):
