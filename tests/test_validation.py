@@ -295,6 +295,7 @@ _KILLED = """
 import os, signal, sys
 from unittest import mock
 from accessory.commands.finetune import train
+from accessory.data import cache
 from accessory.evaluation import measure
 from accessory.launch.launcher import Launch
 from accessory.train import export
@@ -315,6 +316,7 @@ def deadly(act, *, before):
     return acting
 
 place, name, before = {
+    "tokens": (cache, "_finish", True),
     "pass": (measure, "_pass", False),
     "before": (export, "exchange", True),
     "after": (export, "exchange", False),
@@ -325,10 +327,11 @@ with mock.patch.object(place, name, deadly(getattr(place, name), before=before))
 
 
 @pytest.mark.timeout(600)
-def test_a_run_survives_kills_in_an_evaluation_and_between_the_renames_of_the_best_model(
+def test_a_packed_run_survives_kills_in_its_cache_an_evaluation_and_the_renames_of_the_best_model(
     setting: Setting, ranks: Any, tmp_path: Path
 ) -> None:
     given = {
+        "packing": True,
         "eval_ratio": 0.2,
         "eval_interval": 1,
         "keep_best": True,
@@ -339,16 +342,16 @@ def test_a_run_survives_kills_in_an_evaluation_and_between_the_renames_of_the_be
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ranks(1).run(finetune_on_rank, setting, setting.arguments(whole, **given))
-    environment = {**os.environ, **setting.environment, "OMP_NUM_THREADS": "1"}
-    for moment, calls in (("pass", 3), ("before", 1), ("after", 1)):
+    environment = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    for moment, calls in (("tokens", 1), ("pass", 3), ("before", 1), ("after", 1)):
         command = [sys.executable, "-c", _KILLED, moment, str(calls), *setting.arguments(killed, **given)]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
-        if moment != "pass":
+        if moment in ("before", "after"):
             assert model_tensors(killed / "best"), "there is always a whole one"
     ranks(1).run(finetune_on_rank, setting, setting.arguments(killed, **given))
     assert log_lines(killed) == log_lines(whole)
-    for name in ("best", "epoch0-iter6"):
+    for name in ("best", *(path.parent.name for path in whole.glob("epoch*/meta.json"))):
         assert_same(model_tensors(killed / name), model_tensors(whole / name))
     assert_same(state_tensors(latest_state(killed)), state_tensors(latest_state(whole)))
     assert not list(killed.glob(".best*"))
