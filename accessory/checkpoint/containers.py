@@ -142,14 +142,11 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def create_tensors(
-    path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, Any] | None = None
-) -> dict[str, Stored]:
-    """Write the skeleton of a file of tensors, every byte of theirs still a hole, and map it for writing.
+def lay_out(path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Write the skeleton of a file of tensors, every byte of theirs still a hole; returns where in it each begins.
 
-    The returned tensors lie in the file itself (a shared mapping), so that a file of any size is filled in bounded
-    memory. An archive is {"model": {key: tensor}}; its zip checksums are those of the holes, and torch.load does not
-    look at them.
+    An archive is {"model": {key: tensor}}; its zip checksums are those of the holes, and torch.load does not look at
+    them.
 
     Args:
         path: a name that ends in .safetensors or .gguf, or any other for an archive.
@@ -168,19 +165,20 @@ def create_tensors(
         places = {key: len(header) + place for key, place in places.items()}
     else:
         places = _archive_of_holes(path, tensors)
-    size = max([path.stat().st_size, *(place + nbytes_of(*tensors[key]) for key, place in places.items())])
-    _fill_up(path, size)
-    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    _fill_up(path, max([path.stat().st_size, *(place + nbytes_of(*tensors[key]) for key, place in places.items())]))
+    return places
+
+
+def create_tensors(
+    path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, Any] | None = None
+) -> dict[str, Stored]:
+    """`lay_out` a file of tensors and map it for writing, so that one of any size is filled in bounded memory."""
+    places = lay_out(path, tensors, metadata)
+    whole = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
     return {
         key: seen(f"{path}: {key}", whole[place:][: nbytes_of(*tensors[key])], *tensors[key])
         for key, place in places.items()
     }
-
-
-def end_in_file(stored: Stored) -> int:
-    """The byte behind a tensor of `create_tensors`, in its file."""
-    own = stored.coded if isinstance(stored, Blocks) else stored
-    return int(own.storage_offset() + own.numel()) * own.dtype.itemsize
 
 
 def _archive_of_holes(path: Path, tensors: Mapping[str, Wanted]) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from io import FileIO
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from torch import Tensor
 
 from accessory.checkpoint.companions import MANIFEST_NAME
 from accessory.config import read_json
@@ -17,15 +19,17 @@ from accessory.progress import showing
 
 # Of a file, as it stands in a manifest: "bytes" and "sha256".
 Sum = dict[str, Any]
-# Bytes that are read at once; they stay in a core's cache while they are summed.
-_AT_ONCE = 1 << 20
+# Bytes that are read at once, and parts of a file that wait to be summed.
+_AT_ONCE, _WAITING = 1 << 20, 4
+# Bytes of a file that are sent to the disk together.
+_SENT_AT_ONCE = 1 << 26
 
 
 def write_manifest(folder: Path, known: Mapping[str, Sum] | None = None) -> None:
     """Write the sums of all files of a finished folder, for `check_manifest`.
 
     Args:
-        known: those that were reckoned before (`Summing`), by the files' names.
+        known: those that were reckoned before (`SummedFile`), by the files' names.
     """
     known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -58,63 +62,56 @@ def check_manifest(folder: Path) -> int:
     return len(said)
 
 
-class Summing:
-    """Sums of files while they are written from front to back, by a thread beside the one that writes them.
+class SummedFile:
+    """A file that has its size, filled from front to back; a thread beside the one that writes it sums its bytes.
 
-    What is summed is on its way to the disk from then on, which would else begin when the system has no more room.
+    So they are summed while they are in a core's cache, and are on their way to the disk from then on, which would else
+    begin when the system has no more room.
     """
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._begun: dict[Path, _Prefix] = {}
-        self._tasks: list[Future[None]] = []
+    def __init__(self, path: Path, thread: Executor) -> None:
+        self._path, self._thread = path, thread
+        self._hash = hashlib.sha256()
+        self._end = self._sent = 0  # written; on its way to the disk
+        self._waiting: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
+        self._file = self._path.open("r+b", buffering=0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        for own in self._begun.values():
-            own.file.close()
+        self._file.close()
 
-    def reached(self, path: Path, end: int) -> None:
-        """A file's bytes before ``end`` are as they stay."""
-        if path not in self._begun:
-            self._begun[path] = _Prefix(path.open("rb", buffering=0))
-        self._tasks.append(self._thread.submit(self._begun[path].go_on, end))
+    def keep(self, place: int) -> None:
+        """What stands in the file before ``place`` stays."""
+        while self._end < place:
+            self._pass(os.pread(self._file.fileno(), min(_AT_ONCE, place - self._end), self._end))
 
-    def whole(self, path: Path) -> None:
-        """All of a file's bytes are as they stay."""
-        self.reached(path, path.stat().st_size)
+    def write(self, data: Tensor) -> None:
+        """Go on with such bytes, uint8, which are the file's from here on."""
+        view, done = memoryview(data.numpy()), 0
+        while done < len(view):
+            done += os.pwrite(self._file.fileno(), view[done:], self._end + done)
+        self._pass(view)
 
-    def sums(self) -> dict[str, Sum]:
-        """Those of the files that are whole, by their names; waits for them."""
-        for task in self._tasks:
+    def finish(self) -> Sum:
+        """Keep the rest; the sum of all."""
+        self.keep(os.fstat(self._file.fileno()).st_size)
+        for task in self._waiting:
             task.result()
-        return {path.name: own.sum for path, own in self._begun.items()}
-
-
-class _Prefix:
-    """What is summed of a file."""
-
-    def __init__(self, file: FileIO) -> None:
-        self.file, self._end, self._hash = file, 0, hashlib.sha256()
-
-    @property
-    def sum(self) -> Sum:
         return {"bytes": self._end, "sha256": self._hash.hexdigest()}
 
-    def go_on(self, end: int) -> None:
-        buffer, begin = memoryview(bytearray(_AT_ONCE)), self._end
-        while self._end < end:
-            count = self.file.readinto(buffer[: end - self._end])
-            assert count, "the file has these bytes"
-            self._hash.update(buffer[:count])
-            self._end += count
-        # Of pages that wait to be written this writes them, and waits for none.
-        os.posix_fadvise(self.file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+    def _pass(self, data: bytes | memoryview) -> None:
+        self._end += len(data)
+        self._waiting.append(self._thread.submit(self._hash.update, data))
+        if len(self._waiting) > _WAITING:
+            self._waiting.popleft().result()
+        if self._end - self._sent >= _SENT_AT_ONCE:
+            # Of pages that wait to be written this writes them, and waits for none.
+            os.posix_fadvise(self._file.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._end
 
 
 def _sums(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Sum]]:

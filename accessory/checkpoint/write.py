@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.blocks import Coding, Stored, nbytes_of
-from accessory.checkpoint.containers import create_tensors, end_in_file
+from accessory.checkpoint.containers import Wanted, create_tensors, lay_out
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
-from accessory.checkpoint.manifest import Sum, Summing
+from accessory.checkpoint.manifest import Sum, SummedFile
 from accessory.config import PEFT_TYPES, ModelArgs
 from accessory.files import sync, write_json
 from accessory.parallel.box import Box
@@ -107,11 +108,8 @@ class Writer:
         Raises:
             OSError: the disk is full.
         """
-        prefix, dtypes = self.layout.prefix, self._dtypes
-        assert self.layout.metadata is None or self.metadata, "say_within comes first"
         for file in files:
-            tensors = {prefix + own.key: (own.shape, dtypes[file, own.key]) for own in self.sources[file]}
-            self._open[file] = create_tensors(self.folder / self.names[file], tensors, self.metadata)
+            self._open[file] = create_tensors(self.folder / self.names[file], self._wanted(file), self.metadata)
 
     @contextmanager
     def all_open(self) -> Iterator[None]:
@@ -150,19 +148,29 @@ class Writer:
             read: the values of a part of a source's box.
             advance: is called after each tensor.
         """
-        with Summing() as summing:
-            for file, (name, sources) in enumerate(zip(self.names, self.sources, strict=True)):
-                self.open(file)
-                for source in sorted(sources, key=lambda own: end_in_file(self._stored(own))):
-                    stored = self._stored(source)
-                    for part in source.box.pieces(AT_ONCE):
-                        source.write(stored, part, read(source, part))
-                    summing.reached(self.folder / name, end_in_file(stored))
-                    advance()
-                del self._open[file]
-                summing.whole(self.folder / name)
-            self.sums = summing.sums()
+        with ThreadPoolExecutor(1) as thread:
+            for file, name in enumerate(self.names):
+                places = lay_out(self.folder / name, self._wanted(file), self.metadata)
+                with SummedFile(self.folder / name, thread) as written:
+                    self._fill_one(file, places, written, read, advance)
+                    self.sums[name] = written.finish()
         self.write_index()
+
+    def _fill_one(
+        self,
+        file: int,
+        places: Mapping[str, int],
+        written: SummedFile,
+        read: Callable[[Source, Box], Tensor],
+        advance: Callable[[], None],
+    ) -> None:
+        prefix, path = self.layout.prefix, self.folder / self.names[file]
+        for source in sorted(self.sources[file], key=lambda own: places[prefix + own.key]):
+            written.keep(places[prefix + source.key])
+            coding, named = self._dtypes[file, source.key], f"{path}: {source.key}"
+            for part in source.pieces(AT_ONCE):
+                written.write(source.encoded(part, read(source, part), coding, named))
+            advance()
 
     def write_index(self) -> None:
         """Write which file holds which tensor, where the layout has that."""
@@ -173,6 +181,10 @@ class Writer:
             self.folder / self.layout.index_name,
             {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
         )
+
+    def _wanted(self, file: int) -> dict[str, Wanted]:
+        assert self.layout.metadata is None or self.metadata, "say_within comes first"
+        return {self.layout.prefix + own.key: (own.shape, self._dtypes[file, own.key]) for own in self.sources[file]}
 
     def _stored(self, source: Source) -> Stored:
         assert source.file is not None

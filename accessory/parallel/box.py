@@ -1,7 +1,7 @@
 """Rectangular parts of whole tensors."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -38,6 +38,10 @@ class Box:
         start, part = list(self.start), list(self.size)
         start[axis], part[axis] = start[axis] + skipped, min(piece, part[axis] - skipped)
         return Box(tuple(start), tuple(part))
+
+    def turned(self, axes: Sequence[int]) -> "Box":
+        """The same part of the tensor with its axes in another order."""
+        return Box(tuple(self.start[axis] for axis in axes), tuple(self.size[axis] for axis in axes))
 
     def pieces(self, most: int) -> Iterator["Box"]:
         """The box in pieces of at most so many elements, in the order in which they lie in memory."""

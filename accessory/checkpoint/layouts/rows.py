@@ -5,6 +5,7 @@ model of given sizes have. A source reads and writes alike, so that what can be 
 """
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from accessory.checkpoint.blocks import Coding, nbytes_of, seen
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box
 from accessory.parallel.plan import Placement, generic_name, local_box, matrix_of, parameter_shapes
@@ -21,9 +23,9 @@ from accessory.parallel.plan import Placement, generic_name, local_box, matrix_o
 Shape = tuple[int, ...]
 # A head's width, and how many of its first numbers the rotary embedding turns.
 Head = tuple[int, int]
-# Of a row's `part`: a key for each expert, or all of an axis in one tensor.
 # Elements that are copied at once.
 _AT_ONCE = 1 << 22
+# Of a row's `part`: a key for each expert, or all of an axis in one tensor.
 EACH: Literal["each"] = "each"
 ALL: Literal["all"] = "all"
 
@@ -36,10 +38,13 @@ class Lie:
         stored: from the shape of what it holds to its shape in the file.
         seen: from the file's tensor, the shape of what it holds, and the heads, to something that is indexed as what it
             holds; writing to an index of it writes to the file.
+        axes: of what it holds, in the order in which they lie in the file; () where that is their own. None: the file
+            has no part of them in one piece.
     """
 
     stored: Callable[[Shape], Shape]
     seen: Callable[[Any, Shape, Head], Any]
+    axes: Shape | None = None
 
 
 class _Rows:
@@ -99,27 +104,34 @@ class _ByTurns:
         return found.unflatten(1, (-1, 2)).transpose(1, 2)[:, halves]
 
 
-PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored)
+PLAIN = Lie(lambda shape: shape, lambda stored, shape, _: stored, axes=())
 # (experts, rows, columns) one expert below the other; the second with each expert's matrix transposed.
-STACKED = Lie(lambda shape: (math.prod(shape[:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
+STACKED = Lie(lambda shape: (math.prod(shape[:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape), axes=())
 STACKED_TRANSPOSED = Lie(
     lambda shape: (shape[0] * shape[2], shape[1]),
     lambda stored, shape, _: _Transposed(stored.view(shape[0], shape[2], shape[1])),
+    axes=(0, 2, 1),
 )
 # (experts, 2, rows, columns), each expert's two matrices one below the other.
-FUSED = Lie(lambda shape: (shape[0], math.prod(shape[1:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape))
+FUSED = Lie(
+    lambda shape: (shape[0], math.prod(shape[1:-1]), shape[-1]), lambda stored, shape, _: stored.view(shape), axes=()
+)
 # The same two by turns: their rows; their columns, of matrices that are transposed; and biases' values.
 BY_TURNS = Lie(lambda shape: (shape[0], 2 * shape[2], shape[3]), lambda stored, shape, _: _ByTurns(stored))
 BY_TURNS_TRANSPOSED = Lie(
     lambda shape: (shape[0], shape[3], 2 * shape[2]),
     lambda stored, shape, _: stored.view(shape[0], shape[3], shape[2], 2).permute(0, 3, 2, 1),
+    axes=(0, 3, 2, 1),
 )
 VALUES_BY_TURNS = Lie(
     lambda shape: (shape[0], 2 * shape[2]),
     lambda stored, shape, _: stored.view(shape[0], shape[2], 2).transpose(1, 2),
+    axes=(0, 2, 1),
 )
 # (experts, rows, columns), each expert's matrix transposed.
-TRANSPOSED = Lie(lambda shape: (shape[0], shape[2], shape[1]), lambda stored, shape, _: _Transposed(stored))
+TRANSPOSED = Lie(
+    lambda shape: (shape[0], shape[2], shape[1]), lambda stored, shape, _: _Transposed(stored), axes=(0, 2, 1)
+)
 ROTARY_HALVES = Lie(lambda shape: shape, _in_halves)
 
 
@@ -191,6 +203,30 @@ class Source:
         kept = [values.shape[axis] for axis in self.kept]
         seen = self.lies.seen(stored, self._held, self.head)
         seen[self._index(part)] = values.reshape(kept).to(stored.dtype)
+
+    def pieces(self, most: int) -> Iterator[Box]:
+        """The box in parts of at most so many elements, in their order in the file, where each lies in one piece.
+
+        What the file has in no piece is one part, however large.
+        """
+        if self.lies.axes is None:
+            yield self.box
+            return
+        axes = sorted(range(len(self.box.size)), key=self.kept.__contains__)  # those of length 1 are anywhere
+        if self.lies.axes:
+            axes[-len(self.kept) :] = [self.kept[axis] for axis in self.lies.axes]
+        back = sorted(range(len(axes)), key=axes.__getitem__)
+        for piece in self.box.turned(axes).pieces(most):
+            yield piece.turned(back)
+
+    def encoded(self, part: Box, values: Tensor, coding: Coding, name: str) -> Tensor:
+        """A part of `pieces`, as the file has it: uint8. ``name`` is the tensor's and its file's, for messages."""
+        if self.lies.axes == () and isinstance(coding, torch.dtype):
+            return values.to(coding).contiguous().view(-1).view(torch.uint8)
+        own = dataclasses.replace(self, box=part)
+        data = torch.empty(nbytes_of(own.shape, coding), dtype=torch.uint8)
+        own.write(seen(name, data, own.shape, coding), part, values)
+        return data
 
     def _index(self, part: Box) -> tuple[slice, ...]:
         index = part.within(self.box)
