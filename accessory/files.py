@@ -314,17 +314,22 @@ def new_folder(path: Path, *, replaces: Callable[[Path], None] | None = None) ->
         aside.mkdir()
         stack.callback(shutil.rmtree, aside, ignore_errors=True)
         yield aside
-        by_umask(aside)
-        for file in aside.rglob("*"):
-            sync(file)
-        sync(aside)
-        if path.exists() and any(path.iterdir()):
-            exchange(aside, path)  # what was there lies aside now, and goes with it
-        else:
-            if path.exists():
-                path.rmdir()
-            aside.rename(path)
-        sync(path.parent)
+        put_in_place(aside, path)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Give a finished folder its name, when its files are on the disk; what was there lies aside then."""
+    by_umask(aside)
+    for file in aside.rglob("*"):
+        sync(file)
+    sync(aside)
+    if path.exists() and any(path.iterdir()):
+        exchange(aside, path)
+    else:
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    sync(path.parent)
 
 
 def exchange(first: Path, second: Path) -> None:

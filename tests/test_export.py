@@ -194,7 +194,7 @@ def failing_on_rank(folder: Path, output: Path) -> list[tuple[str, str]]:
         (output / "epoch0" / "notes.txt").write_text("mine")
         (output / ".epoch1.exporting").mkdir()  # of a run that was killed
     found = [error_of(export_checkpoint, model, output / "epoch0", dtype=torch.float32)]
-    for path in ("checkpoint.write.create_tensors", "train.export.sync"):
+    for path in ("checkpoint.write.create_tensors", "files.sync"):
         full = OSError(errno.ENOSPC, "No space left on device")
         with mock.patch(f"accessory.{path}", side_effect=full):
             found.append(error_of(export_checkpoint, model, output / "epoch1", dtype=torch.float32))

@@ -13,6 +13,7 @@ from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
 from accessory.checkpoint.layouts.hf import MODULES
 from accessory.checkpoint.layouts.peft import FUSED_NAMES, is_updated, modules_of
+from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs, PeftArgs
 from accessory.errors import CheckpointError
@@ -60,10 +61,12 @@ def export_adapter(
         return values
 
     with new_folder(Path(destination)) as aside:
-        Writer(aside, PEFT, args, held=norms | factors, dtype=weights.dtype_of).fill(read)
+        writer = Writer(aside, PEFT, args, held=norms | factors, dtype=weights.dtype_of)
+        writer.fill(read)
         write_json(aside / ADAPTER_CONFIG, _config(args, norms=bool(norms)))
         if (template := folder.path / TEMPLATE_NAME).is_file():
             shutil.copyfile(template, aside / TEMPLATE_NAME)
+        write_manifest(aside, writer.sums)
 
 
 def _refuse_biases(weights: Weights) -> None:

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import torch
 
-from accessory.checkpoint.blocks import Coding
 from accessory.checkpoint.containers import SAFETENSORS
 from accessory.checkpoint.folder import Folder
-from accessory.checkpoint.layouts import BASE, GGUF, Layout, Source, written_layout
+from accessory.checkpoint.layouts import BASE, GGUF, Layout, written_layout
 from accessory.checkpoint.layouts.gguf import TYPES
-from accessory.checkpoint.manifest import write_manifest
-from accessory.checkpoint.write import Writer, say_within, write_beside
+from accessory.checkpoint.write import new_checkpoint
 from accessory.config import ModelArgs
 from accessory.errors import unknown
-from accessory.files import new_folder
 from accessory.progress import showing
 
 
@@ -60,19 +57,19 @@ def convert(
     weights = folder.weights(args)
 
     coding = dtype if type is None else TYPES[type][0]
-
-    def of(target: Source) -> Coding:
-        return weights.dtype_of(target) if coding is None else coding
-
-    files = (mp or 1) if layout.cut is not None else None
-    with new_folder(Path(destination), replaces=check_replaceable if overwrite else None) as aside:
-        ending = SAFETENSORS if safetensors else None
-        writer = Writer(aside, layout, args, held=weights.held, dtype=of, files=files, ending=ending)
-        say_within(writer, folder, name=Path(destination).name)
-        with showing(f"writing {to}", writer.count, unit="tensors") as writing, _one_thread():
-            writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance)
-        write_beside(aside, layout, args, folder, dtype=writer.most)
-        write_manifest(aside, writer.sums)
+    with (
+        new_checkpoint(
+            *(destination, layout, args, folder),
+            held=weights.held,
+            dtype=lambda target: weights.dtype_of(target) if coding is None else coding,
+            files=(mp or 1) if layout.cut is not None else None,
+            ending=SAFETENSORS if safetensors else None,
+            replaces=check_replaceable if overwrite else None,
+        ) as writer,
+        showing(f"writing {to}", writer.count, unit="tensors") as writing,
+        _one_thread(),
+    ):
+        writer.fill(lambda target, part: weights.read(target.parameter, part), writing.advance)
 
 
 def check_replaceable(folder: Path) -> None:

@@ -22,8 +22,8 @@ from accessory.config.checks import is_number
 from accessory.errors import CheckpointError
 from accessory.gguf_header import folder_of, set_of
 from accessory.parallel.box import Box
-from accessory.parallel.plan import is_adapter, other_factor, parameter_shapes, trains
-from accessory.quant import TENSOR_DTYPES
+from accessory.parallel.plan import is_adapter, matrix_of, other_factor, parameter_shapes, trains
+from accessory.quant import TENSOR_DTYPES, as_bits
 from accessory.text.form_files import META_NAME, SETTINGS_KEY
 from accessory.text.gguf import find_gguf
 from accessory.text.tokenizer import Tokenizer
@@ -260,7 +260,7 @@ class Folder:
                 f"{self.path}: {len(self.files)} shards cannot hold this model ({'; '.join(obstacles)}): "
                 "check the config, or copy the shards of one run"
             )
-        return Weights(self, args, layout, partial=partial)
+        return Weights(self, args, layout, partial=partial, first=probe)
 
 
 class Weights:
@@ -270,9 +270,9 @@ class Weights:
     for, or CheckpointError names the file and the tensor.
     """
 
-    def __init__(self, folder: Folder, args: ModelArgs, layout: Layout, *, partial: bool) -> None:
+    def __init__(self, folder: Folder, args: ModelArgs, layout: Layout, *, partial: bool, first: int = 0) -> None:
         self.folder, self.args, self.layout = folder, args, layout
-        self._partial = partial
+        self._partial, self._first = partial, first
         count = len(folder.files)
         expected: list[list[Source]] = [[] for _ in range(count)]
         homes = self._homes() if layout.cut is None else {}
@@ -381,24 +381,20 @@ class Weights:
         return self.args.peft is not None and self.folder.tensors(0, self.layout.strips).keys() <= trained
 
     @functools.cached_property
-    def _sources(self) -> dict[str, Parts]:
-        self.check_pieces()
-        return parts_of(
-            source
-            for file, expected in enumerate(self._expected)
-            for source in expected
-            if source.key in self.tensors(file)
-        )
+    def _parts(self) -> dict[str, Parts]:
+        return parts_of(itertools.chain(*self._expected))
 
-    @property
+    @functools.cached_property
     def held(self) -> Set[str]:
         """The parameters of which the folder holds any part."""
-        return self._sources.keys()
+        self.check_pieces()
+        files = enumerate(self._expected)
+        return {source.parameter for file, own in files for source in own if source.key in self.tensors(file)}
 
     def dtype(self, name: str, box: Box) -> torch.dtype:
         """Of a part of a parameter that the folder holds: where its tensors differ, one that rounds none of them."""
-        own = list(self._sources[name].within(box)) or list(self._sources[name].within(self._whole(name)))
-        met = {self._tensor(source).dtype if source.factor == 1 else torch.float32 for source, _ in own}
+        own = list(self._once(name, box)) or list(self._once(name, self._whole(name)))
+        met = {tensor.dtype if source.factor == 1 else torch.float32 for source, _, tensor in own}
         if len(met) > 1:
             # PyTorch promotes no 8-bit floats; bfloat16 holds the values of all of them.
             met = {torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in met}
@@ -410,37 +406,47 @@ class Weights:
 
     def holds(self, name: str, box: Box) -> bool:
         """Whether the folder holds this part of a parameter, whole."""
-        if name not in self._sources or self.layout.pads:
-            return name in self._sources
-        return sum(common.numel for _, common in self._once(name, box)) >= box.numel
+        if self.layout.pads:
+            return name in self.held
+        return sum(common.numel for _, common, _ in self._once(name, box)) >= box.numel
 
-    def _once(self, name: str, box: Box) -> Iterator[tuple[Source, Box]]:
-        """What holds a part of a box, without the copies in other files."""
+    def _once(self, name: str, box: Box) -> Iterator[tuple[Source, Box, Tensor]]:
+        """What holds a part of a box, without the copies in other files: from the first that is opened anyway."""
+        found = self._parts[name].within(box) if name in self._parts else ()
         met: set[Box] = set()
-        for source, common in self._sources[name].within(box):
-            if common not in met:
+        for source, common in sorted(found, key=lambda one: ((one[0].file or 0) - self._first) % len(self._expected)):
+            if common not in met and (tensor := self.tensors(source.file or 0).get(source.key)) is not None:
                 met.add(common)
-                yield source, common
+                yield source, common, tensor
 
     def read(self, name: str, box: Box) -> Tensor:
         """A part of a parameter that the folder holds."""
         part = torch.empty(box.size, dtype=self.dtype(name, box))
-        self.copy(name, box, part)
+        filled = self.copy(name, box, part)
+        assert filled == box.numel, f"{name}: {box.numel - filled} elements have no source"
         return part
 
     def whole(self, name: str) -> Tensor:
         """A parameter that the folder holds."""
         return self.read(name, self._whole(name))
 
-    def copy(self, name: str, box: Box, part: Tensor) -> None:
-        """Write a part of a parameter that the folder holds into a tensor of the box's size."""
-        missing = box.numel
-        if self.layout.pads:
+    def copy(self, name: str, box: Box, part: Tensor) -> int:
+        """Write what the folder holds of a part of a parameter into a tensor of the box's size.
+
+        Returns:
+            How many elements were filled.
+        """
+        if self.layout.pads and name in self.held:
             part.zero_()
-        for source, common in self._once(name, box):
-            source.copy(self._tensor(source), common, part[common.within(box)])
-            missing -= common.numel
-        assert missing == 0 or self.layout.pads, f"{name}: {missing} elements have no source"
+        quantized, filled = bool(matrix_of(name)[1]), 0
+        for source, common, tensor in self._once(name, box):
+            target = part[common.within(box)]
+            if quantized:
+                source.copy(as_bits(tensor), common, as_bits(target))
+            else:
+                source.copy(tensor, common, target)
+            filled += common.numel
+        return box.numel if self.layout.pads and name in self.held else filled
 
     def check_pieces(self) -> None:
         """Refuse a folder of which some files hold their part of a tensor and others lack it, or half of an update.
@@ -481,10 +487,6 @@ class Weights:
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(parameter_shapes(self.args))
-
-    def _tensor(self, source: Source) -> Tensor:
-        assert source.file is not None
-        return self.tensors(source.file)[source.key]
 
 
 def config_files(paths: Iterable[str | Path]) -> list[Path]:

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from accessory.checkpoint.folder import Folder, Weights, some
+from accessory.checkpoint.folder import Folder, some
 from accessory.checkpoint.quantizing import RowsOf, quantize_folder
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
-from accessory.parallel.plan import is_adapter, matrix_of, other_factor
+from accessory.parallel.plan import is_adapter, other_factor
 from accessory.parallel.state import ParallelState
-from accessory.quant import as_bits
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def load_parameters(
                 _say_replaced(folder, [name for name in boxes if name in again])
             absent -= held
             here = {name: box for name, box in boxes.items() if name in held or name not in adapters}
-        copied = _load_folder(weights, parameters, here, first=first)
+        copied = {name: weights.copy(name, box, parameters[name]) for name, box in here.items()}
         if args.quant is not None and weights.args.quant is None:
             copied |= quantize_folder(
                 parameters,
@@ -88,36 +87,3 @@ def _say_replaced(folder: Folder, names: Sequence[str]) -> None:
             "one into the base to keep both",
             *(folder.path, len(names), names[0]),
         )
-
-
-def _load_folder(
-    weights: Weights, parameters: Mapping[str, Tensor], boxes: Mapping[str, Box], *, first: int
-) -> dict[str, int]:
-    """Copy what one folder holds of the local boxes; returns the elements filled for each parameter."""
-    files = len(weights.folder.files)
-    copied: dict[str, int] = {}
-    if weights.layout.pads:
-        for name in boxes.keys() & weights.held:
-            parameters[name].zero_()
-    for file in [*range(first, files), *range(first)]:
-        wanted = [
-            (source, common)
-            for source in weights.expected(file)
-            if source.parameter in boxes
-            and (common := boxes[source.parameter].intersect(source.box))
-            and copied.get(source.parameter, 0) < boxes[source.parameter].numel
-        ]
-        if not wanted:
-            continue
-        tensors = weights.tensors(file)
-        for source, common in wanted:
-            tensor = tensors.get(source.key)
-            if tensor is None:
-                continue
-            target = parameters[source.parameter][common.within(boxes[source.parameter])]
-            stored = as_bits(tensor) if matrix_of(source.parameter)[1] else tensor
-            source.copy(stored, common, target)
-            copied[source.parameter] = copied.get(source.parameter, 0) + common.numel
-    if weights.layout.pads:
-        copied |= {name: boxes[name].numel for name in boxes.keys() & weights.held}
-    return copied

@@ -1,14 +1,19 @@
 """manifest.json: the size and the SHA-256 of every file of a folder, to see later whether it is as it was written."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
+import mmap
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from accessory.checkpoint.companions import MANIFEST_NAME
@@ -19,10 +24,8 @@ from accessory.progress import showing
 
 # Of a file, as it stands in a manifest: "bytes" and "sha256".
 Sum = dict[str, Any]
-# Bytes that are read at once, and parts of a file that wait to be summed.
-_AT_ONCE, _WAITING = 1 << 20, 4
-# Bytes of a file that are sent to the disk together.
-_SENT_AT_ONCE = 1 << 26
+# Bytes that are written at once, and how many such blocks are filled, written or summed at a time.
+_BLOCK, _BLOCKS = 1 << 21, 6
 
 
 def write_manifest(folder: Path, known: Mapping[str, Sum] | None = None) -> None:
@@ -45,7 +48,9 @@ def check_manifest(folder: Path) -> int:
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: only folders that convert wrote can be verified")
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}: it was not written by one of these commands, or by an earlier version"
+        )
     said = read_json(path).get("files")
     if not isinstance(said, dict) or not all(isinstance(one, dict) for one in said.values()):
         raise CheckpointError(f"{path} lists no files with their sizes and sums: copy it again")
@@ -63,65 +68,102 @@ def check_manifest(folder: Path) -> int:
 
 
 class SummedFile:
-    """A file that has its size, filled from front to back; a thread beside the one that writes it sums its bytes.
+    """A file that has its size, filled from front to back: two threads write and sum it, beside the one that fills it.
 
-    So they are summed while they are in a core's cache, and are on their way to the disk from then on, which would else
-    begin when the system has no more room.
+    It is written past the system's cache where the file system can do that: a copy into the cache, its pages and their
+    way to the disk took more of a core than all the rest, and the end would wait for them.
     """
 
-    def __init__(self, path: Path, thread: Executor) -> None:
-        self._path, self._thread = path, thread
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b", buffering=0)
+        self._kept = path.open("rb")
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hash = hashlib.sha256()
-        self._end = self._sent = 0  # written; on its way to the disk
-        self._waiting: deque[Future[None]] = deque()
+        blocks = [mmap.mmap(-1, _BLOCK) for _ in range(_BLOCKS)]  # memory that begins with a page, as such writes want
+        self._free = deque(torch.frombuffer(block, dtype=torch.uint8) for block in blocks)
+        self._busy: deque[tuple[Tensor, Future[None], Future[None]]] = deque()
+        self._end = 0
+        self._set_direct(True)
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("r+b", buffering=0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
         self._file.close()
+        self._kept.close()
 
     def keep(self, place: int) -> None:
         """What stands in the file before ``place`` stays."""
         while self._end < place:
-            self._pass(os.pread(self._file.fileno(), min(_AT_ONCE, place - self._end), self._end))
+            data = os.pread(self._kept.fileno(), min(_BLOCK, place - self._end), self._end)
+            self.write(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def write(self, data: Tensor) -> None:
-        """Go on with such bytes, uint8, which are the file's from here on."""
-        view, done = memoryview(data.numpy()), 0
-        while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], self._end + done)
-        self._pass(view)
+        """Go on with such bytes, uint8."""
+        while len(data):
+            if not self._free:
+                self._free.append(self._done())
+            filled = self._end % _BLOCK
+            count = min(len(data), _BLOCK - filled)
+            self._free[0][filled : filled + count] = data[:count]
+            data, self._end = data[count:], self._end + count
+            if filled + count == _BLOCK:
+                self._send(_BLOCK)
 
     def finish(self) -> Sum:
         """Keep the rest; the sum of all."""
-        self.keep(os.fstat(self._file.fileno()).st_size)
-        for task in self._waiting:
-            task.result()
+        self.keep(os.fstat(self._kept.fileno()).st_size)
+        self._send(self._end % _BLOCK)
+        while self._busy:
+            self._done()
         return {"bytes": self._end, "sha256": self._hash.hexdigest()}
 
-    def _pass(self, data: bytes | memoryview) -> None:
-        self._end += len(data)
-        self._waiting.append(self._thread.submit(self._hash.update, data))
-        if len(self._waiting) > _WAITING:
-            self._waiting.popleft().result()
-        if self._end - self._sent >= _SENT_AT_ONCE:
-            # Of pages that wait to be written this writes them, and waits for none.
-            os.posix_fadvise(self._file.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self._end
+    def _send(self, count: int) -> None:
+        if count:
+            block, (summing, writing) = self._free.popleft(), self._threads
+            data = block.numpy().data[:count]
+            write = writing.submit(self._put, data, self._end - count)
+            self._busy.append((block, summing.submit(self._hash.update, data), write))
+
+    def _done(self) -> Tensor:
+        block, *tasks = self._busy.popleft()
+        for task in tasks:
+            task.result()
+        return block
+
+    def _put(self, data: memoryview, place: int) -> None:
+        if len(data) % mmap.PAGESIZE:  # the end
+            self._set_direct(False)
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._file.fileno(), data[done:], place + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._set_direct(False):
+                    raise
+
+    def _set_direct(self, direct: bool) -> bool:
+        """Write past the cache, or no longer; returns whether that is a change."""
+        before = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        wanted = before | os.O_DIRECT if direct else before & ~os.O_DIRECT
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.fcntl(self._file, fcntl.F_SETFL, wanted)
+        return before != wanted
 
 
 def _sums(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Sum]]:
     """Of each file its sum; several are read at once."""
     with ThreadPoolExecutor() as pool, showing("summing", len(names), unit="files") as summing:
-        for name, found in zip(names, pool.map(lambda name: _sum_of(folder / name), names), strict=True):
+        for name, found in zip(names, pool.map(lambda name: sum_of(folder / name), names), strict=True):
             summing.advance()
             yield name, found
 
 
-def _sum_of(path: Path) -> Sum:
+def sum_of(path: Path) -> Sum:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

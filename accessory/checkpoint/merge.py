@@ -11,12 +11,10 @@ from torch import Tensor
 from accessory.checkpoint.base import check_base
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
-from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.merge_report import MergeReport
-from accessory.checkpoint.write import Writer, say_within, shards_like, write_beside
+from accessory.checkpoint.write import new_checkpoint, shards_like
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError
-from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import parameter_shapes, split_of, trains
 from accessory.progress import showing
@@ -72,16 +70,20 @@ def merge(
             f"{theirs.path} has trained biases, for which {layout.name} has no place: write accessory's form"
         )
     files = shards_like(merger.base, layout, out_args)
-    with new_folder(Path(destination)) as aside:
-        writer = Writer(aside, layout, out_args, held=merger.held, dtype=merger.dtype, files=files)
-        form = theirs if has_form(theirs.place) else own
-        # A template may stand in the tokenizer's own files.
-        tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
-        say_within(writer, tokenizer, name=Path(destination).name, form_of=form)
-        with showing("merging", writer.count, unit="tensors") as merging:
-            writer.fill(merger.merged, merging.advance)
-        write_beside(aside, layout, out_args, tokenizer, dtype=writer.most, form_of=form)
-        write_manifest(aside, writer.sums)
+    form = theirs if has_form(theirs.place) else own
+    # A template may stand in the tokenizer's own files.
+    tokenizer = next((one for one in (form, theirs, own) if one.has_tokenizer), own)
+    with (
+        new_checkpoint(
+            *(destination, layout, out_args, tokenizer),
+            held=merger.held,
+            dtype=merger.dtype,
+            files=files,
+            form_of=form,
+        ) as writer,
+        showing("merging", writer.count, unit="tensors") as merging,
+    ):
+        writer.fill(merger.merged, merging.advance)
     report = merger.report
     report.biases = peft is not None
     if report.untrained:

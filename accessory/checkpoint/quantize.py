@@ -1,5 +1,6 @@
 """A folder whose matrices are quantized, and which loads without the originals."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,9 @@ import torch
 
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import BASE, Source
-from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.quantizing import pieces
-from accessory.checkpoint.write import Writer, shards_like, write_beside
+from accessory.checkpoint.write import Writer, new_checkpoint, shards_like
 from accessory.config import ModelArgs, QuantArgs, QuantForm
-from accessory.files import new_folder
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
 from accessory.progress import showing
@@ -97,17 +96,17 @@ def quantize_checkpoint(
         matrix, _ = matrix_of(name)
         if matrix in weights.held:
             tensors.setdefault(matrix, []).append(name)
-    with new_folder(Path(destination)) as aside:
-        held = [name for names in tensors.values() for name in names]
-        writer = Writer(aside, BASE, args, held=held, dtype=lambda target: _dtype(target, weights), files=files)
-        with writer.all_open():
-            report = _fill(writer, tensors, weights, quant, calibration or {})
-        write_beside(aside, BASE, args, folder, dtype=writer.most)
-        write_manifest(aside)
+    held = [name for names in tensors.values() for name in names]
+    dtype = functools.partial(_dtype, weights)
+    with new_checkpoint(destination, BASE, args, folder, held=held, dtype=dtype, files=files) as writer:
+        every = range(len(writer.names))
+        writer.open(every)
+        report = _fill(writer, tensors, weights, quant, calibration or {})
+        writer.close(every)
     return report
 
 
-def _dtype(target: Source, weights: Weights) -> torch.dtype:
+def _dtype(weights: Weights, target: Source) -> torch.dtype:
     tensor = matrix_of(target.parameter)[1]
     return TENSOR_DTYPES[tensor] if tensor else weights.dtype_of(target)
 

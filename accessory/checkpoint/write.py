@@ -1,8 +1,10 @@
 """Writing checkpoints in any layout: skeletons of all files first, then their tensors, one part in memory at a time."""
 
 import dataclasses
+import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,11 +18,12 @@ from accessory.checkpoint.blocks import Coding, Stored, nbytes_of
 from accessory.checkpoint.containers import Wanted, create_tensors, lay_out
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import SPARSE, Layout, Source, load_args, parts_of
-from accessory.checkpoint.manifest import Sum, SummedFile
+from accessory.checkpoint.manifest import Sum, SummedFile, sum_of, write_manifest
 from accessory.config import PEFT_TYPES, ModelArgs
-from accessory.files import sync, write_json
+from accessory.files import new_folder, sync, write_json
 from accessory.parallel.box import Box
 from accessory.text.form_files import META_NAME, SETTINGS_KEY, copy_text, find_form, templates_of, write_ends
+from accessory.text.forms import Form
 from accessory.text.gguf import text_metadata, unlike, unsaid
 from accessory.text.tokenizer import Tokenizer
 
@@ -45,7 +48,7 @@ class Writer:
         ending: of the files' names, which decides what kind they are; None: the layout's usual one.
 
     Attributes:
-        sums: of the files that `fill` has written, by their names.
+        sums: of the files that are written, by their names.
     """
 
     def __init__(
@@ -60,63 +63,48 @@ class Writer:
         ending: str | None = None,
     ) -> None:
         self.folder, self.layout, self.args = folder, layout, args
-        self.metadata: Mapping[str, Any] | None = None  # of `say_within`
+        self.metadata: Mapping[str, Any] | None = None  # of GGUF, before the first file is written
         self.sums: dict[str, Sum] = {}
         held = frozenset(held)
         sources = [one for one in layout.sources(args, files or 1) if one.written and one.parameter in held]
-        dtypes = [layout.coded(source, dtype(source)) for source in sources]
+        codings = [layout.coded(source, dtype(source)) for source in sources]
         if layout.cut is None:
-            sources = _spread(sources, dtypes, math.inf if layout.one_file else LARGEST_FILE)
+            sources = _spread(sources, codings, math.inf if layout.one_file else LARGEST_FILE)
         files = files or 1 + max((source.file or 0 for source in sources), default=0)
-        self.sources: list[list[Source]] = [[] for _ in range(files)]
-        self._dtypes: dict[tuple[int, str], Coding] = {}
-        for source, own in zip(sources, dtypes, strict=True):
+        self.names = [layout.file_name(file, files, ending) for file in range(files)]
+        self._sources: list[list[Source]] = [[] for _ in self.names]
+        self._tensors: list[dict[str, Wanted]] = [{} for _ in self.names]
+        for source, coding in zip(sources, codings, strict=True):
             assert source.file is not None
-            self.sources[source.file].append(source)
-            self._dtypes[source.file, source.key] = own
-        self.names = [layout.file_name(file, len(self.sources), ending) for file in range(len(self.sources))]
+            self._sources[source.file].append(source)
+            self._tensors[source.file][self._key(source)] = source.shape, coding
         self._open: dict[int, dict[str, Stored]] = {}
-        self._parts = parts_of(source for own in self.sources for source in own)
+        self._parts = parts_of(sources)
+
+    def _key(self, source: Source) -> str:
+        return self.layout.prefix + source.key
 
     @property
     def count(self) -> int:
         """Of all tensors."""
-        return len(self._dtypes)
+        return sum(map(len, self._tensors))
 
     @property
     def most(self) -> Coding:
         """The dtype of most weights."""
-        sizes: dict[Coding, int] = {}
-        for file, sources in enumerate(self.sources):
-            for source in sources:
-                own = self._dtypes[file, source.key]
-                sizes[own] = sizes.get(own, 0) + Box.whole(source.shape).numel
-        return max(sizes, key=sizes.__getitem__)
+        sizes: Counter[Coding] = Counter()
+        for shape, coding in itertools.chain(*(own.values() for own in self._tensors)):
+            sizes[coding] += math.prod(shape)
+        return sizes.most_common(1)[0][0]
 
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(
-            nbytes_of(source.shape, self._dtypes[file, source.key])
-            for file, sources in enumerate(self.sources)
-            for source in sources
-        )
-
-    def open(self, *files: int) -> None:
-        """Write files' skeletons and map them.
+    def open(self, files: Iterable[int]) -> None:
+        """Write files' skeletons and map them, for `put`.
 
         Raises:
             OSError: the disk is full.
         """
         for file in files:
-            self._open[file] = create_tensors(self.folder / self.names[file], self._wanted(file), self.metadata)
-
-    @contextmanager
-    def all_open(self) -> Iterator[None]:
-        """Meanwhile every file is open; at the end they are on the disk."""
-        self.open(*range(len(self.names)))
-        yield
-        self.close(*range(len(self.names)))
+            self._open[file] = create_tensors(self.folder / self.names[file], self._tensors[file], self.metadata)
 
     def boxes(self, name: str) -> list[Box]:
         """The parts of a parameter that the files hold, each once."""
@@ -127,13 +115,18 @@ class Writer:
         for source, common in self._parts[name].within(box) if name in self._parts else ():
             assert source.file is not None
             if source.file in self._open:
-                source.write(self._stored(source), common, values[common.within(box)])
+                source.write(self._open[source.file][self._key(source)], common, values[common.within(box)])
 
-    def close(self, *files: int) -> None:
-        """Let go of files, and have them on the disk."""
+    def close(self, files: Sequence[int]) -> None:
+        """Let go of files that are filled, and have them on the disk; they are summed meanwhile."""
         for file in files:
             del self._open[file]
-            sync(self.folder / self.names[file])
+        paths = [self.folder / self.names[file] for file in files]
+        with ThreadPoolExecutor(1) as thread:
+            sums = thread.map(sum_of, paths)
+            for path in paths:
+                sync(path)
+            self.sums.update(zip((path.name for path in paths), sums, strict=True))
 
     def fill(
         self,
@@ -148,47 +141,123 @@ class Writer:
             read: the values of a part of a source's box.
             advance: is called after each tensor.
         """
-        with ThreadPoolExecutor(1) as thread:
-            for file, name in enumerate(self.names):
-                places = lay_out(self.folder / name, self._wanted(file), self.metadata)
-                with SummedFile(self.folder / name, thread) as written:
-                    self._fill_one(file, places, written, read, advance)
-                    self.sums[name] = written.finish()
-        self.write_index()
+        for name, sources, tensors in zip(self.names, self._sources, self._tensors, strict=True):
+            path = self.folder / name
+            places = lay_out(path, tensors, self.metadata)
+            in_order = sorted((places[self._key(source)], number) for number, source in enumerate(sources))
+            with SummedFile(path) as written:
+                for place, number in in_order:
+                    source = sources[number]
+                    coding, named = tensors[self._key(source)][1], f"{path}: {source.key}"
+                    written.keep(place)
+                    for part in source.pieces(AT_ONCE):
+                        written.write(source.encoded(part, read(source, part), coding, named))
+                    advance()
+                self.sums[name] = written.finish()
 
-    def _fill_one(
+    def write_beside(
         self,
-        file: int,
-        places: Mapping[str, int],
-        written: SummedFile,
-        read: Callable[[Source, Box], Tensor],
-        advance: Callable[[], None],
+        llama_type: str,
+        said: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+        form: Form | None = None,
+        *,
+        always: bool = False,
     ) -> None:
-        prefix, path = self.layout.prefix, self.folder / self.names[file]
-        for source in sorted(self.sources[file], key=lambda own: places[prefix + own.key]):
-            written.keep(places[prefix + source.key])
-            coding, named = self._dtypes[file, source.key], f"{path}: {source.key}"
-            for part in source.pieces(AT_ONCE):
-                written.write(source.encoded(part, read(source, part), coding, named))
-            advance()
+        """Write what lies beside the weights, but for the tokenizer: index, config, meta.json, manifest.
 
-    def write_index(self) -> None:
-        """Write which file holds which tensor, where the layout has that."""
-        if self.layout.index_name is None or len(self.sources) == 1:
-            return
-        weight_map = {source.key: self.names[file] for file, own in enumerate(self.sources) for source in own}
-        write_json(
-            self.folder / self.layout.index_name,
-            {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
+        Settings that the layout's own config cannot say stand in meta.json, which other programs do not read.
+
+        Args:
+            llama_type: of the model; meta.json adds that the layout is sparse, for which adapters have no name.
+            said: of the form in which the model is asked.
+            tokenizer: it tells where an answer ends, of layouts that say it; None: nothing does.
+            form: likewise; None: that of the folder.
+            always: meta.json is written even where it says nothing more.
+        """
+        folder, layout, args = self.folder, self.layout, self.args
+        if layout.index_name is not None and len(self.names) > 1:
+            weight_map = {key: name for name, own in zip(self.names, self._tensors, strict=True) for key in own}
+            size = sum(nbytes_of(*wanted) for own in self._tensors for wanted in own.values())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(folder / layout.index_name, index)
+        name = self.names[0]
+        if layout.config is not None:
+            dtype = self.most
+            assert isinstance(dtype, torch.dtype)
+            name, config = layout.config(args, dtype)
+            write_json(folder / name, config)
+        in_config = load_args([folder / name]).to_dict()
+        lost = {key: value for key, value in args.to_dict().items() if in_config.get(key) != value}
+        for_others = ", ".join(f"{key} {value}" for key, value in lost.items() if key not in HINTS)
+        if for_others:
+            logger.warning(
+                "%s cannot say %s, which other programs will not know: it stands in %s",
+                *(layout.shown, for_others, META_NAME),
+            )
+        meta = {**said, **({SETTINGS_KEY: lost} if lost else {})}
+        if meta or always or not layout.plain:
+            kind = llama_type.removesuffix("_sparse") + ("_sparse" if layout is SPARSE and args.peft is None else "")
+            write_json(folder / META_NAME, {"llama_type": kind, **meta})
+        if layout.says_ends and tokenizer is not None:
+            write_ends(tokenizer, form or find_form(tokenizer, [folder]), folder)
+        write_manifest(folder, self.sums)
+
+
+@contextmanager
+def new_checkpoint(
+    destination: str | Path,
+    layout: Layout,
+    args: ModelArgs,
+    source: Folder,
+    *,
+    held: Iterable[str],
+    dtype: Callable[[Source], Coding],
+    files: int | None = None,
+    ending: str | None = None,
+    form_of: Folder | None = None,
+    replaces: Callable[[Path], None] | None = None,
+) -> Iterator[Writer]:
+    """Give a `Writer` of a new folder; when its files are filled, what lies beside weights is written, and all renamed.
+
+    Args:
+        source: whose tokenizer it gets; where that has none, it is said.
+        held, dtype, files, ending: the Writer's.
+        form_of: whose form, in which it is asked; None: the source's.
+        replaces: as `new_folder` has it.
+
+    Raises:
+        ValueError, FileNotFoundError: the tokenizer cannot be read, of which the layout's files are to tell.
+        FileExistsError, OSError: as `new_folder`.
+    """
+    form_of = form_of or source
+    with new_folder(Path(destination), replaces=replaces) as aside:
+        writer = Writer(aside, layout, args, held=held, dtype=dtype, files=files, ending=ending)
+        found = Tokenizer.find(source.place)
+        tokenizer = Tokenizer(found) if found and (layout.says_ends or layout.metadata is not None) else None
+        if layout.metadata is not None:
+            templates = {own: text for own, (text, _) in templates_of(form_of.place).items()}
+            known = text_metadata(_of_llama(tokenizer, layout), templates, args.vocab_size)
+            writer.metadata = layout.metadata(args, writer.most, Path(destination).name) | known
+        yield writer
+        said = copy_text(source.place, aside, form_of=form_of.place)
+        if found is None:
+            logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
+        # With the form's templates, which may stand in its own files.
+        tokenizer = Tokenizer(aside) if layout.says_ends and found else None
+        writer.write_beside(PEFT_TYPES[0] if args.peft else "mistral", said, tokenizer)
+
+
+def _of_llama(tokenizer: Tokenizer | None, layout: Layout) -> Tokenizer | None:
+    """The tokenizer, if it is one that llama.cpp can be told of; else it is said that it is not."""
+    if tokenizer is not None and (reason := unsaid(tokenizer)):
+        logger.warning(
+            "%s %s, and %s is given no other: llama.cpp takes token ids alone", tokenizer.path, reason, layout.name
         )
-
-    def _wanted(self, file: int) -> dict[str, Wanted]:
-        assert self.layout.metadata is None or self.metadata, "say_within comes first"
-        return {self.layout.prefix + own.key: (own.shape, self._dtypes[file, own.key]) for own in self.sources[file]}
-
-    def _stored(self, source: Source) -> Stored:
-        assert source.file is not None
-        return self._open[source.file][self.layout.prefix + source.key]
+        return None
+    if tokenizer is not None and (more := unlike(tokenizer)):
+        logger.warning("%s %s, and llama.cpp does not", tokenizer.path, more)
+    return tokenizer
 
 
 def _spread(sources: Sequence[Source], dtypes: Sequence[Coding], largest: float) -> list[Source]:
@@ -222,102 +291,3 @@ def cut_out(parameters: Mapping[str, Tensor], layout: Layout, args: ModelArgs) -
             whole = Box.whole(tuple(parameter.shape))
             source.write(tensors[source.key], source.box, parameter[source.box.within(whole)])
     return tensors
-
-
-def write_beside(
-    folder: Path,
-    layout: Layout,
-    args: ModelArgs,
-    source: Folder,
-    *,
-    dtype: Coding,
-    form_of: Folder | None = None,
-) -> None:
-    """Write what lies beside a checkpoint's weights; says so where the source has no tokenizer.
-
-    Settings that the layout's own config cannot say stand in meta.json, which other programs do not read.
-
-    Args:
-        source: whose tokenizer it is.
-        dtype: of most weights.
-        form_of: whose form, in which it is asked; None: the source's.
-    """
-    said = copy_text(source.place, folder, form_of=(form_of or source).place)
-    if not source.has_tokenizer:
-        logger.warning("%s has no tokenizer: put tokenizer.model into the new folder before using it", source.path)
-    write_config(folder, layout, args, PEFT_TYPES[0] if args.peft else "mistral", said, dtype=dtype)
-    if layout.says_ends and source.has_tokenizer:
-        tokenizer = Tokenizer(folder)
-        write_ends(tokenizer, find_form(tokenizer, [folder]), folder)
-
-
-def say_within(writer: Writer, source: Folder, *, name: str, form_of: Folder | None = None) -> None:
-    """Have a writer's files say what those of other layouts have beside them, where its layout's do.
-
-    A tokenizer that the layout's files are to tell of is opened before any weight is written.
-
-    Args:
-        source: whose tokenizer it is.
-        name: of the model.
-        form_of: whose chat templates; None: the source's.
-
-    Raises:
-        ValueError, FileNotFoundError: the tokenizer cannot be read.
-    """
-    layout, args = writer.layout, writer.args
-    of_tokenizer = layout.says_ends or layout.metadata is not None
-    found = Tokenizer.find(source.place) if of_tokenizer else None
-    tokenizer = None if found is None else Tokenizer(found)
-    if layout.metadata is None:
-        return
-    if tokenizer is not None and (reason := unsaid(tokenizer)):
-        logger.warning(
-            "%s %s, and %s is given no other: llama.cpp takes token ids alone", tokenizer.path, reason, layout.name
-        )
-        tokenizer = None
-    if tokenizer is not None and (more := unlike(tokenizer)):
-        logger.warning("%s %s, and llama.cpp does not", tokenizer.path, more)
-    templates = {own: text for own, (text, _) in templates_of((form_of or source).place).items()}
-    writer.metadata = layout.metadata(args, writer.most, name) | text_metadata(tokenizer, templates, args.vocab_size)
-
-
-def write_config(
-    folder: Path,
-    layout: Layout,
-    args: ModelArgs,
-    llama_type: str,
-    said: Mapping[str, Any],
-    *,
-    dtype: Coding,
-    always: bool = False,
-) -> None:
-    """Write the sizes in the layout's own file, and meta.json with what that has no word for.
-
-    Args:
-        llama_type: of the model; meta.json adds that the layout is sparse, for which adapters have no name.
-        said: of the form in which the model is asked.
-        always: meta.json is written even where it says nothing more.
-    """
-    if layout.config is None:
-        name = layout.file_name(0, 1, None)
-    else:
-        assert isinstance(dtype, torch.dtype)
-        name, config = layout.config(args, dtype)
-        write_json(folder / name, config)
-    lost = settings_beside(args, folder / name)
-    for_others = {key: value for key, value in lost.items() if key not in HINTS}
-    if for_others:
-        logger.warning(
-            "%s cannot say %s, which other programs will not know: it stands in %s",
-            *(layout.shown, ", ".join(f"{key} {value}" for key, value in for_others.items()), META_NAME),
-        )
-    meta = {**said, **({SETTINGS_KEY: lost} if lost else {})}
-    if meta or always or not layout.plain:
-        kind = llama_type.removesuffix("_sparse") + ("_sparse" if layout is SPARSE and args.peft is None else "")
-        write_json(folder / META_NAME, {"llama_type": kind, **meta})
-
-
-def settings_beside(args: ModelArgs, config: Path) -> dict[str, Any]:
-    """The settings that a model has otherwise than its config says."""
-    said, own = load_args([config]).to_dict(), args.to_dict()
-    return {key: value for key, value in own.items() if said.get(key) != value}

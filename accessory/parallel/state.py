@@ -91,9 +91,8 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        outcomes: list[Any] = [None] * self.size
         failure = None if error is None else ([kind.__name__ for kind in type(error).__mro__], str(error))
-        dist.all_gather_object(outcomes, (failure, repr(request)), group=self.group)
+        outcomes = self.gathered((failure, repr(request)))
         for rank, (theirs, _) in enumerate(outcomes):
             if theirs is not None:
                 kinds, message = theirs
@@ -108,6 +107,13 @@ class Ranks:
                     "every rank of a model must make the same call with the same prompts and settings"
                 )
             )
+
+    def gathered(self, own: Result) -> list[Result]:
+        """What every rank gives, which must be picklable, by their ranks; collective over the group."""
+        found = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, own, group=self.group)
+        return found
 
     def first_ones(self, value: Result) -> Result:
         """The first rank's value, which must be picklable, on every rank; collective over the group."""

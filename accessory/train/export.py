@@ -4,6 +4,7 @@ File i of as many as there are model-parallel ranks is written by the first data
 Parameters are gathered one after another straight into the file, so that no rank holds more than one of others'.
 """
 
+import itertools
 import logging
 import re
 import shutil
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from accessory.checkpoint.base import numbers_of, router_names
-from accessory.checkpoint.companions import CONFIG_FILES
+from accessory.checkpoint.companions import COMPANIONS
 from accessory.checkpoint.folder import BASE_KEY
 from accessory.checkpoint.layouts import BASE, SPARSE, Layout, written_layout
-from accessory.checkpoint.write import Writer, write_config
-from accessory.files import by_umask, exchange, sync
+from accessory.checkpoint.write import Writer
+from accessory.files import put_in_place
 from accessory.model.meta import MetaModel
 from accessory.parallel.box import Box
 from accessory.parallel.plan import cut_axis, local_box, split_of
 from accessory.parallel.state import agreed, all_ranks, on_first
-from accessory.text.form_files import META_NAME, MORE_TEMPLATES, TEXT_NAMES, find_form, write_ends, write_text
+from accessory.text.form_files import META_NAME, MORE_TEMPLATES, write_text
 from accessory.text.forms import Form
 from accessory.train.options import FinetuneOptions
 from accessory.train.snapshot import reshard
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 _EPOCHS_END, _WITHIN_EPOCH = re.compile(r"epoch\d+"), re.compile(r"epoch\d+-iter\d+")
 BEST = "best"  # the model of the lowest held-out loss
 _ASIDE = re.compile(rf"\.(epoch\d+(-iter\d+)?|{BEST})\.(exporting|replaced|dropped)")
-_WRITTEN = frozenset({*CONFIG_FILES, META_NAME, MORE_TEMPLATES, *TEXT_NAMES})  # beside the weights
+_WRITTEN = COMPANIONS | {MORE_TEMPLATES}  # beside the weights
 _WEIGHTS = ("consolidated.*.pth", "consolidated.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -140,14 +141,15 @@ def export_checkpoint(
         kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
         files = None if layout.cut is None else state.mp_size
         writer = Writer(aside, layout, args, held=kept, dtype=lambda _: dtype, files=files)
-        # Each rank of the first data-parallel row writes every so many-th file: of shards its own.
+        # Each rank of the first data-parallel row writes, and sums, every so many-th file: of shards its own.
         own = range(state.mp_rank, len(writer.names), state.mp_size) if state.dp_rank == 0 else range(0)
-        agreed(everyone, lambda: writer.open(*own))
+        agreed(everyone, lambda: writer.open(own))
         with torch.no_grad():
             _fill(model, kept, writer, dtype=dtype)
             base = _base_of(model) if only_trainable and args.peft is not None else {}
-        agreed(everyone, lambda: writer.close(*own))
-        on_first(everyone, partial(_finish, model, form, folder, writer, dtype, base))
+        agreed(everyone, lambda: writer.close(own))
+        writer.sums = dict(itertools.chain(*(sums.items() for sums in everyone.gathered(writer.sums))))
+        on_first(everyone, partial(_finish, model, form, folder, writer, base))
     finally:
         if everyone.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -216,24 +218,8 @@ def _base_of(model: MetaModel) -> dict[str, Any]:
     return {BASE_KEY: numbers_of([own.full_tensor() if isinstance(own, DTensor) else own for own in routers])}
 
 
-def _finish(
-    model: MetaModel, form: Form | None, folder: Path, writer: Writer, dtype: torch.dtype, base: dict[str, Any]
-) -> None:
+def _finish(model: MetaModel, form: Form | None, folder: Path, writer: Writer, base: dict[str, Any]) -> None:
     """Write what lies beside the weights, then give the whole its name."""
-    aside, layout = writer.folder, writer.layout
-    writer.write_index()
-    # An adapter fits its base however that is quantized.
-    args = model.llma.args.replace(quant=None)
-    said = write_text(model.tokenizer, form, aside) | base
-    write_config(aside, layout, args, model.llama_type, said, dtype=dtype, always=True)
-    if layout.says_ends:
-        write_ends(model.tokenizer, form or find_form(model.tokenizer, [aside]), aside)
-    by_umask(aside)
-    for file in aside.rglob("*"):
-        sync(file)
-    sync(aside)
-    if folder.exists():
-        exchange(aside, folder)  # what was there lies aside now, and goes with it
-    else:
-        aside.rename(folder)
-    sync(folder.parent)
+    said = write_text(model.tokenizer, form, writer.folder) | base
+    writer.write_beside(model.llama_type, said, model.tokenizer, form, always=True)
+    put_in_place(writer.folder, folder)
