@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # How PyTorch begins to say it, of a GPU and of the host.
@@ -49,6 +49,12 @@ def shown(value: Any, *, most: int = 60) -> str:
     brief.maxstring = brief.maxother = brief.maxlong = 3 * most  # it cuts in the middle
     text = brief.repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def nearest(name: Any, known: Iterable[str], *, likeness: float = 0.6) -> str:

@@ -20,12 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import error_of
 
-from accessory.checkpoint.containers import create_tensors
+from accessory.checkpoint.containers import create_tensors, lay_out
 from accessory.checkpoint.convert import split
 from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.report import describe
-from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs, MoEArgs
 from accessory.files import HOST
 from accessory.model.meta import MetaModel
@@ -219,16 +218,16 @@ def test_split_fills_an_empty_destination(released, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_failure_in_the_middle_leaves_nothing(error, released, tmp_path, monkeypatch):
     seen: list[Path] = []
-    begin = Writer.open
 
-    def fail_at_third(writer: Writer, file: int) -> None:
-        begin(writer, file)
-        seen.append(writer.folder / writer.names[file])
+    def fail_at_third(path: Path, *what: Any) -> dict[str, int]:
+        places = lay_out(path, *what)
+        seen.append(path)
         assert seen[-1].stat().st_size > 0
         if len(seen) == 3:
             raise error("in the middle")
+        return places
 
-    monkeypatch.setattr(Writer, "open", fail_at_third)
+    monkeypatch.setattr("accessory.checkpoint.write.lay_out", fail_at_third)
     with pytest.raises(error):
         split(released[0], tmp_path / "out", mp=4)
     assert len(seen) == 3

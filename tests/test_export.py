@@ -14,6 +14,7 @@ from test_training import CLIP_GRAD, SCHEDULE, step_rows
 from torch import Tensor
 
 from accessory.checkpoint.containers import open_tensors
+from accessory.checkpoint.manifest import check_manifest
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
@@ -91,9 +92,11 @@ def assert_exported(results: list[Exported], output: Path, files: int, *, spread
         assert sorted(path.name for path in (output / name).iterdir()) == [
             "config.json",
             *shards,
+            "manifest.json",
             "meta.json",
             "tokenizer.model",
         ]
+        assert check_manifest(output / name) == files + 3
         whole = MetaModel.from_pretrained(output / name, max_seq_len=64, dtype=dtype, device="cpu")
         for parameter, value in whole.llma.named_parameters():
             assert torch.equal(value, results[0].weights[parameter].to(dtype)), parameter

@@ -108,7 +108,7 @@ def test_the_exported_folder_is_a_checkpoint(one_process, setting):
     folder = one_process / "epoch0-iter3"
     names = {path.name for path in folder.iterdir()}
     text = {"tokenizer.model", "chat_template.jinja"}
-    assert names == {"consolidated.00-of-01.model.pth", "config.json", "meta.json", *text}
+    assert names == {"consolidated.00-of-01.model.pth", "config.json", "meta.json", "manifest.json", *text}
     assert (folder / "tokenizer.model").read_bytes() == (setting.model / "tokenizer.model").read_bytes()
     form = {"name": "alpaca", "prompt_types": ["alpaca"]}
     assert json.loads((folder / "meta.json").read_text()) == {"llama_type": "mistral", "prompt_form": form}

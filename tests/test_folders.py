@@ -23,6 +23,7 @@ from ranks import RankPool, error_of
 from accessory.checkpoint.adapter_export import export_adapter
 from accessory.checkpoint.containers import save_archive
 from accessory.checkpoint.convert import split
+from accessory.checkpoint.manifest import check_manifest
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.config import QuantArgs
@@ -373,5 +374,7 @@ def test_all_that_is_written_has_one_mode(
     prepare_data.main(["evol-codealpaca", str(tmp_path / "raw.jsonl"), str(out / "prepared.json")])
     shutil.move(cache.folder / "cache", out / "cache")
     assert odd_modes(out, umask) == []
+    for folder in (run, *(out / name for name in ("peft", "split", "merged", "int8"))):
+        check_manifest(folder)
     assert (out / "peft" / "adapter_model.safetensors").exists()
     assert (out / "split" / "additional_chat_templates" / "rag.jinja").exists()

@@ -271,6 +271,7 @@ def test_the_exported_adapter_in_peft(norms: bool, folders: Folders, small_token
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "manifest.json",
     }
     theirs = PeftModel.from_pretrained(random_mixtral(3), str(tmp_path / "hf"))
     ours = logits([folders.base, source])

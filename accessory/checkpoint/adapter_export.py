@@ -16,7 +16,7 @@ from accessory.checkpoint.layouts.peft import FUSED_NAMES, is_updated, modules_o
 from accessory.checkpoint.manifest import write_manifest
 from accessory.checkpoint.write import Writer
 from accessory.config import ModelArgs, PeftArgs
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, first_of
 from accessory.files import new_folder, write_json
 from accessory.model.LLM import FAMILIES
 from accessory.parallel.box import Box
@@ -74,10 +74,9 @@ def _refuse_biases(weights: Weights) -> None:
     biases = (one for one in sources if split_of(one.parameter).adapter == "bias")
     biased = [one.key for one in biases if bool(weights.read(one.parameter, one.box).any())]
     if biased:
-        more = f" and {len(biased) - 1} more" if biased[1:] else ""
         raise ValueError(
-            f"{weights.folder.path}: {biased[0]}{more} is not zero, and Hugging Face's models have no place for it: "
-            "train with bias_tuning false, or merge the adapter and keep the format"
+            f"{weights.folder.path}: {first_of(biased, 1)} is not zero, and Hugging Face's models have no place for "
+            "it: train with bias_tuning false, or merge the adapter and keep the format"
         )
 
 

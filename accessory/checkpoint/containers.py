@@ -13,8 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,15 @@ def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"shard {file} does not exist: copy it again")
         if not file.is_file():
             raise CheckpointError(f"{file} is no plain file. Copy it again")
-    openers: dict[str, Callable[[Path], dict[str, Any]]] = {SAFETENSORS: _safetensors, SUFFIX: open_gguf}
-    content = openers[path.suffix](path) if path.suffix in openers else _archive(path, *more)
+    try:
+        content = _content(path, *more)
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
+    except Exception as error:  # damage can surface as almost any type
+        hint = f", with the {len(more)} files that go on with it" if more else ""
+        raise CheckpointError(_unreadable(path, error) + hint) from None
     if not content and path.suffix != SUFFIX:  # the first of a set may hold metadata alone
         raise CheckpointError(f"{path} holds no dictionary of tensors: copy it again, or save the weights alone")
     for key, value in content.items():
@@ -86,24 +92,22 @@ def open_tensors(path: Path, *more: Path) -> dict[str, Tensor]:
     return content
 
 
-def _archive(path: Path, *more: Path) -> dict[str, Any]:
-    try:
-        if more:
-            content = open_joined((path, *more))
-        else:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
-    except Exception as error:  # damage can surface as almost any type
-        hint = f", with the {len(more)} files that go on with it" if more else ""
-        raise CheckpointError(_unreadable(path, error) + hint) from None
+def _content(path: Path, *more: Path) -> dict[Any, Any]:
+    if path.suffix == SUFFIX:
+        return dict(open_gguf(path))
+    if path.suffix == SAFETENSORS:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    content = open_joined((path, *more)) if more else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     return dict(content) if isinstance(content, dict) else {}
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """One line on a file that torch.load refused, whose own message may be a page that recommends to trust it."""
+    """One line on a file that was refused; torch.load's own message may be a page that recommends to trust it."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
         if match := re.search(r"GLOBAL (\S+)", text):
@@ -121,25 +125,9 @@ def _unreadable(path: Path, error: Exception) -> str:
                 )
         text = "no zip archive"
     reason = first_line(text, otherwise=type(error).__name__)
-    return (
-        f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a PyTorch file ({reason}). Copy it again"
-    )
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read ({error.strerror}): change its permissions") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = first_line(str(error), otherwise=type(error).__name__)
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path} ({size:,} bytes) is damaged, truncated or no safetensors file ({reason}). Copy it again"
-        ) from None
+    no_such = {SAFETENSORS: "no safetensors", SUFFIX: "no GGUF"}.get(path.suffix, "not a PyTorch")
+    size = path.stat().st_size
+    return f"{path} ({size:,} bytes) is damaged, truncated or {no_such} file ({reason}). Copy it again"
 
 
 def lay_out(path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -150,22 +138,28 @@ def lay_out(path: Path, tensors: Mapping[str, Wanted], metadata: Mapping[str, An
 
     Args:
         path: a name that ends in .safetensors or .gguf, or any other for an archive.
-        metadata: of a file that is no archive.
+        metadata: of a GGUF file.
 
     Raises:
         OSError: the disk is full.
     """
     if path.suffix in (SAFETENSORS, SUFFIX):
-        if path.suffix == SUFFIX:
-            header, places = gguf_header(tensors, metadata or {})
-        else:
-            header, places = _header(tensors, metadata or {"format": "pt"})
-        with _named(path):
-            path.write_bytes(header)
+        header, places = gguf_header(tensors, metadata or {}) if path.suffix == SUFFIX else _header(tensors)
         places = {key: len(header) + place for key, place in places.items()}
+        size = len(header)
     else:
-        places = _archive_of_holes(path, tensors)
-    _fill_up(path, max([path.stat().st_size, *(place + nbytes_of(*tensors[key]) for key, place in places.items())]))
+        header, places = b"", _archive_of_holes(path, tensors)
+        size = path.stat().st_size
+    size = max([size, *(place + nbytes_of(*tensors[key]) for key, place in places.items())])
+    try:
+        if header:
+            path.write_bytes(header)
+        # All bytes at once: a store into a mapped hole on a full disk would kill the process.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        reason = f"{error.strerror} (it takes {size:,} bytes: free some, or choose another destination)"
+        raise OSError(error.errno, reason, str(path)) from None
     return places
 
 
@@ -211,10 +205,10 @@ def _plain(coding: Coding) -> torch.dtype:
     return coding
 
 
-def _header(tensors: Mapping[str, Wanted], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def _header(tensors: Mapping[str, Wanted]) -> tuple[bytes, dict[str, int]]:
     """A safetensors file's header, and where behind it each tensor begins: wide ones first, so that all are aligned."""
     places: dict[str, int] = {}
-    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for key in sorted(tensors, key=lambda key: (-tensors[key][1].itemsize, key)):
         shape, dtype = tensors[key]
@@ -224,26 +218,6 @@ def _header(tensors: Mapping[str, Wanted], metadata: Mapping[str, str]) -> tuple
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
     return len(text).to_bytes(8, "little") + text, places
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """The system's error of a write, which does not say of which file, says it and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"free space, or choose another destination ({error.strerror})"
-        raise OSError(f"{path} cannot be written: {reason}") from None
-
-
-def _fill_up(path: Path, size: int) -> None:
-    """Give a file all its bytes: a store into a mapped hole on a full disk would kill the process."""
-    with path.open("r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            reason = f"{error.strerror} (it takes {size:,} bytes: free some, or choose another destination)"
-            raise OSError(error.errno, reason, str(path)) from None
 
 
 def save_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:

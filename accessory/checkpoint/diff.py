@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import MISTRAL
-from accessory.checkpoint.merge_report import group_of
+from accessory.checkpoint.merge import group_of
 from accessory.checkpoint.write import AT_ONCE
 from accessory.config import ModelArgs
 from accessory.parallel.box import Box

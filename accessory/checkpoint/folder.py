@@ -19,7 +19,7 @@ from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, 
 from accessory.checkpoint.scaled import with_factors
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.config.checks import is_number
-from accessory.errors import CheckpointError
+from accessory.errors import CheckpointError, first_of
 from accessory.gguf_header import folder_of, set_of
 from accessory.parallel.box import Box
 from accessory.parallel.plan import is_adapter, matrix_of, other_factor, parameter_shapes, trains
@@ -513,11 +513,9 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.float().isfinite().all())  # of some 8-bit floats PyTorch does not ask it
 
 
-def some(keys: Iterable[str], limit: int = 3) -> str:
+def some(keys: Sequence[str]) -> str:
     """The first of several tensors, for a message."""
-    keys = list(keys)
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:limit])}{more}"
+    return f"tensor{'s' if len(keys) > 1 else ''} {first_of(keys)}"
 
 
 def _meta(path: Path) -> tuple[str | None, dict[str, Any], list[float] | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, some
-from accessory.checkpoint.quantizing import RowsOf, quantize_folder
+from accessory.checkpoint.quantize import RowsOf, quantize_folder
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.parallel.box import Box

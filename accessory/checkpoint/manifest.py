@@ -10,8 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ def check_manifest(folder: Path) -> int:
     return len(said)
 
 
-class SummedFile:
+class SummedFile(contextlib.ExitStack):
     """A file that has its size, filled from front to back: two threads write and sum it, beside the one that fills it.
 
     It is written past the system's cache where the file system can do that: a copy into the cache, its pages and their
@@ -75,26 +74,16 @@ class SummedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("r+b", buffering=0)
-        self._kept = path.open("rb")
-        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        super().__init__()
+        self._file = self.enter_context(path.open("r+b", buffering=0))
+        self._kept = self.enter_context(path.open("rb"))
+        self._summing, self._writing = (self.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         self._hash = hashlib.sha256()
         blocks = [mmap.mmap(-1, _BLOCK) for _ in range(_BLOCKS)]  # memory that begins with a page, as such writes want
         self._free = deque(torch.frombuffer(block, dtype=torch.uint8) for block in blocks)
         self._busy: deque[tuple[Tensor, Future[None], Future[None]]] = deque()
         self._end = 0
         self._set_direct(True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for thread in self._threads:
-            thread.shutdown(cancel_futures=True)
-        self._file.close()
-        self._kept.close()
 
     def keep(self, place: int) -> None:
         """What stands in the file before ``place`` stays."""
@@ -124,10 +113,10 @@ class SummedFile:
 
     def _send(self, count: int) -> None:
         if count:
-            block, (summing, writing) = self._free.popleft(), self._threads
+            block = self._free.popleft()
             data = block.numpy().data[:count]
-            write = writing.submit(self._put, data, self._end - count)
-            self._busy.append((block, summing.submit(self._hash.update, data), write))
+            write = self._writing.submit(self._put, data, self._end - count)
+            self._busy.append((block, self._summing.submit(self._hash.update, data), write))
 
     def _done(self) -> Tensor:
         block, *tasks = self._busy.popleft()

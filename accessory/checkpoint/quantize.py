@@ -1,28 +1,163 @@
-"""A folder whose matrices are quantized, and which loads without the originals."""
+"""Quantizing plain matrices, one of one expert after another: into a rank's weights while it reads them, or a folder.
+
+So the plain values of a model are never there at once. In int8 a whole row shares a scale; where its inputs are split
+over the ranks, they first measure their parts of the rows, then take the maxima of all, and only then quantize.
+
+Shape letters: R outputs, D inputs of this rank's slice of a matrix.
+"""
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import BASE, Source
-from accessory.checkpoint.quantizing import pieces
 from accessory.checkpoint.write import Writer, new_checkpoint, shards_like
 from accessory.config import ModelArgs, QuantArgs, QuantForm
+from accessory.errors import CheckpointError
 from accessory.parallel.box import Box
 from accessory.parallel.plan import matrix_of, parameter_shapes
 from accessory.progress import showing
 from accessory.quant import (
     TENSOR_DTYPES,
     InputMoments,
+    QuantizedWeight,
     quantize,
     quantize_calibrated,
+    row_maximum,
     shown_quantized,
+    weight_of,
 )
+
+
+class Piece(NamedTuple):
+    """One matrix (R, D) of a stacked parameter, or an unstacked one.
+
+    Attributes:
+        matrix: the parameter's name.
+        leading: its place along the leading axes of this rank's part.
+        box: its place in the whole parameter.
+    """
+
+    matrix: str
+    leading: tuple[int, ...]
+    box: Box
+
+    def of(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """This piece of the rank's weight, in the same memory."""
+        for place in self.leading:
+            weight = weight[place]
+        return weight
+
+    def read(self, weights: Weights) -> Tensor:
+        """Its plain values (R, D)."""
+        values: Tensor = weights.read(self.matrix, self.box).view(self.box.size[-2:])
+        return values
+
+    @contextmanager
+    def named(self, weights: Weights) -> Iterator[None]:
+        """What is wrong with the values is said with folder, matrix and the piece's place in it."""
+        try:
+            yield
+        except ValueError as error:
+            place = self.box.start[: len(self.leading)]
+            where = f"{self.matrix}, {place}" if place else self.matrix
+            raise CheckpointError(f"{weights.folder.path}: {where}: {error}") from None
+
+
+# A folder, by its number, and a matrix that it holds.
+RowsOf = tuple[int, Piece]
+
+
+def matrix_boxes(boxes: Mapping[str, Box], args: ModelArgs) -> dict[str, Box]:
+    """The part of each quantized matrix that the boxes of its tensors stand for, by the matrix's name."""
+    assert args.quant is not None
+    found = {}
+    for name, box in boxes.items():
+        matrix, tensor = matrix_of(name)
+        shared = args.quant.inputs.get(tensor)
+        if shared and tensor.endswith("_codes") and box.numel:
+            start, size = (*box.start[:-1], box.start[-1] * shared), (*box.size[:-1], box.size[-1] * shared)
+            found[matrix] = Box(start, size)
+    return found
+
+
+def pieces(matrix: str, box: Box) -> Iterator[Piece]:
+    """All matrices (R, D) of a rank's part of a parameter."""
+    leading = len(box.size) - 2
+    for index in itertools.product(*map(range, box.size[:leading])):
+        start = tuple(at + place for at, place in zip(box.start, index, strict=False))
+        yield Piece(matrix, index, Box((*start, *box.start[leading:]), (*(1,) * leading, *box.size[leading:])))
+
+
+def measure_rows(boxes: Mapping[str, Box], folders: Sequence[Folder], args: ModelArgs) -> dict[RowsOf, Tensor]:
+    """The largest magnitude in this rank's part of every row that it shares with others, (R,) float32; int8 alone.
+
+    Maxima over the model-parallel ranks, entry by entry, are what `quantize_folder` needs; keys and their order are
+    the same on all of them.
+    """
+    if args.quant is None or args.quant.type != "int8":
+        return {}
+    inputs = {name: shape[-1] for name, shape in parameter_shapes(args.replace(quant=None))}
+    shared = {name: box for name, box in matrix_boxes(boxes, args).items() if box.size[-1] < inputs[name]}
+    found: dict[RowsOf, Tensor] = {}
+    for number, folder in enumerate(folders if shared else ()):
+        if folder.load_quant() is not None:
+            continue
+        weights = folder.weights(args, partial=len(folders) > 1)
+        for piece in (piece for name, box in shared.items() for piece in pieces(name, box)):
+            if weights.holds(piece.matrix, piece.box):
+                found[number, piece] = row_maximum(piece.read(weights)).flatten()
+    return found
+
+
+def quantize_folder(
+    parameters: Mapping[str, Tensor],
+    boxes: Mapping[str, Box],
+    weights: Weights,
+    args: ModelArgs,
+    *,
+    number: int = 0,
+    row_maxima: Mapping[RowsOf, Tensor] | None = None,
+    show_progress: bool = False,
+) -> dict[str, int]:
+    """Quantize what a plain folder holds of a rank's quantized matrices into their parameters.
+
+    Args:
+        number: the folder's, in `measure_rows`.
+
+    Returns:
+        How many elements of each parameter were filled.
+
+    Raises:
+        CheckpointError: infinities or NaN in a matrix, by name.
+    """
+    filled: dict[str, int] = {}
+    matrices = matrix_boxes(boxes, args)
+    assert args.quant is not None
+    with showing("quantizing", len(matrices), unit="matrices", shown=show_progress) as quantizing:
+        for matrix, box in quantizing.over(matrices.items()):
+            tensors = {tensor: parameters[f"{matrix}.{tensor}"] for tensor in args.quant.inputs}
+            whole = weight_of(tensors)
+            for piece in pieces(matrix, box):
+                if not weights.holds(matrix, piece.box):
+                    continue
+                with piece.named(weights):
+                    values = piece.read(weights).to(whole.device)
+                    piece.of(whole).write(values, row_max=(row_maxima or {}).get((number, piece)))
+                share = math.prod(box.size[:-2])
+                for tensor, parameter in tensors.items():
+                    name = f"{matrix}.{tensor}"
+                    filled[name] = filled.get(name, 0) + parameter.numel() // share
+    return filled
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from accessory.checkpoint.folder import Folder, config_files
 from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import load_args
 from accessory.checkpoint.loader import load_parameters
-from accessory.checkpoint.quantizing import matrix_boxes, measure_rows
+from accessory.checkpoint.quantize import matrix_boxes, measure_rows
 from accessory.config import PEFT_TYPES, ModelArgs, QuantArgs
 from accessory.errors import unknown
 from accessory.model.factory import build_transformer

@@ -82,18 +82,7 @@ def _own_config(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any
 
 
 # Of params.json, as Mistral's releases have them.
-_PARAMS = [
-    "dim",
-    "n_layers",
-    "head_dim",
-    "hidden_dim",
-    "n_heads",
-    "n_kv_heads",
-    "norm_eps",
-    "vocab_size",
-    "rope_theta",
-    "moe",
-]
+_PARAMS = ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta"]
 
 
 def _params(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:

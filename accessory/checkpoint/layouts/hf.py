@@ -34,7 +34,7 @@ from accessory.checkpoint.layouts.rows import (
 from accessory.config import ModelArgs, read_json
 from accessory.config.checks import is_number
 from accessory.config.model import MOST_LAYERS
-from accessory.errors import CheckpointError, shown
+from accessory.errors import CheckpointError, first_of, shown
 from accessory.model.LLM import FAMILIES, family_of
 from accessory.model.LLM.family import Family
 
@@ -110,23 +110,11 @@ PASSED_OVER = frozenset(
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "is_decoder"),
-        *(
-            "pretraining_tp",
-            "tie_word_embeddings",
-            "tie_encoder_decoder",
-            "_attn_implementation",
-            "attn_implementation",
-        ),
+        *("pretraining_tp", "tie_word_embeddings", "tie_encoder_decoder", "_attn_implementation"),
+        *("attn_implementation", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+        *("quantization_config", "layer_types"),
         *("_experts_implementation", "experts_implementation", "is_llama_config", "transformers.js_config"),
         *("tokenizer_class", "torchscript", "pruned_heads", "prefix", "cross_attention_hidden_size", "unsloth_version"),
-        *(
-            "rope_theta",
-            "rope_scaling",
-            "rope_parameters",
-            "partial_rotary_factor",
-            "quantization_config",
-            "layer_types",
-        ),
     }
 )
 
@@ -349,8 +337,7 @@ def _weight_map(path: Path, names: Sequence[str]) -> Mapping[str, str]:
         raise CheckpointError(f"{path} names {shown(odd[0])}, which is no file beside it: copy it again")
     lacking = [name for name in files if name not in names]
     if lacking:
-        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-        raise CheckpointError(f"{path.parent} lacks {lacking[0]}{more}, which {path.name} names: copy the rest")
+        raise CheckpointError(f"{path.parent} lacks {first_of(lacking, 1)}, which {path.name} names: copy the rest")
     return named
 
 
