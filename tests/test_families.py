@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -26,6 +27,7 @@ from models import assembled, completions, load
 from ranks import RankPool, alike, assert_same, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -52,11 +54,13 @@ from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, all_ranks
 from accessory.serve.ranks import serve_on_ranks
 from accessory.serve.request import Engine
 from accessory.serve.web.experts import heatmap
+from accessory.train import checkpointer
 from accessory.train.build import build_for_training
+from accessory.train.checkpointer import Checkpointer
 from accessory.train.export import export_checkpoint
 from accessory.train.flops import flops_per_token
 from accessory.train.heatmap import draw
@@ -64,6 +68,7 @@ from accessory.train.metrics import expert_shares
 from accessory.train.optim import adamw
 from accessory.train.options import DataParallel
 from accessory.train.sharding import device_mesh
+from accessory.train.snapshot import tensors_of
 from accessory.train.trainer import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -665,6 +670,44 @@ def test_a_run_over_data_parallel_ranks_goes_on_over_model_parallel_ones(
     for key, value in theirs.items():
         assert not torch.equal(value, before[key]), key
         torch.testing.assert_close(ours[key], value, atol=2e-4, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def norms_on_rank(folder: Path, output: Path, mp_size: int, saves: bool) -> dict[str, Tensor]:
+    """Of each head's norms the weights and moments, after a step that is saved, or as a state gives them."""
+    state = ParallelState.init(mp_size, "cpu")
+    pretrained = Pretrained.resolve(folder, max_seq_len=128)
+    settings: Any = {"data_parallel": "fsdp", "compute_dtype": torch.float32}
+    llma = build_for_training(pretrained, state, device_mesh(state), **settings)
+    model = MetaModel(llma, pretrained.tokenizer).train()
+    optimizer = adamw(model.named_parameters(), lr=1e-2, weight_decay=0.0)
+    store = Checkpointer(output, state, all_ranks())
+
+    def of_heads() -> dict[str, Tensor]:
+        tensors = {name: own for name, own in tensors_of(model, optimizer).items() if "q_norm" in name}
+        return {name: own.full_tensor() if isinstance(own, DTensor) else own for name, own in tensors.items()}
+
+    def in_copies(*given: Any, **settings: Any) -> dict[str, Tensor]:
+        heads = {name: own.repeat(mp_size) for name, own in of_heads().items() if own.dim()}
+        return tensors_of(*given, **settings) | heads
+
+    if saves:
+        tokens = torch.randint(3, 384, (2, 9), generator=torch.Generator().manual_seed(2))
+        train_step(model, optimizer, [(tokens, tokens)], lr=1e-2, clip_grad=0)
+        with mock.patch.object(checkpointer, "tensors_of", in_copies):
+            store.save(model, optimizer, {}, "old", asynchronous=False)
+    else:
+        store.load(output / "old", model, optimizer)
+    return of_heads()
+
+
+def test_norms_that_were_saved_once_for_each_rank(made: Callable[[str], Made], ranks: Pools, tmp_path: Path) -> None:
+    """As earlier versions did with those that all heads share; they are one, at any number of ranks."""
+    folder = made("qwen3_moe").folder
+    saved = alike(ranks(2).run(norms_on_rank, folder, tmp_path, 2, True))
+    assert {tensor.shape for tensor in saved.values()} == {(QWEN3["head_dim"],), ()}
+    assert any(name.endswith("exp_avg") for name in saved)
+    for mp_size in (1, 2):
+        assert_same(alike(ranks(2).run(norms_on_rank, folder, tmp_path, mp_size, False)), saved)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe, with dense layers", "olmoe", "glm4_moe", "minimax_m2", "gpt_oss"])

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from accessory.config import ModelArgs, read_json
 from accessory.errors import CheckpointError, first_line, shown_bytes
@@ -202,8 +203,11 @@ class Checkpointer:
         # A rank that fails before the collectives of DCP must not leave the others in them.
         explained = in_one_line(f"{path} cannot be read", "resume from another one", CheckpointError)
         tensors = agreed(self.world, explained(partial(tensors_to_fill, path, model, optimizer)))
-        read = partial(dcp.load, tensors, checkpoint_id=path, process_group=self.world.group)
+        copied = agreed(self.world, explained(partial(saved_in_copies, path, tensors)))
+        read = partial(dcp.load, {**tensors, **copied}, checkpoint_id=path, process_group=self.world.group)
         agreed(self.world, explained(read))
+        for key, copies in copied.items():
+            fill_from_copies(tensors[key], copies)
         saved = {axis: record.get(axis, 1) for axis in self._sizes}  # those of before know no ep_size
         if saved == self._sizes:
             file = path / f"rng.{self.world.rank}.pt"
@@ -318,6 +322,27 @@ def tensors_to_fill(path: Path, model: MetaModel, optimizer: torch.optim.Optimiz
     prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
     # A frozen weight that the state leaves out stays as it was built.
     return tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
+
+
+def saved_in_copies(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tensors those that the checkpoint has several times, one copy behind the other, with room for all copies.
+
+    A norm that all heads share was saved so by earlier versions, once for each model-parallel rank.
+    """
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {}
+    for key, own in tensors.items():
+        size = getattr(stored.get(key), "size", own.shape)
+        if own.dim() == 1 and size != own.shape and len(size) == 1 and size[0] % len(own) == 0:
+            found[key] = torch.empty(size, dtype=own.dtype, device=own.device)
+    return found
+
+
+def fill_from_copies(own: Tensor, copies: Tensor) -> None:
+    """Fill a tensor with the first of several copies; collective over the ranks among which it is split."""
+    whole = copies[: len(own)]
+    with torch.no_grad():
+        own.copy_(distribute_tensor(whole, own.device_mesh, own.placements) if isinstance(own, DTensor) else whole)
 
 
 def in_thread(work: Callable[[], None]) -> "Future[None]":
