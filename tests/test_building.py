@@ -49,7 +49,7 @@ ODD = small_config(
     vocab_size=386,
     moe={"num_experts_per_tok": 2, "num_experts": 2},
 )
-LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 1), (3, 2)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (3, 2, 1), (4, 1, 2), (6, 1, 2)]
 KINDS = ("fsdp", "sdp", "ddp")
 
 
@@ -95,9 +95,11 @@ def build(pretrained: Pretrained, state: ParallelState, **settings: Any) -> Tran
     return build_for_training(pretrained, state, device_mesh(state), **settings)
 
 
-def compared_on_rank(folders: list[Path], mp_size: int, placement: str) -> tuple[list[dict[str, Tensor]], list[int]]:
+def compared_on_rank(
+    folders: list[Path], mp_size: int, placement: str, ep_size: int
+) -> tuple[list[dict[str, Tensor]], list[int]]:
     """Whole parameters as built in each way, and the sizes of this rank's pieces under FSDP."""
-    state = ParallelState.init(mp_size, "cpu")
+    state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = Pretrained.resolve(folders, max_seq_len=64)
     found, pieces = [], []
     for kind in KINDS:
@@ -119,13 +121,13 @@ def compared_on_rank(folders: list[Path], mp_size: int, placement: str) -> tuple
 
 
 @pytest.mark.parametrize("form", ["base", "sparse", "overlay"])
-@pytest.mark.parametrize(("dp_size", "mp_size"), LAYOUTS)
+@pytest.mark.parametrize(("dp_size", "mp_size", "ep_size"), LAYOUTS)
 def test_a_built_model_is_the_loaded_one_to_the_bit(
-    dp_size: int, mp_size: int, form: str, ranks: Any, cases: dict[str, Case]
+    dp_size: int, mp_size: int, ep_size: int, form: str, ranks: Any, cases: dict[str, Case]
 ) -> None:
     case = cases[form]
     for placement in placements_of(mp_size):
-        results = ranks(dp_size * mp_size).run(compared_on_rank, case.folders, mp_size, placement)
+        results = ranks(dp_size * mp_size).run(compared_on_rank, case.folders, mp_size, placement, ep_size)
         for weights in alike([found for found, _ in results]):
             ours = released_names(weights)
             assert ours.keys() == case.tensors.keys()
@@ -166,8 +168,10 @@ def untrained(config: Path, tokenizer: Path) -> Pretrained:
     return Pretrained.untrained(llama_config=config, tokenizer_path=tokenizer, max_seq_len=64)
 
 
-def initial_on_rank(config: Path, tokenizer: Path, mp_size: int, placement: str) -> list[dict[str, Tensor]]:
-    state = ParallelState.init(mp_size, "cpu")
+def initial_on_rank(
+    config: Path, tokenizer: Path, mp_size: int, placement: str, ep_size: int
+) -> list[dict[str, Tensor]]:
+    state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = untrained(config, tokenizer)
     found = [whole(build(pretrained, state, data_parallel=kind, expert_placement=placement, seed=9)) for kind in KINDS]
     # Weights before sharding, of a rank that holds its slices.
@@ -182,13 +186,14 @@ def config(cases: dict[str, Case]) -> Path:
     return cases["base"].folders[0] / "config.json"
 
 
-@pytest.mark.parametrize(("dp_size", "mp_size"), LAYOUTS)
+@pytest.mark.parametrize(("dp_size", "mp_size", "ep_size"), LAYOUTS)
 def test_initial_weights_do_not_depend_on_the_ranks(
-    dp_size: int, mp_size: int, ranks: Any, config: Path, tokenizer: Path
+    dp_size: int, mp_size: int, ep_size: int, ranks: Any, config: Path, tokenizer: Path
 ) -> None:
     expected = drawn(untrained(config, tokenizer).args, 9)
     for placement in placements_of(mp_size):
-        for weights in alike(ranks(dp_size * mp_size).run(initial_on_rank, config, tokenizer, mp_size, placement)):
+        where = (config, tokenizer, mp_size, placement, ep_size)
+        for weights in alike(ranks(dp_size * mp_size).run(initial_on_rank, *where)):
             assert weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 

@@ -22,6 +22,7 @@ from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.model.router import Routing
 from accessory.model.units import silu_gate
+from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState, Ranks
 from accessory.train import trainer
 from accessory.train.build import build_for_training
@@ -228,12 +229,20 @@ def gradients_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: i
         model = built(models[row.model], row, state)
         losses, _, _ = trainer._gradients(model, own_rows(state, BATCH.examples, BATCH.labels), None)
         gradients = {}
+        assert_parts(model, state.efsdp.size if row.data_parallel == "ddp" else 1)
         for name, own in model.llma.named_parameters():
             if own.requires_grad:
                 assert own.grad is not None, name
                 gradients[name] = own.grad.full_tensor()  # type: ignore[operator]
         found.append(Found(losses[:2], gradients if dist.get_rank() == 0 else {}))
     return found
+
+
+def assert_parts(model: MetaModel, copies: int) -> None:
+    """A rank holds its share of the experts, of which there are so many copies, and no more."""
+    for name, own in model.llma.named_parameters():
+        if name.endswith(("experts.w13", "experts.w2")):
+            assert local(own).numel() * dist.get_world_size() == own.numel() * copies
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ https://arxiv.org/abs/2006.16668), beside the dispatchers of dispatch.py and cal
     products    grouped ones, of what has arrived from all ranks
     combine     what the experts made travels back the same way, and each token's sum is made where the token is
 
+Another transport than torch's own would stand behind `exchange` and `exchange_counts`.
+
 No pair is dropped. All ranks of the group take part in every exchange, whether they have tokens or not. Where the
 model-parallel ranks hold different experts, each sends the pairs of its own, so that a pair travels once.
 
