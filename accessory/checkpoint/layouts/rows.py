@@ -224,7 +224,8 @@ class Source:
         if self.lies.axes == () and isinstance(coding, torch.dtype):
             return values.to(coding).contiguous().view(-1).view(torch.uint8)
         own = dataclasses.replace(self, box=part)
-        data = torch.empty(nbytes_of(own.shape, coding), dtype=torch.uint8)
+        # What a form has beside the values, as the other halves of fused updates, is zero.
+        data = torch.zeros(nbytes_of(own.shape, coding), dtype=torch.uint8)
         own.write(seen(name, data, own.shape, coding), part, values)
         return data
 
