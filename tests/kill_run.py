@@ -58,12 +58,14 @@ class KillRun:
     Args:
         kills: how many; a third of them, at least, inside a save.
         output: the run's folder.
+        ep_size: of its two ranks, those over which experts are spread.
     """
 
     setting: Setting
     output: Path
     kills: int
     seed: int
+    ep_size: int = 1
     done: list[Kill] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
 
@@ -76,6 +78,7 @@ class KillRun:
         return self.setting.arguments(
             output,
             batch_size=4,
+            expert_parallel_size=self.ep_size,
             epochs=1000,
             max_steps=self.steps,
             save_iteration_interval=INTERVAL,

@@ -1,6 +1,6 @@
 """kill -9 at random moments, saving included: nothing is lost but a few steps, and the end is the same to the bit.
 
-`make soak` runs it with more kills: SOAK_KILLS of them (30), at moments drawn by SOAK_SEED (0).
+`make soak` runs it with more kills, SOAK_KILLS of them (30), at moments drawn by SOAK_SEED (0); spread experts too.
 """
 
 import os
@@ -15,10 +15,10 @@ from ranks import RankPool
 Pools = Callable[[int], RankPool]
 
 
-def survive(kills: int, seed: int, ranks: Pools, tokenizer: Path, folder: Path) -> KillRun:
+def survive(kills: int, seed: int, ranks: Pools, tokenizer: Path, folder: Path, *, ep_size: int = 1) -> KillRun:
     # Large enough that a save takes a while.
     setting = make_setting(folder, tokenizer, dim=64, hidden_dim=64, n_layers=3)
-    run = KillRun(setting, folder / "killed", kills, seed)
+    run = KillRun(setting, folder / "killed", kills, seed, ep_size)
     whole = folder / "whole"
     ranks(2).run(finetune_on_rank, setting, run.arguments(whole), seconds=600)
     run.go()
@@ -33,10 +33,11 @@ def test_a_run_survives_kills(ranks: Pools, small_tokenizer: Path, tmp_path: Pat
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("ep_size", [1, 2])
 def test_a_run_survives_many_kills(
-    ranks: Pools, small_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ep_size: int, ranks: Pools, small_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills, seed = (int(os.environ.get(name, default)) for name, default in (("SOAK_KILLS", "30"), ("SOAK_SEED", "0")))
-    run = survive(kills, seed, ranks, small_tokenizer, tmp_path)
+    run = survive(kills, seed, ranks, small_tokenizer, tmp_path, ep_size=ep_size)
     with capsys.disabled():
         print(f"\n{run.summary()}")
