@@ -480,7 +480,7 @@ def test_refused_alike_on_every_rank(name, size, good, ranks, tmp_path):
 
 def late(setting: Setting, arguments: list[str]) -> tuple[str, str, bool]:
     """`outcome` of a run that fails when it has built its model."""
-    with mock.patch.object(finetune_module, "make_optimizer", side_effect=MemoryError("no memory")):
+    with mock.patch.object(finetune_module, "FinetuneLoop", side_effect=MemoryError("no memory")):
         return outcome(setting, arguments)
 
 

@@ -294,11 +294,11 @@ def test_contradictions_are_refused_alike_before_the_model(setting: Setting, ran
 _KILLED = """
 import os, signal, sys
 from unittest import mock
+from accessory import files
 from accessory.commands.finetune import train
 from accessory.data import cache
 from accessory.evaluation import measure
 from accessory.launch.launcher import Launch
-from accessory.train import export
 from accessory.train.options import finetune_parser
 
 moment, calls, *arguments = sys.argv[1:]
@@ -318,8 +318,8 @@ def deadly(act, *, before):
 place, name, before = {
     "tokens": (cache, "_finish", True),
     "pass": (measure, "_pass", False),
-    "before": (export, "exchange", True),
-    "after": (export, "exchange", False),
+    "before": (files, "exchange", True),
+    "after": (files, "exchange", False),
 }[moment]
 with mock.patch.object(place, name, deadly(getattr(place, name), before=before)):
     train(finetune_parser().parse_args(arguments), Launch.find())
