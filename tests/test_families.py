@@ -630,6 +630,37 @@ def test_peft_s_updates_of_fused_experts_load(
     torch.testing.assert_close(hf_logits(theirs, prompt), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "elsewhere"), [("glm4_moe", True), ("minimax_m2", True), ("gpt_oss", False)])
+def test_biases_that_balancing_has_moved(
+    name: str, elsewhere: bool, made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """They go with the adapter, and merged into whatever form knows them."""
+    own = made(name)
+    make_setting(tmp_path / "data", small_tokenizer, examples=16)
+    options = {**ADAPTED, "bias_update_rate": 0.02}
+    ranks(1).run(trained_on_rank, tmp_path / "data", own.folder, tmp_path / "run", options)
+    adapter, prompt = tmp_path / "run" / "epoch0", random_prompts(4, (15,))[0]
+    both = load([own.folder, adapter])
+    expected = both.compute_logits([prompt])[0]
+    before = {} if not elsewhere else dict(load(own.folder).llma.named_parameters())
+    for parameter, value in both.llma.named_parameters():
+        if parameter.endswith("correction_bias"):
+            moved = value - before.get(parameter, 0.0)
+            assert moved.any(), parameter
+            torch.testing.assert_close(moved * 50, (moved * 50).round(), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="has correction biases of its own"):
+        export_adapter(adapter, tmp_path / "peft")
+    if elsewhere:
+        merge(own.folder, adapter, tmp_path / "merged", to="hf")
+        merged = getattr(transformers, f"{CASES[name].classes}ForCausalLM").from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(hf_logits(merged, prompt), expected, atol=1e-4, rtol=1e-4)
+        return
+    with pytest.raises(ValueError, match=r"hf cannot say the routers' correction biases .* gpt_oss does not have"):
+        merge(own.folder, adapter, tmp_path / "merged", to="hf")
+    merge(own.folder, adapter, tmp_path / "merged")
+    torch.testing.assert_close(load(tmp_path / "merged").compute_logits([prompt])[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_no_gradient_reaches_is_after_training_what_it_was(
     made: Callable[[str], Made], small_tokenizer: Path, ranks: Pools, tmp_path: Path
 ) -> None:

@@ -123,6 +123,8 @@ def test_a_record_says_what_was_measured() -> None:
             "learned_per_s",
             "padding",
             "memory",
+            "max_vio",
+            "dead_experts",
         ),
         *("heaviest", "lightest", "experts"),
     ]
@@ -131,6 +133,8 @@ def test_a_record_says_what_was_measured() -> None:
     # The third layer has no tokens at all, as in a step of padding.
     assert record["heaviest"] == [[1, 0.625], [1, 0.5], [0, 0.0]]
     assert record["lightest"] == [[0, 0.125], [0, 0.0], [0, 0.0]]
+    # 5 where 2 is the mean, and 4 where 2 is; the second layer has two experts without tokens.
+    assert (record["max_vio"], record["dead_experts"]) == (pytest.approx((1.5 + 1.0) / 2), 2)
     assert expert_shares(pairs_LE).sum(-1).tolist() == [1, 1, 0]
 
 
@@ -187,6 +191,12 @@ def test_the_picture_shows_which_expert_has_more() -> None:
     reddish, bluish = colours(draw(torch.tensor([even] * LAYERS)))
     assert not reddish.any()
     assert not bluish.any()
+    # Beside numbers, which such a picture has no room for, a cross.
+    crossed = torch.full((40, 8), 1 / 7)
+    crossed[:, 3] = 0
+    plain = crossed.clone()
+    plain[:, 3] = 1e-9
+    assert draw(crossed) != draw(plain)
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 4), (32, 8), (64, 64)])

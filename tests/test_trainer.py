@@ -33,10 +33,17 @@ def folder(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def built(
-    folder: Path, mp_size: int, dtype: torch.dtype, data_parallel: Any = "fsdp", *, ep_size: int = 1
+    folder: Path,
+    mp_size: int,
+    dtype: torch.dtype,
+    data_parallel: Any = "fsdp",
+    *,
+    ep_size: int = 1,
+    corrections: bool = False,
 ) -> MetaModel:
     state = ParallelState.init(mp_size, "cpu", ep_size=ep_size)
     pretrained = Pretrained.resolve(folder, max_seq_len=64)
+    pretrained = pretrained.with_corrections() if corrections else pretrained
     llma = build_for_training(pretrained, state, device_mesh(state), data_parallel=data_parallel, compute_dtype=dtype)
     return MetaModel(llma, pretrained.tokenizer).train()
 
@@ -53,12 +60,20 @@ def copies(model: MetaModel) -> list[torch.Tensor]:
 
 def overflow_on_rank(folder: Path, mp_size: int, data_parallel: str, ep_size: int) -> list[Any]:
     """Steps at a loss scale that overflows, then at one that does not; then with weights that always overflow."""
-    model = built(folder, mp_size, torch.float16, data_parallel, ep_size=ep_size)
+    model = built(folder, mp_size, torch.float16, data_parallel, ep_size=ep_size, corrections=True)
     optimizer = adamw(model.named_parameters(), lr=1e-3, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before, found = copies(model), []
     for step in range(60):
-        result = train_step(model, optimizer, own_rows(model, step), lr=1e-3, clip_grad=1.0, scaler=scaler)
+        result = train_step(
+            model,
+            optimizer,
+            own_rows(model, step),
+            lr=1e-3,
+            clip_grad=1.0,
+            scaler=scaler,
+            bias_update_rate=0.01,
+        )
         unchanged = all(map(torch.equal, before, copies(model)))
         found.append((result.loss_scale, result.skipped, unchanged))
         if not result.skipped:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.checkpoint.companions import ADAPTER_CONFIG
 from accessory.checkpoint.folder import Folder, Weights, is_finite
-from accessory.checkpoint.layouts import BASE, PEFT, Source, own_key
+from accessory.checkpoint.layouts import BASE, HF, PEFT, Source, own_key
 from accessory.checkpoint.layouts.hf import MODULES
 from accessory.checkpoint.layouts.peft import FUSED_NAMES, is_updated, modules_of
 from accessory.checkpoint.manifest import write_manifest
@@ -44,6 +44,11 @@ def export_adapter(
     args = folder.with_vocabulary(folder.load_args(llama_config))
     if args.peft is None or args.peft.lora_rank < 1:
         raise ValueError(f"{folder.path} has no LoRA (its config has no lora_rank): there is nothing to export")
+    if args.owns_corrections or HF.unsaid(args):
+        raise ValueError(
+            f"{folder.path} has correction biases of its own (balance_tuning), for which peft has no place: merge it "
+            "and keep accessory's form, or train without --bias_update_rate"
+        )
     weights = folder.weights(args, partial=True)
     _refuse_biases(weights)
     norms = {name for name in weights.held if args.peft.norm_tuning and split_of(name).kind == "norm"}

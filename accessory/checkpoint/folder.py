@@ -22,7 +22,7 @@ from accessory.config.checks import is_number
 from accessory.errors import CheckpointError, first_of
 from accessory.gguf_header import folder_of, set_of
 from accessory.parallel.box import Box
-from accessory.parallel.plan import is_adapter, matrix_of, other_factor, parameter_shapes, trains
+from accessory.parallel.plan import changes, is_adapter, matrix_of, other_factor, parameter_shapes
 from accessory.quant import TENSOR_DTYPES, as_bits
 from accessory.text.form_files import META_NAME, SETTINGS_KEY
 from accessory.text.gguf import find_gguf
@@ -377,7 +377,8 @@ class Weights:
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds nothing but what finetuning with adapters trains."""
-        trained = {source.key for source in self._expected[0] if trains(source.parameter, self.args)}
+        own = (source for source in self._expected[0] if changes(source.parameter, self.args))
+        trained = {source.key for source in own}
         return self.args.peft is not None and self.folder.tensors(0, self.layout.strips).keys() <= trained
 
     @functools.cached_property

@@ -17,7 +17,7 @@ from accessory.checkpoint.write import new_checkpoint, shards_like
 from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
 from accessory.errors import CheckpointError, first_of
 from accessory.parallel.box import Box
-from accessory.parallel.plan import parameter_shapes, split_of, trains
+from accessory.parallel.plan import changes, is_moved, parameter_shapes, split_of
 from accessory.progress import showing
 from accessory.text.form_files import has_form
 
@@ -149,14 +149,16 @@ def merge(
     theirs = Folder(adapter)
     own = Folder(base)
     args, base_args = _args_of_both(theirs, own, llama_config)
-    layout = written_layout(to, base_args)
-    _check_pair(own, base_args, theirs, args)
+    whole_args = base_args.with_corrections() if args.owns_corrections else base_args
+    layout = written_layout(to, whole_args)
+    _check_pair(own, whole_args, theirs, args)
     check_base([own, theirs], args)
     assert args.peft is not None
     merger = _Merger(own.weights(base_args), theirs.weights(args, partial=True), args)
     merger.check_biases()
+    merger.check_corrections()
     peft = PeftArgs(bias_tuning=True) if merger.has_biases() else None
-    out_args = base_args.replace(peft=peft)
+    out_args = whole_args.replace(peft=peft)
     if peft is not None and layout.plain:
         raise ValueError(
             f"{theirs.path} has trained biases, for which {layout.name} has no place: write accessory's form"
@@ -245,6 +247,15 @@ class _Merger:
                 "bias_tuning is false, cannot have been trained on it: give the base that it was trained on"
             )
 
+    def check_corrections(self) -> None:
+        """See that the adapter has the correction biases that by its config are its own."""
+        own = [name for name, _ in parameter_shapes(self.args) if is_moved(name, self.args)]
+        lacking = next((name for name in own if name not in self.adapter.held), None)
+        if lacking is not None:
+            raise CheckpointError(
+                f"{self.adapter.folder.path} lacks {lacking}, which its balance_tuning says is its own: copy it again"
+            )
+
     def has_biases(self) -> bool:
         """Whether any bias is other than zero."""
         shapes = dict(parameter_shapes(self.args.replace(peft=PeftArgs(bias_tuning=True))))
@@ -269,7 +280,8 @@ class _Merger:
             value = before  # it has not moved: the run's export has rounded it
         else:
             change = value.float() - before.float()
-        value = value.to(before.dtype)
+        if not is_moved(name, self.args):  # what is float32 always is not rounded as the base has it
+            value = value.to(before.dtype)
         if change is not None and not is_finite(value):
             culprit = self.adapter if is_finite(before) else self.base
             raise CheckpointError(
@@ -291,8 +303,8 @@ class _Merger:
         return (second @ first).mul_(self.peft.scale_of(kind))
 
     def _replaces(self, name: str) -> bool:
-        """Whether the adapter has trained this parameter itself: a norm or a bias."""
-        return name in self.adapter.held and trains(name, self.args)
+        """Whether the adapter has trained this parameter itself, a norm or a bias, or balancing has moved it."""
+        return name in self.adapter.held and changes(name, self.args)
 
     def _stored(self, name: str, box: Box) -> Tensor:
         return (self.adapter if self._replaces(name) else self.base).read(name, box)

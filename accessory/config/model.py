@@ -31,7 +31,8 @@ class RouterArgs:
 
     Attributes:
         score: an expert's score: its probability among all, or the sigmoid of its own logit.
-        correction: a bias on the scores, for the choice alone (DeepSeek-V3, https://arxiv.org/abs/2412.19437).
+        correction: a bias on the scores, for the choice alone (DeepSeek-V3, https://arxiv.org/abs/2412.19437), which
+            some families have and balancing gives the others.
         groups: so many groups of neighbouring experts, of which the ``groups_chosen`` best are chosen from: those whose
             two best experts together score most.
         bias: the logits have a bias.
@@ -450,6 +451,22 @@ class ModelArgs:
         sizes = {name: getattr(self.moe, name) for name in ("num_experts", "num_experts_per_tok")}
         plain = self.attention == AttentionArgs() and self.moe == MoEArgs(**sizes)
         return plain and self.dense is None and self.rope is None
+
+    @property
+    def owns_corrections(self) -> bool:
+        """Whether the routers' correction biases are a training run's own, and not those of a base that stays."""
+        return self.moe.router.correction and (self.peft is None or self.peft.balance_tuning)
+
+    def with_corrections(self) -> Self:
+        """These arguments with routers whose correction biases balancing moves, softmax ones too."""
+        router = dataclasses.replace(self.moe.router, correction=True)
+        peft = None if self.peft is None else dataclasses.replace(self.peft, balance_tuning=True)
+        return self.replace(moe=dataclasses.replace(self.moe, router=router), peft=peft)
+
+    def without_corrections(self) -> Self:
+        """The same with routers that have none."""
+        router = dataclasses.replace(self.moe.router, correction=False)
+        return self.replace(moe=dataclasses.replace(self.moe, router=router))
 
     @property
     def rotary_dim(self) -> int:

@@ -34,6 +34,7 @@ class PeftArgs:
             feed-forward parts: the experts that are chosen, shared ones, and layers without experts.
         bias_tuning: every matrix of attention and experts gets a bias.
         norm_tuning: the norms train as well.
+        balance_tuning: balancing has moved the routers' correction biases, which therefore belong to the adapter.
     """
 
     lora_rank: int = -1
@@ -44,10 +45,11 @@ class PeftArgs:
     lora_targets: tuple[str, ...] = _DEFAULT_TARGETS
     bias_tuning: bool = True
     norm_tuning: bool = False
+    balance_tuning: bool = False
 
     def __post_init__(self) -> None:
         require_ints(self, positive_or_unset=("lora_rank",))
-        for name in ("rslora", "bias_tuning", "norm_tuning"):
+        for name in ("rslora", "bias_tuning", "norm_tuning", "balance_tuning"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -106,8 +108,7 @@ class PeftArgs:
             values["lora_ranks"] = _folded(self.lora_ranks)
         if self.lora_rank > 0 and self.lora_alpha != (None if self.lora_ranks else self.lora_rank):
             values["lora_alpha"] = self.lora_alpha
-        if self.rslora:
-            values["rslora"] = True
+        values |= {name: True for name in ("rslora", "balance_tuning") if getattr(self, name)}
         if self.lora_dropout:
             values["lora_dropout"] = self.lora_dropout
         if (targets := list(_folded(dict.fromkeys(self.lora_targets, 0)))) != list(_DEFAULT_TARGETS):

@@ -1,5 +1,6 @@
 """What from_pretrained is to load, worked out from folders and arguments before any weight is read."""
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from accessory.model.factory import build_transformer
 from accessory.model.lora import begin_adapters
 from accessory.model.transformer import Transformer
 from accessory.parallel.box import Box
-from accessory.parallel.plan import local_boxes, matrix_of
+from accessory.parallel.plan import local_boxes, matrix_of, split_of
 from accessory.parallel.state import ParallelState, Ranks, agreed
 from accessory.quant import shown_quantized
 from accessory.text.tokenizer import Tokenizer
@@ -43,12 +44,14 @@ class Pretrained:
     Attributes:
         folders: in the order in which they overlay one another.
         args: sizes, with the vocabulary and the context length settled, and how matrices are (to be) quantized.
+        begins_corrections: the routers' correction biases are in no folder, and begin at 0.
     """
 
     folders: tuple[Folder, ...]
     llama_type: str
     args: ModelArgs
     tokenizer: Tokenizer
+    begins_corrections: bool = False
 
     @classmethod
     def resolve(
@@ -120,6 +123,16 @@ class Pretrained:
         args = _settle(args, tokenizer, max_seq_len)
         return cls(folders=(), llama_type=llama_type, args=args, tokenizer=tokenizer)
 
+    def with_corrections(self) -> "Pretrained":
+        """The same with routers whose correction biases balancing moves."""
+        begins = self.begins_corrections or not self.args.moe.router.correction
+        return dataclasses.replace(self, args=self.args.with_corrections(), begins_corrections=begins)
+
+    @property
+    def stored_args(self) -> ModelArgs:
+        """The sizes of what the folders hold."""
+        return self.args.without_corrections() if self.begins_corrections else self.args
+
     @property
     def paths(self) -> list[Path]:
         """Where the folders lie; of a GGUF file that was named, this file."""
@@ -168,14 +181,17 @@ def fill_parameters(
 ) -> None:
     """Read a rank's parameters, as `load_parameters` does; adapters that no folder holds begin untrained.
 
-    Collective over ``everyone``, to whom an error on any rank is raised.
+    Correction biases that begin are left as they are. Collective over ``everyone``, to whom an error on any rank is
+    raised.
 
     Args:
         everyone: all ranks that load; None: those of ``state``.
         seed: of adapters that begin.
     """
-    folders, args = pretrained.folders, pretrained.args
+    folders, args = pretrained.folders, pretrained.stored_args
     everyone = everyone or state.mp
+    if pretrained.begins_corrections:
+        boxes = {name: box for name, box in boxes.items() if split_of(name).kind != "correction"}
     maxima = agreed(everyone, lambda: measure_rows(boxes, folders, args))
     if maxima and state.mp_group is not None:
         rows = torch.cat(list(maxima.values())).to(state.device)

@@ -3,6 +3,7 @@
 Shape letters: T tokens, D model width, E experts, K experts chosen for each token.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs, RouterArgs
+from accessory.log import say_once
 from accessory.model.balance import RouterStats
 from accessory.parallel.ops import local
 from accessory.parallel.state import Place
 from accessory.products import linear
+
+logger = logging.getLogger(__name__)
 
 
 class Routing(NamedTuple):
@@ -90,6 +94,8 @@ class Router(nn.Module):
         self.bias = place.parameter(args.moe.num_experts) if args.moe.router.bias else None
         self.correction_bias: nn.Parameter | None = None
         if args.moe.router.correction:
+            if args.moe.router.score == "softmax":
+                say_once(logger, logging.INFO, "routers with a correction bias choose in PyTorch: no kernel knows it")
             self.correction_bias = place._replace(dtype=torch.float32).parameter(args.moe.num_experts)
             self.correction_bias.requires_grad_(False)
 

@@ -261,6 +261,11 @@ def generic_name(name: str) -> str:
     return re.sub(r"\.\d+\.", ".N.", name)
 
 
+def layer_of(name: str) -> int:
+    """The layer of a parameter that lies in one."""
+    return int(name.split(".")[1])
+
+
 _TENSOR = re.compile(rf"(.+)\.((?:{'|'.join(QUANT_FORMS)})_\w+)")
 
 
@@ -304,6 +309,16 @@ def trains(name: str, args: ModelArgs) -> bool:
     if args.peft is None:
         return not matrix_of(name)[1] and row.kind != "correction"
     return bool(row.adapter) or (args.peft.norm_tuning and row.kind == "norm")
+
+
+def is_moved(name: str, args: ModelArgs) -> bool:
+    """Whether the parameter is a training run's own though no gradient reaches it: a bias that balancing moves."""
+    return args.owns_corrections and split_of(name).kind == "correction"
+
+
+def changes(name: str, args: ModelArgs) -> bool:
+    """Whether a training run may leave the parameter other than it was, by gradients or by balancing."""
+    return trains(name, args) or is_moved(name, args)
 
 
 def parts_of_layer(args: ModelArgs, layer: int) -> frozenset[Part]:

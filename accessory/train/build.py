@@ -12,6 +12,7 @@ from accessory.model.factory import build_transformer
 from accessory.model.pretrained import Pretrained, fill_parameters
 from accessory.model.transformer import Transformer
 from accessory.parallel.ops import local
+from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState, agreed, all_ranks
 from accessory.train.init import init_weights
 from accessory.train.options import DataParallel
@@ -41,7 +42,7 @@ def build_for_training(
         before_sharding: changes the model, whose parameters have no memory yet, for instance to recompute
             activations, or not to train some of them.
         seed: of the weights that no checkpoint gives.
-        fill: False leaves the weights to a training state that is loaded next.
+        fill: False leaves the weights to a training state that is loaded next, but for correction biases that begin.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: as `MetaModel.from_pretrained` and `shard_model`, on all
@@ -66,6 +67,9 @@ def build_for_training(
             before_sharding(llma)
         shard_model(llma, mesh, data_parallel=data_parallel, compute_dtype=compute_dtype)
         llma.to_empty(device=state.device)
+        for name, parameter in llma.named_parameters():
+            if pretrained.begins_corrections and split_of(name).kind == "correction":
+                local(parameter).zero_()
         return llma
 
     def give_weights() -> None:

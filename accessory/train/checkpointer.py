@@ -36,6 +36,7 @@ from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
     check_same_model,
     copied,
+    frozen_of,
     prime,
     restore_rng,
     rng_state,
@@ -177,6 +178,10 @@ class Checkpointer:
         """
         return on_first(self.world, partial(Shelf.locate, Path(path).absolute()))
 
+    def sizes(self, path: Path) -> ModelArgs:
+        """The model's sizes in a complete checkpoint; raises CheckpointError where it is not one."""
+        return agreed(self.world, partial(read_sizes, path), path.name)
+
     def check(self, path: Path, args: ModelArgs) -> dict[str, Any]:
         """See that a checkpoint is complete and of a model of these sizes; returns its record, with ``progress``.
 
@@ -305,23 +310,37 @@ def publish(shelf: Shelf, aside: Path, final: Path, record: dict[str, Any], *, k
     shelf.publish(aside, final, keep_last=keep_last)
 
 
-def read_record(path: Path, args: ModelArgs) -> dict[str, Any]:
-    """The record of a complete checkpoint of a model of these sizes; raises CheckpointError where it is not one."""
+def read_record(path: Path, args: ModelArgs | None = None) -> dict[str, Any]:
+    """The record of a complete checkpoint, of a model of these sizes; raises CheckpointError where it is not one."""
     reason = Shelf.incomplete(path)
     if reason:
         raise CheckpointError(f"{path} is no complete checkpoint ({reason}): resume from another one")
     content: dict[str, Any] = read_json(path / Shelf.INDEX)
-    check_same_model(path, content["args"], args)
+    if args is not None:
+        check_same_model(path, content["args"], args)
     return content
+
+
+def read_sizes(path: Path) -> ModelArgs:
+    """The sizes in `read_record`; raises CheckpointError where they are none that are known here."""
+    try:
+        return ModelArgs.from_dict(read_record(path)["args"])
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} holds the state of another model ({error}): resume from another one") from None
 
 
 def tensors_to_fill(path: Path, model: MetaModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of model and optimizer that the checkpoint has; a new optimizer is given its own first."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    frozen = {f"model.{name}" for name, own in model.named_parameters() if not own.requires_grad}
+    frozen = {f"model.{name}" for name in frozen_of(model)}
     prime(optimizer, empty=not any(key.startswith("optimizer.") for key in stored))
-    # A frozen weight that the state leaves out stays as it was built.
-    return tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
+    # A frozen weight that the state leaves out stays as it was built, and so do correction biases of which a run before
+    # --bias_update_rate knew nothing.
+    tensors = tensors_of(model, optimizer, without_frozen=not frozen <= stored.keys())
+    moved = {f"model.{name}" for name, own in model.named_parameters() if not own.requires_grad} - frozen
+    return {name: tensor for name, tensor in tensors.items() if name in stored or name not in moved}
 
 
 def saved_in_copies(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

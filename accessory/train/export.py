@@ -31,7 +31,7 @@ from accessory.parallel.state import agreed, all_ranks, on_first
 from accessory.text.form_files import META_NAME, MORE_TEMPLATES, write_text
 from accessory.text.forms import Form
 from accessory.train.options import FinetuneOptions
-from accessory.train.snapshot import reshard
+from accessory.train.snapshot import frozen_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ def export_checkpoint(
 
     Args:
         form: in which the model was trained, for all that ask it; None: nothing is said of it.
-        only_trainable: leave frozen weights out; such a folder overlays that of its base. Of a model that is
-            quantized they always stay out.
+        only_trainable: leave frozen weights out, but for correction biases that balancing moves; such a folder
+            overlays that of its base. Of a model that is quantized they always stay out.
         to: the layout, a key of `layouts.WRITTEN`; where that does not cut tensors, every rank has each whole in turn.
 
     Returns:
@@ -138,7 +138,8 @@ def export_checkpoint(
         on_first(everyone, partial(_prepare, folder, aside))
         args = model.llma.args.replace(quant=None)
         only_trainable = only_trainable or model.llma.args.quant is not None
-        kept = {name for name, own in model.llma.named_parameters() if own.requires_grad or not only_trainable}
+        frozen = {name.removeprefix("llma.") for name in frozen_of(model)} if only_trainable else set()
+        kept = {name for name, _ in model.llma.named_parameters()} - frozen
         files = None if layout.cut is None else state.mp_size
         writer = Writer(aside, layout, args, held=kept, dtype=lambda _: dtype, files=files)
         # Each rank of the first data-parallel row writes, and sums, every so many-th file: of shards its own.

@@ -100,7 +100,8 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         resumed = _state_to_resume(options, store)
         on_first(world, partial(_begin, options, output, resumed))
         # 2. All that can be wrong with model and data, before long work.
-        pretrained = agreed(world, lambda: _resolve(options, state))
+        saved = None if resumed is None else store.sizes(resumed)
+        pretrained = agreed(world, lambda: _resolve(options, state, saved))
         if resumed is None:
             agreed(world, lambda: _check_weights(pretrained))
         progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
@@ -182,8 +183,12 @@ def _state_to_resume(options: FinetuneOptions, store: Checkpointer) -> Path | No
     return found
 
 
-def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
-    """Checkpoint, sizes and tokenizer, with the options' weights of the losses."""
+def _resolve(options: FinetuneOptions, state: ParallelState, saved: ModelArgs | None) -> Pretrained:
+    """Checkpoint, sizes and tokenizer, with the options' weights of the losses.
+
+    Args:
+        saved: sizes of the model that is resumed; correction biases that it has stay, even where they move no more.
+    """
     settings: dict[str, Any] = {
         "llama_type": _llama_type(options),
         "llama_config": options.llama_config or None,
@@ -200,6 +205,8 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
         for name in ("load_balancing_weight", "z_loss_weight")
         if (value := getattr(options, name)) is not None
     }
+    if options.bias_update_rate or (saved is not None and saved.owns_corrections):
+        found = found.with_corrections()
     refuse_nothing_to_train(found.args)
     _refuse_parts(options, found.args)
     _refuse_rates(options, found.args)
@@ -210,9 +217,13 @@ def _resolve(options: FinetuneOptions, state: ParallelState) -> Pretrained:
 
 def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
     """Raise ValueError where the models of the run have no place in the form in which they are to be written."""
-    if not written_layout(options.export_form, args).plain:
-        return
     form = f"--export_form {options.export_form}"
+    try:
+        layout = written_layout(options.export_form, args)
+    except ValueError as error:  # it begins with the form's name
+        raise ValueError(f"--export_form {error}") from None
+    if not layout.plain:
+        return
     if args.peft is not None:
         raise ValueError(f"{form} takes whole models, and adapters are trained: leave it out, and merge afterwards")
     if args.quant is not None or options.only_save_trainable:
@@ -257,7 +268,7 @@ def _llama_type(options: FinetuneOptions) -> str | None:
 def _check_weights(pretrained: Pretrained) -> None:
     """See that the shards' names and shapes fit: they are read after the data are tokenised, which takes a while."""
     for folder in pretrained.folders:
-        weights = folder.weights(pretrained.args, partial=len(pretrained.folders) > 1)
+        weights = folder.weights(pretrained.stored_args, partial=len(pretrained.folders) > 1)
         for file in range(len(folder.files)):
             weights.tensors(file)
 

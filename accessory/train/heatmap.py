@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from accessory.train.metrics import max_violation, without_tokens
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
@@ -21,7 +23,8 @@ _NUMBERED_CELLS = 32 * 8
 def draw(shares_LE: Tensor, *, title: str = "Tokens of each expert") -> bytes:
     """Draw the shares as a PNG: a row for each layer, a column for each expert.
 
-    White is the even share, 1 / experts; red is more and blue is less. The row of a layer without pairs is grey.
+    White is the even share, 1 / experts; red is more and blue is less, and none at all is crossed out. The row of a
+    layer without pairs is grey. The title says MaxVio and how many experts got no token.
 
     Args:
         shares_LE: (layers, experts), each layer summing to 1; or zeros, where it has no experts.
@@ -44,7 +47,12 @@ def draw(shares_LE: Tensor, *, title: str = "Tokens of each expert") -> bytes:
     image = axes.imshow(
         np.ma.masked_array(percent_LE, empty_LE), cmap="RdBu_r", norm=scale, aspect="auto", interpolation="nearest"
     )
-    axes.set_title(f"{title}\n% of the layer's pairs, even at {even:.3g}", fontsize="medium")
+    dead_LE = without_tokens(shares_LE)
+    if dead_LE.any():
+        layers_N, experts_N = dead_LE.cpu().nonzero().T.tolist()
+        axes.scatter(experts_N, layers_N, marker="x", s=12, color="black", linewidths=0.8)
+    summary = f"MaxVio {max_violation(shares_LE):.3g}, {int(dead_LE.sum())} experts without tokens"
+    axes.set_title(f"{title}\n% of the layer's pairs, even at {even:.3g}\n{summary}", fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     for axis, count in ((axes.xaxis, experts), (axes.yaxis, layers)):

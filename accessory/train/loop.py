@@ -116,6 +116,10 @@ class FinetuneLoop:
         if self.scaler is not None and progress["scaler"] is not None:
             self.scaler.load_state_dict(progress["scaler"])
         logger.info("resuming %s after step %d", path, self.done)
+        before, now = progress.get("bias_update_rate", 0.0), self.options.bias_update_rate
+        if bool(before) != bool(now):
+            moves = "begin to move" if now else "stay as they are"
+            logger.info("--bias_update_rate is %g and was %g: the correction biases %s", now, before, moves)
         if not self.validation.resume(progress.get("validation")) and self.store.world.is_first:
             logger.warning("the held-out data are others than before: best loss and --early_stop begin anew")
         self._end_where_given_up()
@@ -177,7 +181,13 @@ class FinetuneLoop:
             collate([[self.data[index] for index in self.sampler.row(row)] for row in rows]) for rows in dealt
         ]
         result = train_step(
-            self.model, self.optimizer, micro_batches, lr=lr, clip_grad=self.options.clip_grad, scaler=self.scaler
+            self.model,
+            self.optimizer,
+            micro_batches,
+            lr=lr,
+            clip_grad=self.options.clip_grad,
+            scaler=self.scaler,
+            bias_update_rate=self.options.bias_update_rate,
         )
         self.done += 1
         self.step_of_epoch += 1
@@ -273,6 +283,7 @@ class FinetuneLoop:
             "form": None if self.form is None else self.form.digest,
             "validation": self.validation.state(),
             "optimizer": self.options.optimizer,
+            "bias_update_rate": self.options.bias_update_rate,
         }
         name = f"step-{self.done:08d}"
         self.store.save(self.model, self.optimizer, progress, name, asynchronous=asynchronous)

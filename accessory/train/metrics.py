@@ -62,18 +62,30 @@ class StepMetrics:
         """float64 (layers, experts) on the CPU: each expert's share of its layer's pairs."""
         return expert_shares(self.pairs_LE)
 
+    @property
+    def max_vio(self) -> float:
+        """`max_violation` of the step."""
+        return max_violation(self.shares())
+
+    @property
+    def dead_experts(self) -> int:
+        """`without_tokens` in the step, over all layers."""
+        return int(without_tokens(self.shares()).sum())
+
     def scalars(self) -> dict[str, float]:
         """The single numbers by name, without step and epoch; those that do not apply are left out."""
         speed = ("tokens_per_s", "learned_per_s", "padding", "memory")
-        names = ("loss", "balance_loss", "lr", "grad_norm", *speed, "z_loss", "mfu", "loss_scale")
+        experts = ("max_vio", "dead_experts")
+        names = ("loss", "balance_loss", "lr", "grad_norm", *speed, *experts, "z_loss", "mfu", "loss_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to_record(self) -> dict[str, Any]:
         """The step as a line of log.jsonl: valid JSON, in which a value that is not finite is null.
 
         Returns:
-            step, epoch, then `scalars`; heaviest and lightest, each a list over layers of [expert, share]; experts,
-            each one's share, mean over layers; and skipped, true, where the step was not taken.
+            step, epoch, then `scalars`, among them MaxVio and the number of experts without tokens; heaviest and
+            lightest, each a list over layers of [expert, share]; experts, each one's share, mean over layers; and
+            skipped, true, where the step was not taken.
         """
         numbers = {"epoch": self.epoch, **self.scalars()}
         shares_LE = self.shares()
@@ -93,6 +105,20 @@ def expert_shares(pairs_LE: Tensor) -> Tensor:
     """float64 (layers, experts) on the CPU, each layer summing to 1; all 0 in a layer without pairs."""
     pairs_LE = pairs_LE.detach().to("cpu", torch.float64)
     return pairs_LE / pairs_LE.sum(-1, keepdim=True).clamp(min=1)
+
+
+def max_violation(shares_LE: Tensor) -> float:
+    """MaxVio (Wang et al., 2024, https://arxiv.org/abs/2408.15664): largest load / mean load - 1, 0 where all are even.
+
+    Mean over the layers that have pairs; 0 where none has.
+    """
+    largest_L = shares_LE[shares_LE.any(-1)].amax(-1)
+    return float(largest_L.mean() * shares_LE.shape[-1] - 1) if len(largest_L) else 0.0
+
+
+def without_tokens(shares_LE: Tensor) -> Tensor:
+    """Bool (layers, experts): experts to which no token went, in layers that have pairs."""
+    return (shares_LE == 0) & shares_LE.any(-1, keepdim=True)
 
 
 def heaviest(shares_LE: Tensor) -> list[tuple[int, float]]:

@@ -174,6 +174,13 @@ class FinetuneOptions:
     clip_grad: float = _steps(1.0, "limit of the gradients' norm; 0 or less: off", least=-math.inf)
     load_balancing_weight: float | None = _steps(None, "in place of the config's", least=0)
     z_loss_weight: float | None = _steps(None, "weight of the router's z-loss, in place of the config's", least=0)
+    bias_update_rate: float = _steps(
+        0.0,
+        "balance without a loss: after each step an expert's bias in the choice rises by R where it had less than the "
+        "mean load, and else falls; 0: off (DeepSeek-V3 takes 0.001)",
+        least=0,
+        metavar="R",
+    )
     seed: int = _steps(0, "of the data order, of dropout and of new weights", least=0, most=_MOST_SEED)
 
     model_parallel_size: int = _parallel(1, "ranks that hold one model together", least=1)
@@ -318,7 +325,9 @@ class FinetuneOptions:
     @property
     def adapters(self) -> dict[str, Any]:
         """What is said of adapters, by the keys of config.json, over whose files it rules."""
-        names = [option.name for option in dataclasses.fields(PeftArgs)]
+        names = [
+            key.name for key in dataclasses.fields(PeftArgs) if hasattr(self, key.name)
+        ]  # others training alone says
         return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
     @property

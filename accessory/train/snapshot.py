@@ -1,6 +1,7 @@
 """What a training state consists of: tensors by name, the model's sizes, and the random generators."""
 
 import random
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
+from accessory.parallel.plan import is_moved
 
 # Settings of a run, which a resumed one may change.
 _FREE_ARGS = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight", "lora_dropout")
@@ -31,13 +33,21 @@ def tensors_of(
     """All tensors of a training state by the names of the checkpoint; they are the state's own."""
     reshard(model)
     tensors: dict[str, Tensor] = {}
+    frozen = frozen_of(model) if without_frozen else ()
     for name, parameter in model.named_parameters():
-        if without_frozen and not parameter.requires_grad:
+        if name in frozen:
             continue
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def frozen_of(model: MetaModel) -> Set[str]:
+    """The parameters that a run leaves as they are."""
+    args, prefix = model.llma.args, "llma."
+    named = model.named_parameters()
+    return {name for name, own in named if not (own.requires_grad or is_moved(name.removeprefix(prefix), args))}
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,6 +83,8 @@ def check_same_model(path: Path, saved: dict[str, Any], args: ModelArgs) -> None
         CheckpointError: names the folder and the fields that differ.
     """
     own = args.to_dict()
+    if args.owns_corrections:  # where the state has none they go on from what the run was built with
+        saved = ModelArgs.from_dict(saved).with_corrections().to_dict()
     keys = [key for key in (*own, *(saved.keys() - own.keys())) if key not in _FREE_ARGS]
     differing = [f"{key} {saved.get(key)} (here {own.get(key)})" for key in keys if saved.get(key) != own.get(key)]
     if differing:

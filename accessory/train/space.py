@@ -5,12 +5,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from accessory.errors import shown_bytes
+from accessory.model.meta import MetaModel
 from accessory.train.export import BEST
 from accessory.train.optim import OPTIMIZERS, states_of
 from accessory.train.options import FinetuneOptions
+from accessory.train.snapshot import frozen_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Plan:
     def of(
         cls,
         options: FinetuneOptions,
-        model: nn.Module,
+        model: MetaModel,
         output: Path,
         *,
         done: int,
@@ -70,12 +70,13 @@ class Plan:
             itemsize: bytes of a number in the exported models.
         """
         exported = saved = 0
+        frozen = frozen_of(model)
         quantized = any("_codes" in name for name, _ in model.named_parameters())
         for name, parameter in model.named_parameters():
-            trains = parameter.requires_grad
-            if trains or not (options.only_save_trainable or quantized):
+            trains, own = parameter.requires_grad, name not in frozen
+            if own or not (options.only_save_trainable or quantized):
                 exported += parameter.numel() * itemsize
-            if trains or not options.only_save_trainable:
+            if own or not options.only_save_trainable:
                 saved += parameter.numel() * parameter.element_size()
             kept = len(states_of(options.optimizer, name)) * OPTIMIZERS[options.optimizer].bytes if trains else 0
             saved += int(parameter.numel() * kept)

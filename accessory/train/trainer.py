@@ -8,7 +8,9 @@ from torch import Tensor
 
 from accessory.data.collate import Batch
 from accessory.model.meta import MetaModel
-from accessory.parallel.ops import reduce_from_region
+from accessory.model.transformer import Transformer
+from accessory.parallel.ops import local, reduce_from_region
+from accessory.parallel.plan import layer_of, split_of
 from accessory.train.optim import clip_gradients
 from accessory.train.precision import judge_step
 from accessory.train.sharding import set_last_backward
@@ -53,6 +55,7 @@ def train_step(
     lr: float,
     clip_grad: float,
     scaler: torch.amp.GradScaler | None = None,
+    bias_update_rate: float = 0.0,
 ) -> StepResult:
     """One optimizer step over all micro-batches of all data-parallel ranks.
 
@@ -64,6 +67,7 @@ def train_step(
         lr: learning rate; a group of the optimizer has ``rate`` times that.
         clip_grad: limit of the gradients' global norm; 0 or less: none.
         scaler: for float16; a step whose gradients overflow is skipped.
+        bias_update_rate: of `move_corrections`; 0: the routers' correction biases stay.
 
     Raises:
         FloatingPointError: loss or gradient are not finite (with a scaler: and its scale has fallen below 1); on
@@ -79,6 +83,8 @@ def train_step(
     taken = judge_step(scaler, loss, balance + (z_loss or 0.0), grad_norm)
     if taken:
         optimizer.step()
+        if bias_update_rate:
+            move_corrections(model.llma, pairs_LE, bias_update_rate)
     optimizer.zero_grad(set_to_none=True)
     args = model.llma.args
     tokens = round(pairs_LE[args.moe_layers[0]].sum().item() / args.moe.num_experts_per_tok)
@@ -94,6 +100,26 @@ def train_step(
         loss_scale=loss_scale,
         skipped=not taken,
     )
+
+
+@torch.no_grad()
+def move_corrections(llma: Transformer, pairs_LE: Tensor, rate: float) -> None:
+    """After a step, b_e += rate * sign(mean load - load_e) in each router: who had too little is chosen sooner.
+
+    Balance without a loss (Wang et al., 2024, https://arxiv.org/abs/2408.15664), as DeepSeek-V3 has it
+    (https://arxiv.org/abs/2412.19437).
+
+    Args:
+        pairs_LE: (layers, experts) of all data-parallel ranks and micro-batches.
+    """
+    state = llma.state
+    # Should a model-parallel rank choose otherwise, all must move alike. Pairs are whole numbers, and in float64 so are
+    # their sums: an even load moves nothing.
+    pairs_LE = reduce_from_region(pairs_LE.to(state.device, torch.float64), state.mp_group)
+    signs_LE = (pairs_LE.sum(-1, keepdim=True) - pairs_LE.shape[-1] * pairs_LE).sign().float()
+    for name, parameter in llma.named_parameters():
+        if split_of(name).kind == "correction":
+            local(parameter).add_(signs_LE[layer_of(name)], alpha=rate)
 
 
 def _gradients(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from accessory.checkpoint.layouts.layout import Found, Keys, Layout, numbered
+from accessory.checkpoint.layouts.layout import CORRECTIONS, Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import ALL, EACH, STACKED, STACKED_TRANSPOSED, Row, Source, for_all
 from accessory.config import ModelArgs
 from accessory.errors import CheckpointError
@@ -92,6 +92,13 @@ def _params(args: ModelArgs, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
     return "params.json", {name: values[name] for name in (*_PARAMS, "moe")} | window
 
 
+def _unsaid(args: ModelArgs) -> str:
+    """What params.json has no words for."""
+    if args.computes_as_mixtral:
+        return ""
+    return CORRECTIONS if args.without_corrections().computes_as_mixtral else f"what {args.family} computes"
+
+
 _WHOLE = [Row(row.pattern, own_name(row.pattern)) for row in TABLE if not row.pattern.startswith(EXPERTS)]
 _EXPERTS = [row for own in TABLE if own.pattern.startswith(EXPERTS) for row in _expert_rows(own.pattern)]
 _BESIDE = [row for row in _EXPERTS if row.parameter.removeprefix(EXPERTS) not in MATRICES]
@@ -125,7 +132,7 @@ MISTRAL = dataclasses.replace(
     rows=for_all([*_WHOLE, *_EXPERTS, _GATE, *_stacked_rows("block_sparse_moe", written=False)]),
     cut=None,
     plain=True,
-    unsaid=lambda args: "" if args.computes_as_mixtral else f"what {args.family} computes",
+    unsaid=_unsaid,
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
-from accessory.checkpoint.layouts.layout import BUFFERS, Found, Keys, Layout, numbered
+from accessory.checkpoint.layouts.layout import BUFFERS, CORRECTIONS, Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import (
     BY_TURNS,
     BY_TURNS_TRANSPOSED,
@@ -277,6 +277,12 @@ def _file_name(file: int, files: int, ending: str | None) -> str:
     return f"{stem}{own}" if files == 1 else f"{stem}-{file + 1:05d}-of-{files:05d}{own}"
 
 
+def unsaid(args: ModelArgs) -> str:
+    """What transformers has no tensor for; empty where it has all."""
+    lacks = args.moe.router.correction and "feed_forward.gate.correction_bias" not in FAMILIES[args.family].tensors
+    return f"{CORRECTIONS}, which {args.family} does not have there" if lacks else ""
+
+
 HF = Layout(
     name="hf",
     shown="Hugging Face's",
@@ -286,6 +292,7 @@ HF = Layout(
     index_name=INDEX_NAMES[0],
     config=config_of,
     plain=True,
+    unsaid=unsaid,
     says_ends=True,
 )
 # The output head is the embedding's matrix.

@@ -19,6 +19,9 @@ from accessory.parallel.plan import Placement, cut_widths, split_of
 # What some releases keep beside the weights, and follows from the sizes.
 BUFFERS = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|rope\.freqs)")
 
+# What balancing gives a model whose family has none.
+CORRECTIONS = "the routers' correction biases (moe.router.correction)"
+
 
 def coded(source: Source, wanted: Coding) -> Coding:
     """How a tensor is coded that is to have a dtype: as that, but for biases of routers, which are float32 always."""
