@@ -5,6 +5,8 @@ is there as well, with every rank of it holding the same. Of experts that are sp
 ranks hold the same, and FSDP has no part in them.
 """
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -91,14 +93,8 @@ def shard_model(
         return
     # Inputs are not cast: tokens begin in the compute dtype, and rotations stay float32 as in inference.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
-    alone = mesh.experts is not mesh.dense and "efsdp" not in _names(mesh.experts)
-    # A correction would be cast as well, and what is chosen by it is to be what inference chooses. Experts of which no
-    # rank has a copy are as parameters are where one data-parallel rank is all.
-    ignored = {
-        own
-        for name, own in model.named_parameters()
-        if split_of(name).kind == "correction" or (alone and split_of(name).per_expert)
-    }
+    ep_size = model.state.ep.size
+    ignored = {own for name, own in model.named_parameters() if unit_of(name, model.state.dp_size, ep_size) is None}
 
     def unit(module: nn.Module, over: DeviceMesh, *, reshards: bool) -> None:
         if data_parallel == "ddp":
@@ -125,6 +121,34 @@ def shard_model(
             # cannot do the division that a factor asks for unless it is a plain sum.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+class Unit(NamedTuple):
+    """Parameters that are gathered together, and their gradients summed.
+
+    Attributes:
+        module: by its name; "" is the model.
+        ranks: over which they lie, or of which each has them whole.
+    """
+
+    module: str
+    ranks: int
+
+
+def unit_of(name: str, dp_size: int, ep_size: int) -> Unit | None:
+    """The unit of a parameter in a model that is sharded over so many ranks; None: FSDP has no part in it.
+
+    A correction would be cast as well, and what is chosen by it is to be what inference chooses. Experts of which no
+    rank has a copy are as parameters are where one data-parallel rank is all.
+    """
+    row, efsdp_size = split_of(name), dp_size // ep_size
+    spread = row.per_expert and ep_size > 1
+    if dp_size == 1 or row.kind == "correction" or (spread and efsdp_size == 1):
+        return None
+    layer = re.match(r"layers\.\d+", name)
+    if layer is None:
+        return Unit("", dp_size)
+    return Unit(f"{layer[0]}.feed_forward.experts", efsdp_size) if spread else Unit(layer[0], dp_size)
 
 
 def set_last_backward(model: nn.Module, *, last: bool) -> None:
@@ -174,15 +198,25 @@ def _distribute(model: Transformer, mesh: Meshes) -> None:
 
 
 def _dp_axis(parameter: nn.Parameter, dp_size: int) -> int:
+    """`sharded_axis` of a parameter that lies on the inner axes."""
+    assert isinstance(parameter, DTensor)
+    taken = [kind.dim for kind in parameter.placements if isinstance(kind, Shard)]
+    return sharded_axis(tuple(parameter.shape), taken, dp_size, packed=not parameter.is_floating_point())
+
+
+def sharded_axis(shape: tuple[int, ...], taken: Sequence[int], dp_size: int, *, packed: bool) -> int:
     """Where FSDP cuts: axis 0, or the longest axis, that the plan leaves whole and the data-parallel ranks divide.
 
     By default FSDP cuts axis 0. Of stacked experts a rank may hold fewer than there are data-parallel ranks, and
     the last of these would then hold nothing. Axis 0 is the only one that it cuts unevenly.
+
+    Args:
+        shape: of the whole parameter.
+        taken: axes that the plan cuts.
+        packed: it is a tensor of a quantized weight: the order of its last axis is its own, and all of the weight's are
+            to be cut alike.
     """
-    assert isinstance(parameter, DTensor)
-    # Integers are tensors of a quantized weight: the order of their last axis is its own, and all are to be cut alike.
-    shape = parameter.shape if parameter.is_floating_point() else parameter.shape[:-1]
-    taken = [kind.dim for kind in parameter.placements if isinstance(kind, Shard)]
-    free = [axis for axis, size in enumerate(shape) if axis not in taken and size % dp_size == 0]
+    kept = shape[:-1] if packed else shape
+    free = [axis for axis, size in enumerate(kept) if axis not in taken and size % dp_size == 0]
     # Pieces along axis 0 are sent as they lie; along any other, FSDP copies them together.
-    return 0 if 0 in free else max(free, key=lambda axis: parameter.shape[axis], default=0)
+    return 0 if 0 in free else max(free, key=lambda axis: shape[axis], default=0)

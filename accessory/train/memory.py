@@ -1,0 +1,245 @@
+"""Memory of the fullest rank in training, by part, before anything is built.
+
+Sizes of a rank's parameters are those of the plan's rows, cut along the first axis as `train.sharding` cuts them; what
+layers keep and need is traced on the layers themselves (`train.trace`). What FSDP does around them (which copies it
+gathers and when it lets go of them) is followed through a step here, moment by moment.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from accessory.config import ModelArgs
+from accessory.parallel.plan import Placement, local_box, matrix_of, parameter_shapes, split_of, trains
+from accessory.quant import TENSOR_DTYPES
+from accessory.train.optim import states_of
+from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
+from accessory.train.precision import COMPUTE_DTYPES
+from accessory.train.sharding import Unit, sharded_axis, unit_of
+from accessory.train.trace import Pass, trace
+
+_FLOAT = 4  # bytes of float32, in which everything trains and gradients are summed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a training run is spread, and what a rank does in a micro-batch.
+
+    Attributes:
+        rows, length: of a micro-batch of one rank.
+        accum: micro-batches of a step.
+    """
+
+    dp_size: int = 1
+    mp_size: int = 1
+    ep_size: int = 1
+    placement: Placement = "expert"
+    data_parallel: DataParallel = "sdp"
+    policy: RecomputePolicy = "none"
+    precision: Precision = "bf16"
+    optimizer: OptimizerName = "adamw"
+    rows: int = 4
+    length: int = 1024
+    accum: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPES[self.precision]
+
+
+class Memory(NamedTuple):
+    """Bytes at the fullest moment of a rank; together they are what it then has.
+
+    Attributes:
+        weights, gradients, optimizer: what the rank keeps of them.
+        activations: of the passes, and what their operations need besides.
+        exchange: whole copies of sharded parameters and of their gradients, and the buffers of these.
+        cache: of keys and values, in serving.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int = 0
+    exchange: int = 0
+    cache: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Held(NamedTuple):
+    """What the first rank holds of a parameter.
+
+    Attributes:
+        numel: elements of its shard.
+        gathered: elements of its part along ep and mp, which a unit gathers.
+        itemsize, gathered_itemsize: bytes of an element of the one and the other.
+        trains: whether it has a gradient.
+        unit: None: FSDP has no part in it.
+        across: the unit's pieces do not lie one behind another, and are copied together.
+    """
+
+    name: str
+    numel: int
+    gathered: int
+    itemsize: int
+    gathered_itemsize: int
+    trains: bool
+    unit: Unit | None
+    across: bool
+
+
+def held(args: ModelArgs, layout: Layout) -> Iterator[Held]:
+    """Every parameter of a training model on the first rank, which holds no less of any than another one."""
+    dtype = layout.dtype
+    for name, shape in parameter_shapes(args):
+        box = local_box(
+            name, shape, args, placement=layout.placement, rank=0, size=layout.mp_size, ep_size=layout.ep_size
+        )
+        own, unit, axis = trains(name, args), unit_of(name, layout.dp_size, layout.ep_size), 0
+        packed = TENSOR_DTYPES.get(matrix_of(name)[1])
+        frozen = dtype if packed is None else packed
+        shard = box
+        if unit is not None and layout.data_parallel != "ddp":
+            ranks = {"ep": layout.ep_size, "mp": layout.mp_size}
+            taken = [cut.axis for cut in split_of(name).cuts[layout.placement] if ranks[cut.mesh] > 1]
+            integers = packed is not None and not packed.is_floating_point
+            axis = sharded_axis(shape, taken, unit.ranks, packed=integers)
+            shard = box.chunk(axis, rank=0, size=unit.ranks)
+        itemsize = _FLOAT if own or split_of(name).kind == "correction" else frozen.itemsize
+        yield Held(
+            name, shard.numel, box.numel, itemsize, dtype.itemsize if own else frozen.itemsize, own, unit, axis > 0
+        )
+
+
+def state_bytes(args: ModelArgs, layout: Layout) -> Memory:
+    """Weights, gradients and optimizer alone, without which no run can do."""
+    weights = gradients = optimizer = 0
+    for own in held(args, layout):
+        weights += own.numel * own.itemsize
+        if own.trains:
+            gradients += own.numel * _FLOAT
+            optimizer += own.numel * _FLOAT * len(states_of(layout.optimizer, own.name))
+    return Memory(weights, gradients, optimizer)
+
+
+@dataclass
+class _Units:
+    """Of a layer, or of what is around the layers: sums over its units.
+
+    Attributes:
+        whole: bytes that they gather.
+        flat: of the largest one, as it arrives; 0 where each rank has its parameters whole.
+        across: bytes of the largest one that are copied once more.
+        whole_gradients: bytes of the gathered parameters' gradients.
+        reduced: of the largest one the gradients in float32, which are summed.
+        shards: gradients that stay.
+    """
+
+    whole: int = 0
+    flat: int = 0
+    across: int = 0
+    whole_gradients: int = 0
+    reduced: int = 0
+    shards: int = 0
+
+
+def _units(args: ModelArgs, layout: Layout) -> dict[int | None, _Units]:
+    """By layer; None: around the layers."""
+    found: dict[int | None, dict[str, _Units]] = {None: {}, **{layer: {} for layer in range(args.n_layers)}}
+    sharded = layout.data_parallel != "ddp"
+    for own in held(args, layout):
+        layer = int(own.name.split(".")[1]) if own.name.startswith("layers.") else None
+        unit = found[layer].setdefault("" if own.unit is None else own.unit.module or "model", _Units())
+        unit.shards += own.numel * _FLOAT if own.trains else 0
+        if own.unit is None:
+            continue
+        size = own.gathered * own.gathered_itemsize
+        unit.whole += size
+        unit.flat += size if sharded else 0
+        unit.across += size if own.across else 0
+        if own.trains:
+            unit.whole_gradients += size
+            unit.reduced += own.gathered * _FLOAT
+    return {layer: _together(list(units.values())) for layer, units in found.items()}
+
+
+def _together(units: list[_Units]) -> _Units:
+    return _Units(
+        whole=sum(unit.whole for unit in units),
+        flat=max((unit.flat for unit in units), default=0),
+        across=max((unit.across for unit in units), default=0),
+        whole_gradients=sum(unit.whole_gradients for unit in units),
+        reduced=max((unit.reduced for unit in units), default=0),
+        shards=sum(unit.shards for unit in units),
+    )
+
+
+class _Moment(NamedTuple):
+    """Bytes that are there at once beside weights and optimizer."""
+
+    gradients: int
+    activations: int
+    exchange: int
+
+
+def training_memory(args: ModelArgs, layout: Layout) -> Memory:
+    """Of the fullest rank at its fullest moment, with even experts, from the second step on."""
+    state = state_bytes(args, layout)
+    fullest = max(_moments(args, layout, state.gradients), key=sum)
+    return Memory(state.weights, fullest.gradients, state.optimizer, fullest.activations, fullest.exchange)
+
+
+def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_Moment]:
+    units = _units(args, layout)
+    around = units[None]
+    layers = [units[layer] for layer in range(args.n_layers)]
+    alone = unit_of("layers.0.feed_forward.experts.w13", layout.dp_size, layout.ep_size) is None
+    weight_dtype = torch.float32 if layout.dp_size == 1 else layout.dtype
+    traced, head = trace(
+        Pass(
+            args=args,
+            mp_size=layout.mp_size,
+            dp_size=layout.dp_size,
+            ep_size=layout.ep_size,
+            placement=layout.placement,
+            policy=layout.policy,
+            dtype=layout.dtype,
+            weight_dtype=weight_dtype,
+            expert_dtype=torch.float32 if alone else layout.dtype,
+            rows=layout.rows,
+            length=layout.length,
+        )
+    )
+    before = all_gradients if layout.accum > 1 else 0
+    kept = layout.rows * layout.length * args.dim * layout.dtype.itemsize  # the embedded tokens
+    keeps = layout.data_parallel != "fsdp"
+    gathered, last = around.whole, around.flat
+    for own, units_of_layer in zip(traced, layers, strict=True):
+        now = gathered + units_of_layer.whole + units_of_layer.flat
+        yield _Moment(before, kept, now + max(last, units_of_layer.across))
+        yield _Moment(before, kept + own.forward, now)
+        kept += own.kept
+        gathered += units_of_layer.whole if keeps else 0
+        last = units_of_layer.flat
+    yield _Moment(before, kept + head.forward, gathered + last)
+    kept += head.kept
+    yield _Moment(before, kept + head.backward, gathered)
+    kept -= head.kept
+    # Gradients of what is around the layers wait for the last of them, the embedding's, which is as large as the head's.
+    waiting, done, reduced = around.whole_gradients // 2, before, 0
+    for number in reversed(range(args.n_layers)):
+        own, units_of_layer = traced[number], layers[number]
+        ahead = 0 if keeps or number == 0 else layers[number - 1].flat
+        here = 0 if keeps else units_of_layer.whole
+        yield _Moment(done, kept + own.backward, gathered + here + ahead + waiting + reduced)
+        kept -= own.kept
+        gathered -= units_of_layer.whole if keeps else 0
+        done, reduced = min(all_gradients, done + units_of_layer.shards), units_of_layer.reduced
+        yield _Moment(done, kept, gathered + ahead + waiting + units_of_layer.whole_gradients + reduced)
+    yield _Moment(all_gradients, kept, around.whole_gradients + around.reduced)
+    yield _Moment(all_gradients, 0, 0)  # the optimizer's step

@@ -1,0 +1,259 @@
+"""What a block of a model keeps and needs besides in training, found by running it on tensors without memory.
+
+The very modules of the model run, forward and backward, on the meta device, and every tensor that an operation makes is
+followed from its birth to its end. So no formula restates what a layer keeps: a layer that keeps more is seen to.
+
+Numbers that a pass asks for (which experts, how many rows) are real, small and as even as can be.
+
+Shape letters: T tokens of a micro-batch, D model width.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _register_process_group
+from torch.distributed.distributed_c10d import GroupName
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from accessory.config import ModelArgs
+from accessory.model.attention import CausalRows
+from accessory.model.cross_entropy import cross_entropy
+from accessory.model.factory import build_transformer
+from accessory.model.transformer import Transformer
+from accessory.parallel.plan import Placement, parts_of_layer, split_of
+from accessory.parallel.state import ParallelState, Ranks
+from accessory.train.options import RecomputePolicy
+from accessory.train.recompute import recompute_activations
+
+_META = torch.device("meta")
+
+
+class Traced(NamedTuple):
+    """Bytes of one part of a model in a micro-batch's passes.
+
+    Attributes:
+        kept: from the forward to the backward pass.
+        forward, backward: the most that there is at once during the pass, over what is there as it begins; of the
+            backward pass with the gradients of its parameters.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What is traced: a rank's part of a model and its micro-batch.
+
+    Attributes:
+        mp_size, dp_size, ep_size: ranks along the axes of the mesh.
+        dtype: of products and activations.
+        weight_dtype: in which FSDP, or the rank itself, hands trained weights to the layers.
+        expert_dtype: the same of experts.
+        lengths: tokens of the rows, which are as long as one another.
+    """
+
+    args: ModelArgs
+    mp_size: int
+    dp_size: int
+    ep_size: int
+    placement: Placement
+    policy: RecomputePolicy
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    expert_dtype: torch.dtype
+    rows: int
+    length: int
+
+
+@functools.lru_cache(maxsize=256)
+def trace(run: Pass) -> tuple[tuple[Traced, ...], Traced]:
+    """Every layer's bytes, and those of what stands behind the last one: norm, output head and cross-entropy.
+
+    The output head is traced as one rank has it whole; ranks of mp gather its logits.
+    """
+    args = run.args.replace(max_seq_len=run.length)
+    kinds = [(parts_of_layer(args, layer), args.window_of(layer)) for layer in range(args.n_layers)]
+    firsts = {kind: kinds.index(kind) for kind in kinds}
+    state = planned_state(run.mp_size, run.dp_size, run.ep_size)
+    few = _with_layers(args, max(firsts.values()) + 1)
+    build = partial(build_transformer, few, dtype=run.dtype, trained_dtype=run.weight_dtype, device=_META)
+    model = build(state, expert_placement=run.placement)
+    for name, own in list(model.named_parameters()):
+        if own.requires_grad and own.dtype != run.expert_dtype and split_of(name).per_expert:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(own.detach().to(run.expert_dtype)))
+    recompute_activations(model, run.policy)
+    with _attention_of_device():
+        found = {kind: _trace_layer(model, layer, run) for kind, layer in firsts.items()}
+        head = _trace_head(model if run.mp_size == 1 else build(planned_state(1, run.dp_size, 1)), run)
+    return tuple(found[kind] for kind in kinds), head
+
+
+def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
+    """The same model cut behind so many layers."""
+    dense = args.dense
+    if dense is not None:
+        own = tuple(layer for layer in dense.layers if layer < count)
+        dense = dataclasses.replace(dense, layers=own) if own else None
+    attention = args.attention
+    if attention.windowed:
+        kept = tuple(layer for layer in attention.windowed if layer < count)
+        attention = dataclasses.replace(attention, windowed=kept, window=attention.window if kept else None)
+    return args.replace(n_layers=count, dense=dense, attention=attention)
+
+
+def _trace_layer(model: Transformer, layer: int, run: Pass) -> Traced:
+    tokens, width = run.rows * run.length, run.args.dim
+    rotation = tuple(torch.empty(tokens, 1, run.args.head_dim, device=_META) for _ in range(2))
+    pattern = CausalRows(run.rows, run.length, torch.device("cpu"))
+
+    def forward(x_TD: Tensor) -> list[Tensor]:
+        y_TD, routing = model.layers[layer](x_TD, rotation, pattern)
+        return [y_TD] if routing is None else [y_TD, *routing.stats(None)]
+
+    return _trace(model, forward, torch.empty(tokens, width, dtype=run.dtype, device=_META))
+
+
+def _trace_head(model: Transformer, run: Pass) -> Traced:
+    targets_T = torch.ones(run.rows * run.length, dtype=torch.int64)
+
+    def forward(x_TD: Tensor) -> list[Tensor]:
+        logits_TV = model.output(model.norm(x_TD))
+        return [cross_entropy(logits_TV, targets_T)]
+
+    return _trace(model, forward, torch.empty(len(targets_T), run.args.dim, dtype=run.dtype, device=_META))
+
+
+def _trace(model: nn.Module, forward: Callable[[Tensor], list[Tensor]], x_TD: Tensor) -> Traced:
+    live = _Live(model.parameters())
+    with torch.enable_grad(), live:
+        held = [x_TD.requires_grad_().clone()]
+        begin = live.now
+        outputs = forward(held.pop())
+        gc.collect()
+        kept, most = live.now - begin, live.peak - begin
+        outputs = [output for output in outputs if output.requires_grad]
+        gradients = [torch.empty_like(output) for output in outputs]
+        begin = live.peak = live.now
+        torch.autograd.backward(outputs, gradients)
+        return Traced(kept, most, live.peak - begin)
+
+
+class _Live(TorchDispatchMode):
+    """Follows the bytes of all storages that operations make.
+
+    Args:
+        there: tensors that are not counted.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = _without_memory(func, args, kwargs or {})
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor):
+                self._follow(tensor)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._ended, storage._cdata, storage.nbytes())
+
+    def _ended(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.topk.values)
+
+
+def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation's result: real where all that goes in is, and of integers that are made of none; else on meta."""
+    if func is torch.ops._c10d_functional.all_to_all_single.default:
+        rows, arrive = args[:2]
+        return rows.new_empty(sum(arrive), *rows.shape[1:])
+    if func is torch.ops._c10d_functional.wait_tensor.default:
+        return args[0]
+    if func is torch.ops.accessory.exchange_counts.default:  # of even ranks each gets what it gives
+        return args[0].clone()
+    inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    if not inputs:
+        dtype = kwargs.get("dtype")
+        whole = dtype is not None and not dtype.is_floating_point
+        whole |= dtype is None and func.namespace == "aten" and func._schema.name == "aten::arange"
+        return func(*args, **({**kwargs, "device": "cpu"} if whole and "device" in kwargs else kwargs))
+    if any(tensor.is_meta for tensor in inputs):
+        args, kwargs = tree_map(lambda value: value.to(_META) if isinstance(value, Tensor) else value, (args, kwargs))
+        out = func(*args, **kwargs)
+        if func in _CHOICES:
+            values, chosen = out
+            places = torch.arange(chosen.numel()) % args[0].shape[-1]
+            return values, places.view(chosen.shape)
+        return out
+    return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _attention_of_device() -> Iterator[None]:
+    """Attention by the kernel that a device has for it; for meta PyTorch would take one that makes all products."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, **_: Any) -> Tensor:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+        return out
+
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def planned_state(mp_size: int, dp_size: int, ep_size: int) -> ParallelState:
+    """The first rank of so many. Nothing is sent; of groups only the exchange's is there, to be asked for its size."""
+    return ParallelState(
+        mp=Ranks(None, 0, mp_size),
+        dp=Ranks(None, 0, dp_size),
+        ep=Ranks(_stand_in(ep_size) if ep_size > 1 else None, 0, ep_size),
+        efsdp=Ranks(None, 0, dp_size // ep_size),
+        device=_META,
+    )
+
+
+class _Group(dist.ProcessGroup):
+    """One that is asked for its name and its size alone."""
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return f"planned {self.size()}"
+
+
+@functools.cache
+def _stand_in(size: int) -> dist.ProcessGroup:
+    group = _Group(0, size)  # type: ignore[call-arg]
+    _register_process_group(GroupName(group.group_name), group)
+    return group

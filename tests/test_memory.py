@@ -1,0 +1,155 @@
+"""What is said of memory before a run, held against what runs take."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+
+from accessory.data.collate import Batch
+from accessory.model.meta import MetaModel
+from accessory.model.pretrained import Pretrained
+from accessory.parallel.state import ParallelState
+from accessory.train.build import build_for_training
+from accessory.train.memory import Layout, training_memory
+from accessory.train.optim import adamw
+from accessory.train.recompute import recompute_activations
+from accessory.train.sharding import device_mesh
+from accessory.train.trainer import train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Pools = Callable[[int], RankPool]
+
+# Large enough that pages of the interpreter and of gloo are little of it.
+MODEL = {
+    "dim": 384,
+    "n_layers": 3,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "hidden_dim": 1024,
+    "moe": {"num_experts": 8, "num_experts_per_tok": 2},
+}
+LORA = {"lora_rank": 16}
+ROWS, LENGTH = 2, 512
+M_MMAP_THRESHOLD = -3  # glibc's name for it (malloc.h)
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """A list whose one number is the most that the process has of anonymous memory."""
+    most, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def peaks_on_rank(tokenizer: Path, configs: list[Path], rows: list[tuple[Layout, dict[str, Any]]]) -> list[int]:
+    """Of each layout's run of two steps the peak, less what the process has once it has imported all.
+
+    Args:
+        configs: of a model that is trained for the imports alone, and of the one to measure.
+    """
+    # Freed blocks go back to the system, so that what is measured is what is there, and no holes on the heap.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    for layout, peft in rows:
+        _train(tokenizer, configs[0], layout, peft)
+    imported = _at_rest()
+    found = []
+    for layout, peft in rows:
+        with watched() as most:
+            _train(tokenizer, configs[1], layout, peft)
+        found.append(most[0] - imported)
+    return found
+
+
+def _at_rest() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return anonymous_bytes()
+
+
+def _train(tokenizer: Path, config: Path, layout: Layout, peft: dict[str, Any]) -> None:
+    state = ParallelState.init(layout.mp_size, "cpu", ep_size=layout.ep_size)
+    pretrained = Pretrained.untrained(
+        llama_type="mistral_peft" if peft else None,
+        llama_config=config,
+        tokenizer_path=tokenizer,
+        max_seq_len=layout.length,
+        adapters=peft,
+    )
+    llma = build_for_training(
+        pretrained,
+        state,
+        device_mesh(state),
+        data_parallel=layout.data_parallel,
+        compute_dtype=layout.dtype,
+        expert_placement=layout.placement,
+        before_sharding=lambda llma: recompute_activations(llma, layout.policy),
+    )
+    model = MetaModel(llma, pretrained.tokenizer, pretrained.llama_type).train()
+    optimizer = adamw(model.named_parameters(), lr=1e-4, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(dist.get_rank() // layout.mp_size)
+    tokens = torch.randint(3, llma.args.vocab_size, (layout.rows, layout.length), generator=generator)
+    for _ in range(2):
+        train_step(model, optimizer, [Batch(tokens, tokens)] * layout.accum, lr=1e-4, clip_grad=1.0)
+
+
+LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
+    (Layout(), {}),
+    (Layout(mp_size=2), {}),
+    (Layout(dp_size=2, data_parallel="fsdp"), {}),
+    (Layout(dp_size=2, data_parallel="ddp", accum=2), {}),
+    (Layout(dp_size=2, ep_size=2), {}),
+    (Layout(dp_size=4, ep_size=2, data_parallel="fsdp"), {}),
+    (Layout(dp_size=2, policy="full", data_parallel="sdp"), {}),
+    (Layout(dp_size=2, data_parallel="ddp"), LORA),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokenizer: Path, tmp_path: Path) -> None:
+    configs = [tmp_path / "small.json", tmp_path / "config.json"]
+    for config, sizes in zip(configs, ({"dim": 48, "hidden_dim": 32}, {}), strict=True):
+        config.write_text(json.dumps({**MODEL, **sizes}))
+    rows = [
+        (dataclasses.replace(layout, rows=ROWS, length=LENGTH, precision="fp32"), peft)
+        for layout, peft in LAYOUTS
+        if layout.dp_size * layout.mp_size == size
+    ]
+    measured = [max(each) for each in zip(*ranks(size).run(peaks_on_rank, small_tokenizer, configs, rows), strict=True)]
+    off = {}
+    for (layout, peft), peak in zip(rows, measured, strict=True):
+        args = Pretrained.untrained(
+            llama_type="mistral_peft" if peft else None,
+            llama_config=configs[1],
+            tokenizer_path=small_tokenizer,
+            max_seq_len=LENGTH,
+            adapters=peft,
+        ).args
+        planned = training_memory(args, layout)
+        off[str(layout)] = planned.total / peak
+    assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
