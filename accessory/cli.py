@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from accessory import __version__
 from accessory.arguments import Parser
-from accessory.commands import chat, checkpoints, evaluate, finetune, generate, plot, serve, show
+from accessory.commands import chat, checkpoints, evaluate, finetune, generate, plan, plot, serve, show
 from accessory.commands.output import ended, parsed, refuse
 from accessory.launch.launcher import Launch
 from accessory.log import setup_logging
@@ -55,6 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="accessory", description="Mixture-of-Experts inference and finetuning.")
     parser.add_argument("--version", action="version", version=f"accessory {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (checkpoints, generate, finetune, evaluate, plot, chat, serve, show):
+    for part in (checkpoints, generate, finetune, evaluate, plan, plot, chat, serve, show):
         part.add_commands(commands)
     return parser

@@ -80,6 +80,7 @@ def peaks_on_rank(tokenizer: Path, configs: list[Path], rows: list[tuple[Layout,
     imported = _at_rest()
     found = []
     for layout, peft in rows:
+        _at_rest()  # of the model before nothing is left
         with watched() as most:
             _train(tokenizer, configs[1], layout, peft)
         found.append(most[0] - imported)

@@ -230,7 +230,7 @@ def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_M
     kept += head.kept
     yield _Moment(before, kept + head.backward, gathered)
     kept -= head.kept
-    # Gradients of what is around the layers wait for the last of them, the embedding's, which is as large as the head's.
+    # Gradients of what is around the layers wait for the last, the embedding's, as large as the head's.
     waiting, done, reduced = around.whole_gradients // 2, before, 0
     for number in reversed(range(args.n_layers)):
         own, units_of_layer = traced[number], layers[number]

@@ -1,0 +1,116 @@
+"""The command plan: how a model may be trained on so many devices."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accessory.arguments import given_path
+from accessory.commands.output import show
+
+if TYPE_CHECKING:
+    from accessory.config import ModelArgs
+    from accessory.train.planner import Planned
+
+_SHOWN = 5
+
+
+def add_commands(commands: Any) -> None:
+    """Give a parser's subparsers the command."""
+    plan = commands.add_parser(
+        "plan",
+        help="say how a model may be trained on so many GPUs",
+        description="Compute, for every layout that the sizes allow, the memory of the fullest rank, what a step sends "
+        "and about how long it takes; print the fastest that fit. Nothing is loaded and no GPU is asked.",
+        epilog="example: accessory plan config.json --gpus 64 --memory 80",
+    )
+    plan.add_argument("model", type=given_path, metavar="MODEL|CONFIG", help="checkpoint folder, or a config file")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument("--memory", type=float, required=True, metavar="GIB", help="of each GPU, in GiB")
+    plan.add_argument("--task", choices=("full", "lora", "qlora"), default="full", help="what trains (default full)")
+    plan.add_argument("--lora_rank", type=int, default=16, metavar="R", help="of lora and qlora (default 16)")
+    plan.add_argument("--max_words", type=int, default=4096, help="tokens of a row (default 4096)")
+    plan.add_argument("--batch_size", type=int, default=1, help="rows of a micro-batch (default 1)")
+    plan.add_argument("--accum_iter", type=int, default=1, help="micro-batches of a step (default 1)")
+    plan.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="default adamw")
+    plan.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), default="bf16", help="default bf16")
+    plan.add_argument("--gpus_per_host", type=int, default=8, metavar="N", help="default 8")
+    plan.add_argument("--tflops", type=float, default=400.0, help="10^12 operations/s that a GPU reaches (default 400)")
+    plan.add_argument("--fast", type=float, default=300.0, help="GB/s that a GPU sends within a host (default 300)")
+    plan.add_argument("--interconnect", type=float, default=40.0, help="GB/s that it sends to others (default 40)")
+    plan.add_argument("--json", action="store_true", help="print all that fit, as JSON")
+    plan.set_defaults(run=_plan, alone="accessory plan is no work for several ranks: start one process")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from accessory.train.memory import Layout
+    from accessory.train.planner import Rates, described, options_of, plan
+
+    for name in ("gpus", "memory", "max_words", "batch_size", "accum_iter", "gpus_per_host", "tflops", "fast"):
+        if not 0 < getattr(arguments, name) < 2**31:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}: give a number above 0")
+    if not 0 < arguments.interconnect < 2**31:
+        raise ValueError(f"--interconnect is {arguments.interconnect}: give a number of GB/s above 0")
+    args = _args(arguments)
+    common = Layout(
+        precision=arguments.precision,
+        optimizer=arguments.optimizer,
+        rows=arguments.batch_size,
+        length=arguments.max_words,
+        accum=arguments.accum_iter,
+    )
+    rates = Rates(
+        flops=arguments.tflops * 1e12,
+        fast=arguments.fast * 1e9,
+        slow=arguments.interconnect * 1e9,
+        per_host=arguments.gpus_per_host,
+    )
+    found = plan(args, arguments.gpus, arguments.memory * 2**30, common, rates)
+    if arguments.json:
+        show(json.dumps([_record(own) for own in found], indent=1) + "\n")
+        return
+    for own in found[:_SHOWN]:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in own.memory._asdict().items() if size)
+        show(f"{described(own.layout)}: {own.memory.total / 2**30:.1f} GiB ({parts})\n")
+        show(
+            f"  a step sends {own.fast / 1e9:.1f} GB within a host, {own.slow / 1e9:.1f} GB to others; about "
+            f"{own.seconds:.2f} s, {own.tokens_per_s:,.0f} tokens/s\n"
+        )
+    best = options_of(found[0].layout) | {"optimizer": arguments.optimizer}
+    if arguments.task != "full":
+        best["lora_rank"] = arguments.lora_rank
+    if arguments.task == "qlora":
+        best["quant"] = "nf4"
+    flags = " ".join(f"--{name} {value}" for name, value in best.items())
+    show(f"run: main_finetune.py --pretrained_path {arguments.model} --data_config DATA.yaml {flags}\n")
+
+
+def _args(arguments: argparse.Namespace) -> "ModelArgs":
+    from accessory.checkpoint.companions import CONFIG_FILES
+    from accessory.checkpoint.layouts import load_args
+    from accessory.config import PEFT_TYPES, QuantArgs
+
+    path: Path = arguments.model
+    if path.is_dir():
+        path = next((path / name for name in CONFIG_FILES if (path / name).is_file()), path / CONFIG_FILES[0])
+    peft = arguments.task != "full"
+    adapters = {"lora_rank": arguments.lora_rank} if peft else None
+    args = load_args([path], PEFT_TYPES[0] if peft else None, adapters)
+    if args.vocab_size == -1:
+        raise ValueError(f"{path} leaves vocab_size open: give a config that says it")
+    if args.quant is not None and not peft:
+        raise ValueError(f"{path} is quantized, and such weights do not train: give --task qlora")
+    return args.replace(quant=QuantArgs(type="nf4")) if arguments.task == "qlora" and args.quant is None else args
+
+
+def _record(own: "Planned") -> dict[str, Any]:
+    from accessory.train.planner import options_of
+
+    return {
+        **options_of(own.layout),
+        "data_parallel_size": own.layout.dp_size,
+        "memory_bytes": {**own.memory._asdict(), "total": own.memory.total},
+        "sent_bytes": {"fast": own.fast, "slow": own.slow},
+        "step_seconds": own.seconds,
+        "tokens_per_s": own.tokens_per_s,
+    }

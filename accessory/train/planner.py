@@ -1,0 +1,173 @@
+"""Layouts of a training run that so many devices allow, what each takes and sends, and how long a step may take.
+
+Nothing here knows a layer: memory is `train.memory`'s, arithmetic `train.flops`', sizes the plan's. The time is an
+estimate from rates that are given, for comparing layouts with one another.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+from accessory.config import ModelArgs
+from accessory.parallel.placement import refuse_shared_heads, resolve_placement
+from accessory.train.flops import flops_per_token
+from accessory.train.memory import Held, Layout, Memory, held, state_bytes, training_memory
+from accessory.train.options import DataParallel, RecomputePolicy
+
+# The forward pass is a third of a step's arithmetic, and what is computed again is computed once more.
+_AGAIN: dict[RecomputePolicy, float] = {"none": 1.0, "moe": 1.25, "full": 4 / 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a step's time is estimated from.
+
+    Attributes:
+        flops: floating-point operations a second that a device reaches in products.
+        fast, slow: bytes a second that a device sends to others of its host, and to other hosts.
+        per_host: devices of a host.
+    """
+
+    flops: float = 400e12
+    fast: float = 300e9
+    slow: float = 40e9
+    per_host: int = 8
+
+
+class Planned(NamedTuple):
+    """One layout.
+
+    Attributes:
+        fast, slow: bytes that a rank sends in a step within its host, and to others.
+        seconds: of a step, where nothing that is sent is hidden behind products.
+        tokens: of all ranks in a step.
+    """
+
+    layout: Layout
+    memory: Memory
+    fast: float
+    slow: float
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def layouts(args: ModelArgs, devices: int, common: Layout, *, per_host: int = 8) -> Iterator[Layout]:
+    """All that the sizes allow, with mp and ep x mp within a host."""
+    for mp_size in _divisors(devices):
+        dp_size = devices // mp_size
+        for ep_size in _divisors(dp_size):
+            if mp_size * ep_size > max(1, per_host):
+                continue
+            for placement in ("expert", "tensor"):
+                if placement == "tensor" and mp_size == 1:
+                    continue
+                try:
+                    refuse_shared_heads(args, mp_size)
+                    found = resolve_placement(args, placement, mp_size, ep_size=ep_size)
+                except ValueError:
+                    continue
+                for data_parallel in get_args(DataParallel) if dp_size > 1 else ("sdp",):
+                    for policy in get_args(RecomputePolicy):
+                        yield dataclasses.replace(
+                            common,
+                            dp_size=dp_size,
+                            mp_size=mp_size,
+                            ep_size=ep_size,
+                            placement=found,
+                            data_parallel=data_parallel,
+                            policy=policy,
+                        )
+
+
+def plan(args: ModelArgs, devices: int, limit: float, common: Layout, rates: Rates) -> list[Planned]:
+    """The layouts that fit a device of ``limit`` bytes, the fastest first.
+
+    Raises:
+        ValueError: none does; names what the one that needs the least would take.
+    """
+    allowed = list(layouts(args, devices, common, per_host=rates.per_host))
+    if not allowed:
+        raise ValueError(f"{devices} devices cannot share this model: no sizes divide; give another number of them")
+    states = [(state_bytes(args, layout), layout) for layout in allowed]
+    fits = [layout for state, layout in states if state.total <= limit]
+    found = [(training_memory(args, layout), layout) for layout in fits]
+    planned = [_planned(args, layout, memory, rates) for memory, layout in found if memory.total <= limit]
+    if not planned:
+        least, layout = min(found or states, key=lambda own: own[0].total)
+        raise ValueError(
+            f"no layout fits {limit / 2**30:.1f} GiB: the smallest ({described(layout)}) takes "
+            f"{least.total / 2**30:.1f} GiB a device; give more devices, adapters (--task lora), or fewer --max_words"
+        )
+    return sorted(planned, key=lambda own: (-own.tokens_per_s, own.memory.total))
+
+
+def described(layout: Layout) -> str:
+    placed = f" {layout.placement}" if layout.mp_size > 1 else ""
+    return (
+        f"dp {layout.dp_size} {layout.data_parallel}, mp {layout.mp_size}{placed}, ep {layout.ep_size}, {layout.policy}"
+    )
+
+
+def options_of(layout: Layout) -> dict[str, Any]:
+    """What main_finetune.py is told."""
+    return {
+        "model_parallel_size": layout.mp_size,
+        "expert_parallel_size": layout.ep_size,
+        "expert_placement": layout.placement,
+        "data_parallel": layout.data_parallel,
+        "grad_ckpt_policy": layout.policy,
+        "precision": layout.precision,
+        "batch_size": layout.rows,
+        "accum_iter": layout.accum,
+        "max_words": layout.length,
+    }
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _planned(args: ModelArgs, layout: Layout, memory: Memory, rates: Rates) -> Planned:
+    own_tokens = layout.rows * layout.length * layout.accum
+    tokens = own_tokens * layout.dp_size
+    fast, slow = _sent(args, layout, rates.per_host)
+    work = flops_per_token(args, layout.length) * own_tokens / layout.mp_size * _AGAIN[layout.policy]
+    return Planned(layout, memory, fast, slow, work / rates.flops + fast / rates.fast + slow / rates.slow, tokens)
+
+
+def _sent(args: ModelArgs, layout: Layout, per_host: int) -> tuple[float, float]:
+    """Bytes that a rank sends in a step, within its host and to others."""
+    sums = {True: 0.0, False: 0.0}
+
+    def add(size: float, ranks: int, stride: int) -> None:
+        """To ranks that are so far from one another; of their number the share that this one has is not sent."""
+        sums[ranks * stride <= per_host] += size * (ranks - 1) / ranks
+
+    tokens = layout.rows * layout.length * layout.accum
+    row = args.dim * layout.dtype.itemsize
+    # Two sums of activations a layer and pass, each a reduction and a gathering.
+    passes = 2 if layout.policy == "none" else 3
+    add(tokens * row * 2 * passes * args.n_layers * 2, layout.mp_size, 1)
+    exchanges = 4 if layout.policy == "none" else 6
+    pairs = args.moe.num_experts_per_tok / (layout.mp_size if layout.placement == "expert" else 1)
+    add(exchanges * tokens * pairs * row * len(args.moe_layers), layout.ep_size, layout.mp_size)
+    for own in held(args, layout):
+        if own.unit is None:
+            continue
+        stride = layout.mp_size * layout.dp_size // own.unit.ranks
+        add(_of_unit(own, layout), own.unit.ranks, stride)
+    return sums[True], sums[False]
+
+
+def _of_unit(own: Held, layout: Layout) -> float:
+    """Bytes of a parameter that pass between the ranks of its unit in a step: copies that are gathered, gradients."""
+    gradient = own.gathered * 4 if own.trains else 0
+    if layout.data_parallel == "ddp":
+        return 2 * gradient  # a reduction and a gathering, in the last backward pass
+    gatherings = 2 if layout.data_parallel == "fsdp" and own.unit is not None and own.unit.module else 1
+    return layout.accum * (gatherings * own.gathered * own.gathered_itemsize + gradient)
