@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 
+from accessory.cli import main
 from accessory.data.collate import Batch
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
@@ -154,3 +155,31 @@ def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokeniz
         planned = training_memory(args, layout)
         off[str(layout)] = planned.total / peak
     assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
+
+
+# -- the planner
+
+
+def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    asked = ["plan", str(config), "--gpus", "2", "--max_words", "128", "--precision", "fp32", "--memory"]
+    assert main([*asked, "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(own["memory_bytes"]["total"] <= 2**29 for own in found)
+    speeds = [own["tokens_per_s"] for own in found]
+    assert speeds == sorted(speeds, reverse=True)
+    # As docs/scaling.md has it: 4 exchanges of top-k rows of a token and layer, half of them to the other rank; of the
+    # rest of the model's 3 layers, embedding, head and norms the gradients alone are summed, and sent there and back.
+    spread = next(
+        own
+        for own in found
+        if (own["expert_parallel_size"], own["data_parallel"], own["grad_ckpt_policy"]) == (2, "ddp", "none")
+    )
+    attention = 384 * 384 * 2 + 384 * 128 * 2
+    dense = 3 * (attention + 8 * 384 + 2 * 384) + 2 * 384 * 384 + 384
+    assert spread["sent_bytes"] == {"fast": 4 * 128 * 2 * 384 * 4 * 3 / 2 + 2 * dense * 4 / 2, "slow": 0}
+    assert main([*asked, "0.01"]) == 1
+    assert "no layout fits 0.01 GiB: the smallest (dp" in capsys.readouterr().err
+    assert main(["plan", str(config), "--gpus", "0", "--memory", "80"]) == 1
+    assert "--gpus is 0: give a number above 0" in capsys.readouterr().err

@@ -100,8 +100,8 @@ def plan(args: ModelArgs, devices: int, limit: float, common: Layout, rates: Rat
     if not planned:
         least, layout = min(found or states, key=lambda own: own[0].total)
         raise ValueError(
-            f"no layout fits {limit / 2**30:.1f} GiB: the smallest ({described(layout)}) takes "
-            f"{least.total / 2**30:.1f} GiB a device; give more devices, adapters (--task lora), or fewer --max_words"
+            f"no layout fits {limit / 2**30:.2f} GiB: the smallest ({described(layout)}) takes "
+            f"{least.total / 2**30:.2f} GiB a device; give more devices, adapters (--task lora), or fewer --max_words"
         )
     return sorted(planned, key=lambda own: (-own.tokens_per_s, own.memory.total))
 
