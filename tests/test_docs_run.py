@@ -26,6 +26,7 @@ NOT_RUN = Counter(
         "docs/quantization.md: measures for minutes": 2,
         "docs/benchmarks.md: measures for minutes": 8,
         "docs/benchmarks.md: needs a GPU": 1,
+        "docs/scaling.md: computes for a minute": 1,
     }
 )
 

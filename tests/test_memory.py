@@ -132,7 +132,7 @@ LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.soak), 4])
 def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokenizer: Path, tmp_path: Path) -> None:
     configs = [tmp_path / "small.json", tmp_path / "config.json"]
     for config, sizes in zip(configs, ({"dim": 48, "hidden_dim": 32}, {}), strict=True):

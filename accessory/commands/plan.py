@@ -70,11 +70,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         show(json.dumps([_record(own) for own in found], indent=1) + "\n")
         return
     for own in found[:_SHOWN]:
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in own.memory._asdict().items() if size)
-        show(f"{described(own.layout)}: {own.memory.total / 2**30:.1f} GiB ({parts})\n")
+        parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in own.memory._asdict().items() if size)
+        show(f"{described(own.layout)}: {own.memory.total / 2**30:.3g} GiB ({parts})\n")
         show(
-            f"  a step sends {own.fast / 1e9:.1f} GB within a host, {own.slow / 1e9:.1f} GB to others; about "
-            f"{own.seconds:.2f} s, {own.tokens_per_s:,.0f} tokens/s\n"
+            f"  a step sends {own.fast / 1e9:.3g} GB within a host, {own.slow / 1e9:.3g} GB to others; about "
+            f"{own.seconds:.3g} s, {own.tokens_per_s:,.0f} tokens/s\n"
         )
     best = options_of(found[0].layout) | {"optimizer": arguments.optimizer}
     if arguments.task != "full":
