@@ -44,8 +44,11 @@ def check_manifest(folder: Path) -> int:
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing or is not as it was written.
+        FileNotFoundError: there is no folder.
     """
     path = folder / MANIFEST_NAME
+    if not folder.exists():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist: check the path")
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {MANIFEST_NAME}: it was not written by one of these commands, or by an earlier version"
