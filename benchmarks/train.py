@@ -41,6 +41,7 @@ class Work:
     rows: int
     length: int
     checkpointing: bool
+    implementations: tuple[str, ...]  # of transformers' experts
 
 
 def main() -> None:
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peft", action="store_true", help="compare finetuning with adapters to full finetuning")
     parser.add_argument("--shape", choices=("mid", "mid-qwen"), default="mid", help="a shape of benchmarks/mid.py")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--layers", type=int, default=4, help="of the shape")
     arguments = parser.parse_args()
     import transformers
@@ -63,13 +65,20 @@ def main() -> None:
     print(f"steps of {arguments.rows} x {arguments.length} tokens, checkpointing {arguments.checkpointing}\n")
     print(f"{'ranks':>5} {'':22}{'seconds':>9}{'tokens/s':>10}{'peak MB per rank':>18}")
     for ranks in arguments.ranks:
-        work = Work(arguments.shape, arguments.layers, arguments.rows, arguments.length, arguments.checkpointing)
+        work = Work(
+            arguments.shape,
+            arguments.layers,
+            arguments.rows,
+            arguments.length,
+            arguments.checkpointing,
+            tuple(arguments.implementations),
+        )
         if arguments.peft:
             for mp_size in range(ranks, 0, -1):
                 compare_peft(mp_size, ranks, work, arguments.rounds)
             continue
         ways = ("fsdp2", "autocast") if ranks == 1 else ("fsdp2",)
-        theirs = [f"{implementation} {way}" for way in ways for implementation in IMPLEMENTATIONS]
+        theirs = [f"{implementation} {way}" for way in ways for implementation in work.implementations]
         memory = {side: peak_memory(side, ranks, work) for side in theirs}
         for mp_size in range(ranks, 0, -1):
             ours = f"{OURS} mp {mp_size}"
@@ -95,7 +104,7 @@ def main() -> None:
 def compare(ours: str, way: str, ranks: int, work: Work, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step by side; the sides take turns."""
     our_side, their_side = Side(ours, ranks, work), Side(way, ranks, work)
-    theirs = [f"{implementation} {way}" for implementation in IMPLEMENTATIONS]
+    theirs = [f"{implementation} {way}" for implementation in work.implementations]
     times: dict[str, list[float]] = {name: [] for name in (ours, *theirs)}
     try:
         for round_number in range(rounds + 1):

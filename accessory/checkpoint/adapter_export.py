@@ -47,7 +47,7 @@ def export_adapter(
     if args.owns_corrections or HF.unsaid(args):
         raise ValueError(
             f"{folder.path} has correction biases of its own (balance_tuning), for which peft has no place: merge it "
-            "and keep accessory's form, or train without --bias_update_rate"
+            "and keep accessory's form, or train without balancing routers by it"
         )
     weights = folder.weights(args, partial=True)
     _refuse_biases(weights)
