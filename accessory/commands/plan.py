@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.arguments import given_path
@@ -46,11 +45,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     from accessory.train.memory import Layout
     from accessory.train.planner import Rates, described, options_of, plan
 
-    for name in ("gpus", "memory", "max_words", "batch_size", "accum_iter", "gpus_per_host", "tflops", "fast"):
+    counts = ("gpus", "memory", "max_words", "batch_size", "accum_iter", "gpus_per_host")
+    for name in (*counts, "tflops", "fast", "interconnect"):
         if not 0 < getattr(arguments, name) < 2**31:
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give a number above 0")
-    if not 0 < arguments.interconnect < 2**31:
-        raise ValueError(f"--interconnect is {arguments.interconnect}: give a number of GB/s above 0")
     args = _args(arguments)
     common = Layout(
         precision=arguments.precision,
@@ -86,13 +84,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _args(arguments: argparse.Namespace) -> "ModelArgs":
-    from accessory.checkpoint.companions import CONFIG_FILES
+    from accessory.checkpoint.folder import config_files
     from accessory.checkpoint.layouts import load_args
     from accessory.config import PEFT_TYPES, QuantArgs
 
-    path: Path = arguments.model
-    if path.is_dir():
-        path = next((path / name for name in CONFIG_FILES if (path / name).is_file()), path / CONFIG_FILES[0])
+    (path,) = config_files([arguments.model])
     peft = arguments.task != "full"
     adapters = {"lora_rank": arguments.lora_rank} if peft else None
     args = load_args([path], PEFT_TYPES[0] if peft else None, adapters)

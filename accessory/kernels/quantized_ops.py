@@ -128,7 +128,7 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: t
 def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=2)
     if not _few(x_PD):
-        native = native_weight(codes, scale, zero) if _tiled(x_PD) else None
+        native = _tiled(x_PD, codes, scale, zero)
         return _by_blocks(x_PD, codes, scale, zero) if native is None else tiled_product(x_PD, native, None)
     native = _native(x_PD.dtype, codes, scale, zero)
     if native is None:
@@ -191,7 +191,7 @@ def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor |
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
     y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
-    native = native_weight(codes, scale, zero) if _tiled(x_PD) else None
+    native = _tiled(x_PD, codes, scale, zero)
     if native is not None:
         tiled_product(x_PD, native, offsets_E, out=y_PR)
         y_PR[int(offsets_E[-1]) :] = 0
@@ -231,8 +231,10 @@ def _grouped_quantized_linear_fake(
     return x_PD.new_empty(x_PD.shape[0], codes.shape[1])
 
 
-def _tiled(x_PD: Tensor) -> bool:
-    return x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
+def _tiled(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
+    """The weight for `tiled_product`, where that multiplies such activations with it."""
+    serves = x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
+    return native_weight(codes, scale, zero) if serves else None
 
 
 def _few(x_PD: Tensor) -> bool:

@@ -33,10 +33,10 @@ struct Group {
     int64_t blocks() const { return up(n, TILE); }
 };
 
-// A weight (experts, rows, depth): plain, with strides in elements, or quantized.
+// A weight of (rows, depth) for each expert: plain, with strides in elements, or quantized.
 struct Weight {
     const uint16_t* plain;
-    int64_t experts, rows, depth, expert_stride, row_stride;
+    int64_t rows, depth, expert_stride, row_stride;
     const accessory_quantized_weight* quantized;
     const char* variant;  // of what makes quantized rows plain
 
@@ -187,7 +187,7 @@ extern "C" int64_t accessory_tiled_linear(const char* variant, const accessory_q
                                           int64_t row_stride, int threads) {
 #ifdef HAS_TILES
     if (!tiles_serve()) return -1;
-    const Weight weight{(const uint16_t*)w, experts, rows, depth, expert_stride, row_stride, quantized, variant};
+    const Weight weight{(const uint16_t*)w, rows, depth, expert_stride, row_stride, quantized, variant};
     Product product{(const uint16_t*)x, weight, (uint16_t*)y};
     int64_t bytes = 0;
     for (int64_t e = 0, first = 0; e < experts; first = offsets[e++]) {

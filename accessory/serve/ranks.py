@@ -13,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from accessory.checkpoint.hub import Place
 from accessory.errors import out_of_memory
 from accessory.launch.launcher import Launch
@@ -215,7 +213,7 @@ def _meet_followers(state: ParallelState) -> list[Link]:
     key = secrets.token_bytes(16)
     with socket.create_server(own, family=family, backlog=state.mp_size) as server:
         place = (published_host(launch), server.getsockname()[1], key)
-        dist.broadcast_object_list([place], group_src=0, group=state.mp_group)
+        state.first_ones(place)
         links: dict[int, Link] = {}
         while len(links) < state.mp_size - 1:
             connection = accepted(server, key)
@@ -226,9 +224,8 @@ def _meet_followers(state: ParallelState) -> list[Link]:
 
 def _meet_first(state: ParallelState) -> Link:
     """The connection to the first rank."""
-    given: list[Any] = [None]
-    dist.broadcast_object_list(given, group_src=0, group=state.mp_group)
-    host, port, key = given[0]
+    not_known_yet: Any = None
+    host, port, key = state.first_ones(not_known_yet)
     connection = socket.create_connection((host, port), timeout=_CONNECT)
     connection.sendall(key + _RANK.pack(state.mp_rank))
     return _linked(connection)

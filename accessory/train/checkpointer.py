@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -241,8 +240,7 @@ class Checkpointer:
         explained = in_one_line(f"checkpoint {final} cannot be written", remedy, writing=(aside, staged.bytes))
         with self._removing_on_failure(aside):
             own = agreed(world, explained(partial(write, staged, aside, world)))
-            lengths: list[dict[str, int]] = [{} for _ in range(world.size)]
-            dist.all_gather_object(lengths, own, group=world.group)
+            lengths = world.gathered(own)
             self._say(f"checkpoint {final}: renaming")
             files = {name: length for part in lengths for name, length in part.items()}
             publishing = partial(publish, self._shelf, aside, final, {**record, "files": files})

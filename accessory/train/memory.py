@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from accessory.config import ModelArgs
-from accessory.parallel.plan import Placement, local_box, matrix_of, parameter_shapes, split_of, trains
+from accessory.parallel.plan import Placement, layer_of, local_box, matrix_of, parameter_shapes, split_of, trains
 from accessory.quant import TENSOR_DTYPES
 from accessory.train.optim import states_of
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
@@ -56,7 +56,6 @@ class Memory(NamedTuple):
         weights, gradients, optimizer: what the rank keeps of them.
         activations: of the passes, and what their operations need besides.
         exchange: whole copies of sharded parameters and of their gradients, and the buffers of these.
-        cache: of keys and values, in serving.
     """
 
     weights: int
@@ -64,7 +63,6 @@ class Memory(NamedTuple):
     optimizer: int
     activations: int = 0
     exchange: int = 0
-    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -153,7 +151,7 @@ def _units(args: ModelArgs, layout: Layout) -> dict[int | None, _Units]:
     found: dict[int | None, dict[str, _Units]] = {None: {}, **{layer: {} for layer in range(args.n_layers)}}
     sharded = layout.data_parallel != "ddp"
     for own in held(args, layout):
-        layer = int(own.name.split(".")[1]) if own.name.startswith("layers.") else None
+        layer = layer_of(own.name) if own.name.startswith("layers.") else None
         unit = found[layer].setdefault("" if own.unit is None else own.unit.module or "model", _Units())
         unit.shards += own.numel * _FLOAT if own.trains else 0
         if own.unit is None:
