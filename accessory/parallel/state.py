@@ -127,13 +127,13 @@ class Ranks:
 class ParallelState:
     """Where this process stands among those of a model, and on which device its part lies.
 
-    The same ranks are seen as two meshes, in both of which the last axis changes fastest from one rank to the next:
+    The same ranks are seen as two meshes, in both of which the last axis changes fastest from one rank to the next::
 
         dense parameters    (dp, mp)           those of mp hold a copy together, those of dp see different data
         experts             (efsdp, ep, mp)    dp = efsdp x ep: those of ep hold different experts of a layer, to which
                                                tokens travel, and those of efsdp hold the same
 
-    Eight ranks with mp 2 and ep 2:
+    Eight ranks with mp 2 and ep 2::
 
                         ep 0            ep 1
                     mp 0   mp 1     mp 0   mp 1
