@@ -2,14 +2,15 @@
 
 from setuptools import Extension, setup
 
+SOURCES = ("attention", "native", "pointwise", "quantized", "tiles", "tiles_int8")
 HEADERS = ("amx", "attention_row", "elements", "pointwise_row", "quantized_row", "quantized_stage", "quantized_vectors")
-HEADERS += ("quantized_weight", "row_dot", "schedule", "variants", "vectors")
+HEADERS += ("quantized_weight", "row_dot", "schedule", "tiles", "variants", "vectors")
 
 # No torch or Python headers are used (a plain C interface, loaded with ctypes), so the build needs a C++
 # compiler and nothing else. optional=True: without a compiler the PyTorch twins of the kernels serve.
 kernels = Extension(
     "accessory.kernels._native",
-    sources=[f"accessory/kernels/{name}.cpp" for name in ("attention", "native", "pointwise", "quantized", "tiles")],
+    sources=[f"accessory/kernels/{name}.cpp" for name in SOURCES],
     depends=[f"accessory/kernels/{name}.h" for name in HEADERS],
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno"],
     extra_link_args=["-fopenmp"],

@@ -31,7 +31,7 @@ def linear(x_TD: Tensor, weight_OD: Weight) -> Tensor:
     if isinstance(weight_OD, QuantizedWeight):
         native = weight_OD.native if kernels.called_directly(x_TD) else None
         return kernels.quantized_linear(x_TD, weight_OD.codes, weight_OD.scale, weight_OD.zero, native=native)
-    if x_TD.shape[0] <= kernels.FEW_TOKENS and not x_TD.is_cuda:
+    if kernels.called_directly(x_TD) or (x_TD.shape[0] <= kernels.FEW_TOKENS and not x_TD.is_cuda):
         return kernels.few_token_linear(x_TD, weight_OD)
     return F.linear(x_TD, weight_OD)
 
@@ -147,7 +147,10 @@ class _Product(torch.autograd.Function):
         plain = isinstance(weight, Tensor)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if plain else None, offsets_E)
         ctx.quantized = None if plain else weight
-        return F.linear(x, _plain(weight, x.dtype)) if offsets_E is None else _grouped(x, weight, offsets_E)
+        if offsets_E is None:
+            return F.linear(x, _plain(weight, x.dtype))
+        # On a CPU a quantized weight may be multiplied in 8 bits, of which the gradient would know nothing.
+        return _grouped(x, weight, offsets_E) if plain or x.is_cuda else _one_by_one(x, weight, offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accessory import kernels
+from accessory.config import QuantForm
+from accessory.kernels import round_activations
 from accessory.kernels.linear import grouped_by_tiles
 from accessory.products import grouped_linear, linear
 from accessory.quant import QuantizedWeight, quantize
@@ -53,29 +55,48 @@ def test_each_row_meets_its_experts_matrix(counts: list[int], rows: int, depth: 
 
 
 @needs_tiles
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     counts=Counts,
-    rows=st.integers(1, 40),
-    groups=st.integers(1, 4),
-    form=st.sampled_from(["int8", "int4", "nf4"]),
+    rows=st.integers(1, 100),
+    units=st.integers(1, 8),
+    form=st.sampled_from([("int8", 8), ("int4", 32), ("int4", 64), ("nf4", 64)]),
+    odd=st.integers(0, 2),
     seed=st.integers(0),
 )
 @torch.no_grad()
-def test_quantized_rows_are_made_plain_on_the_way(
-    counts: list[int], rows: int, groups: int, form: str, seed: int
+def test_quantized_weights_are_multiplied_in_8_bits(
+    counts: list[int], rows: int, units: int, form: tuple[QuantForm, int], odd: int, seed: int
 ) -> None:
-    seed %= 2**31
-    x_PD = drawn(sum(counts) + 1, 64 * groups, seed=seed)
-    weight = quantize(drawn(len(counts), rows, 64 * groups, seed=seed + 1), form)
-    exact, allowed = truth(x_PD, weight.dequantize(torch.bfloat16), counts)
-    y_PR = grouped_linear(x_PD, weight, ends(counts))[: sum(counts)]
-    assert bool(((y_PR.double() - exact).abs() <= allowed).all())
-    many = x_PD.repeat(20, 1)
-    exact, allowed = truth(many, weight.dequantize(torch.bfloat16)[:1], [many.shape[0]])
-    one = weight[0]
-    assert isinstance(one, QuantizedWeight)
-    assert bool(((linear(many, one).double() - exact).abs() <= allowed).all())
+    seed, (name, unit) = seed % 2**31, form
+    depth = unit * units + (odd if name == "int8" else 0)
+    x_PD = drawn(sum(counts) + 1, depth, seed=seed)
+    values = drawn(len(counts), rows, depth, seed=seed + 1) * drawn(len(counts), rows, depth, seed=seed + 2) ** 3
+    weight = quantize(values, name, group_size=unit if name == "int4" else 64)
+    plain = weight.dequantize(torch.float32)
+    x = round_activations(x_PD)
+    # Rows in 4 bits are rounded once more: by half a step of a 127th of the most that they could hold, and a little for
+    # the groups' shares.
+    reach = plain.abs().amax(-1) if name == "int8" else _reach(weight)
+
+    def check(y_PR: Tensor, x_PD: Tensor, counts: list[int]) -> None:
+        exact, allowed = truth(x_PD, plain, counts)
+        if name != "int8":
+            sums = [x.abs().double().sum(-1, keepdim=True) for x in x_PD[: sum(counts)].split(counts)]
+            allowed += torch.cat([0.6 / 127 * s * reach[e].double() for e, s in enumerate(sums)])
+        assert bool(((y_PR[: sum(counts)].double() - exact).abs() <= allowed).all())
+
+    check(grouped_linear(x_PD, weight, ends(counts)), x, counts)
+    many = x.repeat(20, 1)
+    check(linear(x_PD.repeat(20, 1), weight[0]), many, [many.shape[0]])
+
+
+def _reach(weight: QuantizedWeight) -> Tensor:
+    """The largest value that each row's codes and scales could stand for."""
+    most = torch.ones_like(weight.scale, dtype=torch.float32)
+    if weight.zero is not None:
+        most = torch.maximum(weight.zero, 240 - weight.zero.int()).float() / 16
+    return (weight.scale.float() * most).amax(-1)
 
 
 @needs_tiles

@@ -17,7 +17,9 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#define TILES_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define TILES_TARGET __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512bf16")))
+
+#define INLINE_TILES inline __attribute__((always_inline))
 
 namespace {
 
@@ -32,7 +34,7 @@ TILES_TARGET inline void load_config() {
 }
 
 // 16 vectors of 16 times 32 bits.
-TILES_TARGET inline __attribute__((always_inline)) void transpose(__m512i* v) {
+TILES_TARGET INLINE_TILES void transpose(__m512i* v) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
@@ -64,6 +66,8 @@ TILES_TARGET inline bool try_tiles() {
     _tile_loadd(2, ones, 64);
     _tile_dpbf16ps(0, 1, 2);
     _tile_stored(0, sums, 64);
+    _tile_zero(0);
+    _tile_dpbssd(0, 1, 2);
     _tile_release();
     return sums[0] == 32 && sums[255] == 32;
 }
@@ -71,8 +75,8 @@ TILES_TARGET inline bool try_tiles() {
 inline bool find_tiles() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1;
-    if (!bf16 || !tile || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return false;
+    const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
+    if (!bf16 || !tile || !int8 || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return false;
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // Linux gives a process the tiles' state when it asks
     if (syscall(SYS_arch_prctl, REQUEST, TILE_DATA)) return false;
     // Some virtual machines show AMX and trap on it: tried where a signal ends nothing else.

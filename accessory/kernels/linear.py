@@ -98,8 +98,8 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
 def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     """F.linear(x, w) by the fastest way for this number of tokens; any number is right.
 
-    On CPU the native kernel serves few tokens and F.linear more, so that the last bit of a token's result
-    may depend on which of them it was. For inference only: no derivative.
+    On CPU the native kernel serves few tokens, and AMX's tiles or F.linear more, so that the last bit of a token's
+    result may depend on which of them it was. For inference only: no derivative.
     """
     if called_directly(x_PD):
         return _few_tokens_on_cpu(x_PD, w_RD)
@@ -166,6 +166,8 @@ def _few_tokens_on_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     if _native_serves(w_RD):
         if _kernel_beats_onednn(x_PD):
             return gathered_product(x_PD, w_RD.unsqueeze(0), None)
+        if w_RD.dtype == torch.bfloat16 and tiles_serve():
+            return tiled_product(x_PD, w_RD.unsqueeze(0), None)
     elif x_PD.shape[0] == 1 and w_RD.dtype == torch.bfloat16:
         # Without the kernel, one bf16 token is faster past oneDNN. None: leave the other flags alone.
         with torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None):

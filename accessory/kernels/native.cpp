@@ -75,7 +75,7 @@ struct Product {
 }  // namespace
 
 // Raised whenever a function of this library changes: native.py refuses a library of another number.
-extern "C" int accessory_kernels_abi() { return 7; }
+extern "C" int accessory_kernels_abi() { return 8; }
 
 // 1 where this library has the variant and this CPU can run it.
 extern "C" int accessory_has_variant(const char* name) { return find_variant(name) != nullptr; }

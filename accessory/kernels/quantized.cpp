@@ -126,9 +126,3 @@ extern "C" int64_t accessory_dequantize(const char* variant_name, const accessor
                                 (char*)to + r * w.depth * (bf16 ? 2 : 4));
     return 0;
 }
-
-extern "C" void accessory_expand_rows(const char* variant_name, const accessory_quantized_weight* weight,
-                                      int64_t expert, int64_t row, int64_t n, char* to, int64_t stride) {
-    const auto expand = find_variant(variant_name)->expand[weight->kind];
-    for (int64_t i = 0; i < n; i++) expand(row_at(*weight, expert, row + i), weight->depth, true, to + i * stride);
-}

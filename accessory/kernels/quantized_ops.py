@@ -14,7 +14,7 @@ from .native import DTYPES
 from .quantized import GROUPS, NF4_GROUP, depth_of, form_of, plain_values, quantized_linear_reference
 from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
 from .tensors import shown
-from .tiles import tiled_product, tiles_serve
+from .tiles import tiled_quantized_product, tiles_serve
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
 #               int8, 8 tokens   16           32            nf4, 8       16           32
@@ -129,7 +129,7 @@ def _multiply(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
     _check(x_PD, codes, scale, zero, axes=2)
     if not _few(x_PD):
         native = _tiled(x_PD, codes, scale, zero)
-        return _by_blocks(x_PD, codes, scale, zero) if native is None else tiled_product(x_PD, native, None)
+        return _by_blocks(x_PD, codes, scale, zero) if native is None else tiled_quantized_product(x_PD, native, None)
     native = _native(x_PD.dtype, codes, scale, zero)
     if native is None:
         return quantized_linear_reference(x_PD, codes, scale, zero)
@@ -190,12 +190,12 @@ def _gathered_quantized_linear_fake(
 def _multiply_grouped(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor) -> Tensor:
     _check(x_PD, codes, scale, zero, axes=3)
     _check_index(offsets_E, torch.int32, codes.shape[0], "expert")
-    y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
     native = _tiled(x_PD, codes, scale, zero)
     if native is not None:
-        tiled_product(x_PD, native, offsets_E, out=y_PR)
+        y_PR = tiled_quantized_product(x_PD, native, offsets_E)
         y_PR[int(offsets_E[-1]) :] = 0
         return y_PR
+    y_PR = x_PD.new_empty(x_PD.shape[0], codes.shape[1])
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
         if end > begin:

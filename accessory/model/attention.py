@@ -7,6 +7,7 @@ Shape letters: T tokens, R rows (sequences), S slots of the cache, L length, H q
 G query heads that share one (H = K * G), h width of a head; all heads are this rank's own.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -26,6 +27,7 @@ from accessory.parallel.plan import local_sizes
 from accessory.parallel.state import ParallelState, Place
 
 _QUERY_BLOCK = 64
+_MASK_UNIT = 1024  # keys by which the mask of blocks grows
 
 
 class Bounds(NamedTuple):
@@ -253,17 +255,30 @@ def _attend_in_blocks(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -
     """
     q_KGLh = q_LHh.unflatten(1, (k_MKh.shape[1], -1)).permute(1, 2, 0, 3)
     k, v = k_MKh.transpose(0, 1).unsqueeze(0), v_MKh.transpose(0, 1).unsqueeze(0)
+    groups = q_KGLh.shape[1]
+    mask_GBM = _last_block_mask(groups, -(-k_MKh.shape[0] // _MASK_UNIT) * _MASK_UNIT, q_LHh.dtype)
     blocks = []
     for first in range(0, q_LHh.shape[0], _QUERY_BLOCK):
         block = q_KGLh[:, :, first : first + _QUERY_BLOCK]
-        groups, length = block.shape[1:3]
+        length = block.shape[2]
         end = start + first + length
-        seen = torch.arange(end) <= torch.arange(end - length, end)[:, None]
+        mask = mask_GBM[:, -length:, -end:].flatten(0, 1)
         out = F.scaled_dot_product_attention(
-            block.flatten(1, 2).unsqueeze(0), k[:, :, :end], v[:, :, :end], attn_mask=seen.repeat(groups, 1)
+            block.flatten(1, 2).unsqueeze(0), k[:, :, :end], v[:, :, :end], attn_mask=mask
         )
         blocks.append(out.squeeze(0).unflatten(1, (groups, length)).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(blocks)
+
+
+@functools.lru_cache(maxsize=2)
+def _last_block_mask(groups: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits of a block of queries that end where the keys do, (groups, _QUERY_BLOCK, length).
+
+    The last rows and columns are the mask of a shorter block and of fewer keys: layers and blocks share one.
+    """
+    seen = torch.ones(_QUERY_BLOCK, length, dtype=torch.bool).tril_(length - _QUERY_BLOCK)
+    mask = torch.zeros(_QUERY_BLOCK, length, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return mask.repeat(groups, 1, 1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
