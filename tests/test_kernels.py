@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.config import QuantArgs
 from accessory.kernels import (
     FEW_TOKENS,
     few_token_linear,
@@ -22,6 +24,7 @@ from accessory.kernels import (
     native_available,
     native_variant,
 )
+from accessory.parallel.state import Place
 
 DTYPES = (torch.bfloat16, torch.float32)
 variants = pytest.mark.parametrize(
@@ -316,6 +319,21 @@ def test_a_variant_can_be_asked_for(variant: str, choose: pytest.MonkeyPatch) ->
     )
     expected = native.gathered_product(x, w, expert, variant=variant)
     assert torch.equal(gathered_linear(x, w, expert), expected)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no large pages here")
+@pytest.mark.parametrize("quant", [None, QuantArgs(type="int8")], ids=["plain", "int8"])
+def test_a_models_large_matrices_ask_for_large_pages(quant: QuantArgs | None) -> None:
+    place = Place(torch.bfloat16, torch.device("cpu"), quant)
+    matrix = place.matrix(8, 2048, 1024)
+    parameter = next(iter(matrix.parameters())) if isinstance(matrix, torch.nn.Module) else matrix
+    middle, asked = parameter.data_ptr() + parameter.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            own = int(area[1], 16) <= middle < int(area[2], 16)
+        elif own and line.startswith("VmFlags:"):
+            asked = "hg" in line.split()
+    assert asked
 
 
 def test_import_loads_nothing_and_never_fails() -> None:

@@ -230,7 +230,8 @@ def test_dense_for_any_number_of_tokens(
         truth = x.double() @ w.T
         # 8 bits of activations or of bfloat16 weights: both relative to the largest of some. A sum of 8-bit activations
         # has a deviation of 0.006 of the weights' norm; this is the largest of 600.
-        error = {torch.bfloat16: 0.025, torch.float16: 0.002, torch.float32: 1e-5}[dtype]
+        # Rows in 4 bits are rounded once more for AMX's tiles, which adds up to as much again.
+        error = {torch.bfloat16: 0.035 if tokens > 16 else 0.025, torch.float16: 0.002, torch.float32: 1e-5}[dtype]
         torch.testing.assert_close(
             quantized_linear(x, *weight).double(), truth, rtol=error, atol=error * w.norm(dim=1).max().item()
         )

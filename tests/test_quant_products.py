@@ -184,14 +184,18 @@ def relative(error: Tensor, truth: Tensor) -> float:
 def test_bfloat16_block_adds_no_more_than_its_own_rounding(
     form: str, group: int, tokens: int, placement: str, ranks: int
 ) -> None:
-    """Measured in the norm: bfloat16 itself costs up to 0.5 % here, with 8-bit activations up to 1.3 %."""
+    """Measured in the norm: bfloat16 itself costs up to 0.5 % here, with 8-bit activations up to 1.3 %.
+
+    On AMX's tiles many tokens' activations have 8 bits too, and 4-bit weights are rounded once more.
+    """
     x, routing, weights = draw_tokens(tokens), draw_routing(tokens), weights_of(form, group)
     truth = true_block(form, group, tokens)
     y = block(x, routing, weights, placement, ranks, grouped=tokens > 16)
     cast = {name: plain(weight).bfloat16() for name, weight in weights.items()}
     bf16 = block(x, routing, cast, placement, ranks, grouped=tokens > 16)  # type: ignore[arg-type]
     assert relative(bf16 - truth, truth) < 0.006
-    assert relative(y - truth, truth) < (0.006 if tokens > 16 else 0.015)
+    many = tokens > 16
+    assert relative(y - truth, truth) < (0.006 if many and not kernels.tiles_serve() else 0.02 if many else 0.015)
 
 
 @pytest.mark.parametrize(

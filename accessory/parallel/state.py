@@ -17,6 +17,7 @@ from torch import nn
 
 from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
+from accessory.kernels.pages import in_large_pages
 from accessory.quant import QuantizedParameter
 
 Result = TypeVar("Result")
@@ -39,7 +40,7 @@ class Place(NamedTuple):
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter: a loader or `init_weights` fills it."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        return nn.Parameter(in_large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)))
 
     def matrix(self, *shape: int, head: bool = False) -> nn.Parameter | QuantizedParameter:
         """The same for a matrix (..., outputs, inputs) that quantization may change.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.config import QuantArgs
+from accessory.kernels.pages import in_large_pages
 from accessory.quant.weight import QuantizedWeight
 
 # Of a quantized matrix's tensors in memory and on disk, by the names of their parameters.
@@ -39,7 +40,9 @@ class QuantizedParameter(nn.Module):
         self._dtypes = [tensor.dtype for tensor in empty.tensors().values()]
         self._kept: tuple[list[Tensor], list[int], QuantizedWeight] | None = None
         for name, tensor in empty.tensors().items():
-            self.register_parameter(f"{self.form}_{name}", nn.Parameter(as_bits(tensor), requires_grad=False))
+            self.register_parameter(
+                f"{self.form}_{name}", nn.Parameter(as_bits(in_large_pages(tensor)), requires_grad=False)
+            )
 
     def to_local(self) -> QuantizedWeight:
         """This rank's weight, in the parameters' own memory."""
