@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accessory import kernels, products
+from accessory.kernels import step_ops
 from accessory.model import units
 from accessory.model.dispatch import Dispatcher, GatheredPairs, GroupedPairs, Pairs, TrainedPairs
 from accessory.model.router import Routing
@@ -157,6 +158,20 @@ def test_every_dispatcher_is_the_reference(
             found = gradients(ours, inputs)
             for own, theirs in zip(found, expected, strict=True):
                 assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_combined_may_be_changed_in_place(native: bool) -> None:
+    """As ranks do that sum it, whatever adds the pairs up: kernels, or PyTorch where none are built."""
+    x, weights, chosen, w13, w2 = (tensor.float() for tensor in draw(9, 8, 6, 4, 4, 2, 1))
+    inputs = [tensor.requires_grad_() for tensor in (x, weights, w13, w2)]
+    routing = routing_of(weights, chosen.long())
+    serves = step_ops.steps_natively if native else lambda _: False
+    with mock.patch.object(step_ops, "steps_natively", serves):
+        plain, changed = (list(trained_ways(x, routing, w13, w2, Dispatcher(0, 4, 4))) for _ in range(2))
+    for one, other in zip(plain, changed, strict=True):
+        for expected, own in zip(gradients(one, inputs), gradients(other.mul_(2), inputs), strict=True):
+            assert torch.equal(own, 2 * expected)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])

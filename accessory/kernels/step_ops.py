@@ -89,7 +89,8 @@ def sum_pairs(y_PD: Tensor, weights_TK: Tensor) -> Tensor:
     if steps_natively(y_PD):
         return pointwise.weighted_sum(y_PD, weights_TK)
     y_TKD = y_PD.unflatten(0, weights_TK.shape)
-    return torch.bmm(weights_TK.unsqueeze(1), y_TKD.float()).squeeze(1).type_as(y_PD)
+    # A copy, since the model-parallel ranks sum what an autograd function returns in place, which may be no view.
+    return torch.bmm(weights_TK.unsqueeze(1), y_TKD.float()).squeeze(1).to(y_PD.dtype, copy=True)
 
 
 # ---- launches: on tensors of a GPU, or of a CPU in Triton's interpreter --------------------------------------
