@@ -25,8 +25,10 @@ from accessory.data.cache import load_finetune_data
 from accessory.data.examples import Ids, Recipe
 from accessory.data.finetune_data import FinetuneData, is_complete
 from accessory.data.sources import Source
+from accessory.gguf_header import header_bytes
 from accessory.text.chat import Segment
 from accessory.text.forms import DefaultForm, MistralForm
+from accessory.text.gguf import text_metadata
 from accessory.text.instruction import format_prompt
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
@@ -205,6 +207,26 @@ def test_what_the_examples_depend_on_makes_another_cache(tokenizer: Tokenizer, t
     data = load_finetune_data(config(tmp_path, {"path": path}), tokenizer, **plain)
     assert "Count to 7" in tokenizer.decode(data[0][0].tolist())
     assert len(folders(cache_dir)) == len(calls) + 1
+
+
+def test_of_a_gguf_file_the_tokenizer_counts_alone(
+    tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gigabytes of weights beside it are not read."""
+    read: list[str] = []
+    digest = cache._digest
+    monkeypatch.setattr(cache, "_digest", lambda path: [read.append(path.suffix), digest(path)][1])
+    values = text_metadata(tokenizer, {}, tokenizer.n_words)
+    for weights, changes, expected in (
+        (b"a" * 64, {}, 1),
+        (b"b" * 64, {"general.name": "trained further"}, 1),
+        (b"b" * 64, {"tokenizer.ggml.eos_token_id": 1000}, 2),
+    ):
+        header, _ = header_bytes(values | changes, {"output.weight": ((16,), 0, 64)})
+        (tmp_path / "model.gguf").write_bytes(header + weights)
+        load(tmp_path, ALPACA, Tokenizer(tmp_path / "model.gguf"))
+        assert len(folders(cache_dir)) == expected
+    assert set(read) == {".json"}
 
 
 def test_a_template_that_writes_the_day_makes_a_cache_of_each_day(

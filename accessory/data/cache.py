@@ -35,7 +35,9 @@ from accessory.data.readers import data_files
 from accessory.data.sources import Source, read_data_config
 from accessory.data.tokenise import SourceReport, bad_record, check_source, token_dtype, write_source
 from accessory.files import locked, sync
+from accessory.gguf_header import SUFFIX
 from accessory.text.forms import Form
+from accessory.text.gguf import content_of
 from accessory.text.template import TemplateForm
 from accessory.text.tokenizer import Tokenizer
 
@@ -159,7 +161,7 @@ def _key(sources: Sequence[Source], recipe: Recipe) -> str:
         "ignore": sorted(recipe.ignore),
         "max_words": recipe.max_words,
         "seed": recipe.seed if drawn else None,
-        "tokenizer": [[file.name, _digest(file)] for file in recipe.tokenizer.files],
+        "tokenizer": [[file.name, _digest_of_tokenizer(file)] for file in recipe.tokenizer.files],
         "ends": [recipe.tokenizer.bos_id, recipe.tokenizer.eos_id],  # which a model's config may have said
         "libraries": [importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers", "jinja2")],
         "sources": [
@@ -184,6 +186,11 @@ def refuse_several_forms(reports: Sequence[SourceReport]) -> None:
         else:
             listed = ", ".join(f"{name} ({path})" for name, path in found.items())
         raise ValueError(f"the records have several prompt forms, {listed}: name one for all with --chat_template")
+
+
+def _digest_of_tokenizer(path: Path) -> str:
+    """Of a GGUF file only what it says of its tokenizer: behind that lie the weights, gigabytes of them."""
+    return hashlib.sha256(content_of(path)).hexdigest() if path.suffix == SUFFIX else _digest(path)
 
 
 def _digest(path: Path) -> str:

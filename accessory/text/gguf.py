@@ -7,6 +7,7 @@ sentencepiece_model.proto. The tokenizer "gpt2" is in `accessory.text.gguf_merge
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -122,6 +123,13 @@ def sentencepiece_of(path: Path) -> bytes:
     normalizer += _varint(3, int(values.get(f"{KEY}add_space_prefix", True) is not False))
     normalizer += _varint(4, int(values.get(f"{KEY}remove_extra_whitespaces", False) is True)) + _varint(5, 1)
     return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def content_of(path: Path) -> bytes:
+    """All that a GGUF file's tokenizer is made of, whatever kind it is: equal for equal tokenizers."""
+    values = read_header(path).values
+    own = {key: value for key, value in values.items() if key.startswith(KEY)}
+    return json.dumps(own, sort_keys=True, default=np.ndarray.tolist).encode()
 
 
 def templates_in(path: Path) -> dict[str, str]:
