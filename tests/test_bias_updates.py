@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.router import Router, Routing
 from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState
+from accessory.train import snapshot
 from accessory.train.build import build_for_training
 from accessory.train.metrics import expert_shares, max_violation
 from accessory.train.optim import adamw
@@ -214,6 +216,37 @@ def test_a_run_begins_with_it_goes_on_without_and_is_merged(
                 attempt()
     with pytest.raises(ValueError, match="has correction biases of its own"):
         export_adapter(adapter, tmp_path / "no")
+
+
+def earlier_on_rank(setting: Setting, arguments: list[str]) -> None:
+    """A run of a version whose states took biases that move for frozen ones."""
+    with mock.patch.object(snapshot, "is_moved", return_value=False):
+        finetune_on_rank(setting, arguments)
+
+
+def test_a_state_that_leaves_out_what_is_frozen_goes_on_as_a_whole_one(
+    setting: Setting, ranks: Pools, tmp_path: Path
+) -> None:
+    """What it has not is read from the checkpoint again, wherever the run saves all from now on."""
+    config = json.loads((setting.model / "config.json").read_text())
+    config["moe"]["router"] = {"correction": True}
+    (weights,) = setting.model.glob("consolidated.*.pth")
+    tensors = {key.removeprefix("llma."): own for key, own in torch.load(weights)["model"].items()}
+    frozen = {f"layers.{layer}.feed_forward.gate.correction_bias": torch.rand(EXPERTS) for layer in range(2)}
+    frozen |= {key: own for key, own in tensors.items() if key.endswith("gate.weight")}
+    base = write_folder(tmp_path / "base", tensors | frozen, config, files=1)
+    given = {"pretrained_path": base, "tokenizer_path": setting.model, "train_router": "no", "batch_size": 8}
+    given |= {"output_dir": tmp_path / "run", "auto_resume": True, "save_interval": 1}
+
+    def arguments(end: int, **more: Any) -> list[str]:
+        return setting.arguments(tmp_path / "run", **given | more | {"max_steps": end})
+
+    ranks(1).run(earlier_on_rank, setting, arguments(1, only_save_trainable=True))
+    assert not any(f"model.llma.{name}" in state_tensors(latest_state(tmp_path / "run")) for name in frozen)
+    ranks(1).run(finetune_on_rank, setting, arguments(2))
+    found = state_tensors(latest_state(tmp_path / "run"))
+    for name, own in frozen.items():
+        assert torch.equal(found[f"model.llma.{name}"], own), name
 
 
 def refused_on_rank(setting: Setting, arguments: list[str]) -> tuple[str, str]:

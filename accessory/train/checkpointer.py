@@ -30,6 +30,7 @@ from accessory.errors import CheckpointError, first_line, shown_bytes
 from accessory.files import no_room, sync, write_json
 from accessory.launch.rendezvous import is_lost_peer
 from accessory.model.meta import MetaModel
+from accessory.parallel.plan import parameter_shapes
 from accessory.parallel.state import ParallelState, Ranks, agreed, on_first
 from accessory.train.shelf import Shelf
 from accessory.train.snapshot import (
@@ -189,6 +190,19 @@ class Checkpointer:
         """
         return agreed(self.world, partial(read_record, path, args), path.name)
 
+    def is_whole(self, path: Path, args: ModelArgs) -> bool:
+        """Whether a checkpoint has every parameter of a model of these sizes, also those that did not train.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+        def look() -> bool:
+            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            return all(f"model.llma.{name}" in stored for name, _ in parameter_shapes(args))
+
+        return agreed(self.world, self._explained(path)(look))
+
     def load(
         self, path: str | Path, model: MetaModel, optimizer: torch.optim.Optimizer, *, seed: int = 0
     ) -> dict[str, Any]:
@@ -205,7 +219,7 @@ class Checkpointer:
         path = Path(path).absolute()
         record = self.check(path, model.llma.args)
         # A rank that fails before the collectives of DCP must not leave the others in them.
-        explained = in_one_line(f"{path} cannot be read", "resume from another one", CheckpointError)
+        explained = self._explained(path)
         tensors = agreed(self.world, explained(partial(tensors_to_fill, path, model, optimizer)))
         copied = agreed(self.world, explained(partial(saved_in_copies, path, tensors)))
         read = partial(dcp.load, {**tensors, **copied}, checkpoint_id=path, process_group=self.world.group)
@@ -228,6 +242,10 @@ class Checkpointer:
             )
         progress: dict[str, Any] = record["progress"]
         return progress
+
+    @staticmethod
+    def _explained(path: Path) -> "contextlib._GeneratorContextManager[None]":
+        return in_one_line(f"{path} cannot be read", "resume from another one", CheckpointError)
 
     @property
     def _sizes(self) -> dict[str, int]:

@@ -115,9 +115,10 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
             agreed(world, lambda: _refuse_another_optimizer(options, progress.get("optimizer", "adamw"), resumed))
         # 3. The model, its parameters sharded over all ranks.
         seed_rank(options.seed, world.rank)
-        # A training state may leave out what is frozen.
         adapted = pretrained.args.peft is not None
-        model = _build(options, pretrained, state, fill=resumed is None or options.only_save_trainable or adapted)
+        # A training state may leave out what was frozen; correction biases too, in an earlier version.
+        partial_state = resumed is None or adapted or not store.is_whole(resumed, pretrained.stored_args)
+        model = _build(options, pretrained, state, fill=partial_state)
         optimizer = agreed(world, partial(make_optimizer, model, options))
         loop = FinetuneLoop(options, model, optimizer, data, held_out, sampler, store, form)
         logger.info("%s", describe_trainable(model))
