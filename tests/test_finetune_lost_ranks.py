@@ -81,6 +81,54 @@ def test_ranks_started_by_hand_end_when_one_dies(
     assert_only_complete_states(tmp_path)
 
 
+# A run whose memory is short in the third step, in one of the exchanges of a layer or in its backward pass.
+RUNS_SHORT = """
+import sys
+from accessory import main_finetune
+from accessory.model import exchange
+
+call, backward = sys.argv.pop(1), sys.argv.pop(1) == "backward"
+calls, whole = 0, exchange.exchange
+
+def runs_short(*given):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+def counted(*given):
+    global calls
+    calls += 1
+    if calls != int(call):
+        return whole(*given)
+    if not backward:
+        runs_short()
+    arrived = whole(*given)
+    arrived.register_hook(runs_short)
+    return arrived
+
+exchange.exchange = counted
+main_finetune.run(main_finetune.main)
+"""
+
+
+@pytest.mark.parametrize(("victim", "call", "where"), [(0, 9, "dispatch"), (1, 10, "backward")])
+def test_all_end_when_one_raises_inside_an_exchange(
+    victim: int, call: int, where: str, setting: Setting, tmp_path: Path
+) -> None:
+    """Which its peer waits for meanwhile; two layers exchange four times in a micro-batch's forward pass."""
+    command = alone(setting.arguments(tmp_path, batch_size=2, epochs=MANY, expert_parallel_size=2))
+    short = [command[0], "-c", RUNS_SHORT, str(call), where, *command[2:]]
+    with ExitStack() as stack:
+        programs = [
+            stack.enter_context(Program(short if rank == victim else command, setting.environment | place))
+            for rank, place in enumerate(by_hand(2))
+        ]
+        for program in programs:
+            assert program.wait(60) == 1
+            program.wait_for_all(5)
+        (said,) = (line for program in programs for line in errors_of(program))
+        assert re.match(r"(\[rank 1\] )?ERROR: out of memory \(99 bytes", said)
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
+
+
 def assert_only_complete_states(output: Path) -> None:
     """What ``latest`` names is complete, as is every other folder that looks so."""
     states = [path.parent for path in (output / "checkpoints").glob(f"[!.]*/{Shelf.INDEX}")]
