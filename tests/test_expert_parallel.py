@@ -184,6 +184,7 @@ class Row(NamedTuple):
     placement: str = "auto"
     policy: str = "none"
     quant: str | None = None
+    compute_dtype: torch.dtype = torch.float32
 
 
 ROWS = 8
@@ -199,7 +200,7 @@ def built(paths: list[Path], row: Row, state: ParallelState) -> MetaModel:
         state,
         device_mesh(state),
         data_parallel=row.data_parallel,  # type: ignore[arg-type]
-        compute_dtype=torch.float32,
+        compute_dtype=row.compute_dtype,
         expert_placement=row.placement,
         before_sharding=lambda llma: recompute_activations(llma, row.policy),  # type: ignore[arg-type]
     )
@@ -310,20 +311,21 @@ class Exchanges(TorchDispatchMode):
     """Counts what a rank hands to exchanges.
 
     Attributes:
-        payloads: of each exchange of rows, how many elements leave for each rank.
-        counts: exchanges of how many rows there are.
+        payloads: of each exchange of rows, how many bytes leave for each rank.
+        counts: bytes of each exchange of how many rows there are.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.payloads: list[list[int]] = []
-        self.counts = 0
+        self.counts: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             rows, _, leaving, _ = args
-            self.payloads.append([count * rows.shape[1] for count in leaving])
-        self.counts += func is torch.ops.accessory.exchange_counts.default
+            self.payloads.append([count * rows.shape[1] * rows.element_size() for count in leaving])
+        if func is torch.ops.accessory.exchange_counts.default:
+            self.counts.append(args[0].nbytes)
         return func(*args, **(kwargs or {}))
 
 
@@ -331,8 +333,8 @@ class Sent(NamedTuple):
     """What a rank sent in the passes of a micro-batch; pairs of its tokens whose experts lie on other ranks of ep."""
 
     exchanges: int
-    counts: int
-    elements: int
+    counts: list[int]
+    bytes: int
     elsewhere: int
     tokens: int
     pairs_elsewhere: int
@@ -369,19 +371,21 @@ def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, e
 
 @pytest.mark.parametrize(("size", "mp_size", "ep_size"), [(2, 1, 2), (4, 2, 2)])
 def test_what_is_sent(size: int, mp_size: int, ep_size: int, ranks: Pools, models: dict[str, list[Path]]) -> None:
-    """As docs/scaling.md has it: exchanges x top-k x width for each token and layer, no pair twice, none dropped."""
-    layers, top_k, width = 2, 2, 32
-    for policy, exchanges in (("none", 4), ("moe", 6), ("full", 6)):
-        rows = [Row("plain", "fsdp", placement, policy) for placement in ("expert", "tensor")]
+    """The bytes that docs/scaling.md has, for each token and layer: no pair twice, none dropped."""
+    layers, top_k, width, experts = 2, 2, 32, 8
+    halves = torch.bfloat16
+    for policy, exchanges, dtype in (("none", 4, halves), ("moe", 6, torch.float32), ("full", 6, halves)):
+        rows = [Row("plain", "fsdp", place, policy, compute_dtype=dtype) for place in ("expert", "tensor")]
         by_rank = ranks(size).run(sent_on_rank, models, rows, mp_size, ep_size)
         for number, row in enumerate(rows):
             # In slices every model-parallel rank sends all pairs; else each those of its own experts.
             times = mp_size if row.placement == "tensor" else 1
             found = [sent[number] for sent in by_rank]
-            assert all((sent.exchanges, sent.counts) == (exchanges * layers, layers) for sent in found)
+            assert all(sent.exchanges == exchanges * layers for sent in found)
+            assert all(sent.counts == [4 * experts * times // mp_size] * layers for sent in found)
             tokens = sum(sent.tokens for sent in found) // mp_size
             pairs_elsewhere = sum(sent.pairs_elsewhere for sent in found) // mp_size
-            per_pair = exchanges * width * times
-            assert sum(sent.elements for sent in found) == layers * tokens * top_k * per_pair
+            per_pair = exchanges * width * dtype.itemsize * times
+            assert sum(sent.bytes for sent in found) == layers * tokens * top_k * per_pair
             # The way back and both gradients are of the same rows, each from where it was sent.
             assert sum(sent.elsewhere for sent in found) == pairs_elsewhere * per_pair
