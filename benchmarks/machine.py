@@ -18,6 +18,12 @@ def rss_anon() -> int:
     return int(match[1]) * 1024
 
 
+def loopback_bytes() -> int:
+    """Bytes that all processes of this machine have sent one another over TCP since it runs."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
 def free_port() -> int:
     """A port of this host that nothing listens on now."""
     with socket.socket() as probe:
