@@ -184,17 +184,27 @@ def test_shards_of_hugging_face_s_form_have_an_index(hf, small_tokenizer, tmp_pa
 
 
 def test_a_tied_head_is_the_embedding(small_tokenizer, tmp_path):
+    """Whichever of the two lies in the folder; where both do, each is read, as transformers does."""
     hf = random_mixtral(5, tie_word_embeddings=True)
     hf.save_pretrained(tmp_path / "m")
-    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
+    tensors = load_file(path := tmp_path / "m" / "model.safetensors")
     shutil.copyfile(small_tokenizer, tmp_path / "m" / "tokenizer.model")
     (prompt,) = random_prompts(2, (7,))
-    model = MetaModel.from_pretrained(tmp_path / "m", max_seq_len=64, dtype="fp32")
-    torch.testing.assert_close(model.llma(torch.tensor([prompt]))[0][0], hf_logits(hf, prompt), rtol=1e-5, atol=1e-5)
-    convert(tmp_path / "m", tmp_path / "out", to="hf")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    matrix = tensors.pop(embedding)
+    assert head not in tensors
+    for own in ({embedding: matrix}, {head: matrix}, {head: matrix.flip(0), embedding: matrix}):
+        save_file({**tensors, **own}, path, {"format": "pt"})
+        theirs = type(hf).from_pretrained(tmp_path / "m", experts_implementation="eager")
+        model = MetaModel.from_pretrained(tmp_path / "m", max_seq_len=64, dtype="fp32")
+        said = model.llma(torch.tensor([prompt]))[0][0]
+        torch.testing.assert_close(said, hf_logits(theirs, prompt), rtol=1e-5, atol=1e-5)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        convert(tmp_path / "m", tmp_path / "out", to="hf")
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(written[embedding], matrix)
+        assert torch.equal(written[head], own.get(head, matrix))
 
 
 def test_a_linear_rope_scaling_goes_both_ways(small_tokenizer, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from accessory.checkpoint.layouts.accessory import EXPERTS, MATRICES
-from accessory.checkpoint.layouts.layout import BUFFERS, CORRECTIONS, Found, Keys, Layout, numbered
+from accessory.checkpoint.layouts.layout import CORRECTIONS, Found, Keys, Layout, numbered
 from accessory.checkpoint.layouts.rows import (
     BY_TURNS,
     BY_TURNS_TRANSPOSED,
@@ -295,14 +295,16 @@ HF = Layout(
     unsaid=unsaid,
     says_ends=True,
 )
-# The output head is the embedding's matrix.
-_TIED = Row("output.weight", f"{MODULES['tok_embeddings']}.weight")
-HF_TIED = dataclasses.replace(
-    HF,
-    shown="Hugging Face's, tied",
-    rows=lambda args: {**_rows(args.family), "output.weight": (_TIED,)},
-    passed_over=re.compile(rf"{BUFFERS.pattern}|{re.escape(MODULES['output'])}\.weight"),
-)
+
+
+def _tied(key: str) -> Layout:
+    """The layout of a folder whose embedding and output head are one matrix, which has that key."""
+    rows = {f"{ours}.weight": (Row(f"{ours}.weight", key),) for ours in ("tok_embeddings", "output")}
+    return dataclasses.replace(HF, shown="Hugging Face's, tied", rows=lambda args: {**_rows(args.family), **rows})
+
+
+# By the one of the two keys that is there: safetensors' own writer keeps the head's.
+_TIED = {key: _tied(key) for key in (f"{MODULES[ours]}.weight" for ours in ("tok_embeddings", "output"))}
 
 
 def find_hf(folder: Path, names: Sequence[str]) -> Found | None:
@@ -359,7 +361,10 @@ def _layout(
             raise CheckpointError(f"{index} says that {name} holds {key}, and it does not: copy both again")
     config = index.with_name("config.json")
     values = read_json(config) if config.exists() else {}
-    layout = HF_TIED if values.get("tie_word_embeddings") else HF
+    tied = _TIED if values.get("tie_word_embeddings") else {}
+    there = [layout for key, layout in tied.items() if any(key in keys(file) for file in range(len(files)))]
+    # Two matrices are read as two, as transformers 5 does, whatever the config says.
+    layout = there[0] if len(there) == 1 else HF
     return _without_extra_layers(layout, values, args, index.parent)
 
 
