@@ -45,7 +45,8 @@ def _settings(args: ModelArgs) -> dict[str, Any]:
     return {
         "attention_bias": own.qkv_bias,
         "layer_types": [kinds[args.window_of(layer) is None] for layer in range(args.n_layers)],
-        "sliding_window": own.window,
+        # transformers asks for one where no layer has it, too.
+        "sliding_window": own.window or 128,
         "swiglu_alpha": clamp.alpha,
         "swiglu_limit": clamp.limit,
     }
