@@ -32,6 +32,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from accessory.checkpoint.adapter_export import export_adapter
+from accessory.checkpoint.blocks import Blocks, open_gguf
 from accessory.checkpoint.convert import convert
 from accessory.checkpoint.diff import diff
 from accessory.checkpoint.folder import Folder
@@ -775,6 +776,19 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
     torch.testing.assert_close(hf_logits(again, prompt), hf_logits(own.hf, prompt), atol=1e-5, rtol=0)
 
 
+def test_gpt_oss_without_windows_is_written_as_transformers_takes_it(
+    made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    shutil.copytree(made("gpt_oss").folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_types": ["full_attention"] * 2}))
+    convert(tmp_path / "m", tmp_path / "hf", to="hf")
+    theirs, (prompt,) = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "hf"), random_prompts(2, (19,))
+    torch.testing.assert_close(
+        load(tmp_path / "m").compute_logits([prompt])[0], hf_logits(theirs, prompt), atol=1e-4, rtol=0
+    )
+
+
 def test_forms_that_cannot_say_what_a_family_computes_are_refused(
     made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1026,7 +1040,14 @@ def said_of_prompts(folder: Path, placement: str, prompts: list[list[int]]) -> l
 
 def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: Pools, tmp_path: Path) -> None:
     """Codes and exponents drawn, on four ranks that cut down's matrices of 2 blocks within these."""
-    sizes = {**SHARED, **GPT_OSS, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+    sizes = {
+        **SHARED,
+        **GPT_OSS,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "swiglu_limit": 7.0,
+    }
     torch.manual_seed(5)
     hf = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).bfloat16()
     for name, parameter in hf.named_parameters():
@@ -1057,6 +1078,15 @@ def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: 
     assert plain.keys() == again.keys()
     assert all(torch.equal(plain[key], again[key]) for key in plain)
     assert any("MXFP4" in line for line in describe(tmp_path / "coded"))
+    convert(tmp_path / "coded", tmp_path / "gguf", to="gguf", type="MXFP4")
+    blocks, both = open_gguf(tmp_path / "gguf" / "model.gguf"), plain["model.layers.1.mlp.experts.gate_up_proj"]
+    wanted = {"gate": both[..., ::2], "up": both[..., 1::2], "down": plain["model.layers.1.mlp.experts.down_proj"]}
+    for name, matrices in wanted.items():
+        found = blocks[f"blk.1.ffn_{name}_exps.weight"]
+        assert isinstance(found, Blocks)
+        torch.testing.assert_close(found[:], matrices.float().mT, rtol=0, atol=0)
+        assert str(found.coding) == "MXFP4", name
+    assert str(getattr(blocks["blk.0.attn_q.weight"], "coding", "")) == "Q8_0"
     for size, placement in ((2, "expert"), (4, "tensor")):
         prompts = random_prompts(6, (3, 9))
         both = (

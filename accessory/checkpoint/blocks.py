@@ -96,11 +96,12 @@ class Blocks:
 
     def _place(self, index: slice | tuple[slice, ...]) -> tuple[tuple[slice, ...], int, int, int]:
         """Where in the bytes an index lies: their index, begin and end of the columns, and columns before the first."""
-        index = index if isinstance(index, tuple) else (index,)
+        given = index if isinstance(index, tuple) else (index,)
+        *rows, columns = (*given, *[slice(None)] * (len(self.shape) - len(given)))
         size, nbytes = self.coding.size, self.coding.nbytes
-        begin, end, _ = index[-1].indices(self.shape[-1]) if len(index) == len(self.shape) else (0, self.shape[-1], 1)
+        begin, end, _ = columns.indices(self.shape[-1])
         first, last = begin // size, -(-end // size)
-        return (*index[: len(self.shape) - 1], slice(first * nbytes, last * nbytes)), begin, end, first * size
+        return (*rows, slice(first * nbytes, last * nbytes)), begin, end, first * size
 
 
 # What a file holds under a name.

@@ -39,7 +39,7 @@ def convert(
         dtype: of all weights; None: each keeps its own, and a tensor that is put together from several of unlike
             dtypes gets one that rounds none of them.
         type: of GGUF's matrices, a key of `layouts.gguf.TYPES`; None: that of each one's dtype. Vectors and
-            routers are F32, and what Q8_0's and Q4_0's blocks of 32 do not divide is F16.
+            routers are F32, and what blocks of 32 do not divide is F16; MXFP4 are experts alone, beside Q8_0.
         safetensors: write accessory's shards as safetensors files in place of PyTorch's archives.
         overwrite: a folder that is there stays until the new one is whole, and is then exchanged for it.
         llama_config: config files for a source that has none, or to overrule it.

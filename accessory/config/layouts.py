@@ -4,4 +4,4 @@
 LAYOUT_NAMES = ("accessory", "accessory-sparse", "mistral", "hf", "gguf")
 EXPORT_FORMS = ("accessory", "mistral", "hf")
 # Of GGUF, as --type has them.
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4")

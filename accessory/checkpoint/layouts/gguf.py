@@ -333,24 +333,29 @@ def _check_heads(said: Mapping[str, Any], of_model: str, found: dict[str, Any], 
 
 # -- what is written
 
+_Q8_0, _Q4_0, _MXFP4 = (next(own for own in CODINGS.values() if str(own) == name) for name in ("Q8_0", "Q4_0", "MXFP4"))
 # By the name of --type; the numbers are those of llama.cpp's file types.
 TYPES: dict[str, tuple[Coding, int]] = {
     "F32": (torch.float32, 0),
     "F16": (torch.float16, 1),
     "BF16": (torch.bfloat16, 32),
-    "Q8_0": (next(own for own in CODINGS.values() if str(own) == "Q8_0"), 7),
-    "Q4_0": (next(own for own in CODINGS.values() if str(own) == "Q4_0"), 2),
+    "Q8_0": (_Q8_0, 7),
+    "Q4_0": (_Q4_0, 2),
+    "MXFP4": (_MXFP4, 38),
 }
 
 
 def coded(source: Source, wanted: Coding) -> Coding:
     """How a tensor is coded in a file of some type, by the rules of llama.cpp's converter.
 
-    Vectors, biases and routers are F32, and rows that blocks do not divide F16. Of dtypes that GGUF has no type for,
-    those of 8 bits become BF16, and float64 F32.
+    Vectors, biases and routers are F32, and rows that blocks do not divide F16. MXFP4 is for experts, beside which all
+    else is Q8_0. Of dtypes that GGUF has no type for, those of 8 bits become BF16, and float64 F32.
     """
-    if len(source.shape) == 1 or split_of(source.parameter).kind in ("router", "bias"):
+    kind = split_of(source.parameter).kind
+    if len(source.shape) == 1 or kind in ("router", "bias"):
         return torch.float32
+    if wanted == _MXFP4 and kind != "expert":
+        wanted = _Q8_0
     if isinstance(wanted, BlockType):
         return torch.float16 if source.shape[-1] % wanted.size else wanted
     if wanted in CODINGS.values():
