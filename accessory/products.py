@@ -98,7 +98,7 @@ def _in_one_call(x_PD: Tensor) -> bool:
     On a CPU it is no faster than one product after another, which casts each expert's weights where they then lie in
     the cache.
     """
-    return x_PD.shape[0] > 0 and (x_PD.is_cuda or torch.compiler.is_compiling())
+    return x_PD.shape[0] > 0 and (kernels.on_gpu(x_PD) or torch.compiler.is_compiling())
 
 
 def _aligned(x: Tensor, axes: int) -> Tensor:

@@ -138,7 +138,7 @@ def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokeniz
     for config, sizes in zip(configs, ({"dim": 48, "hidden_dim": 32}, {}), strict=True):
         config.write_text(json.dumps({**MODEL, **sizes}))
     rows = [
-        (dataclasses.replace(layout, rows=ROWS, length=LENGTH, precision="fp32"), peft)
+        (dataclasses.replace(layout, rows=ROWS, length=LENGTH, precision="fp32", gpu=False), peft)
         for layout, peft in LAYOUTS
         if layout.dp_size * layout.mp_size == size
     ]

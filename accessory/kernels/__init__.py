@@ -24,6 +24,7 @@ from .quantized_ops import (
     quantized_linear,
 )
 from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
+from .tensors import meta_as_gpu, on_gpu
 from .tiles import tiles_serve
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
     "gathering_pays",
     "grouped_by_tiles",
     "grouped_quantized_linear",
+    "meta_as_gpu",
     "native_available",
     "native_variant",
+    "on_gpu",
     "plain_experts_synchronise",
     "plain_values",
     "quantized_experts_synchronise",

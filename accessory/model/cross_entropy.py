@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory import kernels
+
 _BLOCK, _CUDA_BLOCK = 64, 2048
 
 
@@ -55,4 +57,4 @@ class _CrossEntropy(torch.autograd.Function):
 
 def block_of(logits_TV: Tensor) -> int:
     """How many tokens' logits are in float32 at once."""
-    return _CUDA_BLOCK if logits_TV.is_cuda else _BLOCK
+    return _CUDA_BLOCK if kernels.on_gpu(logits_TV) else _BLOCK

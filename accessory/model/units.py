@@ -55,7 +55,7 @@ def silu_gate_backward(both_PO: Tensor, grad_PF: Tensor, weight_P: Tensor) -> tu
     """
     grad_both_PO, hidden_PF = torch.empty_like(both_PO), torch.empty_like(grad_PF)
     grad_weight_P = torch.empty(weight_P.shape, dtype=torch.float32, device=weight_P.device)
-    block = both_PO.shape[0] if both_PO.is_cuda else _BLOCK
+    block = both_PO.shape[0] if kernels.on_gpu(both_PO) else _BLOCK
     for begin in range(0, both_PO.shape[0], max(1, block)):
         rows = slice(begin, begin + block)
         gate, up = both_PO[rows].float().chunk(2, dim=-1)

@@ -5,6 +5,8 @@ layers keep and need is traced on the layers themselves (`train.trace`). What FS
 gathers and when it lets go of them) is followed through a step here, moment by moment.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from accessory.train.optim import states_of
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
 from accessory.train.precision import COMPUTE_DTYPES
 from accessory.train.sharding import Unit, sharded_axis, unit_of
-from accessory.train.trace import Pass, trace
+from accessory.train.trace import Pass, trace_head, trace_layers
 
 _FLOAT = 4  # bytes of float32, in which everything trains and gradients are summed
 
@@ -30,6 +32,7 @@ class Layout:
     Attributes:
         rows, length: of a micro-batch of one rank.
         accum: micro-batches of a step.
+        gpu: the ranks are GPUs, and not processes on CPUs.
     """
 
     dp_size: int = 1
@@ -43,6 +46,7 @@ class Layout:
     rows: int = 4
     length: int = 1024
     accum: int = 1
+    gpu: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,8 +95,18 @@ class Held(NamedTuple):
     across: bool
 
 
-def held(args: ModelArgs, layout: Layout) -> Iterator[Held]:
+def held(args: ModelArgs, layout: Layout) -> tuple[Held, ...]:
     """Every parameter of a training model on the first rank, which holds no less of any than another one."""
+    # What a rank does in a step changes nothing of it: many layouts that are compared have the same.
+    return _held(args, dataclasses.replace(layout, policy="none", optimizer="adamw", rows=1, length=1, accum=1))
+
+
+@functools.lru_cache(maxsize=64)
+def _held(args: ModelArgs, layout: Layout) -> tuple[Held, ...]:
+    return tuple(_parameters(args, layout))
+
+
+def _parameters(args: ModelArgs, layout: Layout) -> Iterator[Held]:
     dtype = layout.dtype
     for name, shape in parameter_shapes(args):
         box = local_box(
@@ -198,11 +212,11 @@ def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_M
     layers = [units[layer] for layer in range(args.n_layers)]
     alone = unit_of("layers.0.feed_forward.experts.w13", layout.dp_size, layout.ep_size) is None
     weight_dtype = torch.float32 if layout.dp_size == 1 else layout.dtype
-    traced, head = trace(
+    tokens = layout.rows * layout.length
+    traced = trace_layers(
         Pass(
             args=args,
             mp_size=layout.mp_size,
-            dp_size=layout.dp_size,
             ep_size=layout.ep_size,
             placement=layout.placement,
             policy=layout.policy,
@@ -211,10 +225,12 @@ def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_M
             expert_dtype=torch.float32 if alone else layout.dtype,
             rows=layout.rows,
             length=layout.length,
+            gpu=layout.gpu,
         )
     )
+    head = trace_head(args, dtype=layout.dtype, weight_dtype=weight_dtype, tokens=tokens, gpu=layout.gpu)
     before = all_gradients if layout.accum > 1 else 0
-    kept = layout.rows * layout.length * args.dim * layout.dtype.itemsize  # the embedded tokens
+    kept = tokens * args.dim * layout.dtype.itemsize  # the embedded tokens
     keeps = layout.data_parallel != "fsdp"
     gathered, last = around.whole, around.flat
     for own, units_of_layer in zip(traced, layers, strict=True):

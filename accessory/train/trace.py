@@ -15,7 +15,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from accessory import kernels
 from accessory.config import ModelArgs
 from accessory.model.attention import CausalRows
 from accessory.model.cross_entropy import cross_entropy
@@ -58,17 +58,19 @@ class Traced(NamedTuple):
 class Pass:
     """What is traced: a rank's part of a model and its micro-batch.
 
+    Of the data-parallel ranks a layer meets those alone over which its experts are spread.
+
     Attributes:
-        mp_size, dp_size, ep_size: ranks along the axes of the mesh.
+        mp_size, ep_size: ranks along the axes of the mesh.
         dtype: of products and activations.
         weight_dtype: in which FSDP, or the rank itself, hands trained weights to the layers.
         expert_dtype: the same of experts.
-        lengths: tokens of the rows, which are as long as one another.
+        rows, length: of the micro-batch.
+        gpu: on a GPU some steps are taken at once that go piece by piece on a CPU.
     """
 
     args: ModelArgs
     mp_size: int
-    dp_size: int
     ep_size: int
     placement: Placement
     policy: RecomputePolicy
@@ -77,30 +79,54 @@ class Pass:
     expert_dtype: torch.dtype
     rows: int
     length: int
+    gpu: bool
 
 
 @functools.lru_cache(maxsize=256)
-def trace(run: Pass) -> tuple[tuple[Traced, ...], Traced]:
-    """Every layer's bytes, and those of what stands behind the last one: norm, output head and cross-entropy.
-
-    The output head is traced as one rank has it whole; ranks of mp gather its logits.
-    """
+def trace_layers(run: Pass) -> tuple[Traced, ...]:
+    """Every layer's bytes."""
     args = run.args.replace(max_seq_len=run.length)
     kinds = [(parts_of_layer(args, layer), args.window_of(layer)) for layer in range(args.n_layers)]
     firsts = {kind: kinds.index(kind) for kind in kinds}
-    state = planned_state(run.mp_size, run.dp_size, run.ep_size)
     few = _with_layers(args, max(firsts.values()) + 1)
-    build = partial(build_transformer, few, dtype=run.dtype, trained_dtype=run.weight_dtype, device=_META)
-    model = build(state, expert_placement=run.placement)
+    model = build_transformer(
+        few,
+        planned_state(run.mp_size, run.ep_size),
+        expert_placement=run.placement,
+        dtype=run.dtype,
+        trained_dtype=run.weight_dtype,
+        device=_META,
+    )
     for name, own in list(model.named_parameters()):
         if own.requires_grad and own.dtype != run.expert_dtype and split_of(name).per_expert:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, nn.Parameter(own.detach().to(run.expert_dtype)))
     recompute_activations(model, run.policy)
-    with _attention_of_device():
+    with _attention_of_device(), kernels.meta_as_gpu(run.gpu):
         found = {kind: _trace_layer(model, layer, run) for kind, layer in firsts.items()}
-        head = _trace_head(model if run.mp_size == 1 else build(planned_state(1, run.dp_size, 1)), run)
-    return tuple(found[kind] for kind in kinds), head
+    return tuple(found[kind] for kind in kinds)
+
+
+@functools.lru_cache(maxsize=16)
+def trace_head(args: ModelArgs, *, dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, gpu: bool) -> Traced:
+    """The bytes of what stands behind the last layer: norm, output head and cross-entropy.
+
+    The output head is traced as one rank has it whole; ranks of mp gather its logits.
+
+    Args:
+        dtype, weight_dtype, gpu: as `Pass` has them.
+        tokens: of the micro-batch.
+    """
+    few = _with_layers(args, 1)
+    model = build_transformer(few, planned_state(1, 1), dtype=dtype, trained_dtype=weight_dtype, device=_META)
+    targets_T = torch.ones(tokens, dtype=torch.int64)
+
+    def forward(x_TD: Tensor) -> list[Tensor]:
+        logits_TV = model.output(model.norm(x_TD))
+        return [cross_entropy(logits_TV, targets_T)]
+
+    with kernels.meta_as_gpu(gpu):
+        return _trace(model, forward, torch.empty(tokens, args.dim, dtype=dtype, device=_META))
 
 
 def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
@@ -128,19 +154,9 @@ def _trace_layer(model: Transformer, layer: int, run: Pass) -> Traced:
     return _trace(model, forward, torch.empty(tokens, width, dtype=run.dtype, device=_META))
 
 
-def _trace_head(model: Transformer, run: Pass) -> Traced:
-    targets_T = torch.ones(run.rows * run.length, dtype=torch.int64)
-
-    def forward(x_TD: Tensor) -> list[Tensor]:
-        logits_TV = model.output(model.norm(x_TD))
-        return [cross_entropy(logits_TV, targets_T)]
-
-    return _trace(model, forward, torch.empty(len(targets_T), run.args.dim, dtype=run.dtype, device=_META))
-
-
 def _trace(model: nn.Module, forward: Callable[[Tensor], list[Tensor]], x_TD: Tensor) -> Traced:
     live = _Live(model.parameters())
-    with torch.enable_grad(), live:
+    with torch.enable_grad(), live, _young_garbage():
         held = [x_TD.requires_grad_().clone()]
         begin = live.now
         outputs = forward(held.pop())
@@ -151,6 +167,16 @@ def _trace(model: nn.Module, forward: Callable[[Tensor], list[Tensor]], x_TD: Te
         begin = live.peak = live.now
         torch.autograd.backward(outputs, gradients)
         return Traced(kept, most, live.peak - begin)
+
+
+@contextlib.contextmanager
+def _young_garbage() -> Iterator[None]:
+    """Collections of garbage look at what is made from here on alone: going through all that is there takes long."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Live(TorchDispatchMode):
@@ -198,6 +224,9 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
         return rows.new_empty(sum(arrive), *rows.shape[1:])
     if func is torch.ops._c10d_functional.wait_tensor.default:
         return args[0]
+    if func is torch.ops.aten._grouped_mm.default:  # on meta PyTorch has it for bfloat16 alone
+        a, b, offsets = args[:3]
+        return a.new_empty(*((len(offsets), len(a)) if b.ndim == 2 else (len(a),)), b.shape[-1])
     if func is torch.ops.accessory.exchange_counts.default:  # of even ranks each gets what it gives
         return args[0].clone()
     inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -233,13 +262,15 @@ def _attention_of_device() -> Iterator[None]:
         F.scaled_dot_product_attention = before
 
 
-def planned_state(mp_size: int, dp_size: int, ep_size: int) -> ParallelState:
-    """The first rank of so many. Nothing is sent; of groups only the exchange's is there, to be asked for its size."""
+def planned_state(mp_size: int, ep_size: int) -> ParallelState:
+    """The first rank of so many, with no more data-parallel ones than experts are spread over.
+
+    Nothing is sent; of groups only the exchange's is there, to be asked for its size.
+    """
     return ParallelState(
         mp=Ranks(None, 0, mp_size),
-        dp=Ranks(None, 0, dp_size),
+        dp=Ranks(None, 0, ep_size),
         ep=Ranks(_stand_in(ep_size) if ep_size > 1 else None, 0, ep_size),
-        efsdp=Ranks(None, 0, dp_size // ep_size),
         device=_META,
     )
 
