@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 
+from accessory.checkpoint.layouts import load_args
 from accessory.cli import main
 from accessory.data.collate import Batch
 from accessory.model.meta import MetaModel
@@ -22,7 +23,8 @@ from accessory.model.pretrained import Pretrained
 from accessory.parallel.state import ParallelState
 from accessory.train.build import build_for_training
 from accessory.train.memory import Layout, training_memory
-from accessory.train.optim import adamw
+from accessory.train.optim import OPTIMIZERS, adamw
+from accessory.train.planner import layouts
 from accessory.train.recompute import recompute_activations
 from accessory.train.sharding import device_mesh
 from accessory.train.trainer import train_step
@@ -179,7 +181,35 @@ def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     attention = 384 * 384 * 2 + 384 * 128 * 2
     dense = 3 * (attention + 8 * 384 + 2 * 384) + 2 * 384 * 384 + 384
     assert spread["sent_bytes"] == {"fast": 4 * 128 * 2 * 384 * 4 * 3 / 2 + 2 * dense * 4 / 2, "slow": 0}
+    # The routers, 8 x 384, and norms are too small for codes; of a matrix muon keeps its momentum alone.
+    experts, small = 3 * 8 * 3 * 384 * 1024, 3 * 8 * 384 + 7 * 384
+    whole = dense + experts
+    kept = {
+        "adamw": 8 * whole,
+        "adamw8bit": 2 * (1 + 4 / 64) * (whole - small) + 8 * small,
+        "muon": 8 * whole - 4 * (3 * attention + experts),
+    }
+    for optimizer in OPTIMIZERS:
+        assert main([*asked, "8", "--json", "--optimizer", optimizer]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert {
+            own["memory_bytes"]["optimizer"]
+            for own in planned
+            if (own["expert_parallel_size"], own["data_parallel_size"], own["data_parallel"]) == (1, 2, "ddp")
+        } == {kept[optimizer]}
     assert main([*asked, "0.01"]) == 1
     assert "no layout fits 0.01 GiB: the smallest (dp" in capsys.readouterr().err
     assert main(["plan", str(config), "--gpus", "0", "--memory", "80"]) == 1
     assert "--gpus is 0: give a number above 0" in capsys.readouterr().err
+
+
+def test_no_layout_is_planned_that_the_optimizer_refuses(tmp_path: Path) -> None:
+    """Of rows of 192 numbers each of 2 ranks would have 96, and blocks of 8-bit moments have 64."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384, "hidden_dim": 192}))
+    args = load_args([config])
+    placements = {
+        optimizer: {own.placement for own in layouts(args, 2, Layout(optimizer=optimizer)) if own.mp_size == 2}
+        for optimizer in OPTIMIZERS
+    }
+    assert placements == {"adamw": {"expert", "tensor"}, "muon": {"expert", "tensor"}, "adamw8bit": {"expert"}}

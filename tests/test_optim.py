@@ -16,7 +16,7 @@ from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained, load_transformer
 from accessory.parallel.state import ParallelState
 from accessory.train.muon import orthogonal
-from accessory.train.optim import OPTIMIZERS, Rates, states_of
+from accessory.train.optim import OPTIMIZERS, Rates, kept_bytes, states_of
 from accessory.train.sharding import device_mesh, shard_model
 from accessory.train.trainer import train_step
 
@@ -90,7 +90,9 @@ def test_steps_are_torchs_with_a_rate_for_each_kind(optimizer: Any) -> None:
     for name, own in ours.items():
         truth = torch.stack([part.data for part in theirs[name]]).view_as(own)
         torch.testing.assert_close(own.data, truth, rtol=1e-5, atol=1e-6, msg=name)
-        assert set(made.state[own]) - {"step"} == set(states_of(optimizer, name)), name
+        kept = {key: state for key, state in made.state[own].items() if key != "step"}
+        assert set(kept) == set(states_of(optimizer, name)), name
+        assert sum(state.nbytes for state in kept.values()) == own.numel() * kept_bytes(optimizer, name, own.shape)
 
 
 @TORCHAO

@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from accessory.arguments import given_path
 from accessory.commands.output import show
+from accessory.train.options import OptimizerName, Precision
 
 if TYPE_CHECKING:
     from accessory.config import ModelArgs
@@ -31,8 +32,8 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--max_words", type=int, default=4096, help="tokens of a row (default 4096)")
     plan.add_argument("--batch_size", type=int, default=1, help="rows of a micro-batch (default 1)")
     plan.add_argument("--accum_iter", type=int, default=1, help="micro-batches of a step (default 1)")
-    plan.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="default adamw")
-    plan.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), default="bf16", help="default bf16")
+    plan.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help="default adamw")
+    plan.add_argument("--precision", choices=get_args(Precision), default="bf16", help="default bf16")
     plan.add_argument("--gpus_per_host", type=int, default=8, metavar="N", help="default 8")
     plan.add_argument("--tflops", type=float, default=400.0, help="10^12 operations/s that a GPU reaches (default 400)")
     plan.add_argument("--fast", type=float, default=300.0, help="GB/s that a GPU sends within a host (default 300)")

@@ -7,7 +7,8 @@ not compiled, on a piece of a parameter at a time, so that its float32 copies st
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -27,9 +28,19 @@ _AT_ONCE, _CUDA_AT_ONCE = 1 << 16, 1 << 24
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 
 
-def is_coded(parameter: Tensor) -> bool:
-    """Whether a parameter's moments are codes."""
-    return parameter.numel() >= _LEAST and parameter.shape[-1] % BLOCK == 0
+def is_coded(shape: Sequence[int]) -> bool:
+    """Whether the moments of a parameter of this shape are codes."""
+    return math.prod(shape) >= _LEAST and shape[-1] % BLOCK == 0
+
+
+def state_bytes(shape: Sequence[int]) -> float:
+    """Of each number of a moment of a parameter of this shape."""
+    return 1 + 4 / BLOCK if is_coded(shape) else 4.0
+
+
+def parts_blocks(shape: Sequence[int], own: Sequence[int]) -> bool:
+    """Whether a rank that holds ``own`` of a parameter's ``shape`` would hold part of a block."""
+    return is_coded(shape) and own[-1] % BLOCK > 0
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -40,7 +51,6 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     STATES = tuple(_MOMENTS)
-    BYTES = 1 + 4 / BLOCK
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
         refuse_absent()
@@ -52,7 +62,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._adam: Callable[..., None] = import_module("torchao.optim.adam").single_param_adam
         for group in self.param_groups:
             for parameter in group["params"]:
-                if is_coded(parameter) and local(parameter).shape[-1] % BLOCK:
+                if parts_blocks(parameter.shape, local(parameter).shape):
                     raise ValueError(
                         f"--optimizer adamw8bit has blocks of {BLOCK} numbers, and of a parameter of shape "
                         f"{tuple(parameter.shape)} a rank holds rows of {local(parameter).shape[-1]}: give another "
@@ -110,7 +120,7 @@ def scales_of(name: str) -> str:
 
 
 def _zeros(name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
-    if not is_coded(parameter):
+    if not is_coded(parameter.shape):
         return {name: torch.zeros_like(parameter)}
     own = local(parameter)
     codes = torch.zeros(own.shape, dtype=torch.uint8, device=own.device)

@@ -7,6 +7,7 @@ gathers and when it lets go of them) is followed through a step here, moment by 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from accessory.config import ModelArgs
 from accessory.parallel.plan import Placement, layer_of, local_box, matrix_of, parameter_shapes, split_of, trains
 from accessory.quant import TENSOR_DTYPES
-from accessory.train.optim import states_of
+from accessory.train.optim import OPTIMIZERS, kept_bytes
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
 from accessory.train.precision import COMPUTE_DTYPES
 from accessory.train.sharding import Unit, sharded_axis, unit_of
@@ -77,7 +78,8 @@ class Held(NamedTuple):
     """What the first rank holds of a parameter.
 
     Attributes:
-        numel: elements of its shard.
+        shape: of the whole.
+        own: of its shard.
         gathered: elements of its part along ep and mp, which a unit gathers.
         itemsize, gathered_itemsize: bytes of an element of the one and the other.
         trains: whether it has a gradient.
@@ -86,13 +88,18 @@ class Held(NamedTuple):
     """
 
     name: str
-    numel: int
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
     gathered: int
     itemsize: int
     gathered_itemsize: int
     trains: bool
     unit: Unit | None
     across: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.own)
 
 
 def held(args: ModelArgs, layout: Layout) -> tuple[Held, ...]:
@@ -123,20 +130,26 @@ def _parameters(args: ModelArgs, layout: Layout) -> Iterator[Held]:
             axis = sharded_axis(shape, taken, unit.ranks, packed=integers)
             shard = box.chunk(axis, rank=0, size=unit.ranks)
         itemsize = _FLOAT if own or split_of(name).kind == "correction" else frozen.itemsize
-        yield Held(
-            name, shard.numel, box.numel, itemsize, dtype.itemsize if own else frozen.itemsize, own, unit, axis > 0
-        )
+        gathered_itemsize = dtype.itemsize if own else frozen.itemsize
+        yield Held(name, shape, shard.size, box.numel, itemsize, gathered_itemsize, own, unit, axis > 0)
 
 
 def state_bytes(args: ModelArgs, layout: Layout) -> Memory:
     """Weights, gradients and optimizer alone, without which no run can do."""
-    weights = gradients = optimizer = 0
+    weights = gradients = 0
+    optimizer = 0.0
     for own in held(args, layout):
         weights += own.numel * own.itemsize
         if own.trains:
             gradients += own.numel * _FLOAT
-            optimizer += own.numel * _FLOAT * len(states_of(layout.optimizer, own.name))
-    return Memory(weights, gradients, optimizer)
+            optimizer += own.numel * kept_bytes(layout.optimizer, own.name, own.shape)
+    return Memory(weights, gradients, int(optimizer))
+
+
+def optimizer_steps(args: ModelArgs, layout: Layout) -> bool:
+    """Whether the optimizer can step what a rank holds of each parameter."""
+    refuses = OPTIMIZERS[layout.optimizer].refuses
+    return not any(own.trains and refuses(own.shape, own.own) for own in held(args, layout))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The optimizers, which parameters each rate is of, and clipping."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
-from accessory.train.adamw8bit import AdamW8bit, refuse_absent
+from accessory.train.adamw8bit import AdamW8bit, parts_blocks, refuse_absent, state_bytes
 from accessory.train.muon import Muon
 from accessory.train.options import FinetuneOptions, OptimizerName
 
@@ -72,14 +72,16 @@ class Kind(NamedTuple):
     Attributes:
         build: makes one, with the arguments of `adamw`.
         states: names of what it keeps of a matrix, each as large as that; for all else it keeps what AdamW does.
-        bytes: of each number of a state.
+        bytes: of each number of a state, by the shape of the whole parameter.
         absent: raises ValueError where a package that it needs is not there.
+        refuses: whether it cannot step a parameter of one shape of which a rank holds a part of the other.
     """
 
     build: Callable[..., torch.optim.Optimizer]
     states: tuple[str, ...]
-    bytes: float = 4.0
+    bytes: Callable[[Sequence[int]], float] = lambda _: 4.0
     absent: Callable[[], None] | None = None
+    refuses: Callable[[Sequence[int], Sequence[int]], bool] = lambda _, __: False
 
 
 _BETAS = (0.9, 0.95)
@@ -88,7 +90,7 @@ _ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 OPTIMIZERS: dict[OptimizerName, Kind] = {
     "adamw": Kind(adamw, _ADAMW_STATES),
-    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, AdamW8bit.BYTES, refuse_absent),
+    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, state_bytes, refuse_absent, parts_blocks),
     "muon": Kind(muon, Muon.STATES),
 }
 
@@ -110,6 +112,11 @@ def refuse_absent_optimizer(name: OptimizerName) -> None:
 def states_of(optimizer: OptimizerName, name: str) -> tuple[str, ...]:
     """What an optimizer keeps of a parameter that is as large as it."""
     return OPTIMIZERS[optimizer].states if _kind(name) in _MUON_KINDS else _ADAMW_STATES
+
+
+def kept_bytes(optimizer: OptimizerName, name: str, shape: Sequence[int]) -> float:
+    """What an optimizer keeps for each number of a parameter whose whole shape is this."""
+    return len(states_of(optimizer, name)) * OPTIMIZERS[optimizer].bytes(shape)
 
 
 def _kind(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 from accessory.config import ModelArgs
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.train.flops import flops_per_token
-from accessory.train.memory import Held, Layout, Memory, held, state_bytes, training_memory
+from accessory.train.memory import Held, Layout, Memory, held, optimizer_steps, state_bytes, training_memory
 from accessory.train.options import DataParallel, RecomputePolicy
 
 # The forward pass is a third of a step's arithmetic, and what is computed again is computed once more.
@@ -72,16 +72,16 @@ def layouts(args: ModelArgs, devices: int, common: Layout, *, per_host: int = 8)
                 except ValueError:
                     continue
                 for data_parallel in get_args(DataParallel) if dp_size > 1 else ("sdp",):
-                    for policy in get_args(RecomputePolicy):
-                        yield dataclasses.replace(
-                            common,
-                            dp_size=dp_size,
-                            mp_size=mp_size,
-                            ep_size=ep_size,
-                            placement=found,
-                            data_parallel=data_parallel,
-                            policy=policy,
-                        )
+                    layout = dataclasses.replace(
+                        common,
+                        dp_size=dp_size,
+                        mp_size=mp_size,
+                        ep_size=ep_size,
+                        placement=found,
+                        data_parallel=data_parallel,
+                    )
+                    if optimizer_steps(args, layout):
+                        yield from (dataclasses.replace(layout, policy=own) for own in get_args(RecomputePolicy))
 
 
 def plan(args: ModelArgs, devices: int, limit: float, common: Layout, rates: Rates) -> list[Planned]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from accessory.errors import shown_bytes
 from accessory.model.meta import MetaModel
 from accessory.train.export import BEST
-from accessory.train.optim import OPTIMIZERS, states_of
+from accessory.train.optim import kept_bytes
 from accessory.train.options import FinetuneOptions
 from accessory.train.snapshot import frozen_of
 
@@ -78,8 +78,7 @@ class Plan:
                 exported += parameter.numel() * itemsize
             if own or not options.only_save_trainable:
                 saved += parameter.numel() * parameter.element_size()
-            kept = len(states_of(options.optimizer, name)) * OPTIMIZERS[options.optimizer].bytes if trains else 0
-            saved += int(parameter.numel() * kept)
+            saved += int(parameter.numel() * kept_bytes(options.optimizer, name, parameter.shape)) if trains else 0
         at_ends, within = models_after(options, done=done, end=end, per_epoch=per_epoch)
         names = [path.parent.name for path in output.glob("epoch*/meta.json")]
         inner = sum("-" in name for name in names)
