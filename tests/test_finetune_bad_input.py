@@ -106,6 +106,14 @@ def _(folder, good):
     return {**sizes, **sizes_of(folder, moe={"num_experts": 2, "num_experts_per_tok": 1})}
 
 
+@case("a model beyond all memory", "the run cannot fit: weights, gradients and optimizer ", "host ", "ranks that have ")
+def _(folder, good):
+    """Mixtral-8x22B's sizes."""
+    sizes = {"dim": 6144, "hidden_dim": 16384, "n_layers": 56, "n_heads": 48, "n_kv_heads": 8, "vocab_size": 384}
+    new = {"pretrained_path": None, "tokenizer_path": good.model / "tokenizer.model"}
+    return {**new, **sizes_of(folder, **sizes, moe={"num_experts": 8, "num_experts_per_tok": 2})}
+
+
 @case("heads", "n_heads 3 is not a multiple of 2", "Rank counts that work: 1", sizes=(2,))
 def _(folder, good):
     return {"model_parallel_size": 2, **sizes_of(folder, n_heads=3, n_kv_heads=3, dim=48, vocab_size=384)}

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,17 @@ from ranks import RankPool
 
 from accessory.checkpoint.layouts import load_args
 from accessory.cli import main
+from accessory.config import PEFT_TYPES
 from accessory.data.collate import Batch
+from accessory.launch.memory import DeviceMemory, host_memory
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
-from accessory.parallel.state import ParallelState
+from accessory.parallel.state import ParallelState, Ranks
+from accessory.train import fit
 from accessory.train.build import build_for_training
-from accessory.train.memory import Layout, training_memory
+from accessory.train.memory import Layout, most_bytes, state_bytes, training_memory
 from accessory.train.optim import OPTIMIZERS, adamw
+from accessory.train.options import FinetuneOptions
 from accessory.train.planner import layouts
 from accessory.train.recompute import recompute_activations
 from accessory.train.sharding import device_mesh
@@ -156,7 +161,80 @@ def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokeniz
         ).args
         planned = training_memory(args, layout)
         off[str(layout)] = planned.total / peak
+        assert planned.total < most_bytes(args, layout)
     assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
+
+
+# -- what a run asks before it begins
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "least"),
+    [
+        ("", {}, None),
+        ("0::/", {"memory.max": 5000}, 5000),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": 6000, "memory.max": 7000}, 6000),
+        ("0::/not/mounted/here", {"memory.max": 5000}, 5000),
+        ("3:cpu:/x\n4:cpuset,memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": 4000}, 4000),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": 9223372036854771712}, None),
+    ],
+)
+def test_memory_of_the_host(groups: str, limits: dict[str, Any], least: int | None, tmp_path: Path) -> None:
+    for name, content in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{k}": v for k, v in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n" if content else "")
+    whole = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    assert host_memory(tmp_path) == (least or whole)
+
+
+@pytest.mark.parametrize(
+    ("memory", "flags", "level", "says"),
+    [
+        (16e9, "", None, ""),
+        (800e6, "", "WARNING", r"a step may take .*weights 119.* MB.* host h has 800.00 MB: --grad_ckpt_policy moe "),
+        (500e6, "", "WARNING", r"a step may take .*: more ranks, a smaller --max_words, or adapters"),
+        (400e6, "", "ERROR", r"^the run cannot fit: weights, gradients and optimizer take 476.77 MB, and host h has "),
+        (400e6, "", "ERROR", r"; what would: --optimizer adamw8bit \(.* a rank\), or --lora_rank 8 \(.* a rank\)$"),
+        (90e6, "--lora_rank 8", "ERROR", r"; what would: --quant nf4 \([0-9.]+ MB a rank\), or 2 ranks that have 90.0"),
+    ],
+)
+def test_a_run_asks_for_its_memory(
+    memory: float,
+    flags: str,
+    level: str | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    asked = ["--llama_config", str(config), "--data_config", "x", "--precision", "fp32", *flags.split()]
+    options = FinetuneOptions.parse(asked)
+    args = load_args([config], PEFT_TYPES[0] if flags else None, options.adapters)
+    monkeypatch.setattr(fit, "device_memory", lambda _: DeviceMemory("host h", "h", int(memory)))
+    caplog.set_level("WARNING", "accessory")
+
+    def ask() -> None:
+        fit.ask_memory(options, args, ParallelState.single("cpu"), Ranks(), per_host=1)
+
+    if level == "ERROR":
+        with pytest.raises(ValueError, match=says):
+            ask()
+    else:
+        ask()
+        assert [record.levelname for record in caplog.records] == ([level] if level else [])
+        assert re.search(says, caplog.text)
+
+
+def test_ranks_hold_together_what_one_would(tmp_path: Path) -> None:
+    """Also where nothing divides: axes of 384 and 8 over 5 ranks."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    args = load_args([config])
+    for layout in (Layout(dp_size=5), Layout(dp_size=8, ep_size=4), Layout(dp_size=6, ep_size=2, data_parallel="fsdp")):
+        parts = [state_bytes(args, layout, rank=rank) for rank in range(layout.dp_size)]
+        assert tuple(map(sum, zip(*parts, strict=True))) == state_bytes(args, Layout())
 
 
 # -- the planner

@@ -8,6 +8,7 @@ placements are the same parameter with another split axis (see docs/architecture
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -243,6 +244,7 @@ def local_sizes(args: ModelArgs, size: int, placement: Placement = "expert", *, 
     return local
 
 
+@functools.lru_cache(maxsize=2**14)
 def split_of(name: str) -> Split:
     """The table's row for a parameter, or for one tensor of a quantized matrix.
 

@@ -31,6 +31,7 @@ from accessory.text.forms import Form
 from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.checkpointer import Checkpointer
+from accessory.train.fit import ask_memory
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import make_optimizer, refuse_absent_optimizer
@@ -104,6 +105,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         pretrained = agreed(world, lambda: _resolve(options, state, saved))
         if resumed is None:
             agreed(world, lambda: _check_weights(pretrained))
+        ask_memory(options, pretrained.args, state, world, per_host=launch.local_size)
         progress = None if resumed is None else store.check(resumed, pretrained.args)["progress"]
         asked = agreed(world, lambda: _asked_form(options, pretrained))
         data, held_out = _data(options, launch, pretrained, asked, world)

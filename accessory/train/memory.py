@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 
 from accessory.config import ModelArgs
-from accessory.parallel.plan import Placement, layer_of, local_box, matrix_of, parameter_shapes, split_of, trains
+from accessory.parallel.plan import (
+    Placement,
+    layer_of,
+    local_box,
+    matrix_of,
+    parameter_shapes,
+    share_of_tokens,
+    split_of,
+    trains,
+)
 from accessory.quant import TENSOR_DTYPES
 from accessory.train.optim import OPTIMIZERS, kept_bytes
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
@@ -24,6 +33,7 @@ from accessory.train.sharding import Unit, sharded_axis, unit_of
 from accessory.train.trace import Pass, trace_head, trace_layers
 
 _FLOAT = 4  # bytes of float32, in which everything trains and gradients are summed
+_MADE = 8  # numbers that are there for each that a matrix makes, at the very most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +112,31 @@ class Held(NamedTuple):
         return math.prod(self.own)
 
 
-def held(args: ModelArgs, layout: Layout) -> tuple[Held, ...]:
-    """Every parameter of a training model on the first rank, which holds no less of any than another one."""
+def held(args: ModelArgs, layout: Layout, *, rank: int = 0) -> tuple[Held, ...]:
+    """Every parameter of a training model on a rank; the first one holds no less of any than another."""
     # What a rank does in a step changes nothing of it: many layouts that are compared have the same.
-    return _held(args, dataclasses.replace(layout, policy="none", optimizer="adamw", rows=1, length=1, accum=1))
+    return _held(args, dataclasses.replace(layout, policy="none", optimizer="adamw", rows=1, length=1, accum=1), rank)
 
 
 @functools.lru_cache(maxsize=64)
-def _held(args: ModelArgs, layout: Layout) -> tuple[Held, ...]:
-    return tuple(_parameters(args, layout))
+def _held(args: ModelArgs, layout: Layout, rank: int) -> tuple[Held, ...]:
+    return tuple(_parameters(args, layout, rank))
 
 
-def _parameters(args: ModelArgs, layout: Layout) -> Iterator[Held]:
+def _parameters(args: ModelArgs, layout: Layout, rank: int) -> Iterator[Held]:
     dtype = layout.dtype
+    dp_rank, mp_rank = divmod(rank, layout.mp_size)
+    efsdp_rank, ep_rank = divmod(dp_rank, layout.ep_size)
     for name, shape in parameter_shapes(args):
         box = local_box(
-            name, shape, args, placement=layout.placement, rank=0, size=layout.mp_size, ep_size=layout.ep_size
+            name,
+            shape,
+            args,
+            placement=layout.placement,
+            rank=mp_rank,
+            size=layout.mp_size,
+            ep_rank=ep_rank,
+            ep_size=layout.ep_size,
         )
         own, unit, axis = trains(name, args), unit_of(name, layout.dp_size, layout.ep_size), 0
         packed = TENSOR_DTYPES.get(matrix_of(name)[1])
@@ -128,17 +147,17 @@ def _parameters(args: ModelArgs, layout: Layout) -> Iterator[Held]:
             taken = [cut.axis for cut in split_of(name).cuts[layout.placement] if ranks[cut.mesh] > 1]
             integers = packed is not None and not packed.is_floating_point
             axis = sharded_axis(shape, taken, unit.ranks, packed=integers)
-            shard = box.chunk(axis, rank=0, size=unit.ranks)
+            shard = box.chunk(axis, rank=efsdp_rank if unit.spread else dp_rank, size=unit.ranks)
         itemsize = _FLOAT if own or split_of(name).kind == "correction" else frozen.itemsize
         gathered_itemsize = dtype.itemsize if own else frozen.itemsize
         yield Held(name, shape, shard.size, box.numel, itemsize, gathered_itemsize, own, unit, axis > 0)
 
 
-def state_bytes(args: ModelArgs, layout: Layout) -> Memory:
-    """Weights, gradients and optimizer alone, without which no run can do."""
+def state_bytes(args: ModelArgs, layout: Layout, *, rank: int = 0) -> Memory:
+    """Weights, gradients and optimizer of a rank alone, without which no run can do."""
     weights = gradients = 0
     optimizer = 0.0
-    for own in held(args, layout):
+    for own in held(args, layout, rank=rank):
         weights += own.numel * own.itemsize
         if own.trains:
             gradients += own.numel * _FLOAT
@@ -149,7 +168,22 @@ def state_bytes(args: ModelArgs, layout: Layout) -> Memory:
 def optimizer_steps(args: ModelArgs, layout: Layout) -> bool:
     """Whether the optimizer can step what a rank holds of each parameter."""
     refuses = OPTIMIZERS[layout.optimizer].refuses
-    return not any(own.trains and refuses(own.shape, own.own) for own in held(args, layout))
+    return refuses is None or not any(own.trains and refuses(own.shape, own.own) for own in held(args, layout))
+
+
+def most_bytes(args: ModelArgs, layout: Layout) -> int:
+    """More than the fullest rank can take, found at once: where so much is there, nobody needs to know any better.
+
+    All that matrices make of a token, so often that it is more than layers keep and need, and all parameters gathered.
+    """
+    made = sum(
+        math.prod(shape[:-1]) * share_of_tokens(split_of(name), args)
+        for name, shape in parameter_shapes(args.replace(quant=None))
+        if len(shape) > 1 and split_of(name).kind != "embedding"
+    )
+    copies = sum(own.gathered * (3 * own.gathered_itemsize + _FLOAT) for own in held(args, layout))
+    tokens = layout.rows * layout.length
+    return state_bytes(args, layout).total + copies + int(_MADE * _FLOAT * made * tokens)
 
 
 @dataclass

@@ -74,14 +74,15 @@ class Kind(NamedTuple):
         states: names of what it keeps of a matrix, each as large as that; for all else it keeps what AdamW does.
         bytes: of each number of a state, by the shape of the whole parameter.
         absent: raises ValueError where a package that it needs is not there.
-        refuses: whether it cannot step a parameter of one shape of which a rank holds a part of the other.
+        refuses: whether it cannot step a parameter of one shape of which a rank holds a part of the other; None: it
+            can step all.
     """
 
     build: Callable[..., torch.optim.Optimizer]
     states: tuple[str, ...]
     bytes: Callable[[Sequence[int]], float] = lambda _: 4.0
     absent: Callable[[], None] | None = None
-    refuses: Callable[[Sequence[int], Sequence[int]], bool] = lambda _, __: False
+    refuses: Callable[[Sequence[int], Sequence[int]], bool] | None = None
 
 
 _BETAS = (0.9, 0.95)

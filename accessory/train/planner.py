@@ -5,7 +5,7 @@ estimate from rates that are given, for comparing layouts with one another.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
@@ -56,12 +56,19 @@ class Planned(NamedTuple):
         return self.tokens / self.seconds
 
 
-def layouts(args: ModelArgs, devices: int, common: Layout, *, per_host: int = 8) -> Iterator[Layout]:
-    """All that the sizes allow, with mp and ep x mp within a host."""
+def layouts(
+    args: ModelArgs, devices: int, common: Layout, *, per_host: int = 8, fixed: Mapping[str, Any] | None = None
+) -> Iterator[Layout]:
+    """All that the sizes allow, with mp and ep x mp within a host.
+
+    Args:
+        fixed: values that some attributes of a Layout are to have.
+    """
+    fixed = fixed or {}
     for mp_size in _divisors(devices):
         dp_size = devices // mp_size
         for ep_size in _divisors(dp_size):
-            if mp_size * ep_size > max(1, per_host):
+            if mp_size * ep_size > max(1, per_host) or fixed.get("mp_size", mp_size) != mp_size:
                 continue
             for placement in ("expert", "tensor"):
                 if placement == "tensor" and mp_size == 1:
@@ -80,8 +87,10 @@ def layouts(args: ModelArgs, devices: int, common: Layout, *, per_host: int = 8)
                         placement=found,
                         data_parallel=data_parallel,
                     )
-                    if optimizer_steps(args, layout):
-                        yield from (dataclasses.replace(layout, policy=own) for own in get_args(RecomputePolicy))
+                    every = [dataclasses.replace(layout, policy=policy) for policy in get_args(RecomputePolicy)]
+                    allowed = [own for own in every if all(getattr(own, name) == fixed[name] for name in fixed)]
+                    if allowed and optimizer_steps(args, layout):
+                        yield from allowed
 
 
 def plan(args: ModelArgs, devices: int, limit: float, common: Layout, rates: Rates) -> list[Planned]:

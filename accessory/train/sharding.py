@@ -129,10 +129,12 @@ class Unit(NamedTuple):
     Attributes:
         module: by its name; "" is the model.
         ranks: over which they lie, or of which each has them whole.
+        spread: these are those of efsdp, and not of dp.
     """
 
     module: str
     ranks: int
+    spread: bool = False
 
 
 def unit_of(name: str, dp_size: int, ep_size: int) -> Unit | None:
@@ -148,7 +150,7 @@ def unit_of(name: str, dp_size: int, ep_size: int) -> Unit | None:
     layer = re.match(r"layers\.\d+", name)
     if layer is None:
         return Unit("", dp_size)
-    return Unit(f"{layer[0]}.feed_forward.experts", efsdp_size) if spread else Unit(layer[0], dp_size)
+    return Unit(f"{layer[0]}.feed_forward.experts", efsdp_size, spread=True) if spread else Unit(layer[0], dp_size)
 
 
 def set_last_backward(model: nn.Module, *, last: bool) -> None:
