@@ -142,6 +142,11 @@ def _(folder, good):
     return {"model_parallel_size": 2, "expert_placement": "expert", **sizes_of(folder, moe=moe)}
 
 
+@case("experts spread as if anything fitted", "2 model-parallel ranks share 1 key/value heads", "1 at most", sizes=(2,))
+def _(folder, good):
+    return {"model_parallel_size": 2, "expert_parallel_size": "auto", **sizes_of(folder, n_kv_heads=1)}
+
+
 @case("more ranks than key/value heads", "2 model-parallel ranks share 1 key/value heads", "1 at most", sizes=(2,))
 def _(folder, good):
     return {"model_parallel_size": 2, **sizes_of(folder, n_kv_heads=1)}

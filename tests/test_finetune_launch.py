@@ -126,11 +126,18 @@ def test_the_exported_folder_is_a_checkpoint(one_process, setting):
 # -- torchrun
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": BATCH // 2}, {"model_parallel_size": 2}], ids=["dp 2", "mp 2"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch_size": BATCH // 2, "expert_parallel_size": "auto"}, {"model_parallel_size": 2}],
+    ids=["dp 2", "mp 2"],
+)
 def test_torchrun(changes, setting, one_process, tmp_path):
     out = tmp_path / "out"
     command = (TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "main_finetune.py")
-    started(*command, *arguments(setting, out, **changes), environment=setting.environment, cwd=PACKAGE)
+    told = started(*command, *arguments(setting, out, **changes), environment=setting.environment, cwd=PACKAGE)
+    ep_size = json.loads((out / "options.json").read_text())["expert_parallel_size"]
+    assert ep_size in (1, 2)
+    assert (f"--expert_parallel_size auto: {ep_size} (of 1, 2)" in told) == ("expert_parallel_size" in changes)
     assert losses(out) == pytest.approx(losses(one_process), rel=1e-4)
     exported, theirs = (run / "epoch0-iter3" for run in (out, one_process))
     files = {path.name for path in exported.glob("*.pth")}

@@ -77,7 +77,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {
     "bias_update_rate": (0.0, "0.001", 0.001),
     "seed": (0, "7", 7),
     "model_parallel_size": (1, "8", 8),
-    "expert_parallel_size": (1, "4", 4),
+    "expert_parallel_size": (1, "auto", "auto"),
     "data_parallel": ("sdp", "fsdp", "fsdp"),
     "expert_placement": ("auto", "tensor", "tensor"),
     "precision": ("bf16", "tf32", "tf32"),
@@ -284,6 +284,7 @@ def test_options_out_of_range(wrong, says):
         ("--pretrained_type meta_ori", "argument --pretrained_type: unknown value 'meta_ori': choose from "),
         ("--device cuda:1", "argument --device: unknown value 'cuda:1' (did you mean cuda?): choose from "),
         ("--pretrained_path", "argument --pretrained_path: expected at least one argument"),
+        ("--expert_parallel_size all", "argument --expert_parallel_size: 'all' given: give a whole number, or auto"),
         ("--lora_rank 1.5", "argument --lora_rank: invalid int value: '1.5'"),
         (
             "--lora_ranks attention",

@@ -227,6 +227,29 @@ def test_a_run_asks_for_its_memory(
         assert re.search(says, caplog.text)
 
 
+@pytest.mark.parametrize(
+    ("memory", "flags", "ep_size"),
+    [
+        # Of a layer 6 bytes of 8 x 3 x 384 x 128 numbers against 4 x 2 rows of 384 numbers of 2 bytes: 1,152 tokens.
+        (16e9, "--batch_size 1 --max_words 64", 4),
+        (16e9, "--batch_size 2 --max_words 1024", 1),
+        (16e9, "--batch_size 1 --max_words 64 --data_parallel ddp", 4),
+        (16e9, "--max_words 64 --model_parallel_size 4", 1),
+        (16e9, "--max_words 64 --model_parallel_size 2 --expert_placement tensor", 2),
+        (1e6, "--data_parallel ddp", 4),
+    ],
+)
+def test_auto_is_what_the_planner_would_choose(
+    memory: float, flags: str, ep_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384, "hidden_dim": 128, "n_kv_heads": 4, "n_heads": 8}))
+    asked = ["--llama_config", str(config), "--data_config", "x", "--expert_parallel_size", "auto", *flags.split()]
+    options, args = FinetuneOptions.parse(asked), load_args([config])
+    monkeypatch.setattr(fit, "device_memory", lambda _: DeviceMemory("host h", "h", int(memory)))
+    assert fit.chosen_ep_size(options, args, torch.device("cpu"), ranks=4, per_host=4) == ep_size
+
+
 def test_ranks_hold_together_what_one_would(tmp_path: Path) -> None:
     """Also where nothing divides: axes of 384 and 8 over 5 ranks."""
     config = tmp_path / "config.json"

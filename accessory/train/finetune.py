@@ -25,13 +25,13 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.transformer import Transformer
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.parallel.plan import rows_of_model, split_of, trains
-from accessory.parallel.state import ParallelState, Ranks, agreed, all_ranks, on_first
+from accessory.parallel.state import ParallelState, Ranks, agreed, all_ranks, on_first, pick_device
 from accessory.text.form_files import form_for_training, trained_form
 from accessory.text.forms import Form
 from accessory.train.allocator import return_freed_memory
 from accessory.train.build import build_for_training, refuse_nothing_to_train
 from accessory.train.checkpointer import Checkpointer
-from accessory.train.fit import ask_memory
+from accessory.train.fit import ask_memory, chosen_ep_size
 from accessory.train.interruption import Interruption, Stop
 from accessory.train.loop import FinetuneLoop
 from accessory.train.optim import make_optimizer, refuse_absent_optimizer
@@ -78,12 +78,15 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         agreed(everyone, partial(_refuse_no_model, options), options)
         on_first(everyone, partial(refuse_absent, options.log_to))
         agreed(everyone, partial(refuse_absent_optimizer, options.optimizer))
+        if options.expert_parallel_size == "auto":
+            ep_size = on_first(everyone, partial(_chosen_ep_size, options, everyone, launch))
+            options = dataclasses.replace(options, expert_parallel_size=ep_size)
         layout = partial(
             ParallelState.init,
             options.model_parallel_size,
             options.device,
             timeout=COLLECTIVE_TIMEOUT,
-            ep_size=options.expert_parallel_size,
+            ep_size=int(options.expert_parallel_size),
         )
         state = agreed(everyone, layout)
         # The folder is held until the last save is on disk.
@@ -102,7 +105,7 @@ def finetune(options: FinetuneOptions, launch: Launch, interruption: Interruptio
         on_first(world, partial(_begin, options, output, resumed))
         # 2. All that can be wrong with model and data, before long work.
         saved = None if resumed is None else store.sizes(resumed)
-        pretrained = agreed(world, lambda: _resolve(options, state, saved))
+        pretrained = agreed(world, lambda: _resolve(options, state.mp_size, state.ep.size, saved))
         if resumed is None:
             agreed(world, lambda: _check_weights(pretrained))
         ask_memory(options, pretrained.args, state, world, per_host=launch.local_size)
@@ -164,6 +167,15 @@ def _refuse_no_model(options: FinetuneOptions) -> None:
         )
 
 
+def _chosen_ep_size(options: FinetuneOptions, everyone: Ranks, launch: Launch) -> int:
+    """What "auto" stands for; where something is wrong with the sizes, what is said of a run without."""
+    mp_size, device = options.model_parallel_size, pick_device(options.device, everyone.group)
+    if everyone.size % mp_size:
+        return 1
+    args = _resolve(options, mp_size, 1, None).args
+    return chosen_ep_size(options, args, device, ranks=everyone.size, per_host=launch.local_size)
+
+
 def _begin(options: FinetuneOptions, output: Path, resumed: Path | None) -> None:
     """What rank 0 does first: see that nothing of another run is in the way."""
     shelf = Shelf(options.checkpoints)
@@ -186,7 +198,7 @@ def _state_to_resume(options: FinetuneOptions, store: Checkpointer) -> Path | No
     return found
 
 
-def _resolve(options: FinetuneOptions, state: ParallelState, saved: ModelArgs | None) -> Pretrained:
+def _resolve(options: FinetuneOptions, mp_size: int, ep_size: int, saved: ModelArgs | None) -> Pretrained:
     """Checkpoint, sizes and tokenizer, with the options' weights of the losses.
 
     Args:
@@ -213,8 +225,8 @@ def _resolve(options: FinetuneOptions, state: ParallelState, saved: ModelArgs | 
     refuse_nothing_to_train(found.args)
     _refuse_parts(options, found.args)
     _refuse_rates(options, found.args)
-    refuse_shared_heads(found.args, state.mp_size)
-    resolve_placement(found.args, options.expert_placement, state.mp_size, ep_size=state.ep.size)
+    refuse_shared_heads(found.args, mp_size)
+    resolve_placement(found.args, options.expert_placement, mp_size, ep_size=ep_size)
     return dataclasses.replace(found, args=found.args.replace(**weights))
 
 

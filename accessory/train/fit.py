@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
+import torch
+
 from accessory.config import ModelArgs, PeftArgs, QuantArgs
 from accessory.errors import shown_bytes
 from accessory.launch.memory import DeviceMemory, device_memory
@@ -18,7 +20,7 @@ from accessory.parallel.state import ParallelState, Ranks, agreed, on_first
 from accessory.train.memory import Layout, most_bytes, state_bytes, training_memory
 from accessory.train.optim import OPTIMIZERS
 from accessory.train.options import FinetuneOptions
-from accessory.train.planner import layouts, options_of
+from accessory.train.planner import Rates, fastest, layouts, options_of, smallest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,40 @@ def layout_of(options: FinetuneOptions, args: ModelArgs, *, ranks: int, ep_size:
         accum=options.accum_iter,
         gpu=gpu,
     )
+
+
+def chosen_ep_size(
+    options: FinetuneOptions, args: ModelArgs, device: torch.device, *, ranks: int, per_host: int
+) -> int:
+    """What --expert_parallel_size auto stands for: of the layouts that the other options allow, the fastest that fits.
+
+    Where none does it is the one that takes the least.
+
+    Args:
+        device: this rank's, which others of its host may share.
+        ranks, per_host: of the run, and of this host.
+    """
+    gpu = device.type == "cuda"
+    alone = layout_of(options, args, ranks=ranks, ep_size=1, gpu=gpu)
+    names = ("mp_size", "policy", *(("data_parallel",) if alone.dp_size > 1 else ()))
+    fixed = {name: getattr(alone, name) for name in names}
+    found = layouts(args, ranks, alone, per_host=per_host, fixed=fixed)
+    allowed = [own for own in found if _asked_for(own, options.expert_placement, args)] or [alone]
+    limit = device_memory(device).bytes // -(-per_host // (torch.cuda.device_count() if gpu else 1))
+    fits = fastest(args, allowed, limit, Rates(per_host=per_host))
+    chosen = fits[0].layout if fits else smallest(args, allowed, limit)[1]
+    sizes = ", ".join(str(size) for size in sorted({own.ep_size for own in allowed}))
+    logger.info("--expert_parallel_size auto: %d (of %s), as accessory plan would choose", chosen.ep_size, sizes)
+    return chosen.ep_size
+
+
+def _asked_for(layout: Layout, placement: str, args: ModelArgs) -> bool:
+    """Whether a run with this --expert_placement would place experts so."""
+    if layout.mp_size == 1:
+        return True
+    if placement == "auto":
+        placement = resolve_placement(args, placement, layout.mp_size, ep_size=layout.ep_size)
+    return layout.placement == placement
 
 
 def ask_memory(options: FinetuneOptions, args: ModelArgs, state: ParallelState, world: Ranks, *, per_host: int) -> None:

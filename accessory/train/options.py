@@ -5,6 +5,7 @@
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
@@ -69,6 +70,12 @@ def _truth(text: str) -> bool:
 
 def _names(text: str) -> list[str]:
     return [name for name in map(str.strip, text.split(",")) if name]
+
+
+def _count_or_auto(text: str) -> int | str:
+    if text == "auto" or re.fullmatch(r"-?\d+", text):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} given: give a whole number, or auto")
 
 
 def _ranks(text: str) -> dict[str, int]:
@@ -184,8 +191,13 @@ class FinetuneOptions:
     seed: int = _steps(0, "of the data order, of dropout and of new weights", least=0, most=_MOST_SEED)
 
     model_parallel_size: int = _parallel(1, "ranks that hold one model together", least=1)
-    expert_parallel_size: int = _parallel(
-        1, "data-parallel ranks over which the experts of a layer are spread, to which tokens travel", least=1
+    expert_parallel_size: int | Literal["auto"] = _parallel(
+        1,
+        "data-parallel ranks over which the experts of a layer are spread, to which tokens travel; auto: as many as "
+        "accessory plan would choose",
+        least=1,
+        type=_count_or_auto,
+        metavar="N|auto",
     )
     data_parallel: DataParallel = _parallel(
         "sdp", "fsdp: all sharded; sdp: parameters kept from forward to backward; ddp: whole on every rank"
@@ -239,7 +251,7 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            if option.metadata.get("least") is not None:
+            if option.metadata.get("least") is not None and getattr(self, option.name) != "auto":
                 _check_bounds(option, getattr(self, option.name))
             _check_known(option, getattr(self, option.name))
         quant_of_flags(self.quant, group_size=self.group_size, head=self.quant_head)

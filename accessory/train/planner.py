@@ -5,7 +5,7 @@ estimate from rates that are given, for comparing layouts with one another.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
@@ -102,17 +102,29 @@ def plan(args: ModelArgs, devices: int, limit: float, common: Layout, rates: Rat
     allowed = list(layouts(args, devices, common, per_host=rates.per_host))
     if not allowed:
         raise ValueError(f"{devices} devices cannot share this model: no sizes divide; give another number of them")
-    states = [(state_bytes(args, layout), layout) for layout in allowed]
-    fits = [layout for state, layout in states if state.total <= limit]
-    found = [(training_memory(args, layout), layout) for layout in fits]
-    planned = [_planned(args, layout, memory, rates) for memory, layout in found if memory.total <= limit]
+    planned = fastest(args, allowed, limit, rates)
     if not planned:
-        least, layout = min(found or states, key=lambda own: own[0].total)
+        least, layout = smallest(args, allowed, limit)
         raise ValueError(
             f"no layout fits {limit / 2**30:.2f} GiB: the smallest ({described(layout)}) takes "
-            f"{least.total / 2**30:.2f} GiB a device; give more devices, adapters (--task lora), or fewer --max_words"
+            f"{least / 2**30:.2f} GiB a device; give more devices, adapters (--task lora), or fewer --max_words"
         )
+    return planned
+
+
+def fastest(args: ModelArgs, allowed: Iterable[Layout], limit: float, rates: Rates) -> list[Planned]:
+    """Those of some layouts that fit a device of ``limit`` bytes, the fastest first."""
+    fits = [layout for layout in allowed if state_bytes(args, layout).total <= limit]
+    found = [(training_memory(args, layout), layout) for layout in fits]
+    planned = [_planned(args, layout, memory, rates) for memory, layout in found if memory.total <= limit]
     return sorted(planned, key=lambda own: (-own.tokens_per_s, own.memory.total))
+
+
+def smallest(args: ModelArgs, allowed: Iterable[Layout], limit: float) -> tuple[int, Layout]:
+    """Where none fits, the layout that takes the least, and how much; of those whose state is beyond it, its state."""
+    states = [(state_bytes(args, layout).total, layout) for layout in allowed]
+    found = [(training_memory(args, layout).total, layout) for size, layout in states if size <= limit]
+    return min(found or states, key=lambda own: own[0])
 
 
 def described(layout: Layout) -> str:
