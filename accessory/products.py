@@ -29,8 +29,7 @@ def linear(x_TD: Tensor, weight_OD: Weight) -> Tensor:
     if x_TD.dim() != 2:
         return linear(x_TD.flatten(0, -2), weight_OD).unflatten(0, x_TD.shape[:-1])
     if isinstance(weight_OD, QuantizedWeight):
-        native = weight_OD.native if kernels.called_directly(x_TD) else None
-        return kernels.quantized_linear(x_TD, weight_OD.codes, weight_OD.scale, weight_OD.zero, native=native)
+        return kernels.quantized_linear(x_TD, weight_OD)
     if kernels.called_directly(x_TD) or (x_TD.shape[0] <= kernels.FEW_TOKENS and not x_TD.is_cuda):
         return kernels.few_token_linear(x_TD, weight_OD)
     return F.linear(x_TD, weight_OD)
@@ -42,9 +41,7 @@ def gathered_linear(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tenso
     Here and in `grouped_linear` the outputs of a weight may be several axes, which count as one.
     """
     if isinstance(weight_EOD, QuantizedWeight):
-        native = weight_EOD.native if kernels.called_directly(x_PD) else None
-        codes, scale, zero = weight_EOD.codes, weight_EOD.scale, weight_EOD.zero
-        return kernels.gathered_quantized_linear(x_PD, codes, scale, zero, expert_P, native=native)
+        return kernels.gathered_quantized_linear(x_PD, weight_EOD, expert_P)
     return kernels.gathered_linear(x_PD, weight_EOD.flatten(1, -2), expert_P)
 
 
@@ -85,7 +82,7 @@ def grouped_input_gradient(grad_PO: Tensor, weight_EOD: Weight, offsets_E: Tenso
 
 def _grouped(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor) -> Tensor:
     if isinstance(weight_EOD, QuantizedWeight):
-        return kernels.grouped_quantized_linear(x_PD, weight_EOD.codes, weight_EOD.scale, weight_EOD.zero, offsets_E)
+        return kernels.grouped_quantized_linear(x_PD, weight_EOD, offsets_E)
     if _in_one_call(x_PD):
         weight_EDO = _aligned(weight_EOD.to(x_PD.dtype), 2).transpose(1, 2)
         return F.grouped_mm(_aligned(x_PD, 1), weight_EDO, offs=offsets_E)[:, : weight_EOD.shape[1]]
@@ -134,7 +131,7 @@ def groups(offsets_E: Tensor, *, empty: bool = False) -> Iterator[tuple[int, sli
 
 
 def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+    return weight.to(dtype) if isinstance(weight, Tensor) else kernels.dequantize(weight, dtype)
 
 
 class _Product(torch.autograd.Function):

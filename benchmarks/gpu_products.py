@@ -16,8 +16,9 @@ from torch import Tensor
 from accessory.config import QUANT_FORMS
 from accessory.kernels import triton_products
 from accessory.kernels.triton_products import Tile
+from accessory.quant import QuantizedWeight, format_of
 
-Weight = tuple[Tensor, Tensor | None, Tensor | None]  # eight experts' codes, scales and zero points
+Weight = Tensor | QuantizedWeight  # eight experts'
 FEW_TILES = [
     Tile(*sizes)
     for sizes in ((64, 128, 2, 4), (64, 64, 2, 4), (64, 64, 2, 6), (128, 64, 4, 4), (128, 128, 4, 3), (64, 64, 4, 4))
@@ -61,7 +62,6 @@ def product_rows() -> None:
 
 def few_row(form: str, weight: Weight, pairs: int, found: dict[tuple[Tile, int], list[float]]) -> None:
     """Products on the tensor cores, by every tile."""
-    codes = weight[0]
     x = inputs(pairs, weight)
     expert = torch.arange(pairs, device="cuda") % 8
     cells = []
@@ -72,7 +72,7 @@ def few_row(form: str, weight: Weight, pairs: int, found: dict[tuple[Tile, int],
         times.append(attempt(partial(gathered, x, weight, expert)))
         cells.append(f"{short(tile)}/{programs} {rate(weight, pairs, times[-1])}")
     triton_products.DOTS["gathered"] = few_dots
-    print(f"{form} {codes.shape[1]}x{x.shape[1]}, {pairs} pairs, GB/s: {', '.join(cells)}", flush=True)
+    print(f"{form} {weight.shape[1]}x{x.shape[1]}, {pairs} pairs, GB/s: {', '.join(cells)}", flush=True)
 
 
 def dots_row(form: str, weight: Weight) -> None:
@@ -87,7 +87,7 @@ def dots_row(form: str, weight: Weight) -> None:
         for tile in DOT_TILES:
             triton_dots._ROWS, triton_dots._CHUNKS = tile
             cells.append(f"{short(tile)} {rate(weight, pairs, attempt(partial(gathered, x, weight, expert)))}")
-        size = f"{weight[0].shape[1]}x{x.shape[1]}"
+        size = f"{weight.shape[1]}x{x.shape[1]}"
         print(f"{form} {size}, {pairs} pairs by dots, GB/s: {', '.join(cells)}", flush=True)
     triton_products.DOTS["gathered"] = few_dots
     triton_dots._ROWS, triton_dots._CHUNKS = default
@@ -95,7 +95,7 @@ def dots_row(form: str, weight: Weight) -> None:
 
 def rate(weight: Weight, pairs: int, seconds: float) -> str:
     """GB/s of the codes that have to be read: each chosen expert's once."""
-    codes = weight[0]
+    codes = weight if isinstance(weight, Tensor) else weight.codes
     return f"{codes.numel() * codes.element_size() / 8 * min(pairs, 8) / seconds / 1e9:.0f}"
 
 
@@ -115,33 +115,28 @@ def short(tile: tuple[int, ...]) -> str:
 
 
 def inputs(pairs: int, weight: Weight) -> Tensor:
-    codes = weight[0]
-    depth = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1)
-    return torch.randn(pairs, depth, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(pairs, weight.shape[-1], dtype=torch.bfloat16, device="cuda")
 
 
 def random_weight(form: str, rows: int, depth: int) -> Weight:
     """Eight experts' codes, scales and zero points; for "plain" the weight alone."""
     if form == "plain":
-        return torch.randn(8, rows, depth, dtype=torch.bfloat16, device="cuda") * 0.02, None, None
+        return torch.randn(8, rows, depth, dtype=torch.bfloat16, device="cuda") * 0.02
+    own = format_of(form)
     if form == "int8":
-        return (
-            torch.randint(-127, 128, (8, rows, depth), dtype=torch.int8, device="cuda"),
-            torch.rand(8, rows, 1, device="cuda"),
-            None,
-        )
+        codes = torch.randint(-127, 128, (8, rows, depth), dtype=torch.int8, device="cuda")
+        return QuantizedWeight(own, codes, torch.rand(8, rows, 1, device="cuda"))
     codes = torch.randint(256, (8, rows, depth // 2), dtype=torch.uint8, device="cuda")
     scale = torch.rand(8, depth // 64, rows, device="cuda").transpose(1, 2)  # as `lay_out_for_gpu` leaves it
     if form == "nf4":
-        return codes, scale, None
-    return codes, scale.bfloat16(), (scale * 256).to(torch.uint8)  # with the same strides
+        return QuantizedWeight(own, codes, scale)
+    return QuantizedWeight(own, codes, scale.bfloat16(), (scale * 256).to(torch.uint8))  # with the same strides
 
 
 def gathered(x: Tensor, weight: Weight, expert: Tensor) -> Tensor:
-    codes, scale, zero = weight
-    if scale is None:
-        return triton_products.gathered_linear(x, codes, expert)
-    return triton_products.gathered_quantized_linear(x, codes, scale, zero, expert)
+    if isinstance(weight, Tensor):
+        return triton_products.gathered_linear(x, weight, expert)
+    return triton_products.gathered_quantized_linear(x, weight, expert)
 
 
 def compile_tile(form: str, tile: Tile) -> None:

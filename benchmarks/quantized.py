@@ -9,6 +9,7 @@ of medians. torchao and bitsandbytes are measured where they are installed.
 
 import argparse
 import importlib.util
+import math
 import platform
 import statistics
 import time
@@ -64,7 +65,7 @@ def dense_sides(weight: Tensor) -> dict[str, Callable[[Tensor], Run]]:
     plain = copies(weight.bfloat16(), weight.numel())
     sides: dict[str, Callable[[Tensor], Run]] = {"bfloat16": lambda x: lambda i: linear(x, plain[i])}
     for label, form, group in OURS:
-        own = [QuantizedWeight(*parts) for parts in zip_copies(quantize(weight, form, group_size=group))]
+        own = weight_copies(quantize(weight, form, group_size=group))
         sides[label] = lambda x, own=own: lambda i: linear(x, own[i])
     return sides | torch_sides(weight) | torchao_sides(weight) | bitsandbytes_sides(weight)
 
@@ -81,7 +82,7 @@ def expert_sides(weight: Tensor) -> dict[str, Callable[[Tensor], Run]]:
     plain = copies(weight.bfloat16(), weight.numel())
     sides: dict[str, Callable[[Tensor], Run]] = {"bfloat16": lambda x: product(plain, x)}
     for label, form, group in OURS:
-        own = [QuantizedWeight(*parts) for parts in zip_copies(quantize(weight, form, group_size=group))]
+        own = weight_copies(quantize(weight, form, group_size=group))
         sides[label] = lambda x, own=own: product(own, x)
     return sides
 
@@ -135,9 +136,9 @@ def copies(tensor: Tensor, elements: int) -> list[Tensor]:
     return [tensor.clone() for _ in range(count(elements))]
 
 
-def zip_copies(weight: QuantizedWeight) -> list[tuple[Tensor, ...]]:
-    elements = weight.dequantize().numel()
-    return list(zip(*(copies(tensor, elements) for tensor in weight.tensors().values()), strict=True))
+def weight_copies(weight: QuantizedWeight) -> list[QuantizedWeight]:
+    parts = zip(*(copies(tensor, math.prod(weight.shape)) for tensor in weight.tensors().values()), strict=True)
+    return [QuantizedWeight(weight.format, *own) for own in parts]
 
 
 def compare(title: str, sides: dict[str, Callable[[Tensor], Run]], x: Tensor, rounds: int, number: int) -> None:

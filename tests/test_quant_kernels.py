@@ -2,26 +2,26 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from accessory.kernels import (
-    dequantize,
     gathered_quantized_linear,
     grouped_quantized_linear,
     native,
-    plain_values,
     quantized_linear,
     quantized_linear_reference,
     round_activations,
 )
 from accessory.kernels.quantized_native import NativeWeight, native_values, native_weight, quantized_product
+from accessory.kernels.quantized_ops import unpacked
+from accessory.quant import QuantizedWeight, format_of
 
 FORMS = (("int8", 0), ("int4", 32), ("int4", 64), ("nf4", 64))
 DTYPES = (torch.bfloat16, torch.float32)
-Parts = tuple[Tensor, Tensor, Tensor | None]
 
 forms = pytest.mark.parametrize(("form", "group"), FORMS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,43 +32,42 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def draw_weight(form: str, group: int, *shape: int) -> Parts:
+def draw_weight(form: str, group: int, *shape: int) -> QuantizedWeight:
     """Every code, and scales and zero points that are not those of one group repeated."""
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator, own = torch.Generator().manual_seed(sum(shape)), format_of(form, group)
     depth = shape[-1]
     if form == "int8":
         codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-        return codes, torch.rand(*shape[:-1], 1, generator=generator) / 64, None
+        return QuantizedWeight(own, codes, torch.rand(*shape[:-1], 1, generator=generator) / 64)
     codes = torch.randint(256, (*shape[:-1], depth // 2), generator=generator, dtype=torch.uint8)
     scale = torch.rand(*shape[:-1], depth // group, generator=generator) / 4
     if form == "nf4":
-        return codes, scale, None
+        return QuantizedWeight(own, codes, scale)
     zero = torch.randint(256, scale.shape, generator=generator, dtype=torch.uint8)
-    return codes, scale.bfloat16(), zero
+    return QuantizedWeight(own, codes, scale.bfloat16(), zero)
 
 
-def each(weight: Parts, index: object) -> Parts:
-    codes, scale, zero = weight
-    return codes[index], scale[index], None if zero is None else zero[index]
+def each(weight: QuantizedWeight, index: Any) -> QuantizedWeight:
+    return QuantizedWeight(weight.format, *(tensor[index] for tensor in weight.tensors().values()))
 
 
-def described(weight: Parts) -> NativeWeight:
-    native_one = native_weight(*weight)
+def described(weight: QuantizedWeight) -> NativeWeight:
+    native_one = native_weight(weight)
     assert native_one is not None
     return native_one
 
 
-def assert_true(y_PR: Tensor, x_PD: Tensor, weight: Parts, expert_P: Tensor) -> None:
+def assert_true(y_PR: Tensor, x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor) -> None:
     """y is the float64 product with the rounded activations, to within float32 sums and the rounding to y's dtype."""
     assert y_PR.dtype == x_PD.dtype
     rounded = x_PD.dtype == torch.bfloat16
     x = (round_activations(x_PD) if rounded else x_PD).double()
-    w = plain_values(*weight, torch.float64, in_steps=rounded)[expert_P.clamp(min=0)]
+    w = weight.dequantize(torch.float64, in_steps=rounded)[expert_P.clamp(min=0)]
     kept = (expert_P >= 0).unsqueeze(-1)
     truth = torch.einsum("prd,pd->pr", w, x) * kept
     # What the sums of 4-bit codes are moved by may be larger than the weights are: int4's zero points, nf4's offset.
-    moved = 0 if weight[0].dtype == torch.int8 else 2 if weight[2] is None else 16
-    size = w.abs() + moved * weight[1].double().abs().amax()
+    moved = {"int8": 0, "int4": 16, "nf4": 2}[weight.format.name]
+    size = w.abs() + moved * weight.scale.double().abs().amax()
     terms = torch.einsum("prd,pd->pr", size, x.abs()) * kept
     rounding = 2**-8 if y_PR.dtype == torch.bfloat16 else 2**-24
     allowed = rounding * truth.abs() + (x_PD.shape[1] / 16 + 16) * 2**-24 * terms
@@ -101,7 +100,7 @@ def test_plain_values_are_the_twins_to_the_bit(variant: str, dtype: torch.dtype,
     for depth in depths(form, group):
         weight = draw_weight(form, group, 3, 9, depth)
         out = native_values(described(weight), torch.empty(3, 9, depth, dtype=dtype), variant=variant)
-        assert torch.equal(out, plain_values(*weight, dtype))
+        assert torch.equal(out, weight.dequantize(dtype))
 
 
 @variants
@@ -112,18 +111,11 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype, form: str, grou
     expert = torch.tensor([1, -1, 3, 1])
     x = draw(4, 128, dtype=dtype)
     for index in ((slice(1, None, 2), slice(3, None)), (slice(0, 4), slice(None, None, 3))):
-        codes, scale, zero = each(whole, index)
-        # the second half of the inputs
-        codes = codes[..., codes.shape[-1] // 2 :]
-        if form != "int8":
-            scale, zero = scale[..., scale.shape[-1] // 2 :], None if zero is None else zero[..., zero.shape[-1] // 2 :]
-        y = quantized_product(x, described((codes, scale, zero)), expert, variant=variant)
-        assert_true(y, x, (codes, scale, zero), expert)
-        out = torch.empty(*codes.shape[:2], 128, dtype=dtype)
-        assert torch.equal(
-            native_values(described((codes, scale, zero)), out, variant=variant),
-            plain_values(codes, scale, zero, dtype),
-        )
+        weight = each(whole, index).narrow(-1, 128, 128)
+        y = quantized_product(x, described(weight), expert, variant=variant)
+        assert_true(y, x, weight, expert)
+        out = torch.empty(*weight.shape, dtype=dtype)
+        assert torch.equal(native_values(described(weight), out, variant=variant), weight.dequantize(dtype))
 
 
 @variants
@@ -162,7 +154,7 @@ def test_long_rows_do_not_overflow(variant: str) -> None:
     depth = 2**17 + 128  # whole, an integer sum would not fit 32 bits
     x = torch.full((1, depth), 3.0, dtype=torch.bfloat16)
     codes, scale = torch.full((1, 1, depth), 127, dtype=torch.int8), torch.ones(1, 1, 1)
-    y = quantized_product(x, described((codes, scale, None)), None, variant=variant)
+    y = quantized_product(x, described(QuantizedWeight(format_of("int8"), codes, scale)), None, variant=variant)
     torch.testing.assert_close(y, torch.full((1, 1), 127 * 3.0 * depth, dtype=torch.bfloat16))
 
 
@@ -171,9 +163,10 @@ def test_long_rows_do_not_overflow(variant: str) -> None:
 def test_the_largest_levels_do_not_overflow(variant: str, code: int) -> None:
     depth = 192
     codes, scale = torch.full((1, 1, depth // 2), 17 * code, dtype=torch.uint8), torch.ones(1, 1, depth // 64)
+    weight = QuantizedWeight(format_of("nf4"), codes, scale)
     x = torch.tensor([[3.0], [-3.0]], dtype=torch.bfloat16).expand(2, depth)
-    y = quantized_product(x, described((codes, scale, None)), None, variant=variant)
-    level = plain_values(codes, scale, None, torch.float32, in_steps=True)[0, 0, 0].item()
+    y = quantized_product(x, described(weight), None, variant=variant)
+    level = weight.dequantize(in_steps=True)[0, 0, 0].item()
     torch.testing.assert_close(y.float(), torch.tensor([[3.0], [-3.0]]) * level * depth, rtol=2**-8, atol=0)
 
 
@@ -224,7 +217,7 @@ def test_dense_for_any_number_of_tokens(
         monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
     monkeypatch.setattr("accessory.kernels.quantized_ops._SCRATCH", 10 * 192)  # several blocks, the last smaller
     weight = draw_weight(form, group, 37, 192)
-    w = plain_values(*weight, torch.float64)
+    w = weight.dequantize(torch.float64)
     for tokens in (0, 1, 8, 16, 17, 33, 70):
         x = draw(tokens, 192, dtype=dtype)
         truth = x.double() @ w.T
@@ -233,9 +226,9 @@ def test_dense_for_any_number_of_tokens(
         # Rows in 4 bits are rounded once more for AMX's tiles, which adds up to as much again.
         error = {torch.bfloat16: 0.035 if tokens > 16 else 0.025, torch.float16: 0.002, torch.float32: 1e-5}[dtype]
         torch.testing.assert_close(
-            quantized_linear(x, *weight).double(), truth, rtol=error, atol=error * w.norm(dim=1).max().item()
+            quantized_linear(x, weight).double(), truth, rtol=error, atol=error * w.norm(dim=1).max().item()
         )
-        assert quantized_linear(x, *weight).dtype == dtype
+        assert quantized_linear(x, weight).dtype == dtype
 
 
 @pytest.mark.parametrize("off", [False, True])
@@ -249,79 +242,81 @@ def test_gathered_and_grouped_agree(
     weight = draw_weight(form, group, 4, 21, 128)
     x, expert = draw(9, 128, dtype=dtype), torch.tensor([0, 0, 2, 2, 2, 2, 3, -1, -1])
     ends = torch.tensor([2, 2, 6, 7], dtype=torch.int32)
-    gathered = gathered_quantized_linear(x, *weight, expert)
+    gathered = gathered_quantized_linear(x, weight, expert)
     assert_true(gathered, x, weight, expert)
-    grouped = grouped_quantized_linear(x, *weight, ends)
+    grouped = grouped_quantized_linear(x, weight, ends)
     error = 0.02 if dtype == torch.bfloat16 else 1e-5
-    size = plain_values(*weight, torch.float32).norm(dim=-1).max().item()
+    size = weight.dequantize().norm(dim=-1).max().item()
     torch.testing.assert_close(grouped, gathered, rtol=error, atol=error * size)
     assert bool((grouped[7:] == 0).all())
 
 
 def test_without_few_tokens_kernel_the_twin_serves_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = draw_weight("int4", 64, 30, 256), draw(3, 256, dtype=torch.bfloat16)
-    native_result = quantized_linear(x, *weight)
+    native_result = quantized_linear(x, weight)
     monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
-    torch.testing.assert_close(quantized_linear(x, *weight), native_result, rtol=2**-7, atol=1e-3)
-    assert torch.equal(quantized_linear(x, *weight), quantized_linear_reference(x, *weight))
+    torch.testing.assert_close(quantized_linear(x, weight), native_result, rtol=2**-7, atol=1e-3)
+    assert torch.equal(quantized_linear(x, weight), quantized_linear_reference(x, weight))
 
 
 def test_a_rank_without_experts() -> None:
     x, expert = draw(2, 64, dtype=torch.float32), torch.full((2,), -1)
     for form, group in FORMS:
         weight = draw_weight(form, group, 0, 4, 64)
-        for result in (gathered_quantized_linear(x, *weight, expert), quantized_linear_reference(x, *weight, expert)):
+        for result in (gathered_quantized_linear(x, weight, expert), quantized_linear_reference(x, weight, expert)):
             assert torch.equal(result, torch.zeros(2, 4))
 
 
 def test_an_expert_that_does_not_exist_is_refused() -> None:
     x, weight = draw(3, 64, dtype=torch.float32), draw_weight("int4", 32, 2, 4, 64)
     with pytest.raises(IndexError):
-        gathered_quantized_linear(x, *weight, torch.tensor([0, 2, 1]))
+        gathered_quantized_linear(x, weight, torch.tensor([0, 2, 1]))
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    codes, scale, zero = draw_weight("int4", 64, 4, 128)
+    weight = draw_weight("int4", 64, 4, 128)
+    own, codes, scale, zero = weight.format, weight.codes, weight.scale, weight.zero
     assert zero is not None
     x = draw(3, 128, dtype=torch.bfloat16)
-    for arguments in (
+    for wrong in (
         (codes, scale[:, :1], zero[:, :1]),
         (codes, scale.float(), zero),
         (codes.float(), scale, zero),
         (codes[:2], scale, zero),
+        (codes, scale, zero.int()),
+        (codes, scale),
     ):
-        with pytest.raises(ValueError, match="does not fit codes"):
-            dequantize(*arguments, torch.float32)
-    with pytest.raises(ValueError, match="does not fit scale"):
-        dequantize(codes, scale, zero.int(), torch.float32)
-    for wrong in (x[:, 1:], x[0], x.int()):
+        with pytest.raises(ValueError, match=r"do not fit a weight in int4-64"):
+            QuantizedWeight(own, *wrong)
+        with pytest.raises(ValueError, match=r"do not fit a weight in int4-64"):
+            torch.ops.accessory.dequantize(*wrong, *(() if len(wrong) == 3 else (None,)), own.key, torch.float32)
+    for other in (x[:, 1:], x[0], x.int()):
         with pytest.raises(ValueError, match="does not fit a weight"):
-            quantized_linear(wrong, codes, scale, zero)
-    stacked = (codes[None], scale[None], zero[None])
+            quantized_linear(other, weight)
     with pytest.raises(ValueError, match="one int64 for each pair"):
-        gathered_quantized_linear(x, *stacked, torch.zeros(3, dtype=torch.int32))
+        gathered_quantized_linear(x, weight.stacked(), torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="one int32 for each expert"):
-        grouped_quantized_linear(x, *stacked, torch.tensor([3]))
+        grouped_quantized_linear(x, weight.stacked(), torch.tensor([3]))
 
 
 @forms
 @dtypes
 def test_operations_keep_their_promises_to_pytorch(dtype: torch.dtype, form: str, group: int) -> None:
     x, stacked = draw(3, 128, dtype=dtype), draw_weight(form, group, 4, 10, 128)
-    weight, expert = each(stacked, 0), torch.tensor([2, -1, 0])
+    weight, expert = stacked[0], torch.tensor([2, -1, 0])
     ends = torch.tensor([1, 1, 3, 3], dtype=torch.int32)
     operations = torch.ops.accessory
-    torch.library.opcheck(operations.quantized_linear.default, (x, *weight))
-    torch.library.opcheck(operations.gathered_quantized_linear.default, (x, *stacked, expert))
-    torch.library.opcheck(operations.grouped_quantized_linear.default, (x, *stacked, ends))
-    torch.library.opcheck(operations.dequantize.default, (*stacked, dtype))
+    torch.library.opcheck(operations.quantized_linear.default, (x, *unpacked(weight), None))
+    torch.library.opcheck(operations.gathered_quantized_linear.default, (x, *unpacked(stacked), expert))
+    torch.library.opcheck(operations.grouped_quantized_linear.default, (x, *unpacked(stacked), ends))
+    torch.library.opcheck(operations.dequantize.default, (*unpacked(stacked), dtype))
 
 
 def test_operations_compile_into_one_graph() -> None:
     weight = draw_weight("nf4", 64, 4, 64, 64)
 
     def step(x_PD: Tensor, expert_P: Tensor) -> Tensor:
-        return gathered_quantized_linear(x_PD, *weight, expert_P).relu() + quantized_linear(x_PD, *each(weight, 1))
+        return gathered_quantized_linear(x_PD, weight, expert_P).relu() + quantized_linear(x_PD, weight[1])
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     x, expert = draw(3, 64, dtype=torch.bfloat16), torch.tensor([2, -1, 0])

@@ -33,7 +33,7 @@ from accessory.cli import main
 from accessory.config import QuantArgs
 from accessory.model.meta import MetaModel
 from accessory.model.scoring import score_tokens
-from accessory.quant import InputMoments
+from accessory.quant import InputMoments, format_of
 from accessory.tools import calibration
 from accessory.tools.calibration import calibrate
 
@@ -94,7 +94,7 @@ def assert_says(found: list[Any], truth: Any) -> None:
 def test_a_quantized_model_says_what_its_dequantized_weights_say(
     size: int, placement: str, name: str, case: Case, ranks: Pools
 ) -> None:
-    if size == 8 and QUANTS[name].group > 32:
+    if size == 8 and format_of(QUANTS[name].type, QUANTS[name].group_size).group > 32:
         error = on_ranks(ranks, size, refused_on_rank, case.folders["base"], QUANTS[name], placement)[0]
         assert "32 inputs of attention.wo.weight on a rank are not whole groups of 64" in error
         return
@@ -168,8 +168,8 @@ def test_the_embedding_the_norms_and_the_gate_stay(case: Case) -> None:
         *("tok_embeddings.weight", "norm.weight", "output.weight"),
         *("attention_norm.weight", "ffn_norm.weight", "feed_forward.gate.weight"),
     }
-    assert load(case.folders["base"], QuantArgs(type="int4", head=True)).llma.output.weight.form == "int4"
-    assert load(case.folders["base"], True).llma.layers[0].attention.wq.weight.form == "nf4"
+    assert load(case.folders["base"], QuantArgs(type="int4", head=True)).llma.output.weight.format.name == "int4"
+    assert load(case.folders["base"], True).llma.layers[0].attention.wq.weight.format.name == "nf4"
     assert isinstance(load(case.folders["base"], False).llma.layers[0].attention.wq.weight, torch.nn.Parameter)
 
 
@@ -329,7 +329,7 @@ def test_a_matrix_with_nan_is_named(case: Case, tmp_path: Path, small_tokenizer:
         quantize_checkpoint(folder, tmp_path / "to", QUANTS["int4"], moments_of)
     (text := tmp_path / "text").write_text("As easy as it gets. " * 50)
     with pytest.raises(ValueError, match=r"nan: layers.1.feed_forward.experts.w2 has infinities or NaN"):
-        calibrate(folder, text, group_size=64)
+        calibrate(folder, text, QuantArgs(type="int4"))
     assert not (tmp_path / "to").exists()
 
 
@@ -388,9 +388,9 @@ def test_calibration_reads_the_beginning_of_a_text_alone(
 ) -> None:
     monkeypatch.setattr(calibration, "MOST_CHARACTERS", 1000)
     (text := tmp_path / "text").write_bytes(b"As easy as it gets. " * 5000 + b"\xff")
-    found = calibrate(case.folders["base"], text, group_size=64)
+    found = calibrate(case.folders["base"], text, QuantArgs(type="int4"))
     (beginning := tmp_path / "beginning").write_bytes(text.read_bytes()[:1000])
-    expected = calibrate(case.folders["base"], beginning, group_size=64)
+    expected = calibrate(case.folders["base"], beginning, QuantArgs(type="int4"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key].sums, expected[key].sums) for key in expected)
 

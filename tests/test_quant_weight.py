@@ -1,14 +1,14 @@
 """Quantized weights: their formats against other people's and against bounds, their sizes, slices and filling."""
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
 
 from accessory.config import QUANT_FORMS, QuantArgs, QuantForm
 from accessory.config.quant import GROUP_SIZES
-from accessory.kernels.quantized import GROUPS
-from accessory.quant import QuantizedParameter, QuantizedWeight, lay_out_for_gpu, quantize
-from accessory.quant.int8 import row_maximum
+from accessory.quant import FORMATS, QuantizedParameter, QuantizedWeight, lay_out_for_gpu, quantize, row_maximum
 
 BF16 = torch.bfloat16
 forms = pytest.mark.parametrize(("form", "group"), [("int8", 64), ("int4", 32), ("int4", 64), ("nf4", 64)])
@@ -21,6 +21,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def equal(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     names = a.tensors().keys() == b.tensors().keys()
     return names and all(torch.equal(tensor, b.tensors()[name]) for name, tensor in a.tensors().items())
+
+
+def test_files_and_flags_may_say_what_there_is() -> None:
+    groups: dict[str, tuple[int, ...]] = {}
+    for form in FORMATS.values():
+        groups[form.name] = (*groups.get(form.name, ()), form.group)
+    assert tuple(groups) == QUANT_FORMS
+    assert {name: sizes for name, sizes in groups.items() if len(sizes) > 1} == GROUP_SIZES
 
 
 # ---- the formats -----------------------------------------------------------------------------------------
@@ -103,7 +111,7 @@ def test_a_weight_that_is_not_finite_is_refused(form: str, group: int) -> None:
 def test_slices_are_slices_of_the_plain_weight(form: str, group: int) -> None:
     weight = quantize(draw(4, 2, 24, 256), form, group_size=group)  # type: ignore[arg-type]
     plain = weight.dequantize()
-    assert (weight.shape, plain.shape, weight.form) == ((4, 2, 24, 256), (4, 2, 24, 256), form)
+    assert (weight.shape, plain.shape, weight.format.name) == ((4, 2, 24, 256), (4, 2, 24, 256), form)
     for axis, start, length in ((0, 1, 2), (1, 1, 1), (2, 5, 12), (-2, 20, 4), (3, 64, 128), (-1, 192, 64)):
         part = weight.narrow(axis, start, length)
         assert torch.equal(part.dequantize(), plain.narrow(axis, start, length))
@@ -147,11 +155,11 @@ def test_blocks_of_rows_make_no_difference(form: str, group: int, monkeypatch: p
 @forms
 def test_tensors_and_back(form: str, group: int) -> None:
     weight = quantize(draw(2, 8, 64), form, group_size=group)  # type: ignore[arg-type]
-    again = QuantizedWeight.from_tensors({name: tensor.clone() for name, tensor in weight.tensors().items()})
+    again = pickle.loads(pickle.dumps(weight))
     assert equal(weight, again)
-    assert (again.form, again.shape) == (form, (2, 8, 64))
+    assert (again.format, again.shape) == (weight.format, (2, 8, 64))
     assert (again.to("meta").device.type, again.to("meta").shape) == ("meta", (2, 8, 64))
-    assert again.group_size == (64 if form == "int8" else group)
+    assert again.format.group == (1 if form == "int8" else group)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------
@@ -178,8 +186,6 @@ def test_bad_input_is_refused_in_a_line() -> None:
         weight.write(draw(4, 128), row_max=torch.ones(4))
     with pytest.raises(ValueError, match="is for int8, one for each of"):
         quantize(draw(4, 128), "int8", row_max=torch.ones(1))
-    assert QUANT_FORMS == ("int8", "int4", "nf4")
-    assert GROUP_SIZES == GROUPS
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "nf4"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
 from accessory import kernels
-from accessory.kernels import gathering_pays, triton_products, triton_ptx
+from accessory.kernels import gathering_pays, quantized_ops, triton_products, triton_ptx
 
 # Types of codes and scales, and what a program takes.
 COMPILED: dict[str, tuple[str, str, dict[str, int]]] = {
@@ -95,16 +96,35 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without")
-@pytest.mark.parametrize("form", list(triton_cases.FORMS))
-def test_without_triton_the_twins_serve(form: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_triton_the_twins_serve(caplog: pytest.LogCaptureFixture) -> None:
     x = triton_cases.draw(3, 128, dtype=torch.float32, device="cpu")
-    weight = triton_cases.draw_weight(form, 2, 5, 128, dtype=torch.float32, device="cpu")
+    weight = triton_cases.draw_weight("plain", 2, 5, 128, dtype=torch.float32, device="cpu")
     with caplog.at_level(logging.WARNING, logger="accessory.kernels"):
         triton_cases.assert_true(x, weight, torch.tensor([1, -1, 0]))
-        triton_cases.assert_true(x, tuple(part[0] for part in weight), None)
+        triton_cases.assert_true(x, weight[0], None)
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == ["Triton does not load"]
     with pytest.raises(RuntimeError, match="need Triton"):
         triton_products._loaded()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_quantized_weights_on_a_gpu_go_the_kernels_way_where_there_is_one(
+    has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(triton_products, "triton_available", lambda: has_it)
+    for name in ("quantized_linear", "gathered_quantized_linear", "grouped_quantized_linear", "plain_values"):
+        monkeypatch.setattr(triton_products, name, lambda *_, name=name: taken.append(name) or torch.empty(3, 5))
+    for name in ("_by_blocks", "_gathered_by_blocks"):
+        monkeypatch.setattr(quantized_ops, name, lambda *_, name=name, **__: taken.append(name) or torch.empty(3, 5))
+    x, weight = torch.empty(3, 64), triton_cases.draw_weight("nf4", 2, 5, 64, dtype=torch.float32, device="cpu")
+    with mock.patch.object(torch.Tensor, "is_cuda", True), torch.inference_mode():
+        quantized_ops.quantized_linear(x, weight[0])
+        quantized_ops.gathered_quantized_linear(x, weight, torch.tensor([0, 1, 1]))
+        quantized_ops.grouped_quantized_linear(x, weight, torch.tensor([0, 3], dtype=torch.int32))
+        quantized_ops.dequantize(weight)
+    by_triton = ["quantized_linear", "gathered_quantized_linear", "grouped_quantized_linear", "plain_values"]
+    assert taken == (by_triton if has_it else ["_by_blocks", "_gathered_by_blocks", "_by_blocks"])
 
 
 @pytest.mark.parametrize("has_it", [True, False])
@@ -118,7 +138,7 @@ def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch
     assert not gathering_pays(half, 65)
 
 
-@pytest.mark.parametrize("name", list(triton_cases.ON_GPU))
+@pytest.mark.parametrize("name", ["few_token_linear", "gathered_linear"])
 def test_operations_have_a_kernel_of_their_own_on_gpu(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"accessory::{name}", "CUDA")
 

@@ -14,10 +14,11 @@ from triton_runs import report_failures
 
 from accessory.kernels import gathered_linear_reference, linear, quantized_ops
 from accessory.kernels import triton_products as on_gpu
-from accessory.kernels.quantized import plain_values, round_activations
+from accessory.kernels.quantized import round_activations
+from accessory.quant import QuantizedWeight, format_of
 
-Weight = tuple[Tensor, ...]  # a plain weight, or codes, scale and (int4) zero
-FORMS = {"plain": 0, "int8": 0, "int4-32": 32, "int4-64": 64, "nf4": 64}
+Weight = Tensor | QuantizedWeight
+FORMS = {"plain": 1, "int8": 1, "int4-32": 32, "int4-64": 64, "nf4": 64}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROWS = (1, 3, 4, 16, 17, 8, 2, 13, 5)
 
@@ -25,10 +26,10 @@ ROWS = (1, 3, 4, 16, 17, 8, 2, 13, 5)
 ON_GPU: dict[str, Callable[..., Tensor]] = {
     "few_token_linear": linear._few_tokens_on_cuda,
     "gathered_linear": linear._gathered_on_cuda,
-    "quantized_linear": quantized_ops._multiply_on_cuda,
-    "gathered_quantized_linear": quantized_ops._multiply_gathered_on_cuda,
-    "grouped_quantized_linear": quantized_ops._multiply_grouped_on_cuda,
-    "dequantize": quantized_ops._dequantize_on_cuda,
+    "quantized_linear": on_gpu.quantized_linear,
+    "gathered_quantized_linear": on_gpu.gathered_quantized_linear,
+    "grouped_quantized_linear": on_gpu.grouped_quantized_linear,
+    "dequantize": on_gpu.plain_values,
 }
 
 
@@ -39,17 +40,24 @@ def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
 def draw_weight(form: str, *shape: int, dtype: torch.dtype, device: str) -> Weight:
     """Every code, and scales and zero points that are not those of one group repeated."""
     if form == "plain":
-        return (draw(*shape, dtype=dtype, device=device),)
-    generator = torch.Generator().manual_seed(sum(shape))
+        return draw(*shape, dtype=dtype, device=device)
+    generator, own = torch.Generator().manual_seed(sum(shape)), format_of(form.partition("-")[0], FORMS[form])
     if form == "int8":
         codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-        return codes.to(device), (torch.rand(*shape[:-1], 1, generator=generator) / 64).to(device)
+        scale = torch.rand(*shape[:-1], 1, generator=generator) / 64
+        return QuantizedWeight(own, codes.to(device), scale.to(device))
     codes = torch.randint(256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8).to(device)
     scale = torch.rand(*shape[:-1], shape[-1] // FORMS[form], generator=generator) / 4
     if form == "nf4":
-        return codes, scale.to(device)
+        return QuantizedWeight(own, codes, scale.to(device))
     zero = torch.randint(256, scale.shape, generator=generator, dtype=torch.uint8)
-    return codes, scale.bfloat16().to(device), zero.to(device)
+    return QuantizedWeight(own, codes, scale.bfloat16().to(device), zero.to(device))
+
+
+def each(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    if isinstance(weight, Tensor):
+        return change(weight)
+    return QuantizedWeight(weight.format, *map(change, weight.tensors().values()))
 
 
 def depths(form: str) -> tuple[int, ...]:
@@ -60,32 +68,25 @@ def depths(form: str) -> tuple[int, ...]:
 
 def multiply(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
     """The operation; from a tensor on CPU it would go to other kernels, so there what it calls on GPU."""
-    names = ("few_token_linear", "gathered_linear")
-    if len(weight) > 1:
-        names = ("quantized_linear", "gathered_quantized_linear")
+    names, module = ("few_token_linear", "gathered_linear"), linear
+    if isinstance(weight, QuantizedWeight):
+        names, module = ("quantized_linear", "gathered_quantized_linear"), quantized_ops
     name = names[0 if expert_P is None else 1]
-    operation = getattr(torch.ops.accessory, name) if x_PD.is_cuda else ON_GPU[name]
-    zero = (None,) if len(weight) == 2 else ()
-    experts = () if expert_P is None else (expert_P,)
-    return operation(x_PD, *weight, *zero, *experts)
+    operation = getattr(module, name) if x_PD.is_cuda else ON_GPU[name]
+    return operation(x_PD, weight, *(() if expert_P is None else (expert_P,)))
 
 
 def multiply_plainly(x_PD: Tensor, weight: Weight, expert_P: Tensor | None, way: str) -> Tensor:
     """The plain twins in float64; with activations and levels in 8 bits where the kernels take them so."""
-    if len(weight) == 1:
-        x, w = x_PD.double(), weight[0].double()
-        return x @ w.T if expert_P is None else gathered_linear_reference(x, w, expert_P)
-    codes, scale, zero = weight[0], weight[1], weight[2] if len(weight) == 3 else None
-    rounds = in_integers(x_PD, weight, way)
+    rounds = isinstance(weight, QuantizedWeight) and in_integers(x_PD, weight, way)
     x = round_activations(x_PD).double() if rounds else x_PD.double()
-    w = plain_values(codes, scale, zero, torch.float64, in_steps=rounds)
+    w = weight.double() if isinstance(weight, Tensor) else weight.dequantize(torch.float64, in_steps=rounds)
     return x @ w.T if expert_P is None else gathered_linear_reference(x, w, expert_P)
 
 
-def in_integers(x_PD: Tensor, weight: Weight, way: str) -> bool:
-    inputs = x_PD.shape[1] if weight[0].dtype == torch.int8 else x_PD.shape[1] // weight[1].shape[-1]
+def in_integers(x_PD: Tensor, weight: QuantizedWeight, way: str) -> bool:
     few = way == "gathered" or (way == "dense" and x_PD.shape[0] <= 16)
-    return few and x_PD.dtype == torch.bfloat16 and (weight[0].dtype == torch.int8 or inputs >= 64)
+    return few and x_PD.dtype == torch.bfloat16 and weight.format.group != 32
 
 
 def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
@@ -99,20 +100,23 @@ def assert_true(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> None:
 
 def assert_near(y_PR: Tensor, truth: Tensor, x_PD: Tensor, weight: Weight) -> None:
     assert (y_PR.dtype, y_PR.shape, y_PR.device) == (x_PD.dtype, truth.shape, x_PD.device)
-    largest = 16 * weight[1].double().abs().amax() if len(weight) == 3 else _largest(weight)
+    form = "plain" if isinstance(weight, Tensor) else weight.format.name
+    largest = 16 * weight.scale.double().abs().amax() if form == "int4" else _largest(weight)
     terms = largest * x_PD.double().abs().sum(1, keepdim=True)
     rounding = torch.finfo(y_PR.dtype).eps / 2 * (1 + 2**-10)  # to the nearest
     if y_PR.dtype == torch.bfloat16 and x_PD.is_cpu:
         rounding *= 2  # the interpreter cuts to bfloat16
     allowed = rounding * truth.abs() + (x_PD.shape[1] / 64 + 16) * 2**-24 * terms + 2**-25
-    if len(weight) == 2 and weight[0].dtype == torch.uint8:
+    if form == "nf4":
         allowed += rounding * terms  # the levels of nf4 are rounded to x's dtype as well
     off = ((y_PR.double() - truth).abs() / allowed).max().item()
-    assert off <= 1, f"{tuple(x_PD.shape)} by {[tuple(part.shape) for part in weight]}: {off:.2f} of what is allowed"
+    assert off <= 1, f"{tuple(x_PD.shape)} by {form} {tuple(weight.shape)}: {off:.2f} of what is allowed"
 
 
 def _largest(weight: Weight) -> Tensor:
-    return weight[0].double().abs().amax() * (weight[1].double().amax() if len(weight) > 1 else 1)
+    if isinstance(weight, Tensor):
+        return weight.double().abs().amax()
+    return weight.codes.double().abs().amax() * weight.scale.double().amax()
 
 
 def sweep(form: str, dtype: torch.dtype, device: str) -> None:
@@ -122,9 +126,9 @@ def sweep(form: str, dtype: torch.dtype, device: str) -> None:
         x = draw(pairs, depth, dtype=dtype, device=device)
         weight = draw_weight(form, experts, rows, depth, dtype=dtype, device=device)
         expert = torch.randint(-1, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(device)
-        assert on_gpu.triton_serves(x, *weight)
+        assert on_gpu.triton_serves(x, weight if isinstance(weight, Tensor) else weight.codes)
         assert_true(x, weight, expert)
-        assert_true(x, tuple(part[-1] for part in weight), None)
+        assert_true(x, weight[-1], None)
 
 
 def views(form: str, dtype: torch.dtype, device: str) -> None:
@@ -133,19 +137,23 @@ def views(form: str, dtype: torch.dtype, device: str) -> None:
     x = draw(8, 256, dtype=dtype, device=device)[::2, 128:]
     expert = torch.tensor([1, 9, -1, 9, 3, 9, 1], device=device)[::2]
     for index in ((slice(1, None, 2), slice(3, None)), (slice(0, 4), slice(None, None, 3))):
-        parts = tuple(part[index] for part in whole)
-        parts = tuple(part[..., part.shape[-1] // 2 :] if part.shape[-1] > 1 else part for part in parts)
-        assert_true(x, parts, expert)
-        assert_true(x, tuple(part[2] for part in parts), None)
-    if form in ("int4", "nf4"):  # scales and zero points of a group as neighbours
-        apart = (whole[0], *(part.transpose(1, 2).contiguous().transpose(1, 2) for part in whole[1:]))
+        some = each(whole, lambda part, index=index: part[index]).narrow(-1, 128, 128)
+        assert_true(x, some, expert)
+        assert_true(x, some[2], None)
+    if isinstance(whole, QuantizedWeight) and whole.format.in_halves:  # scales and zero points of a group as neighbours
+        apart = [
+            part.transpose(1, 2).contiguous().transpose(1, 2)
+            for name, part in whole.tensors().items()
+            if name != "codes"
+        ]
+        apart = QuantizedWeight(whole.format, whole.codes, *apart)
         wide = draw(3, 256, dtype=dtype, device=device)
         assert_true(wide, apart, expert[:3])
-        assert_true(wide, tuple(part[4] for part in apart), None)
+        assert_true(wide, apart[4], None)
     if form == "plain":  # no unit stride: the twin serves
-        assert not on_gpu.triton_serves(x, whole[0].transpose(1, 2))
+        assert not on_gpu.triton_serves(x, whole.transpose(1, 2))
         across = draw(4, 128, 5, dtype=dtype, device=device).transpose(1, 2)
-        assert torch.equal(multiply(x, (across,), expert), gathered_linear_reference(x, across, expert))
+        assert torch.equal(multiply(x, across, expert), gathered_linear_reference(x, across, expert))
 
 
 def experts(form: str, dtype: torch.dtype, device: str) -> None:
@@ -157,14 +165,14 @@ def experts(form: str, dtype: torch.dtype, device: str) -> None:
     for first, size in ((0, 1), (1, 3), (4, 2), (5, 1)):
         part = slice(first, first + size)
         assert torch.equal(multiply(x[part], weight, expert[part]), y[part])
-    unread = 1 if form != "plain" else 0  # the part that can hold what is not a number
-    weight[unread][1], x[0] = float("nan"), float("nan")
+    unread = weight if isinstance(weight, Tensor) else weight.scale  # the part that can hold what is not a number
+    unread[1], x[0] = float("nan"), float("nan")
     y = multiply(x, weight, torch.tensor([0, 2, -1, 0, 4, 3], device=device))
     assert y.isnan().any(dim=1).tolist() == [True, False, False, False, True, False]
     assert bool(y[4].isnan().all())
-    weight[unread][0] = float("nan")  # right before the first expert that there is
-    assert bool((multiply(x[1:3], tuple(part[1:] for part in weight), expert.new_tensor([-1, 1]))[0] == 0).all())
-    nobody = multiply(x, tuple(part[:0] for part in weight), torch.full((6,), -1, device=device))
+    unread[0] = float("nan")  # right before the first expert that there is
+    assert bool((multiply(x[1:3], each(weight, lambda part: part[1:]), expert.new_tensor([-1, 1]))[0] == 0).all())
+    nobody = multiply(x, each(weight, lambda part: part[:0]), torch.full((6,), -1, device=device))
     assert torch.equal(nobody, torch.zeros_like(y))
     assert multiply(x[:0], weight, expert[:0]).shape == (0, 11)
 
@@ -179,15 +187,12 @@ def many(form: str, dtype: torch.dtype, device: str) -> None:
         assert_true(x, weight, expert)
         if form == "plain":
             continue
-        assert_true(x, tuple(part[-1] for part in weight), None)
+        assert_true(x, weight[-1], None)
         expert, order = torch.where(expert < 0, number, expert).sort()
         ends = torch.nn.functional.one_hot(expert, number + 1).sum(0)[:number].cumsum(0).to(torch.int32)
         x = x[order]
-        zero = weight[2] if len(weight) == 3 else None
-        if x.is_cuda:
-            y = torch.ops.accessory.grouped_quantized_linear(x, *weight[:2], zero, ends)
-        else:
-            y = ON_GPU["grouped_quantized_linear"](x, *weight[:2], zero, ends)
+        grouped = quantized_ops.grouped_quantized_linear if x.is_cuda else ON_GPU["grouped_quantized_linear"]
+        y = grouped(x, weight, ends)
         assert_near(y, multiply_plainly(x, weight, torch.where(expert == number, -1, expert), "sorted"), x, weight)
 
 
@@ -197,7 +202,7 @@ def deep(form: str, dtype: torch.dtype, device: str) -> None:
         x = draw(3, depth, dtype=dtype, device=device)
         weight = draw_weight(form, 2, 5, depth, dtype=dtype, device=device)
         assert_true(x, weight, torch.tensor([1, -1, 0], device=device))
-        assert_true(x, tuple(part[0] for part in weight), None)
+        assert_true(x, weight[0], None)
 
 
 def plain(form: str, dtype: torch.dtype, device: str) -> None:
@@ -205,12 +210,11 @@ def plain(form: str, dtype: torch.dtype, device: str) -> None:
     if form == "plain":
         return
     for shape in ((3, 5, depths(form)[-1]), (1, depths(form)[0]), (7, depths(form)[4]), (2, 1, 9, depths(form)[6])):
-        codes, scale, *zero = draw_weight(form, *shape, dtype=dtype, device=device)
-        make = torch.ops.accessory.dequantize if codes.is_cuda else ON_GPU["dequantize"]
-        made = make(codes, scale, zero[0] if zero else None, dtype)
-        truth = plain_values(codes, scale, zero[0] if zero else None, torch.float64)
+        weight = draw_weight(form, *shape, dtype=dtype, device=device)
+        made = (quantized_ops.dequantize if device == "cuda" else ON_GPU["dequantize"])(weight, dtype)
+        truth = weight.dequantize(torch.float64)
         assert (made.dtype, made.shape) == (dtype, truth.shape)
-        rounding = torch.finfo(dtype).eps * (1 if codes.is_cuda else 2)
+        rounding = torch.finfo(dtype).eps * (1 if made.is_cuda else 2)
         assert bool(((made.double() - truth).abs() <= rounding * truth.abs() + 2**-25).all())
 
 

@@ -28,8 +28,10 @@ from accessory.parallel.plan import matrix_of, parameter_shapes
 from accessory.progress import showing
 from accessory.quant import (
     TENSOR_DTYPES,
+    Format,
     InputMoments,
     QuantizedWeight,
+    format_of,
     quantize,
     quantize_calibrated,
     row_maximum,
@@ -80,11 +82,11 @@ RowsOf = tuple[int, Piece]
 def matrix_boxes(boxes: Mapping[str, Box], args: ModelArgs) -> dict[str, Box]:
     """The part of each quantized matrix that the boxes of its tensors stand for, by the matrix's name."""
     assert args.quant is not None
+    codes, shared = f"{args.quant.type}_codes", _format(args.quant).tensors["codes"].inputs
     found = {}
     for name, box in boxes.items():
         matrix, tensor = matrix_of(name)
-        shared = args.quant.inputs.get(tensor)
-        if shared and tensor.endswith("_codes") and box.numel:
+        if tensor == codes and box.numel:
             start, size = (*box.start[:-1], box.start[-1] * shared), (*box.size[:-1], box.size[-1] * shared)
             found[matrix] = Box(start, size)
     return found
@@ -99,12 +101,13 @@ def pieces(matrix: str, box: Box) -> Iterator[Piece]:
 
 
 def measure_rows(boxes: Mapping[str, Box], folders: Sequence[Folder], args: ModelArgs) -> dict[RowsOf, Tensor]:
-    """The largest magnitude in this rank's part of every row that it shares with others, (R,) float32; int8 alone.
+    """The largest magnitude in this rank's part of every row that it shares with others, (R,) float32; of a format with
+    scales for whole rows alone.
 
     Maxima over the model-parallel ranks, entry by entry, are what `quantize_folder` needs; keys and their order are
     the same on all of them.
     """
-    if args.quant is None or args.quant.type != "int8":
+    if args.quant is None or not _format(args.quant).whole_rows:
         return {}
     inputs = {name: shape[-1] for name, shape in parameter_shapes(args.replace(quant=None))}
     shared = {name: box for name, box in matrix_boxes(boxes, args).items() if box.size[-1] < inputs[name]}
@@ -143,10 +146,13 @@ def quantize_folder(
     filled: dict[str, int] = {}
     matrices = matrix_boxes(boxes, args)
     assert args.quant is not None
+    form = _format(args.quant)
     with showing("quantizing", len(matrices), unit="matrices", shown=show_progress) as quantizing:
         for matrix, box in quantizing.over(matrices.items()):
-            tensors = {tensor: parameters[f"{matrix}.{tensor}"] for tensor in args.quant.inputs}
-            whole = weight_of(tensors)
+            tensors = {
+                name: parameters[f"{matrix}.{name}"] for name in (f"{args.quant.type}_{own}" for own in form.tensors)
+            }
+            whole = weight_of(form, tensors)
             for piece in pieces(matrix, box):
                 if not weights.holds(matrix, piece.box):
                     continue
@@ -171,6 +177,10 @@ class QuantizeReport:
 
     def __str__(self) -> str:
         return f"quantized {self.matrices} matrices into {self.type}: {shown_quantized(self.now, self.weights)}"
+
+
+def _format(quant: QuantArgs) -> Format:
+    return format_of(quant.type, quant.group_size)
 
 
 # Of the matrices (R, D) of a model, by parameter and place along its leading axes.
@@ -212,7 +222,7 @@ def quantize_checkpoint(
     On CPU, one matrix of one expert after another: beside the mapped files it takes memory for a few of them.
 
     Args:
-        calibration: of what the matrices' inputs are like; for int4, whose rounding it then guides.
+        calibration: of what the matrices' inputs are like; for a format that can be `Format.calibrated`.
         llama_config: config files for a source that has none, or to overrule it.
 
     Raises:
@@ -262,16 +272,16 @@ def _fill(
                     writer.put(name, box, weights.read(name, box))
                 continue
             for piece in pieces(name, Box.whole(shapes[name])):
-                values, group = piece.read(weights), quant.group_size
+                values = piece.read(weights)
                 moments = calibration.get((name, piece.leading))
                 with piece.named(weights):
                     if moments is None:
-                        weight = quantize(values, quant.type, group_size=group)
+                        weight = quantize(values, quant.type, group_size=quant.group_size)
                     else:
-                        weight = quantize_calibrated(values, moments, group_size=group)
+                        weight = quantize_calibrated(values, moments, _format(quant))
                 for own, tensor in weight.tensors().items():
                     box = Box((*piece.box.start[:-2], 0, 0), (*piece.box.size[:-2], *tensor.shape))
-                    writer.put(f"{name}.{weight.form}_{own}", box, tensor.view(box.size))
+                    writer.put(f"{name}.{quant.type}_{own}", box, tensor.view(box.size))
                 matrices, now = matrices + 1, now + weight.nbytes
                 count += math.prod(weight.shape)
     return QuantizeReport(quant.type, matrices, count, now)

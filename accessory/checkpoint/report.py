@@ -12,7 +12,8 @@ from accessory.checkpoint.companions import CONFIG_FILES
 from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import Source, find_weights, load_args
 from accessory.checkpoint.write import AT_ONCE
-from accessory.config import ModelArgs, QuantArgs, QuantForm
+from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
+from accessory.config.quant import GROUP_SIZES
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
@@ -20,9 +21,7 @@ from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
-# For what a config alone describes: bytes of a plain weight, and the forms of quantized ones.
-_PLAIN = torch.bfloat16
-_FORMS: tuple[QuantForm, ...] = ("int8", "int4", "nf4")
+_PLAIN = torch.bfloat16  # weights of which a config alone tells
 
 # A parameter's name and a part of it.
 Part = tuple[str, Box]
@@ -82,7 +81,7 @@ def describe(
         yield f"holds       {count:,} parameters, an adapter alone: it loads behind the folder of its base"
     yield from _sizes(args, together)
     if args.quant is not None:
-        groups = f", groups of {args.quant.group_size}" if args.quant.type == "int4" else ""
+        groups = f", groups of {args.quant.group_size}" if args.quant.type in GROUP_SIZES else ""
         head = " and output head" if args.quant.head else ""
         yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
     yield from _adapters(args)
@@ -132,7 +131,7 @@ def _describe_config(path: Path) -> Iterator[str]:
     for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
         plain = {name: _PLAIN.itemsize for name, _ in parameter_shapes(args)}
         sizes = [f"bf16 {_per_rank(args, ranks, plain, placed=False)}"]
-        for form in _FORMS if args.quant is None else ():
+        for form in QUANT_FORMS if args.quant is None else ():
             quantized = args.replace(quant=QuantArgs(type=form))
             sizes.append(f"{form} {_per_rank(quantized, ranks, _itemsizes(quantized), placed=False)}")
         yield f"at mp {ranks}     each rank {', '.join(sizes)}"

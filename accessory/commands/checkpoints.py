@@ -250,14 +250,16 @@ def _quantize(arguments: argparse.Namespace) -> None:
     calibration = None
     if arguments.calibrate is not None:
         from accessory.files import check_free
+        from accessory.quant import FORMATS, format_of
         from accessory.tools.calibration import calibrate
 
-        if quant.type != "int4":
-            raise ValueError(f"--calibrate guides the rounding of int4; {quant.type} has none to guide: leave it out")
+        if not format_of(quant.type, quant.group_size).calibrated:
+            guided = ", ".join(sorted({form.name for form in FORMATS.values() if form.calibrated}))
+            raise ValueError(
+                f"--calibrate guides the rounding of {guided}; {quant.type} has none to guide: leave it out"
+            )
         check_free(arguments.destination)
-        calibration = calibrate(
-            arguments.source, arguments.calibrate, group_size=quant.group_size, llama_config=arguments.llama_config
-        )
+        calibration = calibrate(arguments.source, arguments.calibrate, quant, llama_config=arguments.llama_config)
     report = quantize_checkpoint(
         arguments.source, arguments.destination, quant, calibration, llama_config=arguments.llama_config
     )

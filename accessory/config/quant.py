@@ -9,8 +9,9 @@ from accessory.errors import unknown
 QuantForm = Literal["int8", "int4", "nf4"]
 QUANT_FORMS: tuple[QuantForm, ...] = get_args(QuantForm)
 DEFAULT_FORM: QuantForm = "nf4"
-GROUP_SIZES = (32, 64)
-_NF4_GROUP = 64
+# Inputs that share a scale, of the formats that offer a choice. quant/formats.py says what the formats are.
+GROUP_SIZES: dict[str, tuple[int, ...]] = {"int4": (32, 64)}
+DEFAULT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,21 +20,24 @@ class QuantArgs:
 
     Attributes:
         type: "int8", "int4" or "nf4"; docs/quantization.md describes them.
-        group_size: inputs that share a scale, 32 or 64; of int4 alone.
+        group_size: inputs that share a scale, 32 or 64; of int4 alone (`GROUP_SIZES`).
         head: the output head is quantized as well.
     """
 
     type: QuantForm = DEFAULT_FORM
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     head: bool = False
 
     def __post_init__(self) -> None:
         if self.type not in QUANT_FORMS:
             raise ValueError(unknown("quant", self.type, QUANT_FORMS))
-        if self.group_size not in GROUP_SIZES or not isinstance(self.group_size, int):  # 64.0 is among them
-            raise ValueError(f"the group size of quantization must be 32 or 64, not {self.group_size!r}")
-        if self.type != "int4" and self.group_size != 64:
-            raise ValueError(f"group size {self.group_size} is for int4: {self.type} has none to choose")
+        known = {size for sizes in GROUP_SIZES.values() for size in sizes}
+        if self.group_size not in known or not isinstance(self.group_size, int):  # 64.0 is among them
+            allowed = " or ".join(map(str, sorted(known)))
+            raise ValueError(f"the group size of quantization must be {allowed}, not {self.group_size!r}")
+        if self.group_size not in GROUP_SIZES.get(self.type, (DEFAULT_GROUP_SIZE,)):
+            offer = ", ".join(form for form, sizes in GROUP_SIZES.items() if self.group_size in sizes)
+            raise ValueError(f"group size {self.group_size} is for {offer}: {self.type} has none to choose")
         if not isinstance(self.head, bool):
             raise ValueError(f"quant's head must be true or false, not {self.head!r}")
 
@@ -51,20 +55,6 @@ class QuantArgs:
         if quant is True:
             return cls()
         return cls(type=quant)  # type: ignore[arg-type]  # it checks
-
-    @property
-    def inputs(self) -> dict[str, int]:
-        """For each tensor of a quantized matrix how many inputs of a row one element stands for; 0: the whole row."""
-        if self.type == "int8":
-            return {"int8_codes": 1, "int8_scale": 0}
-        if self.type == "nf4":
-            return {"nf4_codes": 2, "nf4_scale": _NF4_GROUP}
-        return {"int4_codes": 2, "int4_scale": self.group_size, "int4_zero": self.group_size}
-
-    @property
-    def group(self) -> int:
-        """Neighbouring inputs that no cut may part."""
-        return max(self.inputs.values())
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -90,7 +80,7 @@ def add_quant_flags(parser: Any, *, always: bool = False) -> None:
         "--group_size",
         "--group-size",
         type=int,
-        default=64,
+        default=DEFAULT_GROUP_SIZE,
         metavar="N",
         help="of int4: inputs that share a scale, 32 or 64 (default 64)",
     )

@@ -13,11 +13,9 @@ from .linear import (
 )
 from .native import native_available, native_variant
 from .pointwise import rotate_heads, steps_natively
-from .quantized import plain_values, quantized_linear_reference, round_activations
-from .quantized_native import NativeWeight
+from .quantized import quantized_linear_reference, round_activations
 from .quantized_ops import (
     dequantize,
-    described,
     gathered_quantized_linear,
     grouped_quantized_linear,
     quantized_experts_synchronise,
@@ -29,13 +27,11 @@ from .tiles import tiles_serve
 
 __all__ = [
     "FEW_TOKENS",
-    "NativeWeight",
     "SlotAttention",
     "SlotAttentionReference",
     "add_rms_norm",
     "called_directly",
     "dequantize",
-    "described",
     "few_token_linear",
     "gathered_linear",
     "gathered_linear_reference",
@@ -48,7 +44,6 @@ __all__ = [
     "native_variant",
     "on_gpu",
     "plain_experts_synchronise",
-    "plain_values",
     "quantized_experts_synchronise",
     "quantized_linear",
     "quantized_linear_reference",

@@ -1,4 +1,4 @@
-"""The native library's products with quantized weights (quantized.cpp); the formats are described in quantized.py.
+"""The native library's products with quantized weights (quantized.cpp); quant/formats.py describes the formats.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 """
@@ -9,8 +9,10 @@ import functools
 import torch
 from torch import Tensor
 
+from accessory.quant import FORMATS, QuantizedWeight
+
 from .native import check_outcome, native_available, native_library, native_variant
-from .quantized import NF4, NF4_STEP, depth_of, form_of, rounds_activations
+from .quantized import rounds_activations
 
 
 class _Levels(ctypes.Structure):
@@ -44,32 +46,30 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _levels(form: str) -> _Levels:
-    values, steps = (NF4, [round(level / NF4_STEP) for level in NF4]) if form == "nf4" else (range(16), range(16))
-    return _Levels((ctypes.c_float * 16)(*values), (ctypes.c_int8 * 16)(*steps), NF4_STEP)
+def _levels(key: str) -> _Levels:
+    own = FORMATS[key]
+    steps = (round(level / own.step) for level in own.levels)
+    return _Levels((ctypes.c_float * 16)(*own.levels), (ctypes.c_int8 * 16)(*steps), own.step)
 
 
 class NativeWeight:
     """A weight (R, D), or (E, ..., R, D) whose axes between experts and inputs are all rows, as the library reads it.
 
-    It is made of addresses: whoever keeps it must see to it that the tensors' memory stays. Their shapes and dtypes
-    have been checked. `native_weight` makes one.
+    It is made of addresses: whoever keeps it must see to it that the tensors' memory stays. `native_weight` makes one.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        self.stacked = codes.dim() > 2
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.stacked, own = weight.codes.dim() > 2, weight.format
         if not self.stacked:
-            codes, scale, zero = codes[None], scale[None], None if zero is None else zero[None]
-        form = form_of(codes, zero)
-        self.experts, self.rows, self.depth = codes.shape[0], codes.shape[1:-1].numel(), depth_of(codes)
-        row, last = codes.dim() - 2, codes.dim() - 1
-        kind = {"int8": 0, "int4": 1 if self.depth == 32 * scale.shape[last] else 2, "nf4": 3}[form]
-        size = scale.element_size()
+            weight = weight.stacked()
+        codes, scale, zero = weight.codes, weight.scale, weight.zero
+        self.experts, self.rows, self.depth = codes.shape[0], codes.shape[1:-1].numel(), weight.depth
+        row, size = codes.dim() - 2, scale.element_size()
         self._struct = _Weight(
             codes.data_ptr(),
             scale.data_ptr(),
             None if zero is None else zero.data_ptr(),
-            ctypes.addressof(_levels(form)),
+            ctypes.addressof(_levels(own.key)),
             self.experts,
             self.rows,
             self.depth,
@@ -79,16 +79,25 @@ class NativeWeight:
             scale.stride(row) * size,
             0 if zero is None else zero.stride(0),
             0 if zero is None else zero.stride(row),
-            kind,
+            own.kind,
         )
         self.reference = ctypes.byref(self._struct)
 
 
-def native_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> NativeWeight | None:
-    """None where the native library does not read such tensors; their shapes and dtypes have been checked."""
-    tensors = (codes, scale) if zero is None else (codes, scale, zero)
-    laid_out = codes.dim() >= 2 and all(tensor.stride(-1) == 1 and _one_axis_of_rows(tensor) for tensor in tensors)
-    return NativeWeight(codes, scale, zero) if laid_out and codes.is_cpu and native_available() else None
+def native_weight(weight: QuantizedWeight) -> NativeWeight | None:
+    """As the native library reads it, kept by the weight; None where it does not."""
+    if "native" not in weight.kept:
+        weight.kept["native"] = NativeWeight(weight) if _serves(weight) else None
+    native: NativeWeight | None = weight.kept["native"]
+    return native
+
+
+def _serves(weight: QuantizedWeight) -> bool:
+    tensors = weight.tensors().values()
+    laid_out = weight.codes.dim() >= 2 and all(
+        tensor.stride(-1) == 1 and _one_axis_of_rows(tensor) for tensor in tensors
+    )
+    return laid_out and weight.format.kind is not None and weight.codes.is_cpu and native_available()
 
 
 def quantized_product(

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.quant import QuantizedWeight
+
 from .quantized import ACTIVATION_BLOCK
 from .triton_kernels import _load
 from .triton_launch import launch, nf4_halves, pointed, round_inputs
@@ -19,21 +21,19 @@ from .triton_launch import launch, nf4_halves, pointed, round_inputs
 _ROWS, _CHUNKS = 8, 32  # of a program, which is one warp: 16 bytes of every row for each of its threads
 
 
-def multiply_dots(
-    x_PD: Tensor, w_ERD: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, form: str
-) -> Tensor:
+def multiply_dots(x_PD: Tensor, weight_ERD: QuantizedWeight, index: Tensor | None) -> Tensor:
     """y[p] = w[index[p]] @ x[p], (P, R); without an index all with the first weight.
 
     Args:
-        w_ERD: codes `in_chunks`.
+        weight_ERD: with codes `in_chunks`.
     """
-    pairs, w_ERW = x_PD.shape[0], w_ERD.view(torch.int32)
+    pairs, w_ERW, own = x_PD.shape[0], weight_ERD.codes.view(torch.int32), weight_ERD.format
     experts, rows, words = w_ERW.shape
-    in_halves = form != "int8"
-    group = w_ERW.shape[2] // scale.shape[-1] if in_halves else 1
-    ints_PD, x_scale_PB, x_sum_PC = round_inputs(x_PD, form, 16)
+    in_halves, form = own.in_halves, own.triton
+    group = own.group // 8 if in_halves else 1
+    ints_PD, x_scale_PB, x_sum_PC = round_inputs(x_PD, own, 16)
     y_PR = unused = x_PD.new_empty(pairs, rows)
-    weight, strides = pointed(w_ERW, scale, zero, unused)
+    weight, strides = pointed(w_ERW, weight_ERD, unused)
     launch(
         multiply[(pairs, -(-rows // _ROWS))],
         *(ints_PD.view(torch.int32), x_scale_PB, x_sum_PC, *weight),

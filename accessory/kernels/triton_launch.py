@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantized import ACTIVATION_BLOCK, NF4, NF4_STEP
+from accessory.quant import Format, QuantizedWeight
+from accessory.quant.formats import NF4, NF4_STEP
+
+from .quantized import ACTIVATION_BLOCK
 
 
-def round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def round_inputs(x_PD: Tensor, own: Format, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Activations in 8 bits (P, D), or (2, P, D / 2), their scales (P, B), and the sums of groups of bytes (P, G)."""
     pairs, depth = x_PD.shape
-    halves = form != "int8"
+    halves = own.in_halves
     if x_PD.stride(1) != 1:
         x_PD = x_PD.contiguous()
     blocks = -(-depth // ACTIVATION_BLOCK)
@@ -27,7 +30,7 @@ def round_inputs(x_PD: Tensor, form: str, group: int) -> tuple[Tensor, Tensor, T
     launch(
         forms().round_inputs[(pairs, blocks)],
         *(x_PD, ints_PD, scale_PB, sum_PG, pairs, depth, blocks, x_PD.stride(0)),
-        STEP=NF4_STEP if form == "nf4" else 1.0,
+        STEP=own.step,
         HALVES=halves,
         GROUPS=ACTIVATION_BLOCK // (2 * group) if halves else 1,
         BLOCK=ACTIVATION_BLOCK,
@@ -55,9 +58,11 @@ def launch(kernel: Callable[..., Any], first: Tensor, *arguments: Any, **constan
 
 
 def pointed(
-    w_ERD: Tensor, scale: Tensor | None, zero: Tensor | None, unused: Tensor
+    w_ERD: Tensor, weight: QuantizedWeight | None, unused: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
-    """A weight's tensors and their strides, as the kernels' arguments."""
+    """A plain weight, or the codes of a quantized one, and the latter's tensors, with their strides, as the kernels'
+    arguments."""
+    scale, zero = (None, None) if weight is None else (weight.scale, weight.zero)
     of_scales = (stride for part in (scale, zero) for stride in ((0, 0, 0) if part is None else part.stride()))
     whole = (w_ERD, unused if scale is None else scale, unused if zero is None else zero)
     return whole, (*w_ERD.stride()[:2], *of_scales)

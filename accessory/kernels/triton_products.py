@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from accessory.quant import QuantizedWeight
+
 from . import triton_ptx
-from .quantized import ACTIVATION_BLOCK, depth_of, form_of, rounds_activations
+from .quantized import ACTIVATION_BLOCK, rounds_activations
 from .triton_launch import (
     forms,
     in_chunks,
@@ -88,46 +90,48 @@ def triton_available() -> bool:
     return _kernels() is not None
 
 
-def triton_serves(x_PD: Tensor, *weight: Tensor | None) -> bool:
-    """Whether they serve such activations and the tensors of such a weight, codes first."""
-    return x_PD.dtype in DTYPES and weight[0] is not None and weight[0].stride(-1) == 1 and triton_available()
+def triton_makes_plain(dtype: torch.dtype) -> bool:
+    """Whether `plain_values` gives them in this dtype."""
+    return dtype in DTYPES and triton_available()
+
+
+def triton_serves(x_PD: Tensor, w: Tensor) -> bool:
+    """Whether they serve such activations and such a weight, or codes of one."""
+    return x_PD.dtype in DTYPES and w.stride(-1) == 1 and triton_available()
 
 
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R); a negative expert gives zeros, one that does not exist NaN."""
-    return _gathered(x_PD, w_ERD, None, None, expert_P)
+    return _gathered(x_PD, w_ERD, expert_P)
 
 
 def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     """x @ w.T, (P, R)."""
-    return _multiply(x_PD, w_RD[None], None, None, None, "dense")
+    return _multiply(x_PD, w_RD[None], None, "dense")
 
 
-def gathered_quantized_linear(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, expert_P: Tensor
-) -> Tensor:
+def gathered_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor) -> Tensor:
     """`gathered_linear` for a quantized weight (E, R, D)."""
-    return _gathered(x_PD, codes, scale, zero, expert_P)
+    return _gathered(x_PD, weight, expert_P)
 
 
-def quantized_linear(x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def quantized_linear(x_PD: Tensor, weight: QuantizedWeight) -> Tensor:
     """`few_token_linear` for a quantized weight (R, D), and any number of tokens."""
-    return _multiply(x_PD, codes[None], scale[None], None if zero is None else zero[None], None, "dense")
+    return _multiply(x_PD, weight.stacked(), None, "dense")
 
 
-def grouped_quantized_linear(
-    x_PD: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offsets_E: Tensor
-) -> Tensor:
+def grouped_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, offsets_E: Tensor) -> Tensor:
     """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R); zeros behind the last offset."""
-    return _multiply(x_PD, codes, scale, zero, offsets_E, "sorted")
+    return _multiply(x_PD, weight, offsets_E, "sorted")
 
 
-def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+def plain_values(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The plain weight (..., R, D)."""
-    form, depth = form_of(codes, zero), codes.shape[-1]
-    y = torch.empty(*codes.shape[:-1], depth_of(codes), dtype=dtype, device=codes.device)
+    codes, scale, zero = weight.codes, weight.scale, weight.zero
+    y = torch.empty(weight.shape, dtype=dtype, device=codes.device)
     if y.numel() == 0:
         return y
+    depth = codes.shape[-1]
     rows = codes.numel() // depth
     launch(
         forms().make_plain[(-(-rows // _PLAIN_ROWS), -(-depth // _PLAIN_DEPTH))],  # axis 1 ends at 65,535
@@ -138,35 +142,35 @@ def plain_values(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch
         y,
         rows,
         depth,
-        FORM=form,
-        GROUP=max(1, depth // scale.shape[-1]),
+        FORM=weight.format.triton,
+        GROUP=depth // scale.shape[-1],
         ROWS=_PLAIN_ROWS,
         DEPTH=_PLAIN_DEPTH,
     )
     return y
 
 
-def _gathered(x_PD: Tensor, w_ERD: Tensor, scale: Tensor | None, zero: Tensor | None, expert_P: Tensor) -> Tensor:
+def _gathered(x_PD: Tensor, weight: Tensor | QuantizedWeight, expert_P: Tensor) -> Tensor:
     parts = zip(x_PD.split(MOST_GATHERED), expert_P.split(MOST_GATHERED), strict=True)
-    products = [_multiply(x, w_ERD, scale, zero, expert, "gathered") for x, expert in parts]
+    products = [_multiply(x, weight, expert, "gathered") for x, expert in parts]
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
-def _multiply(
-    x_PD: Tensor, w_ERD: Tensor, scale: Tensor | None, zero: Tensor | None, index: Tensor | None, way: str
-) -> Tensor:
+def _multiply(x_PD: Tensor, weight: Tensor | QuantizedWeight, index: Tensor | None, way: str) -> Tensor:
     """One product by the kernels `multiply`; ``index`` and ``way`` as they say."""
+    quantized = None if isinstance(weight, Tensor) else weight
+    w_ERD = weight if isinstance(weight, Tensor) else weight.codes
     pairs, (experts, rows, depth) = x_PD.shape[0], w_ERD.shape
     if 0 in (pairs, experts, rows, depth):  # such as a rank without experts
         return x_PD.new_zeros(pairs, rows)
-    form = "plain" if scale is None else form_of(w_ERD, zero)
-    in_halves = form in ("int4", "nf4")
-    group = depth // scale.shape[-1] if scale is not None and in_halves else 1
+    form = "plain" if quantized is None else str(quantized.format.triton)
+    in_halves = quantized is not None and quantized.format.in_halves
+    group = quantized.format.group // 2 if quantized is not None and in_halves else 1
     few = way == "gathered" or (way == "dense" and pairs <= _FEW_TOKENS)
-    rounds = few and scale is not None and rounds_activations(x_PD.dtype)
+    rounds = few and quantized is not None and rounds_activations(x_PD.dtype)
     rounds &= not in_halves or group >= _SHORTEST_INTEGERS
-    if rounds and scale is not None and pairs <= DOTS[way] and in_chunks(w_ERD):
-        return _dots().multiply_dots(x_PD, w_ERD, scale, zero, index, form)
+    if rounds and quantized is not None and pairs <= DOTS[way] and in_chunks(w_ERD):
+        return _dots().multiply_dots(x_PD, quantized, index)
     own_pairs, tile = _tile(form, x_PD.dtype, pairs, way, INTEGERS if rounds else FEW if few else MANY)
     if rounds and not in_halves:
         group = ACTIVATION_BLOCK
@@ -180,15 +184,15 @@ def _multiply(
     constants |= {"PAIRS": own_pairs, "ROWS": tile.rows, "DEPTH": own_depth}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     unused = into
-    weight, strides = pointed(w_ERD, scale, zero, unused)
+    tensors, strides = pointed(w_ERD, quantized, unused)
     index = unused if index is None else index.contiguous()
     grid = (tiles, blocks, shares)
-    if rounds:
-        ints_PD, x_scale_PB, x_sum_PG = round_inputs(x_PD, form, group)
+    if rounds and quantized is not None:
+        ints_PD, x_scale_PB, x_sum_PG = round_inputs(x_PD, quantized.format, group)
         table = nf4_steps(x_PD.device) if form == "nf4" else unused
         constants["PTX"] = _ptx(form, None) if in_halves and x_PD.is_cuda else ""
         constants["BLOCK"] = ACTIVATION_BLOCK // (2 if in_halves else 1)
-        own = (ints_PD, x_scale_PB, x_sum_PG, *weight, table, index, into)
+        own = (ints_PD, x_scale_PB, x_sum_PG, *tensors, table, index, into)
         sizes = (pairs, experts, rows, depth, x_scale_PB.shape[1])
         launch(_integers().multiply[grid], *own, *sizes, *strides, **constants)
     else:
@@ -199,7 +203,7 @@ def _multiply(
         constants["ALL_EXPERTS"] = power_of_two(experts) if way == "sorted" else 1
         launch(
             _loaded().multiply[grid],
-            *(x_PD, *weight, x_sum_PG, table, index, into),
+            *(x_PD, *tensors, x_sum_PG, table, index, into),
             *(pairs, experts, rows, depth, *strides),
             **constants,
         )

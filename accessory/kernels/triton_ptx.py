@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from itertools import product
 
-from .quantized import NF4, NF4_STEP
+from accessory.quant.formats import NF4, NF4_STEP
 
 
 def to_floats(form: str, dtype: str) -> str:

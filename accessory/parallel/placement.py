@@ -8,6 +8,7 @@ import math
 from accessory.config import ModelArgs
 from accessory.errors import unknown
 from accessory.parallel.plan import PLACEMENTS, Placement, cut_widths, is_quantized, rows_of_model, sizes
+from accessory.quant import format_of
 
 
 def resolve_placement(args: ModelArgs, placement: str, size: int, *, ep_size: int = 1) -> Placement:
@@ -91,7 +92,8 @@ def _obstacles(args: ModelArgs, placement: str, size: int) -> list[str]:
 def cut_groups(args: ModelArgs, placement: Placement, size: int) -> list[str]:
     """Why ``size`` ranks (or files) cannot hold whole groups of a quantized model's inputs; empty if they can."""
     assert args.quant is not None
-    counts, group, found = sizes(args), args.quant.group, []
+    counts, found = sizes(args), []
+    group = format_of(args.quant.type, args.quant.group_size).group
     for row in rows_of_model(args):
         if not is_quantized(row, args.quant):
             continue

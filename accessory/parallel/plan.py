@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
 from accessory.parallel.box import Box
 from accessory.parallel.state import ParallelState
+from accessory.quant import ROW_TENSORS, format_of
 
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
@@ -255,7 +256,7 @@ def split_of(name: str) -> Split:
     row = _ROWS.get(generic_name(matrix))
     if row is None:
         raise KeyError(f"parallel/plan.py has no row for parameter {name}")
-    return _without_inputs(row) if tensor == "int8_scale" else row
+    return _without_inputs(row) if tensor in ROW_TENSORS else row
 
 
 def generic_name(name: str) -> str:
@@ -391,8 +392,8 @@ def _parameters(row: Split, args: ModelArgs) -> Iterator[tuple[str, tuple[int, .
     if args.quant is None or not is_quantized(row, args.quant):
         yield row.pattern, (*rest, inputs)
         return
-    for tensor, shared in args.quant.inputs.items():
-        yield f"{row.pattern}.{tensor}", (*rest, inputs // shared if shared else 1)
+    for tensor, stored in format_of(args.quant.type, args.quant.group_size).tensors.items():
+        yield f"{row.pattern}.{args.quant.type}_{tensor}", (*rest, stored.elements(inputs))
 
 
 def cut_axis(name: str, args: ModelArgs, *, placement: Placement, size: int, mesh: MeshAxis = "mp") -> int | None:

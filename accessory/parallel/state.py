@@ -17,7 +17,7 @@ from torch import nn
 
 from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
-from accessory.kernels.pages import in_large_pages
+from accessory.pages import in_large_pages
 from accessory.quant import QuantizedParameter
 
 Result = TypeVar("Result")

@@ -2,7 +2,7 @@
 
 GPTQ, Frantar et al., 2022 (https://arxiv.org/abs/2210.17323), algorithm 1, with the second moments of the inputs kept
 in blocks along the diagonal: beyond a block, inputs count as independent. So the moments of a model take a fraction of
-its own memory. The format is that of int4.py.
+its own memory. The format is int4 of formats.py.
 
 Shape letters: R rows (outputs), D depth (inputs), B inputs of a block, N inputs of a group.
 """
@@ -10,7 +10,7 @@ Shape letters: R rows (outputs), D depth (inputs), B inputs of a block, N inputs
 import torch
 from torch import Tensor
 
-from accessory.quant.int4 import grid, nearest, pack
+from accessory.quant.formats import grid, nearest, pack
 
 BLOCK = 512
 _DAMPING = 0.01  # of the mean second moment, added to each: as the paper has it
@@ -39,7 +39,7 @@ class InputMoments:
 
 
 def encode(values_RD: Tensor, moments: InputMoments, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zero points, as `int4.encode`'s.
+    """Codes, scales and zero points, as int4 has them.
 
     Args:
         values_RD: float32.

@@ -1,25 +1,17 @@
 """A quantized weight as parameters of a module, so that whatever splits, shards, moves or saves them takes it along."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accessory.config import QuantArgs
-from accessory.kernels.pages import in_large_pages
+from accessory.pages import in_large_pages
+from accessory.quant.formats import TENSOR_DTYPES, Format, format_of
 from accessory.quant.weight import QuantizedWeight
 
-# Of a quantized matrix's tensors in memory and on disk, by the names of their parameters.
-TENSOR_DTYPES = {
-    "int8_codes": torch.int8,
-    "int8_scale": torch.float32,
-    "int4_codes": torch.uint8,
-    "int4_scale": torch.bfloat16,
-    "int4_zero": torch.uint8,
-    "nf4_codes": torch.uint8,
-    "nf4_scale": torch.float32,
-}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -35,14 +27,13 @@ class QuantizedParameter(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], quant: QuantArgs, device: torch.device) -> None:
         super().__init__()
-        self.shape, self.form = shape, quant.type
+        self.shape, self.format = shape, format_of(quant.type, quant.group_size)
         empty = QuantizedWeight.empty(shape, quant.type, group_size=quant.group_size, device=device)
         self._dtypes = [tensor.dtype for tensor in empty.tensors().values()]
         self._kept: tuple[list[Tensor], list[int], QuantizedWeight] | None = None
         for name, tensor in empty.tensors().items():
-            self.register_parameter(
-                f"{self.form}_{name}", nn.Parameter(as_bits(in_large_pages(tensor)), requires_grad=False)
-            )
+            bits = as_bits(in_large_pages(tensor))
+            self.register_parameter(f"{quant.type}_{name}", nn.Parameter(bits, requires_grad=False))
 
     def to_local(self) -> QuantizedWeight:
         """This rank's weight, in the parameters' own memory."""
@@ -58,7 +49,8 @@ class QuantizedParameter(nn.Module):
 
     def _weight(self, own: list[Tensor]) -> QuantizedWeight:
         pairs = zip(own, self._dtypes, strict=True)
-        return QuantizedWeight(*(bits if bits.dtype == dtype else bits.view(dtype) for bits, dtype in pairs))
+        stored = (bits if bits.dtype == dtype else bits.view(dtype) for bits, dtype in pairs)
+        return QuantizedWeight(self.format, *stored)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}
@@ -87,10 +79,10 @@ def as_stored(name: str, bits: Tensor) -> Tensor:
     return bits.view(TENSOR_DTYPES[name.rpartition(".")[2]])
 
 
-def weight_of(parameters: dict[str, Tensor]) -> QuantizedWeight:
+def weight_of(own: Format, parameters: Mapping[str, Tensor]) -> QuantizedWeight:
     """The weight whose tensors these are, by the names of `QuantizedParameter`."""
-    return QuantizedWeight.from_tensors(
-        {name.rpartition("_")[2]: as_stored(name, tensor) for name, tensor in parameters.items()}
+    return QuantizedWeight(
+        own, **{name: as_stored(f"{own.name}_{name}", parameters[f"{own.name}_{name}"]) for name in own.tensors}
     )
 
 

@@ -18,7 +18,7 @@ from accessory.model.scoring import score_tokens
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from accessory.products import groups
 from accessory.progress import showing
-from accessory.quant import InputMoments
+from accessory.quant import InputMoments, format_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ _ENOUGH = 16 * WINDOW  # fewer tokens say little of experts that they seldom cho
 
 
 def calibrate(
-    folder: str | Path, text: str | Path, *, group_size: int, llama_config: Sequence[str | Path] | None = None
+    folder: str | Path, text: str | Path, quant: QuantArgs, *, llama_config: Sequence[str | Path] | None = None
 ) -> Calibration:
     """Run a model over the beginning of a text and note the inputs of every matrix that quantization changes.
 
     Args:
         text: a file in UTF-8; of its first million characters the first 131,072 tokens are read, in windows of 512.
-        group_size: of the quantization.
+        quant: what it guides.
         llama_config: config files for a folder that has none, or to overrule it.
 
     Raises:
@@ -42,7 +42,7 @@ def calibrate(
             its sizes.
         CheckpointError, FileNotFoundError, OSError: the folder or file cannot be read; a weight has infinities or NaN.
     """
-    source_to_quantize(folder, QuantArgs(type="int4", group_size=group_size), llama_config)
+    source_to_quantize(folder, quant, llama_config)
     beginning_of_text = _beginning_of(Path(text))
     model = MetaModel.from_pretrained(folder, llama_config=llama_config, device="cpu", max_seq_len=WINDOW)
     tokens = model.tokenizer.encode(beginning_of_text, bos=False, eos=False)[:MOST_TOKENS]
@@ -52,7 +52,11 @@ def calibrate(
     step = WINDOW - len(beginning)
     starts = range(0, len(tokens), step)
     calibrating = showing("calibrating", len(starts), unit="windows")
-    with torch.inference_mode(), _noted_inputs(model, group_size) as moments, calibrating:
+    with (
+        torch.inference_mode(),
+        _noted_inputs(model, format_of(quant.type, quant.group_size).group) as moments,
+        calibrating,
+    ):
         for start in calibrating.over(starts):
             (logits_TV,) = score_tokens(model.llma, [[*beginning, *tokens[start : start + step]]])
             _check_finite(logits_TV, model, folder)
