@@ -76,7 +76,7 @@ def test_calibration_lowers_what_int4_loses(
     text.write_text("\n".join(document for number, document in enumerate(documents[:12]) if number % HELD_BACK))
     quant = QuantArgs(type="int4", group_size=group_size)
     quantize_checkpoint(tiny[0], tmp_path / "nearest", quant)
-    quantize_checkpoint(tiny[0], tmp_path / "calibrated", quant, calibrate(tiny[0], text, group_size=group_size))
+    quantize_checkpoint(tiny[0], tmp_path / "calibrated", quant, calibrate(tiny[0], text, quant))
 
     @torch.inference_mode()
     def predictions(folder: Path) -> Tensor:

@@ -4,9 +4,9 @@ In bfloat16 the activations are taken in 8 bits too (`round_activations`), so th
 and so are the levels of nf4 (`Format.step`); in float32 both stay float. The Triton kernels on GPU do the same, but for
 int4 in groups of 32, whose activations stay float there. In all formats sums are float32.
 
-Many tokens: on a CPU with AMX likewise, and rows of 4-bit weights become 8-bit ones with 127 steps to the most that they
-could hold (tiles_int8.cpp); else blocks of rows are made plain in a scratch that stays in the cache, and multiplied as
-plain weights are.
+Many tokens: on a CPU with AMX likewise, and rows of 4-bit weights become 8-bit ones with 127 steps to the most that
+they could hold (tiles_int8.cpp); else blocks of rows are made plain in a scratch that stays in the cache, and are
+multiplied as plain weights are.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 """
