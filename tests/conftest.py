@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,19 +41,36 @@ SLOW = {
     *("test_finetune_kill", "test_http_clients", "test_building", "test_finetune_ranks", "test_finetune_options"),
     *("test_training", "test_peft_training", "test_tiny", "test_quant_model", "test_padded_vocabulary"),
     *("test_multi_gpu_wrapper", "test_dialogues", "test_simple_inference", "test_stopping", "test_triton_kernels"),
-    *("test_triton_steps", "test_web_browser", "test_validation", "test_beside_trainer"),
+    *("test_triton_steps", "test_web_browser", "test_validation", "test_beside_trainer", "test_web_demos"),
+    *("test_chat", "test_http_command", "test_memory", "test_form_exports"),
 }
 
 
-# It runs for minutes in one of pytest's processes: begun last, it would be what all others wait for.
-FIRST = "test_pages_run_with_little_of_each_training"
+# The longest tests, begun first: one that is begun last is what all others wait for. One of each, then the second of
+# each, so that the other two run where the pages that come later would wait for the first.
+FIRST = (
+    "test_a_page_runs_with_little_of_each_training",
+    "test_a_run_survives_kills",
+    "test_an_experiment_as_the_reference_page_starts_it",
+    "test_every_door_gives_every_trained_answer",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.name != FIRST)
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    by_name = [[item for item in items if getattr(item, "originalname", item.name) == name] for name in FIRST]
+    first = [item for turn in zip_longest(*by_name) for item in turn if item is not None]
+    begun = set(first)
+    rest = [item for item in items if item not in begun]
+    items[:] = dealt(first, rest, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def dealt(first: list[pytest.Item], rest: list[pytest.Item], hands: int) -> list[pytest.Item]:
+    """Each of xdist's workers begins with an equal part of all: to each its own of the first, then of the rest."""
+    part = -(-len(rest) // hands)
+    return [item for hand in range(hands) for item in (*first[hand::hands], *rest[hand * part : hand * part + part])]
 
 
 LOGGERS = ("accessory", "accessory.kernels", "accessory.data")

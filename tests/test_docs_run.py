@@ -1,12 +1,15 @@
-"""Every page of the docs runs from top to bottom, as a reader types it: README.md first, and on in its order."""
+"""Every page of the docs runs from top to bottom, as a reader types it, behind those that it goes on from."""
 
+import functools
 import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import MadeOnce
 from documented import ROOT, Reader, all_blocks, blocks, clone, pages
 from ranks import free_port
 
@@ -56,6 +59,17 @@ SHORTER = (
 )
 VARIABLES = ("LORA_EPOCHS=1", "DIALOGUES=24")
 
+# What pages go on with in runs/, by the pages that make it; all go on with what README.md's do.
+AFTER = {
+    "README.md": (),
+    "docs/inference.md": ("docs/quickstart.md",),
+    "docs/demos.md": ("docs/quickstart.md",),
+    "docs/peft.md": ("docs/quickstart.md", "docs/checkpoints.md"),
+    "docs/quantization.md": ("docs/quickstart.md",),
+    "docs/reliability.md": ("docs/finetune.md",),
+}
+RUN = list(dict.fromkeys(block.page for block in all_blocks() if block.not_run is None))
+
 
 def ports() -> list[tuple[str, str]]:
     """Ports that are free in place of those that pages name, since other tests run at the same time."""
@@ -70,15 +84,34 @@ def ports() -> list[tuple[str, str]]:
     ]
 
 
-def walk(reader: Reader, seconds: float) -> None:
-    """All pages, in README's order; a server stays until its page ends, or another one begins."""
-    page = None
+def walk(reader: Reader, page: str, seconds: float) -> None:
+    """The blocks of a page; a server stays until the page ends, or another one begins."""
     for block in all_blocks():
-        if block.page != page:
-            reader.stop_server()
-            page = block.page
-        if block.not_run is None:
+        if block.page == page and block.not_run is None:
             reader.type(block, seconds)
+    reader.stop_server()
+
+
+@pytest.fixture
+def walked(tiny: tuple[Path, TinyReport], made_once: MadeOnce) -> Callable[[str], Path]:
+    """``walked(page)``: a clone in which those before a page and the page itself were run, by the shorter way."""
+
+    def walk_to(page: str, folder: Path) -> Path:
+        place, before = folder / "clone", AFTER.get(page, ("README.md",))
+        shutil.rmtree(place, ignore_errors=True)  # of a walk that failed
+        clone(place)
+        for other in before:
+            shutil.copytree(get(other), place, ignore=shutil.ignore_patterns(".venv"), dirs_exist_ok=True)
+        if not before:
+            shutil.copytree(tiny[0], place / "runs" / "tiny")
+        with Reader(place, folder, substitutions=[*SHORTER, *ports()], variables=VARIABLES) as reader:
+            walk(reader, page, 300)
+        return place
+
+    def get(page: str) -> Path:
+        return made_once(page.replace("/", "-"), functools.partial(walk_to, page))
+
+    return get
 
 
 def test_every_page_with_commands_stands_in_readme_s_list() -> None:
@@ -117,16 +150,16 @@ def test_what_would_stop_a_reader_is_found_and_named(language: str, code: str, s
     assert str(caught.value).startswith("docs/a.md:2 fails:")
 
 
-@pytest.mark.timeout(1800)
-def test_pages_run_with_little_of_each_training(tiny: tuple[Path, TinyReport], tmp_path: Path) -> None:
-    clone(folder := tmp_path / "clone")
-    shutil.copytree(tiny[0], folder / "runs" / "tiny")
-    shorter = [*SHORTER, *ports()]
+def test_what_shortens_a_walk_is_used() -> None:
     code = "".join(block.code for block in all_blocks() if block.not_run is None)
-    unused = [pattern for pattern, _ in shorter if not re.search(pattern, code)]
+    unused = [pattern for pattern, _ in [*SHORTER, *ports()] if not re.search(pattern, code)]
     assert not unused, "no page has these any more"
-    with Reader(folder, tmp_path, substitutions=shorter, variables=VARIABLES) as reader:
-        walk(reader, 300)
+
+
+@pytest.mark.timeout(900)  # with the pages before it
+@pytest.mark.parametrize("page", RUN)
+def test_a_page_runs_with_little_of_each_training(page: str, walked: Callable[[str], Path]) -> None:
+    walked(page)
 
 
 @pytest.mark.soak
@@ -134,7 +167,8 @@ def test_pages_run_with_little_of_each_training(tiny: tuple[Path, TinyReport], t
 def test_pages_run_as_they_stand(tmp_path: Path) -> None:
     clone(folder := tmp_path / "clone")
     with Reader(folder, tmp_path, threads=2) as reader:
-        walk(reader, 900)
+        for page in pages():
+            walk(reader, page, 900)
         # The quickstart's model says what it was taught, though its records resemble one another.
         records = [json.loads(line) for line in (folder / "capitals.jsonl").read_text().splitlines()]
         (folder / "asked.txt").write_text("".join(f"{record['instruction']}\n" for record in records))
