@@ -13,6 +13,7 @@ import itertools
 import math
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -115,9 +116,18 @@ def _documents() -> Iterator[str]:
 def _docstrings(root: Path) -> Iterator[str]:
     """The docstrings of every .py file under `root`, by path and then by place in the file."""
     for _, tree in library_trees(root):
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield ast.get_docstring(node, clean=False) or ""
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """`ast.walk` in its order, without the expressions: nine nodes of ten, which hold no docstring."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        yield (node := todo.popleft())
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            todo.extend(getattr(node, field, ()))
 
 
 def library_trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
