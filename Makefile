@@ -20,7 +20,7 @@ ADAPTER := epoch$(shell expr $(LORA_EPOCHS) - 1)
 
 # Their order is part of what they say.
 .NOTPARALLEL:
-.PHONY: install demo coming finetune-demo peft-demo demo-web test test-fast lint docs pytest test-browser chromium soak bench clean
+.PHONY: install demo coming finetune-demo peft-demo demo-web test test-fast lint docs checked pytest test-browser chromium soak bench clean
 
 install: $(READY)
 
@@ -110,19 +110,24 @@ demo-web: $(TINY)/converted
 		--pretrained_path $(or $(wildcard runs/finetuned/$(MODEL)),$(TINY)/converted)
 
 # Everything that CI runs.
-test: lint docs pytest
+test: checked pytest
 
 # While a room is changed: a quarter of the time, and none of it bound by time.
 test-fast: lint
 	$(BIN)/pytest -n 3 --dist worksteal -m "not soak and not alone and not slow"
 
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+PAGES = $(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
 lint: $(DEVELOPED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 docs: $(DEVELOPED)
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(PAGES)
+
+# Both at once, since each keeps one core busy.
+checked: $(DEVELOPED)
+	($(LINT)) & lint=$$!; $(PAGES) && wait $$lint
 
 # Half of what tests do is waiting for processes, so three run at a time on 2 cores; then what is bound by time, alone.
 pytest: $(DEVELOPED) chromium
