@@ -26,7 +26,6 @@ from accessory.serve.terminal import HELP, Terminal, printable
 from accessory.text.form_files import find_form
 
 (QUESTION, ANSWER), (NEXT_QUESTION, NEXT_ANSWER) = DIALOGUES[0]
-pytestmark = pytest.mark.alone
 SETTINGS = ("--device", "cpu", "--dtype", "fp32", "--max_seq_len", "512", "--max-gen-len", "200")
 
 
@@ -113,7 +112,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(talking: Path) -> None:
             ctrl_c(program)
             shown.type("\n")
             assert program.wait(10) == 0
-            program.wait_for_all(2)
+            program.wait_for_all(10)
 
 
 def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
@@ -123,7 +122,7 @@ def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
             shown.wait_for("> ")
             program.send(signal.SIGTERM)
             assert program.wait(10) == -signal.SIGTERM
-            program.wait_for_all(2)
+            program.wait_for_all(10)
 
 
 def ctrl_c(program: Program) -> None:

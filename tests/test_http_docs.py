@@ -182,7 +182,6 @@ def browser() -> "Iterator[Browser]":
         yield running
 
 
-@pytest.mark.alone
 def test_in_a_browser_with_a_key(browser: "Browser", spoken: ServedApi) -> None:
     """Under a name of its own, since Swagger UI behaves otherwise at localhost; what asks for another gets nothing."""
     key = spoken.settings.api_key
@@ -236,7 +235,6 @@ def test_in_a_browser_with_a_key(browser: "Browser", spoken: ServedApi) -> None:
     assert {httpx.URL(url).host for url in asked if not url.startswith("data:")} == {"model.test"}
 
 
-@pytest.mark.alone
 def test_a_browser_asks_for_a_password(browser: "Browser", locked: ServedApi) -> None:
     """The challenge is one that a browser understands, and it sends the key also with what the page loads."""
     refused: list[int] = []

@@ -32,7 +32,6 @@ from accessory.text.form_files import find_form
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.alone
 CONTEXT = 512
 HOSTILE = (
     "Say <img src=x onerror=\"document.title='taken'\"> <script>alert(1)</script> **bold** $$x$$ ${1} {{value}} &lt;"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from gradio_client import Client
 from programs import Program
 from ranks import free_port
@@ -18,7 +17,6 @@ from talking import COUNT, DIALOGUES
 
 import accessory
 
-pytestmark = pytest.mark.alone
 ROOT = Path(accessory.__file__).parent.parent
 PACKAGE = Path(accessory.__file__).parent
 SETTINGS = ("--device", "cpu", "--dtype", "fp32", "--max_seq_len", "512")
@@ -69,7 +67,7 @@ def ask_multi(talker: Client, question: str, length: int = 60) -> list[str]:
 def end_by_sigterm(program: Program) -> None:
     program.send(signal.SIGTERM)
     assert program.wait(10) != 0
-    program.wait_for_all(1)
+    program.wait_for_all(10)
 
 
 def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
@@ -80,7 +78,7 @@ def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
         said = httpx.get(f"{address}model-state").json()["failure"] or ""
     assert f"rank {rank}" in said
     assert program.wait(30) != 0
-    program.wait_for_all(1)
+    program.wait_for_all(10)
     assert f"rank {rank}" in program.text
 
 
