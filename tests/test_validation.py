@@ -278,8 +278,8 @@ def test_contradictions_are_refused_alike_before_the_model(setting: Setting, ran
         f"--data_config trains on, first example 2 of {tmp_path / 'shared.json'}",
         f"--eval_data_config {chats}": "the records of --eval_data_config have the prompt form default, and those of "
         "--data_config alpaca: name one",
-        f"--eval_data_config {empty}": f"the data file {tmp_path / 'empty.json'} holds no record to learn from",
-        f"--eval_data_config {tmp_path / 'none.yaml'}": f"no data yaml {tmp_path / 'none.yaml'}",
+        f"--eval_data_config {empty}": f"--eval_data_config: the data file {tmp_path / 'empty.json'} holds no record",
+        f"--eval_data_config {tmp_path / 'none.yaml'}": f"--eval_data_config: no data yaml {tmp_path / 'none.yaml'}",
     }
     given = [setting.arguments(tmp_path / "out") + wrong.split() for wrong in cases]
     first, second = ranks(2).run(refused_on_rank, setting, given)

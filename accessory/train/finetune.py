@@ -320,28 +320,34 @@ def _data(
 ) -> tuple[FinetuneData, FinetuneData | None]:
     """The examples to learn from, and those that are held out."""
 
-    def load(config: str) -> FinetuneData:
-        return load_finetune_data(
-            config,
-            pretrained.tokenizer,
-            dialog=options.dialog,
-            form=form,
-            ignore_fields=options.ignore_fields,
-            max_words=options.max_words,
-            seed=options.seed,
-            skip_bad_records=options.skip_bad_records,
-            progress=launch.rank == 0,
-        )
+    def load(name: str) -> FinetuneData:
+        try:
+            return load_finetune_data(
+                getattr(options, name),
+                pretrained.tokenizer,
+                dialog=options.dialog,
+                form=form,
+                ignore_fields=options.ignore_fields,
+                max_words=options.max_words,
+                seed=options.seed,
+                skip_bad_records=options.skip_bad_records,
+                progress=launch.rank == 0,
+            )
+        except (FileNotFoundError, ValueError) as error:
+            if name == "data_config":
+                raise
+            raise type(error)(f"--{name}: {error}") from None
 
-    def load_alike(config: str) -> FinetuneData:
+    def load_alike(name: str) -> FinetuneData:
         # One process of each host tokenises, and finds what is wrong; the others map its files.
-        first = agreed(world, lambda: load(config) if launch.local_rank == 0 else None)
-        data = agreed(world, lambda: first or load(config))
+        first = agreed(world, lambda: load(name) if launch.local_rank == 0 else None)
+        data = agreed(world, lambda: first or load(name))
         agreed(world, partial(_see_that_data_are_alike, data, world))
         return data
 
-    data = load_alike(options.data_config)
-    other = None if options.eval_data_config is None else load_alike(options.eval_data_config)
+    # The smaller one first: what is wrong with it is said before long work.
+    other = None if options.eval_data_config is None else load_alike("eval_data_config")
+    data = load_alike("data_config")
     return agreed(world, partial(split_held_out, data, other, options, pretrained.tokenizer))
 
 
