@@ -408,6 +408,20 @@ def test_a_resumed_run_takes_steps_out_that_it_takes_again(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".*")), "what is written aside is renamed"
 
 
+def test_an_evaluation_that_is_taken_again_has_one_line(tmp_path: Path) -> None:
+    """A run that was stopped between a step and its evaluation goes on with that, each time that it goes on there."""
+    measured = dict.fromkeys(("loss", "perplexity", "token_accuracy", "balance_loss", "tokens", "records"), 1.5)
+    write(tmp_path, range(1, 4))
+    for _ in range(2):
+        with RunLog(tmp_path, total_steps=9, first_step=3, active=True) as log:
+            log.evaluation(3, 0.5, measured)
+            log.step(metrics(4))
+        found = [(line["step"], "eval_loss" in line) for line in lines(tmp_path)]
+        assert found == [(1, False), (2, False), (3, False), (3, True), (4, False)]
+    write(tmp_path, range(4, 5), first=3)  # by one that has the evaluation behind it
+    assert [(line["step"], "eval_loss" in line) for line in lines(tmp_path)] == found
+
+
 @pytest.mark.parametrize(
     "rest",
     [

@@ -186,7 +186,7 @@ class StepLines:
         """
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         if not self._continued:
-            self._drop_later()
+            self._drop_later(_key_of(record))
             self._continued = True
         self._file.flush()
 
@@ -194,8 +194,12 @@ class StepLines:
         """Close the file."""
         self._file.close()
 
-    def _drop_later(self) -> None:
-        """Take out steps that are taken again, and lines that a crash cut off; a whole earlier log is put aside."""
+    def _drop_later(self, next_key: tuple[int, bool] | None) -> None:
+        """Take out what is taken again, and lines that a crash cut off; a whole earlier log is put aside.
+
+        Args:
+            next_key: of the line to come: the evaluation behind the last step may be taken again as well.
+        """
         if not self._path.exists():
             return
         content = self._path.read_bytes()
@@ -208,7 +212,7 @@ class StepLines:
         kept = {
             key: line
             for line in content.split(b"\n")
-            if (key := _step_of(line)) is not None and key[0] <= self._first_step > 0
+            if (key := _step_of(line)) not in (None, next_key) and key[0] <= self._first_step > 0
         }
         lines = b"".join(line + b"\n" for line in kept.values())
         if lines != content:
@@ -222,7 +226,11 @@ def _step_of(line: bytes) -> tuple[int, bool] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
+    return _key_of(record) if isinstance(record, dict) else None
+
+
+def _key_of(record: dict[str, Any]) -> tuple[int, bool] | None:
+    step = record.get("step")
     return (step, "eval_loss" in record) if isinstance(step, int) else None
 
 
