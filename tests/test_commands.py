@@ -242,7 +242,7 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def test_tiny_writes_what_the_release_has(tiny):
+def test_tiny_writes_what_the_release_has(tiny, capsys):
     assert {path.name for path in tiny.iterdir()} == {"consolidated.00.pth", "params.json", "tokenizer.model"}
     params = json.loads((tiny / "params.json").read_text())
     held = torch.load(tiny / "consolidated.00.pth", weights_only=True)
@@ -252,7 +252,8 @@ def test_tiny_writes_what_the_release_has(tiny):
     assert 5 <= round(sum(tensor.numel() for tensor in held.values()) / 1e6) <= 15
     assert params["n_kv_heads"] == 8
     refused(*MODULE, "tiny", "--out", tiny, says=(str(tiny), "exists already", "choose another"))
-    refused(*MODULE, "tiny", "--out", tiny.parent / "other", "--steps", "0", says=("steps must be at least 1, not 0",))
+    assert main(["tiny", "--out", str(tiny.parent / "other"), "--steps", "0"]) == 1
+    assert capsys.readouterr().err == "ERROR: steps must be at least 1, not 0\n"
     assert [path.name for path in tiny.parent.iterdir()] == ["tiny"]
 
 
@@ -275,11 +276,11 @@ def test_split_as_the_reference_page_says(tiny, tmp_path):
     refused(PYTHON, "split.py", "--mp", "2", cwd=source, says=says)
     assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
     # By the command instead, again into 8 and from there into 2; and the script, with another working folder.
-    good(*SCRIPT, "split", source, tmp_path / "again")
+    assert main(["split", str(source), str(tmp_path / "again")]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
     shutil.rmtree(converted)
     good(PYTHON, tool, "--mp", "2", cwd=tmp_path)
-    good(*MODULE, "split", tmp_path / "again", tmp_path / "2", "--mp", "2")
+    assert main(["split", str(tmp_path / "again"), str(tmp_path / "2"), "--mp", "2"]) == 0
     for file in range(2):
         name = f"consolidated.{file:02d}-of-02.model.pth"
         first, second = (torch.load(place / name)["model"] for place in (converted, tmp_path / "2"))

@@ -59,7 +59,10 @@ def errors_of(program: Program) -> list[str]:
 
 @pytest.mark.parametrize(
     ("victim", "moment", "ranks_of_model", "ranks_of_experts"),
-    [(0, "step", 1, 2), (2, "export", 1, 1), (3, "save", 2, 2), (0, "save", 2, 1)],
+    [
+        *((0, "step", 1, 2), (2, "export", 1, 1), (0, "save", 2, 1)),
+        pytest.param(3, "save", 2, 2, marks=pytest.mark.soak),
+    ],
 )
 def test_ranks_started_by_hand_end_when_one_dies(
     victim: int, moment: str, ranks_of_model: int, ranks_of_experts: int, setting: Setting, tmp_path: Path
@@ -242,7 +245,7 @@ def test_a_spoilt_model_is_said_once(setting: Setting, small_tokenizer: Path, tm
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "hosts can be made")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_death_on_the_other_host(victim: int, setting: Setting, tmp_path: Path) -> None:
     given = shlex.join(map(str, alone(setting.arguments(tmp_path, batch_size=4, epochs=MANY))))
     started = f'grep -qs "step.: 3" {tmp_path}/log.jsonl'

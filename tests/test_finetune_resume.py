@@ -209,7 +209,9 @@ def with_a_moving_scale_on_rank(setting: Setting, arguments: list[str]) -> None:
 # -- where a state is looked for
 
 
-@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000013"])
+@pytest.mark.parametrize(
+    "place", ["", "checkpoints/step-00000013", pytest.param("checkpoints", marks=pytest.mark.soak)]
+)
 def test_resume_takes_the_state_of_another_run(
     place: str, ranks: Pools, setting: Setting, stopped: Path, unbroken: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -213,7 +213,9 @@ def two_ranks(launcher: str, *settings: str) -> Callable[[list[str]], list[str |
             1,  # fact of torchrun: it fails also where its workers end well
         ),
         (two_ranks("torchrun"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL),
-        (two_ranks("--nproc"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL),
+        pytest.param(
+            *(two_ranks("--nproc"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL), marks=pytest.mark.soak
+        ),
         (two_ranks("--nproc"), signal.SIGINT, "Ctrl-C", 130),
     ],
     ids=["torchrun, SIGUSR1", "torchrun, SIGKILL", "nproc, SIGKILL", "nproc, Ctrl-C"],
@@ -240,7 +242,7 @@ def test_ranks_save_when_their_launcher_is_ended(
     assert latest_state(tmp_path).name == f"step-{step:08d}"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "--nproc"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.soak), "--nproc"])
 def test_a_second_ctrl_c_ends_all_ranks_at_once(launcher: str, setting: Setting, tmp_path: Path) -> None:
     """Though the main thread of rank 0 waits in a collective for a rank that does not come."""
     arguments = setting.arguments(tmp_path, **layout(2, 1), epochs=MANY, save_iteration_interval=4)

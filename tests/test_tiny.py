@@ -218,7 +218,9 @@ def training(seconds: float, folder: Path) -> Program:
     return Program(command, folder=folder)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)]
+)
 def test_a_signal_and_the_same_command(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """No step is lost: the one at which it came is ended and kept."""
     with training(0.3, tmp_path) as first:
