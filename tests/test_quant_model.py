@@ -351,6 +351,7 @@ def files_to_refuse(case: Case, tmp_path: Path, small_tokenizer: Path) -> dict[s
     ("source", "destination", "text", "quant", "says"),
     [
         ("odd", "new", "text", "int4", "odd: 96 inputs of attention.wq.weight on a rank are not whole groups of 64"),
+        ("odd", "new", "text", "int4", "(int4) and 4 more: int8 has no groups, and int4 those of 32, too"),
         ("int8", "new", "text", "int4", "int8 is quantized already (int8): give the weights it was made of"),
         ("base", "full", "text", "int4", "full exists already: remove it first or choose another destination"),
         ("base", "new", "absent", "int4", "absent"),
