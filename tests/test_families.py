@@ -68,6 +68,7 @@ from accessory.train.heatmap import draw
 from accessory.train.metrics import expert_shares
 from accessory.train.optim import adamw
 from accessory.train.options import DataParallel
+from accessory.train.recompute import recompute_activations
 from accessory.train.sharding import device_mesh
 from accessory.train.snapshot import tensors_of
 from accessory.train.trainer import train_step
@@ -443,7 +444,7 @@ def ragged_batch() -> Batch:
 
 
 def gradients_on_rank(
-    folders: list[Path], mp_size: int, placement: str, data_parallel: DataParallel, ep_size: int
+    folders: list[Path], mp_size: int, placement: str, data_parallel: DataParallel, ep_size: int, policy: Any
 ) -> list[tuple[float, dict[str, Tensor]]]:
     """Of each folder's model: a step's loss, and on the first rank the whole gradients, as the optimizer finds them."""
     state, batch, found = ParallelState.init(mp_size, "cpu", ep_size=ep_size), ragged_batch(), []
@@ -457,6 +458,7 @@ def gradients_on_rank(
             data_parallel=data_parallel,
             compute_dtype=torch.float32,
             expert_placement=placement,
+            before_sharding=lambda llma: recompute_activations(llma, policy),
         )
         model = MetaModel(llma, pretrained.tokenizer).train()
         gradients: dict[str, Tensor] = {}
@@ -493,17 +495,17 @@ def of_autograd(made: Callable[[str], Made], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(
-    ("dp_size", "mp_size", "placement", "data_parallel", "ep_size"),
+    ("dp_size", "mp_size", "placement", "data_parallel", "ep_size", "policy"),
     [
-        (1, 1, "auto", "fsdp", 1),
-        (2, 1, "auto", "fsdp", 1),
-        (2, 1, "auto", "ddp", 1),
-        (2, 1, "auto", "fsdp", 2),
-        (1, 2, "expert", "fsdp", 1),
-        (1, 2, "tensor", "fsdp", 1),
-        (2, 2, "expert", "fsdp", 1),
-        (2, 2, "tensor", "sdp", 1),
-        (2, 2, "tensor", "fsdp", 2),
+        (1, 1, "auto", "fsdp", 1, "none"),
+        (2, 1, "auto", "fsdp", 1, "none"),
+        (2, 1, "auto", "ddp", 1, "none"),
+        (1, 2, "expert", "fsdp", 1, "none"),
+        (1, 2, "tensor", "fsdp", 1, "none"),
+        (2, 2, "expert", "fsdp", 1, "none"),
+        (2, 2, "tensor", "sdp", 1, "none"),
+        (2, 2, "tensor", "fsdp", 2, "none"),
+        (4, 1, "auto", "ddp", 2, "moe"),
     ],
 )
 def test_gradients_are_those_of_transformers_on_any_ranks(
@@ -512,13 +514,15 @@ def test_gradients_are_those_of_transformers_on_any_ranks(
     placement: str,
     data_parallel: DataParallel,
     ep_size: int,
+    policy: str,
     made: Callable[[str], Made],
     of_autograd: dict[str, Any],
     ranks: Pools,
 ) -> None:
     """All families in one process group; of every parameter."""
     folders = [made(name).folder for name in CASES]
-    by_rank = ranks(dp_size * mp_size).run(gradients_on_rank, folders, mp_size, placement, data_parallel, ep_size)
+    where = (mp_size, placement, data_parallel, ep_size, policy)
+    by_rank = ranks(dp_size * mp_size).run(gradients_on_rank, folders, *where)
     for name, *found in zip(CASES, *by_rank, strict=True):
         expected, theirs = of_autograd[name]
         assert [loss for loss, _ in found] == pytest.approx([expected] * len(found), rel=1e-5), name
@@ -702,6 +706,54 @@ def test_a_run_over_data_parallel_ranks_goes_on_over_model_parallel_ones(
     for key, value in theirs.items():
         assert not torch.equal(value, before[key]), key
         torch.testing.assert_close(ours[key], value, atol=2e-4, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+LAYOUTS = [(2, 1, 2), (4, 1, 4), (4, 1, 2), (2, 2, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 1)]
+TRAINED: list[dict[str, Any]] = [
+    {},
+    {"train_router": "no", "only_save_trainable": True, "bias_update_rate": 0.02},
+    {"accum_iter": 2, "optimizer": "muon"},
+    ADAPTED | EVERYWHERE,
+    {"lora_rank": 3, "lora_targets": ("experts", "router"), "bias_tuning": True, "quant": "int8"},
+    ADAPTED | {"quant": "int4", "bias_update_rate": 0.02},
+    {"lora_rank": 2, "lora_targets": "experts", "quant": "nf4", "accum_iter": 2},
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("classes", DRAWN)
+def test_drawn_runs_go_on_over_drawn_ranks(
+    classes: str, seed: int, small_tokenizer: Path, ranks: Pools, tmp_path: Path
+) -> None:
+    """Of every family, experts spread or not, adapters and quantized bases too: three legs are one run of one rank."""
+    rng = random.Random(f"{classes} {seed}")
+    # Sizes of which quantized weights of two model-parallel ranks have whole groups.
+    wide = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "intermediate_size": 128}
+    settings = DRAWN[classes](rng) | wide | {"num_experts_per_tok": rng.randint(1, 3)}
+    settings |= {"Mixtral": {"num_local_experts": 8}}.get(classes, {"moe_intermediate_size": 128})
+    base = write_folder_of(Case(classes, settings), small_tokenizer, tmp_path / "folder", seed).folder
+    make_setting(tmp_path / "data", small_tokenizer, examples=20)
+    trained = rng.choice(TRAINED)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    legs = [(parts, 2 * leg + 2, *rng.choice(LAYOUTS)) for leg in range(3)]
+    for output, steps, dp_size, mp_size, ep_size in (*legs, (whole, 6, 1, 1, 1)):
+        spread = {"model_parallel_size": mp_size, "expert_parallel_size": ep_size, "max_steps": steps}
+        spread["batch_size"] = 8 // dp_size // trained.get("accum_iter", 1)
+        if output is parts:
+            spread["data_parallel"] = rng.choice(["fsdp", "sdp", "ddp"])
+            spread["grad_ckpt_policy"] = rng.choice(["none", "moe", "full"])
+            spread["expert_placement"] = rng.choice(["auto", "tensor"])
+        options = {**trained, **spread, "auto_resume": True, "lr": 2e-3, "epochs": 3}
+        ranks(dp_size * mp_size).run(trained_on_rank, tmp_path / "data", base, output, options)
+    for line, expected in zip(log_lines(parts), log_lines(whole), strict=True):
+        for value in ("step", "loss", "grad_norm"):
+            assert line[value] == pytest.approx(expected[value], rel=3e-4), value
+    name = max(whole.glob("epoch*"), key=lambda path: path.stat().st_mtime_ns).name
+    before = [base] if trained.keys() & {"lora_rank", "only_save_trainable"} else []
+    prompt = random_prompts(seed, (20,))
+    (ours, theirs) = (load([*before, output / name]).compute_logits(prompt)[0] for output in (parts, whole))
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
 
 
 def norms_on_rank(folder: Path, output: Path, mp_size: int, saves: bool) -> dict[str, Tensor]:

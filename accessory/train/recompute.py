@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, checkpoint, create_selective_checkpoint_contexts
 
 from accessory.model import exchange  # noqa: F401  (defines the operator)
 from accessory.model.transformer import Transformer
@@ -20,6 +20,12 @@ from accessory.train.options import RecomputePolicy
 # Values and places of the chosen experts: the products that follow and top-k's own backward pass read these. And how
 # many tokens other ranks send, which they are not asked for again.
 _KEPT = [torch.ops.aten.topk.default, torch.ops.accessory.exchange_counts.default]
+
+# The hooks of FSDP around spread experts lie inside what is computed again, and mark for a profiler what they do. That
+# differs where the backward pass first asks for a tensor behind the experts, as of a shared one.
+SAC_IGNORED_OPS.update(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+)
 
 
 def recompute_activations(model: Transformer, policy: RecomputePolicy) -> None:
