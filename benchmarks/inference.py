@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py                      # shape 'mid', bfloat16, 2 threads
     python benchmarks/inference.py --shape mid-qwen
+    python benchmarks/inference.py --peers              # llama.cpp and vLLM as well: peers/compare.py
 
 transformers runs with each of its experts implementations; the best of them for each row is compared. Both sides
 take turns within every round, so that a noisy machine slows both, and ratios are of medians. The last table holds
@@ -46,7 +47,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-fresh", action="store_true", help="leave out the time to the first token")
     parser.add_argument("--quantized", action="store_true", help="the last table alone")
+    help_text = "beside llama.cpp and vLLM, too, each side a process of its own; --peers --help says more"
+    parser.add_argument("--peers", nargs=argparse.REMAINDER, help=help_text)
     arguments = parser.parse_args()
+    if arguments.peers is not None:
+        from peers.compare import main as compare_peers  # its sides need not have what this file imports
+
+        compare_peers(arguments.peers)
+        return
     torch.set_num_threads(arguments.threads)
     args = SHAPES[arguments.shape]
     if arguments.quantized:

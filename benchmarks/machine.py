@@ -11,9 +11,9 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown CPU")
 
 
-def rss_anon() -> int:
-    """Bytes of this process's private memory."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def rss_anon(process: int | str = "self") -> int:
+    """Bytes of private memory of a process, by its number; of this one."""
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert match
     return int(match[1]) * 1024
 
