@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from machine import rss_anon
 
@@ -87,12 +87,9 @@ class SideProcess:
         """End it, with what it started."""
         self._signal(signal.SIGKILL)
         self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe
+            pipe.close()
 
     def _line(self, wait: float) -> bytes:
         """A line of its output, or nothing where none came in ``wait`` seconds."""

@@ -16,6 +16,7 @@ from protocol import serve
 CHUNK = 2048
 # Of what it says of itself, warnings and errors: two of ggml_log_level.
 TOLD = (3, 4)
+GGML_TYPE_BF16 = 30  # of ggml_type
 # The cache has whole multiples of so many places for a sequence.
 BLOCK = 256
 
@@ -113,7 +114,7 @@ def quantize(source: str, destination: str, kind: str) -> None:
     """Write a GGUF file as another type."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.output_tensor_type = llama_cpp.GGML_TYPE_BF16
+    params.output_tensor_type = GGML_TYPE_BF16
     code = llama_cpp.llama_model_quantize(source.encode(), destination.encode(), ctypes.byref(params))
     if code:
         sys.exit(f"llama.cpp's quantizer ended with {code}: {source} as {kind}")

@@ -18,7 +18,7 @@ from protocol import serve
 CHUNK = 2048
 LONGEST = 8448
 # Of the cache: 8,000 positions of either shape, and 32 sequences that go on from there.
-CACHE_GIB = "2"
+CACHE_GIB = "1"
 # Tokens that the first of many sequences may be ahead of the last, whose prompt is still to be read.
 SPARE = 8
 

@@ -1,6 +1,5 @@
 """The one model of a comparison in each side's form: the same random weights, drawn and written once."""
 
-import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ POSITIONS = 16384
 QUANTIZER_LIMIT = 600.0
 
 
-def args_of(shape: str, changes: str | None = None) -> ModelArgs:
-    """A shape of benchmarks/mid.py with room for long sequences; ``changes`` are fields of ModelArgs as JSON."""
-    args = SHAPES[shape].replace(max_seq_len=POSITIONS)
-    return args.replace(**json.loads(changes)) if changes else args
+def args_of(shape: str) -> ModelArgs:
+    """A shape of benchmarks/mid.py with room for long sequences."""
+    return SHAPES[shape].replace(max_seq_len=POSITIONS)
 
 
 def written(folder: Path, args: ModelArgs) -> Path:
@@ -70,7 +68,9 @@ def gguf(folder: Path, args: ModelArgs, kind: str, quantizer: list[str]) -> Path
             check=False,
         )
         if done.returncode:
-            raise ValueError(f"{kind}: {done.stderr.strip().splitlines()[-1:]}")
+            raise ValueError(
+                f"llama.cpp's quantizer, {kind}: {(done.stderr.strip().splitlines() or ['said nothing'])[-1]}"
+            )
         part.rename(path)
     return path
 
