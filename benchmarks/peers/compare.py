@@ -171,7 +171,6 @@ def main(given: Sequence[str] | None = None) -> None:
                 sides = [_with_compiled(side) for side in sides]
             if not sides or (group == "quantized" and all(side.form == BF16 for side in sides)):
                 continue
-            print(f"{shape}, {group}:", file=sys.stderr, flush=True)
             results["parts"].append(measure(shape, weights.args_of(shape), group, sides, part))
             path.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(path.read_text())
@@ -207,9 +206,9 @@ def measure(shape: str, args: ModelArgs, group: str, sides: Sequence[Side], sett
     """One group of sides with one shape; JSON's types only.
 
     Returns:
-        {"sides": {name: {"about", "load", "first", "peak_private", "peak_resident", "weights"}}, "rows": [{"name",
-        "seconds": {name: [...]}, "experts", "read": {name: bytes of a step}, "flops"}], "limits": [{"read", "dense"}],
-        "missing": [[name, row, reason]]}: seconds of every round, loading's and memory's of every fresh process.
+        {"sides": {name: {"about", "load", "first", "peak_private", "peak_resident"}}, "rows": [{"name", "seconds":
+        {name: [...]}, "flops"; or "experts", "read": {name: bytes of a step}}], "limits": [{"read", "dense"}],
+        "missing": [[name, row, reason]]}: a number for each round, or for each fresh process.
     """
     comparison = _Comparison(shape, args, group, settings)
     try:
@@ -269,6 +268,10 @@ class _Comparison:
                 break
             self.limits.append(machine_limits(self.settings.threads))
             for row in self.settings.rows:
+                if self.settings.left() < 0:
+                    if not self.seconds[row]:
+                        self._miss("all", row.name, "the time was out")
+                    continue
                 for side in list(self.sides.values()):
                     for variant in side.variants:
                         if (variant, row.call) not in side.left_out:
@@ -380,7 +383,7 @@ class _Comparison:
         self._say(f"{name}, {row}: {reason}")
 
     def _say(self, text: str) -> None:
-        print(f"  {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {self.shape}, {self.group}: {text}", file=sys.stderr, flush=True)
 
 
 def machine_limits(threads: int) -> dict[str, float]:

@@ -50,7 +50,8 @@ def _compared(part: dict[str, Any]) -> Iterator[list[str]]:
         for ours, peers in _pairs(row["seconds"]):
             best = min(peers, key=lambda name: statistics.median(row["seconds"][name]))
             shares = (_share(part, row, name) for name in (ours, best))
-            reads = (f"{row['read'][name] / 1e6:,.0f}" if "read" in row else "" for name in (ours, best))
+            read = row.get("read", {})
+            reads = (f"{read[name] / 1e6:,.0f}" if name in read else "" for name in (ours, best))
             yield [row["name"], ours, best, _ratio(row, ours, best), *shares, *reads]
 
 

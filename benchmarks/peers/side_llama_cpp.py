@@ -33,7 +33,14 @@ class LlamaCpp:
         features = llama_cpp.llama_print_system_info().decode().replace("CPU : ", "")
         on = [name.split("=")[0].strip() for name in features.split("|") if name.strip().endswith("= 1")]
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {' '.join(on)}"
-        self.batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        # Of a prompt's tokens, and of a token of each sequence. The first is filled as arrays: a loop over 2,048 tokens
+        # would take a hundredth of the time of reading them.
+        self.prompt, self.next = (llama_cpp.llama_batch_init(CHUNK, 0, 1) for _ in range(2))
+        for place in range(CHUNK):
+            self.prompt.n_seq_id[place] = self.next.n_seq_id[place] = self.next.logits[place] = 1
+            self.prompt.seq_id[place][0] = 0
+        fields = (self.prompt.token, self.prompt.pos, self.prompt.logits)
+        self.ids, self.positions, self.wanted = (np.ctypeslib.as_array(field, (CHUNK,)) for field in fields)
         self.prompts: dict[tuple[int, int], Any] = {}
         self.reading = self._context(CHUNK, 1)
 
@@ -64,7 +71,10 @@ class LlamaCpp:
         self.tokens, self.position = last, len(prompt)
 
     def step(self) -> None:
-        self._decode(self.context, [(token, self.position, row, True) for row, token in enumerate(self.tokens)])
+        for row, token in enumerate(self.tokens):
+            self.next.token[row], self.next.pos[row] = token, self.position
+            self.next.seq_id[row][0] = row
+        self._decode(self.context, self.next, len(self.tokens))
         self.position += 1
         self.tokens = [int(self._logits(self.context, row).argmax()) for row in range(len(self.tokens))]
 
@@ -87,18 +97,16 @@ class LlamaCpp:
     def _read(self, context: Any, tokens: list[int]) -> None:
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
-            rows = [(token, start + place, 0, place == len(part) - 1) for place, token in enumerate(part)]
-            self._decode(context, rows)
+            self.ids[: len(part)] = part
+            self.positions[: len(part)] = range(start, start + len(part))
+            self.wanted[:] = 0
+            self.wanted[len(part) - 1] = 1
+            self._decode(context, self.prompt, len(part))
         self._logits(context, -1)  # waits for them
 
-    def _decode(self, context: Any, tokens: list[tuple[int, int, int, bool]]) -> None:
-        """Compute tokens, each with its position, its sequence and whether its logits are wanted."""
-        batch = self.batch
-        batch.n_tokens = len(tokens)
-        for place, (token, position, row, wanted) in enumerate(tokens):
-            batch.token[place], batch.pos[place] = token, position
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
-            batch.logits[place] = wanted
+    def _decode(self, context: Any, batch: Any, count: int) -> None:
+        """Compute the first tokens of a batch."""
+        batch.n_tokens = count
         if code := llama_cpp.llama_decode(context, batch):
             raise ValueError(f"llama_decode gave {code}")
 
