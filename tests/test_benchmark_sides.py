@@ -1,6 +1,7 @@
 """Comparing with peers: sides answer in processes of their own, in turns, and what one cannot keeps back no other."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,16 @@ def test_what_a_side_cannot_is_named_and_the_rest_goes_on(
     }
     lines = "\n".join(compare.tables({**compare.heading(settings), "parts": [part]}))
     assert all(reason in lines for reason in reasons.values())
+
+
+def test_what_does_not_install_says_why(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers import environments
+
+    monkeypatch.setattr(sys, "executable", "true")  # makes no environment, so there is no Python to install with
+    for name, result in environments.install(tmp_path).items():
+        assert re.search(r"ended with 127: .*No such file", result), result
+        with pytest.raises(environments.InstallError, match=re.escape(result)):
+            environments.python_of(tmp_path, name)
 
 
 def test_ours_beside_transformers(compare: ModuleType, tmp_path: Path) -> None:
