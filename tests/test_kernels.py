@@ -19,11 +19,10 @@ from accessory.kernels import (
     FEW_TOKENS,
     few_token_linear,
     gathered_linear,
-    gathered_linear_reference,
     native,
-    native_available,
     native_variant,
 )
+from accessory.kernels.linear import gathered_linear_reference
 from accessory.parallel.state import Place
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -273,7 +272,7 @@ def test_switched_off_is_said_once_and_gives_the_same(
     )
     for _ in range(2):
         assert_true(gathered_linear(x, w, expert), x, w, expert)
-    assert (native_available(), native_variant()) == (False, "none")
+    assert (native.native_available(), native_variant()) == (False, "none")
     assert [(record.name, record.levelname) for record in said] == [("accessory.kernels", "WARNING")]
 
 
@@ -311,7 +310,7 @@ def test_a_variant_beyond_this_cpu_is_refused(choose: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("variant", native.runnable_variants())
 def test_a_variant_can_be_asked_for(variant: str, choose: pytest.MonkeyPatch) -> None:
     choose.setenv("ACCESSORY_KERNELS", variant)
-    assert (native_available(), native_variant()) == (True, variant)
+    assert (native.native_available(), native_variant()) == (True, variant)
     x, w, expert = (
         draw(3, 24, dtype=torch.bfloat16),
         draw(4, 10, 24, dtype=torch.bfloat16),

@@ -13,9 +13,8 @@ from accessory.kernels import (
     grouped_quantized_linear,
     native,
     quantized_linear,
-    quantized_linear_reference,
-    round_activations,
 )
+from accessory.kernels.quantized import quantized_linear_reference, round_activations
 from accessory.kernels.quantized_native import NativeWeight, native_values, native_weight, quantized_product
 from accessory.kernels.quantized_ops import unpacked
 from accessory.quant import QuantizedWeight, format_of

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from triton_runs import report_failures
 
-from accessory.kernels import gathered_linear_reference, linear, quantized_ops
+from accessory.kernels import linear, quantized_ops
 from accessory.kernels import triton_products as on_gpu
+from accessory.kernels.linear import gathered_linear_reference
 from accessory.kernels.quantized import round_activations
 from accessory.quant import QuantizedWeight, format_of
 

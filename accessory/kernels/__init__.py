@@ -6,14 +6,12 @@ from .linear import (
     called_directly,
     few_token_linear,
     gathered_linear,
-    gathered_linear_reference,
     gathering_pays,
     grouped_by_tiles,
     plain_experts_synchronise,
 )
-from .native import native_available, native_variant
+from .native import native_variant
 from .pointwise import rotate_heads, steps_natively
-from .quantized import quantized_linear_reference, round_activations
 from .quantized_ops import (
     dequantize,
     gathered_quantized_linear,
@@ -34,22 +32,18 @@ __all__ = [
     "dequantize",
     "few_token_linear",
     "gathered_linear",
-    "gathered_linear_reference",
     "gathered_quantized_linear",
     "gathering_pays",
     "grouped_by_tiles",
     "grouped_quantized_linear",
     "meta_as_gpu",
-    "native_available",
     "native_variant",
     "on_gpu",
     "plain_experts_synchronise",
     "quantized_experts_synchronise",
     "quantized_linear",
-    "quantized_linear_reference",
     "rms_norm",
     "rotate_heads",
-    "round_activations",
     "route",
     "silu_gate",
     "steps_natively",
