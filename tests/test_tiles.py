@@ -12,8 +12,8 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.config import QuantForm
-from accessory.kernels import round_activations
 from accessory.kernels.linear import grouped_by_tiles
+from accessory.kernels.quantized import round_activations
 from accessory.products import grouped_linear, linear
 from accessory.quant import QuantizedWeight, quantize
 
