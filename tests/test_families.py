@@ -1409,6 +1409,9 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     counts = next(line for line in lines if line.startswith("parameters")).replace(",", "").split()
     assert (round(int(counts[1]) / 1e9, 2), int(counts[4]) / 1e9) == (total, pytest.approx(active, abs=0.05))
     args = load_args([path])
+    by_class = {**content, "model_type": None, "architectures": [FAMILIES[content["model_type"]].architecture]}
+    path.write_text(json.dumps(by_class))
+    assert load_args([path]) == args
     # A product has a matrix, and looking up the embedding is none.
     products = flops_per_token(args, 0) / 6 + args.vocab_size * args.dim
     assert products / 1e9 == pytest.approx(active, abs=0.05)
@@ -1420,6 +1423,7 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     [
         ({"model_type": "qwen3_moo"}, "model_type 'qwen3_moo' is unknown (did you mean qwen3_moe?)"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
+        ({"model_type": None, "architectures": ["OlmoForCausalLM"]}, "architectures 'OlmoForCausalLM' is unknown (did"),
         ({"mlp_only_layers": 0}, "mlp_only_layers must be a list of layers' numbers, not 0"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 on, not 0"),
         ({"decoder_sparse_step": 49}, "dense.layers names all layers"),

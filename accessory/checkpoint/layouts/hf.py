@@ -35,7 +35,7 @@ from accessory.config import ModelArgs, read_json
 from accessory.config.checks import is_number
 from accessory.config.model import MOST_LAYERS
 from accessory.errors import CheckpointError, first_of, shown
-from accessory.model.LLM import FAMILIES, family_of
+from accessory.model.LLM import FAMILIES, family_of_config
 from accessory.model.LLM.family import Family
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is of another architecture, quantized, or has a setting that this computation cannot follow.
     """
-    family = family_of(values.get("model_type", "mixtral"))
+    family = family_of_config(values)
     said = values.get("quantization_config")
     if said is not None and not _is_decoded(said, family):
         method = said.get("quant_method") if isinstance(said, Mapping) else None
@@ -167,7 +167,7 @@ def _is_decoded(said: Any, family: Family) -> bool:
 
 def unknown_keys(values: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json of which nothing is known here; as of any, transformers passes over them."""
-    family = family_of(values.get("model_type", "mixtral"))
+    family = family_of_config(values)
     known = {*family.sizes.values(), *family.experts.values(), *family.aliases, *family.fixed, *family.passed_over}
     known |= {*family.read, *([family.extra_layers] if family.extra_layers else [])}
     return sorted(set(values) - known - set(_NEUTRAL) - PASSED_OVER)

@@ -1,5 +1,8 @@
 """Model families as data, one file for each."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from accessory.errors import unknown
 from accessory.model.LLM.family import Family
 from accessory.model.LLM.glm4_moe import GLM4_MOE
@@ -23,3 +26,19 @@ def family_of(name: object, key: str = "model_type") -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(unknown(key, name, FAMILIES))
     return FAMILIES[name]
+
+
+def family_of_config(values: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config.json: by its model_type, else by its class; Mixtral where it names neither.
+
+    Raises:
+        ValueError: what it names is not known here.
+    """
+    name, classes = values.get("model_type"), values.get("architectures")
+    if name is not None or not classes:
+        return family_of(MIXTRAL.name if name is None else name)
+    by_class = {family.architecture: family for family in FAMILIES.values()}
+    first = classes[0] if isinstance(classes, list) else classes
+    if not isinstance(first, str) or first not in by_class:
+        raise ValueError(unknown("architectures", first, by_class))
+    return by_class[first]
