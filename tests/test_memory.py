@@ -1,5 +1,6 @@
 """What is said of memory before a run, held against what runs take."""
 
+import argparse
 import ctypes
 import dataclasses
 import gc
@@ -18,9 +19,13 @@ from ranks import RankPool
 
 from accessory.checkpoint.layouts import load_args
 from accessory.cli import main
-from accessory.config import PEFT_TYPES
+from accessory.commands import serve
+from accessory.config import PEFT_TYPES, QUANT_FORMS, QuantArgs
 from accessory.data.collate import Batch
+from accessory.errors import shown_bytes
+from accessory.generation.engine import PREFILL_TOKENS
 from accessory.launch.memory import DeviceMemory, host_memory
+from accessory.model.factory import build_transformer
 from accessory.model.meta import MetaModel
 from accessory.model.pretrained import Pretrained
 from accessory.parallel.state import ParallelState, Ranks
@@ -31,6 +36,7 @@ from accessory.train.optim import OPTIMIZERS, adamw
 from accessory.train.options import FinetuneOptions
 from accessory.train.planner import layouts
 from accessory.train.recompute import recompute_activations
+from accessory.train.serving import Server, serving_memory
 from accessory.train.sharding import device_mesh
 from accessory.train.trainer import train_step
 
@@ -165,6 +171,48 @@ def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokeniz
     assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
 
 
+def serving_peaks_on_rank(config: Path, servers: list[Server]) -> list[int]:
+    """The same of servers that read prompts into all their slots."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    small = dataclasses.replace(servers[0], slots=2, length=8)
+    _read(config, small)
+    found = []
+    for server in servers:
+        before = _at_rest()
+        with watched() as most:
+            _read(config, server)
+        found.append(most[0] - before)
+    return found
+
+
+@torch.no_grad()
+def _read(config: Path, server: Server) -> None:
+    args = load_args([config]).replace(max_seq_len=server.length, quant=server.quant)
+    llma = build_transformer(args, ParallelState.single("cpu"), dtype=server.dtype)
+    for parameter in llma.parameters():
+        parameter.fill_(0)
+    cache = llma.new_cache(server.slots, server.length, routes=True)
+    lengths = [PREFILL_TOKENS // server.slots if server.length > 8 else 8] * server.slots
+    llma.prefill(torch.ones(sum(lengths), dtype=torch.int64), lengths, range(server.slots), cache)
+
+
+def test_planned_memory_is_what_a_server_takes(ranks: Pools, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    one = Server(
+        mp_size=1, placement="expert", quant=None, dtype=torch.float32, slots=4, length=2 * PREFILL_TOKENS, gpu=False
+    )
+    servers = [
+        one,
+        dataclasses.replace(one, quant=QuantArgs(type="int8"), slots=16, dtype=torch.bfloat16),
+    ]
+    (measured,) = ranks(1).run(serving_peaks_on_rank, config, servers)
+    args = load_args([config])
+    planned = [serving_memory(args, server) for server in servers]
+    off = [memory.total / peak for memory, peak in zip(planned, measured, strict=True)]
+    assert all(0.9 <= ratio <= 1.1 for ratio in off), (off, planned, measured)
+
+
 # -- what a run asks before it begins
 
 
@@ -282,6 +330,13 @@ def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     attention = 384 * 384 * 2 + 384 * 128 * 2
     dense = 3 * (attention + 8 * 384 + 2 * 384) + 2 * 384 * 384 + 384
     assert spread["sent_bytes"] == {"fast": 4 * 128 * 2 * 384 * 4 * 3 / 2 + 2 * dense * 4 / 2, "slow": 0}
+    assert main([*asked, "0.5"]) == 0
+    _, told = capsys.readouterr().out.splitlines()[-1].split("main_finetune.py ")
+    options = FinetuneOptions.parse(told.split())
+    assert {name: getattr(options, name) for name in ("expert_parallel_size", "data_parallel", "max_words")} == {
+        **{name: found[0][name] for name in ("expert_parallel_size", "data_parallel")},
+        "max_words": 128,
+    }
     # The routers, 8 x 384, and norms are too small for codes; of a matrix muon keeps its momentum alone.
     experts, small = 3 * 8 * 3 * 384 * 1024, 3 * 8 * 384 + 7 * 384
     whole = dense + experts
@@ -302,6 +357,40 @@ def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no layout fits 0.01 GiB: the smallest (dp" in capsys.readouterr().err
     assert main(["plan", str(config), "--gpus", "0", "--memory", "80"]) == 1
     assert "--gpus is 0: give a number above 0" in capsys.readouterr().err
+
+
+def test_plan_of_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    asked = ["plan", str(config), "--task", "serve", "--gpus", "4", "--max_words", "128", "--slots", "5", "--memory"]
+    assert main([*asked, "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(own["nproc"], own["expert_placement"]) for own in found} == {
+        (1, "expert"),
+        (2, "expert"),
+        (2, "tensor"),
+    }, "4 ranks would share 6 heads"
+    assert {own.get("quant") for own in found} == {None, *QUANT_FORMS}
+    assert all(own["servers"] * own["nproc"] == 4 for own in found)
+    assert main(["inspect", str(config)]) == 0
+    inspected = capsys.readouterr().out
+    for own in found:
+        # Keys and values of 3 layers in bfloat16, the 2 experts of each token, lengths, and counts of experts.
+        heads = 2 // min(2, own["nproc"])
+        sizes = own["memory_bytes"]
+        assert sizes["cache"] == 3 * 5 * 128 * (2 * heads * 64 * 2 + 2 * 2) + 5 * 8 + 3 * 8 * 8
+        if own["expert_placement"] == "expert":
+            (line,) = (line for line in inspected.splitlines() if line.startswith(f"at mp {own['nproc']} "))
+            assert f"{own.get('quant', 'bf16')} {shown_bytes(sizes['weights'])}" in line
+    assert main([*asked, "1"]) == 0
+    *_, command = capsys.readouterr().out.splitlines()
+    _, told = command.split("run: accessory ")
+    parser = argparse.ArgumentParser()
+    serve.add_commands(parser.add_subparsers())
+    given = parser.parse_args(told.split())
+    assert (given.ranks, given.slots, given.max_seq_len) == (found[0]["nproc"], 5, 128)
+    assert main([*asked, "0.001"]) == 1
+    assert "no server fits 0.00 GiB: the smallest (2 ranks " in capsys.readouterr().err
 
 
 def test_no_layout_is_planned_that_the_optimizer_refuses(tmp_path: Path) -> None:

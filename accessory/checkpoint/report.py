@@ -17,7 +17,7 @@ from accessory.config.quant import GROUP_SIZES
 from accessory.errors import CheckpointError, shown_bytes
 from accessory.parallel.box import Box
 from accessory.parallel.placement import resolve_placement
-from accessory.parallel.plan import is_adapter, local_box, matrix_of, parameter_shapes, share_of_tokens, split_of
+from accessory.parallel.plan import dtype_of, is_adapter, parameter_shapes, rank_bytes, share_of_tokens, split_of
 from accessory.quant import TENSOR_DTYPES
 
 RANK_COUNTS = (1, 2, 4, 8)
@@ -129,8 +129,7 @@ def _describe_config(path: Path) -> Iterator[str]:
     yield f"config      {path}"
     yield from _sizes(args)
     for ranks in RANK_COUNTS if args.vocab_size != -1 else ():
-        plain = {name: _PLAIN.itemsize for name, _ in parameter_shapes(args)}
-        sizes = [f"bf16 {_per_rank(args, ranks, plain, placed=False)}"]
+        sizes = [f"bf16 {_per_rank(args, ranks, _itemsizes(args), placed=False)}"]
         for form in QUANT_FORMS if args.quant is None else ():
             quantized = args.replace(quant=QuantArgs(type=form))
             sizes.append(f"{form} {_per_rank(quantized, ranks, _itemsizes(quantized), placed=False)}")
@@ -138,9 +137,8 @@ def _describe_config(path: Path) -> Iterator[str]:
 
 
 def _itemsizes(args: ModelArgs) -> dict[str, int]:
-    """Of a quantized model whose other weights are plain."""
-    dtypes = {name: TENSOR_DTYPES.get(matrix_of(name)[1], _PLAIN) for name, _ in parameter_shapes(args)}
-    return {name: dtype.itemsize for name, dtype in dtypes.items()}
+    """Of a model whose weights are plain where they are not quantized."""
+    return {name: dtype_of(name, _PLAIN).itemsize for name, _ in parameter_shapes(args)}
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -221,10 +219,7 @@ def _per_rank(args: ModelArgs, ranks: int, itemsizes: Mapping[str, int], *, plac
         placement = resolve_placement(args, "auto", ranks)
     except ValueError:
         return "not possible (sizes do not divide)"
-    size = sum(
-        local_box(name, shape, args, placement=placement, rank=0, size=ranks).numel * itemsizes[name]
-        for name, shape in parameter_shapes(args)
-    )
+    size = rank_bytes(args, placement, ranks, itemsizes.__getitem__)
     if not placed:
         return shown_bytes(size)
     return f'{shown_bytes(size)} for each rank (expert_placement "{placement}")'

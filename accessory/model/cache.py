@@ -6,7 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from accessory.config import ModelArgs
 from accessory.model.graphs import DecodeGraphs
+from accessory.parallel.plan import local_sizes
+from accessory.parallel.state import ParallelState
 
 
 class KVCache:
@@ -76,6 +79,15 @@ class KVCache:
         # The host's copy of `lengths`, so that bounds and positions cost no synchronisation.
         self._host_lengths = [0] * slots
         self._set_bound()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it consists of."""
+        return [own for own in vars(self).values() if isinstance(own, Tensor)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(own.nbytes for own in self.tensors)
 
     @property
     def slots(self) -> int:
@@ -189,3 +201,25 @@ class KVCache:
         # A number, not a property: torch.compile would make the lengths behind it part of what it compiled for.
         longest = max(self._host_lengths) + 1
         self.bound = min(-(-longest // self._block) * self._block, self.max_seq_len)
+
+
+def new_cache(
+    args: ModelArgs, state: ParallelState, slots: int, max_seq_len: int, *, dtype: torch.dtype, routes: bool
+) -> KVCache:
+    """An empty cache of a rank's key/value heads.
+
+    Args:
+        routes: it is to remember which experts took each token.
+    """
+    moe = args.moe
+    return KVCache(
+        layers=args.n_layers,
+        slots=slots,
+        max_seq_len=max_seq_len,
+        kv_heads=local_sizes(args, state.mp_size)["kv_heads"],
+        head_dim=args.head_dim,
+        dtype=dtype,
+        device=state.device,
+        windows=[args.window_of(layer) for layer in range(args.n_layers)],
+        routes=(moe.num_experts, moe.num_experts_per_tok, args.moe_layers) if routes else None,
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accessory.config import ModelArgs
 from accessory.model.attention import Attention, CausalRows, Decode, Pattern, Prefill, Ragged
 from accessory.model.balance import RouterStats
-from accessory.model.cache import KVCache
+from accessory.model.cache import KVCache, new_cache
 from accessory.model.gated_unit import Dense, GatedUnit
 from accessory.model.layers import PLAIN, Layers
 from accessory.model.moe import MoE
@@ -246,18 +246,7 @@ class Transformer(nn.Module):
         """
         if max_seq_len > self.args.max_seq_len:
             raise ValueError(f"a cache for {max_seq_len} tokens: the model's max_seq_len is {self.args.max_seq_len}")
-        moe = self.args.moe
-        return KVCache(
-            layers=self.args.n_layers,
-            slots=slots,
-            max_seq_len=max_seq_len,
-            kv_heads=local_sizes(self.args, self.state.mp_size)["kv_heads"],
-            head_dim=self.args.head_dim,
-            dtype=self.dtype,
-            device=self.state.device,
-            windows=[self.args.window_of(layer) for layer in range(self.args.n_layers)],
-            routes=(moe.num_experts, moe.num_experts_per_tok, self.args.moe_layers) if routes else None,
-        )
+        return new_cache(self.args, self.state, slots, max_seq_len, dtype=self.dtype, routes=routes)
 
     def _run(
         self,

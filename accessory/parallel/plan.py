@@ -11,14 +11,16 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from accessory.config import QUANT_FORMS, ModelArgs, QuantArgs
 from accessory.parallel.box import Box
 from accessory.parallel.state import ParallelState
-from accessory.quant import ROW_TENSORS, format_of
+from accessory.quant import ROW_TENSORS, TENSOR_DTYPES, format_of
 
 Placement = Literal["expert", "tensor"]
 PLACEMENTS: tuple[str, ...] = ("auto", "expert", "tensor")
@@ -435,6 +437,28 @@ def local_box(
             # Multiplied first: of packed codes there may be fewer than units. Heads that ranks outnumber are shared.
             start[axis], part[axis] = own * units // ranks * shape[axis] // units, shape[axis] // min(units, ranks)
     return Box(tuple(start), tuple(part))
+
+
+def dtype_of(name: str, plain: torch.dtype) -> torch.dtype:
+    """The dtype of a frozen parameter of a model whose plain weights have ``plain``.
+
+    Tensors of quantized weights have their own, and a router adds its correction in float32, whatever the others are.
+    """
+    own = torch.float32 if split_of(name).kind == "correction" else plain
+    return TENSOR_DTYPES.get(matrix_of(name)[1], own)
+
+
+def rank_bytes(args: ModelArgs, placement: Placement, size: int, itemsize: Callable[[str], float]) -> int:
+    """What the parameters of the first of ``size`` model-parallel ranks take, which holds no less than another.
+
+    Args:
+        itemsize: bytes of an element, by the parameter's name.
+    """
+    found = (
+        local_box(name, shape, args, placement=placement, rank=0, size=size).numel * itemsize(name)
+        for name, shape in parameter_shapes(args)
+    )
+    return int(sum(found))
 
 
 def local_boxes(args: ModelArgs, state: ParallelState, *, placement: Placement) -> dict[str, Box]:

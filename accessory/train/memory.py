@@ -17,15 +17,14 @@ import torch
 from accessory.config import ModelArgs
 from accessory.parallel.plan import (
     Placement,
+    dtype_of,
     layer_of,
     local_box,
-    matrix_of,
     parameter_shapes,
     share_of_tokens,
     split_of,
     trains,
 )
-from accessory.quant import TENSOR_DTYPES
 from accessory.train.optim import OPTIMIZERS, kept_bytes
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
 from accessory.train.precision import COMPUTE_DTYPES
@@ -139,16 +138,14 @@ def _parameters(args: ModelArgs, layout: Layout, rank: int) -> Iterator[Held]:
             ep_size=layout.ep_size,
         )
         own, unit, axis = trains(name, args), unit_of(name, layout.dp_size, layout.ep_size), 0
-        packed = TENSOR_DTYPES.get(matrix_of(name)[1])
-        frozen = dtype if packed is None else packed
+        frozen = dtype_of(name, dtype)
         shard = box
         if unit is not None and layout.data_parallel != "ddp":
             ranks = {"ep": layout.ep_size, "mp": layout.mp_size}
             taken = [cut.axis for cut in split_of(name).cuts[layout.placement] if ranks[cut.mesh] > 1]
-            integers = packed is not None and not packed.is_floating_point
-            axis = sharded_axis(shape, taken, unit.ranks, packed=integers)
+            axis = sharded_axis(shape, taken, unit.ranks, packed=not frozen.is_floating_point)
             shard = box.chunk(axis, rank=efsdp_rank if unit.spread else dp_rank, size=unit.ranks)
-        itemsize = _FLOAT if own or split_of(name).kind == "correction" else frozen.itemsize
+        itemsize = _FLOAT if own else frozen.itemsize
         gathered_itemsize = dtype.itemsize if own else frozen.itemsize
         yield Held(name, shape, shard.size, box.numel, itemsize, gathered_itemsize, own, unit, axis > 0)
 

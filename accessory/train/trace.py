@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from accessory import kernels
 from accessory.config import ModelArgs
-from accessory.model.attention import CausalRows
+from accessory.model.attention import CausalRows, Prefill
 from accessory.model.cross_entropy import cross_entropy
 from accessory.model.factory import build_transformer
 from accessory.model.transformer import Transformer
@@ -127,6 +127,37 @@ def trace_head(args: ModelArgs, *, dtype: torch.dtype, weight_dtype: torch.dtype
 
     with kernels.meta_as_gpu(gpu):
         return _trace(model, forward, torch.empty(tokens, args.dim, dtype=dtype, device=_META))
+
+
+@functools.lru_cache(maxsize=64)
+def trace_prefill(
+    args: ModelArgs, *, mp_size: int, placement: Placement, dtype: torch.dtype, rows: tuple[int, ...], gpu: bool
+) -> int:
+    """The most bytes that there are at once while new prompts are read, beside weights and cache.
+
+    The output head is traced as one rank has it whole.
+
+    Args:
+        rows: tokens of each prompt.
+    """
+    kinds = [(parts_of_layer(args, layer), args.window_of(layer)) for layer in range(args.n_layers)]
+    firsts = sorted({kinds.index(kind) for kind in kinds})
+    few = _with_layers(args, firsts[-1] + 1)
+    parts = [
+        build_transformer(few, planned_state(size, 1), expert_placement=placement, dtype=dtype, device=_META)
+        for size in dict.fromkeys((mp_size, 1))
+    ]
+    model, whole = parts[0], parts[-1]
+    cache = model.new_cache(len(rows), max(rows))
+    held = [*cache.tensors, *(own for part in parts for own in (*part.parameters(), *part.buffers()))]
+    with torch.no_grad(), _Live(held) as live, _attention_of_device(), kernels.meta_as_gpu(gpu):
+        pattern = Prefill(cache, rows, range(len(rows)))
+        rotation = model.rotary(pattern.positions_T)
+        x_TD = torch.empty(sum(rows), args.dim, dtype=dtype, device=_META)
+        for layer in firsts:  # none leaves anything that counts to the next
+            model.layers[layer](x_TD, rotation, pattern)
+        whole.output(whole.norm(x_TD[: len(rows)]))
+    return live.peak
 
 
 def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
@@ -250,7 +281,7 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
 def _attention_of_device() -> Iterator[None]:
     """Attention by the kernel that a device has for it; for meta PyTorch would take one that makes all products."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, **_: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, **_: Any) -> Tensor:
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
         return out
 
