@@ -4,6 +4,7 @@ whole models beside those of one process, and what is sent."""
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from accessory.parallel.ops import local
 from accessory.parallel.state import ParallelState, Ranks
 from accessory.train import trainer
 from accessory.train.build import build_for_training
+from accessory.train.planner import EXCHANGES, SUMS
 from accessory.train.recompute import recompute_activations
 from accessory.train.sharding import device_mesh
 
@@ -330,7 +332,11 @@ class Exchanges(TorchDispatchMode):
 
 
 class Sent(NamedTuple):
-    """What a rank sent in the passes of a micro-batch; pairs of its tokens whose experts lie on other ranks of ep."""
+    """What a rank sent in the passes of a micro-batch; pairs of its tokens whose experts lie on other ranks of ep.
+
+    Attributes:
+        sums: of activations, over the model-parallel ranks.
+    """
 
     exchanges: int
     counts: list[int]
@@ -338,6 +344,7 @@ class Sent(NamedTuple):
     elsewhere: int
     tokens: int
     pairs_elsewhere: int
+    sums: int
 
 
 def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, ep_size: int) -> list[Sent]:
@@ -350,7 +357,7 @@ def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, e
             gate = block.get_submodule("feed_forward.gate")
             gate.register_forward_hook(lambda _, __, routing, to=chosen: to.append(routing.experts_TK))
         (own, *_) = own_rows(state, BATCH.examples, BATCH.labels)
-        with Exchanges() as exchanges:
+        with Exchanges() as exchanges, mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as sums:
             loss, extras, _ = model.training_losses(*own)
             first_choices = torch.stack(chosen)  # not those of a second computation
             (loss + sum(value * weight for value, weight in extras.values())).backward()
@@ -364,6 +371,7 @@ def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, e
                 sum(leave),
                 own[0].numel(),
                 int((on_LTK != state.ep.rank).sum()),
+                sum(call.args[0].numel() == own[0].numel() * 32 for call in sums.call_args_list),
             )
         )
     return found
@@ -373,8 +381,9 @@ def sent_on_rank(models: dict[str, list[Path]], rows: list[Row], mp_size: int, e
 def test_what_is_sent(size: int, mp_size: int, ep_size: int, ranks: Pools, models: dict[str, list[Path]]) -> None:
     """The bytes that docs/scaling.md has, for each token and layer: no pair twice, none dropped."""
     layers, top_k, width, experts = 2, 2, 32, 8
-    halves = torch.bfloat16
-    for policy, exchanges, dtype in (("none", 4, halves), ("moe", 6, torch.float32), ("full", 6, halves)):
+    dtypes = {"none": torch.bfloat16, "moe": torch.float32, "full": torch.bfloat16}
+    for policy, exchanges in EXCHANGES.items():
+        dtype = dtypes[policy]
         rows = [Row("plain", "fsdp", place, policy, compute_dtype=dtype) for place in ("expert", "tensor")]
         by_rank = ranks(size).run(sent_on_rank, models, rows, mp_size, ep_size)
         for number, row in enumerate(rows):
@@ -383,6 +392,8 @@ def test_what_is_sent(size: int, mp_size: int, ep_size: int, ranks: Pools, model
             found = [sent[number] for sent in by_rank]
             assert all(sent.exchanges == exchanges * layers for sent in found)
             assert all(sent.counts == [4 * experts * times // mp_size] * layers for sent in found)
+            if mp_size > 1:  # and one behind the head, for the gradient of what all ranks have
+                assert {sent.sums for sent in found} == {SUMS[policy] * layers + 1}, (policy, row)
             tokens = sum(sent.tokens for sent in found) // mp_size
             pairs_elsewhere = sum(sent.pairs_elsewhere for sent in found) // mp_size
             per_pair = exchanges * width * dtype.itemsize * times

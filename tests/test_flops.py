@@ -8,7 +8,7 @@ from checkpoints import accessory_config, random_mixtral
 from torch.utils.flop_counter import FlopCounterMode
 
 from accessory.config import AttentionArgs, ModelArgs
-from accessory.train.flops import flops_per_token, peak_flops, peak_of_card
+from accessory.train.flops import flops_per_token, peak_flops, peak_of_card, recomputed_per_token
 
 MIXTRAL_8X7B = ModelArgs(dim=4096, hidden_dim=14336, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=32000)
 
@@ -51,6 +51,14 @@ def test_a_layer_with_a_window_attends_to_no_more() -> None:
     args = MIXTRAL_8X7B.replace(n_layers=2, attention=attention)
     assert flops_per_token(args, 16) - flops_per_token(args, 0) == 12 * 32 * 128 * (3.5 + 8)
     assert flops_per_token(args, 4) - flops_per_token(args, 0) == 12 * 32 * 128 * (2 + 2)
+
+
+def test_what_is_computed_again_is_a_forward_pass() -> None:
+    """Of all but the output head, or of routers and experts."""
+    whole = flops_per_token(MIXTRAL_8X7B, 4096) - 6 * 32000 * 4096
+    experts = 2 * 32 * (2 * 3 * 14336 * 4096 + 8 * 4096)
+    for policy, again in {"none": 0, "moe": experts, "full": whole / 3}.items():
+        assert recomputed_per_token(MIXTRAL_8X7B, 4096, policy) == again
 
 
 def test_mixtral_has_the_active_parameters_that_its_paper_names() -> None:

@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from accessory.config import ModelArgs
 from accessory.parallel.plan import parameter_shapes, share_of_tokens, split_of, trains
+from accessory.train.options import RecomputePolicy
 
 
 def flops_per_token(args: ModelArgs, length: float) -> float:
@@ -22,14 +24,30 @@ def flops_per_token(args: ModelArgs, length: float) -> float:
     Args:
         length: tokens of a row.
     """
-    active = 0.0
+    active = sum((6 if trains(name, args) else 4) * numbers for name, numbers in _multiplied(args))
+    return active + 12 * args.n_heads * args.head_dim * _positions(args, length)
+
+
+def recomputed_per_token(args: ModelArgs, length: float, policy: RecomputePolicy) -> float:
+    """The same of what `recompute_activations` computes again: forward passes of blocks, or of feed-forward parts."""
+    if policy == "none":
+        return 0.0
+    part = "layers." if policy == "full" else ".feed_forward."
+    products = sum(2 * numbers for name, numbers in _multiplied(args) if part in name)
+    return products + (4 * args.n_heads * args.head_dim * _positions(args, length) if policy == "full" else 0.0)
+
+
+def _multiplied(args: ModelArgs) -> Iterator[tuple[str, float]]:
+    """Parameters of products, and how many of their numbers a token goes through."""
     for name, (*counts, width) in parameter_shapes(args.replace(quant=None)):
         row = split_of(name)
         if counts and row.kind not in ("embedding", "bias"):
-            active += (6 if trains(name, args) else 4) * share_of_tokens(row, args) * math.prod(counts) * width
-    windows = (args.window_of(layer) for layer in range(args.n_layers))
-    positions = sum(_seen(length, window) for window in windows)
-    return active + 12 * args.n_heads * args.head_dim * positions
+            yield name, share_of_tokens(row, args) * math.prod(counts) * width
+
+
+def _positions(args: ModelArgs, length: float) -> float:
+    """To how many a token attends, in all layers."""
+    return sum(_seen(length, args.window_of(layer)) for layer in range(args.n_layers))
 
 
 def _seen(length: float, window: int | None) -> float:

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, get_args
 
 from accessory.config import ModelArgs
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
-from accessory.train.flops import flops_per_token
+from accessory.train.flops import flops_per_token, recomputed_per_token
 from accessory.train.memory import Held, Layout, Memory, held, optimizer_steps, state_bytes, training_memory
 from accessory.train.options import DataParallel, RecomputePolicy
 
-# The forward pass is a third of a step's arithmetic, and what is computed again is computed once more.
-_AGAIN: dict[RecomputePolicy, float] = {"none": 1.0, "moe": 1.25, "full": 4 / 3}
+# Of a layer in a step: how often rows of tokens travel to experts or back, and how often the model-parallel ranks sum
+# activations. What is computed again does not end with a sum, which nothing behind it asks for.
+EXCHANGES: dict[RecomputePolicy, int] = {"none": 4, "moe": 6, "full": 6}
+SUMS: dict[RecomputePolicy, int] = {"none": 4, "moe": 4, "full": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,8 @@ def _planned(args: ModelArgs, layout: Layout, memory: Memory, rates: Rates) -> P
     own_tokens = layout.rows * layout.length * layout.accum
     tokens = own_tokens * layout.dp_size
     fast, slow = _sent(args, layout, rates.per_host)
-    work = flops_per_token(args, layout.length) * own_tokens / layout.mp_size * _AGAIN[layout.policy]
+    each = flops_per_token(args, layout.length) + recomputed_per_token(args, layout.length, layout.policy)
+    work = each * own_tokens / layout.mp_size
     return Planned(layout, memory, fast, slow, work / rates.flops + fast / rates.fast + slow / rates.slow, tokens)
 
 
@@ -171,12 +174,9 @@ def _sent(args: ModelArgs, layout: Layout, per_host: int) -> tuple[float, float]
 
     tokens = layout.rows * layout.length * layout.accum
     row = args.dim * layout.dtype.itemsize
-    # Two sums of activations a layer and pass, each a reduction and a gathering.
-    passes = 2 if layout.policy == "none" else 3
-    add(tokens * row * 2 * passes * args.n_layers * 2, layout.mp_size, 1)
-    exchanges = 4 if layout.policy == "none" else 6
+    add(2 * SUMS[layout.policy] * tokens * row * args.n_layers, layout.mp_size, 1)  # a reduction and a gathering each
     pairs = args.moe.num_experts_per_tok / (layout.mp_size if layout.placement == "expert" else 1)
-    add(exchanges * tokens * pairs * row * len(args.moe_layers), layout.ep_size, layout.mp_size)
+    add(EXCHANGES[layout.policy] * tokens * pairs * row * len(args.moe_layers), layout.ep_size, layout.mp_size)
     for own in held(args, layout):
         if own.unit is None:
             continue
