@@ -1423,6 +1423,11 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
     [
         ({"model_type": "qwen3_moo"}, "model_type 'qwen3_moo' is unknown (did you mean qwen3_moe?)"),
         ({"model_type": "llama"}, "model_type 'llama' is unknown"),
+        ({"hidden_size": None}, "key(s) dim missing: add them (in that file dim is hidden_size)"),
+        (
+            {"num_key_value_heads": 5},
+            "(in that file n_heads is num_attention_heads, n_kv_heads is num_key_value_heads)",
+        ),
         ({"model_type": None, "architectures": ["OlmoForCausalLM"]}, "architectures 'OlmoForCausalLM' is unknown (did"),
         ({"mlp_only_layers": 0}, "mlp_only_layers must be a list of layers' numbers, not 0"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 on, not 0"),

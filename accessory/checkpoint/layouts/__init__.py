@@ -15,7 +15,7 @@ from accessory.model.LLM import family_of
 from .accessory import BASE, META, MISTRAL, SPARSE, find_own, find_release, own_key
 from .gguf import GGUF, find_gguf
 from .gguf import sizes as sizes_of_gguf
-from .hf import HF, INDEX_NAMES, find_hf, is_hf, unknown_keys
+from .hf import HF, INDEX_NAMES, find_hf, in_their_words, is_hf, unknown_keys
 from .hf import sizes as sizes_of_hf
 from .layout import Found, Layout
 from .peft import PEFT, find_peft
@@ -162,7 +162,9 @@ def load_args(
     except ValueError as error:
         of_weights = any(isinstance(own, Header) for own in contents)
         kind = CheckpointError if of_weights else ValueError
-        raise kind(f"{', '.join(map(str, paths))}: {error}") from None
+        theirs = [own for own in contents if not isinstance(own, Header) and is_hf(own)]
+        hint = in_their_words(theirs[-1], str(error)) if theirs else ""
+        raise kind(f"{', '.join(map(str, paths))}: {error}{hint}") from None
     args = ModelArgs.from_dict(with_adapters(merged, adapters))  # what is wrong with them now is no file's
     return args if llama_type is None else args.for_type(llama_type)
 

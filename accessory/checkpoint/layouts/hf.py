@@ -173,6 +173,17 @@ def unknown_keys(values: Mapping[str, Any]) -> list[str]:
     return sorted(set(values) - known - set(_NEUTRAL) - PASSED_OVER)
 
 
+def in_their_words(values: Mapping[str, Any], error: str) -> str:
+    """What a config.json calls those settings of ours that an error names; empty where they are called alike."""
+    try:
+        family = family_of_config(values)
+    except ValueError:
+        return ""
+    names = {ours: theirs for ours, theirs in {**family.sizes, **family.experts}.items() if ours != theirs}
+    named = [ours for ours in names if re.search(rf"(?<![\w.])(moe\.)?{ours}\b", error)]
+    return f" (in that file {', '.join(f'{ours} is {names[ours]}' for ours in named)})" if named else ""
+
+
 def _turned(values: Mapping[str, Any], part: Any) -> int:
     """How many numbers of a head are turned."""
     width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
