@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--layers", type=int, default=LARGE.n_layers, help="of the shape of Mixtral-8x7B")
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt before decoding")
-    parser.add_argument("--forms", nargs="*", default=QUANT_FORMS, choices=QUANT_FORMS, help="beside bfloat16")
+    parser.add_argument(
+        "--forms", nargs="*", default=("int8", "int4", "nf4"), choices=QUANT_FORMS, help="beside bfloat16"
+    )
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="first the products alone, by tiles; then with the best")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="where a decoding step's time goes, to a folder")

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.config import QUANT_FORMS
 from accessory.kernels import triton_products
 from accessory.kernels.triton_products import Tile
-from accessory.quant import QuantizedWeight, format_of
+from accessory.quant import FORMATS, QuantizedWeight, format_of
 
 Weight = Tensor | QuantizedWeight  # eight experts'
 FEW_TILES = [
@@ -27,7 +26,8 @@ PROGRAMS = (1024, 4096)
 DOT_TILES = ((8, 32), (4, 32), (4, 64), (16, 32))  # rows and chunks of a program of triton_dots
 DOT_PAIRS = (2, 4, 8, 16)  # up to beyond what it takes
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 1024))
-FORMS = ("plain", *QUANT_FORMS)
+QUANTIZED = tuple(dict.fromkeys(own.triton for own in FORMATS.values() if own.triton is not None))
+FORMS = ("plain", *QUANTIZED)
 
 
 def product_rows() -> None:
@@ -36,7 +36,7 @@ def product_rows() -> None:
     The fastest tiles over the shapes become those of what is run behind this.
     """
     work = [(form, tile) for form in FORMS for tile in FEW_TILES]
-    dots = [(form, tile) for form in QUANT_FORMS for tile in DOT_TILES]
+    dots = [(form, tile) for form in QUANTIZED for tile in DOT_TILES]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.starmap(compile_tile, work, chunksize=1)
         pool.starmap(compile_dots, dots, chunksize=1)

@@ -28,9 +28,10 @@ from mid import SHAPES, add_tokenizer, random_model, transformers_model, with_we
 from transformers import DynamicCache, PreTrainedModel
 
 from accessory.checkpoint.convert import convert
-from accessory.config import QUANT_FORMS, QuantArgs
+from accessory.config import QuantArgs
 from accessory.kernels import native_variant, tiles_serve
 from accessory.model.transformer import Transformer
+from accessory.quant import FORMATS
 from accessory.tools.quality import quantized_copy
 
 # batched_mm copies an expert's matrices for every token that chose it: 22 GB for this prefill.
@@ -82,7 +83,8 @@ def main() -> None:
 def quantized_rows(plain: Transformer, rounds: int, steps: int) -> None:
     """Each quantization beside bfloat16; they take turns within every round."""
     models = {"bfloat16": plain}
-    models |= {form: quantized_copy(plain, QuantArgs(type=form)) for form in QUANT_FORMS}
+    with_kernels = dict.fromkeys(form.name for form in FORMATS.values() if form.kind is not None)
+    models |= {name: quantized_copy(plain, QuantArgs(type=name)) for name in with_kernels}
     prompt = torch.randint(3, plain.args.vocab_size, (PROMPT,))
 
     def prefill(model: Transformer) -> None:

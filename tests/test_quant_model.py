@@ -115,6 +115,21 @@ def test_a_quantized_folder_loads_without_the_originals(name: str, case: Case, r
         assert_says(on_ranks(ranks, size, answers_on_rank, stored, None, placement), case.truths[name])
 
 
+def test_a_format_without_kernels_is_one_as_the_others_are(case: Case, ranks: Pools, tmp_path: Path) -> None:
+    quant, stored = QuantArgs(type="fp8"), tmp_path / "fp8"
+    truth = quantized_by_hand(case.plain, quant)
+    assert main(["quantize", str(case.folders["sparse"]), str(stored), "--quant", "fp8"]) == 0
+    for folder, own, size, placement in (
+        (stored, None, 1, "auto"),
+        (stored, None, 2, "tensor"),
+        (case.folders["released"], quant, 2, "expert"),
+    ):
+        assert_says(on_ranks(ranks, size, answers_on_rank, folder, own, placement), truth)
+    assert "quantized   fp8: matrices" in "\n".join(describe(stored, check_values=True))
+    error = on_ranks(ranks, 4, refused_on_rank, stored, None, "expert")[0]
+    assert "64 inputs of attention.wo.weight on a rank are not whole groups of 128 (fp8)" in error
+
+
 def test_the_command_takes_a_folder_of_weights_alone(case: Case, tmp_path: Path) -> None:
     source, text = case.folders["base"], tmp_path / "text"
     text.write_text("The list method returns the number of words.")
@@ -225,7 +240,7 @@ def test_in_bfloat16_the_answers_stay_near(case: Case, form: str) -> None:
 @pytest.mark.parametrize(
     ("quant", "words"),
     [
-        ("int3", "quant 'int3' is unknown (did you mean int8?): choose from int8, int4, nf4"),
+        ("int3", "quant 'int3' is unknown (did you mean int8?): choose from int8, int4, nf4, fp8"),
         ("", "quant '' is unknown"),
         (8, "quant 8 is unknown"),
     ],

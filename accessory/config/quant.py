@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, get_args
 
 from accessory.errors import unknown
 
-QuantForm = Literal["int8", "int4", "nf4"]
+QuantForm = Literal["int8", "int4", "nf4", "fp8"]
 QUANT_FORMS: tuple[QuantForm, ...] = get_args(QuantForm)
 DEFAULT_FORM: QuantForm = "nf4"
 # Inputs that share a scale, of the formats that offer a choice. quant/formats.py says what the formats are.
@@ -19,7 +19,7 @@ class QuantArgs:
     """Weight-only quantization of the matrices of attention and experts.
 
     Attributes:
-        type: "int8", "int4" or "nf4"; docs/quantization.md describes them.
+        type: "int8", "int4", "nf4" or "fp8"; docs/quantization.md describes them.
         group_size: inputs that share a scale, 32 or 64; of int4 alone (`GROUP_SIZES`).
         head: the output head is quantized as well.
     """

@@ -5,8 +5,8 @@ and so are the levels of nf4 (`Format.step`); in float32 both stay float. The Tr
 int4 in groups of 32, whose activations stay float there. In all formats sums are float32.
 
 Many tokens: on a CPU with AMX likewise, and rows of 4-bit weights become 8-bit ones with 127 steps to the most that
-they could hold (tiles_int8.cpp); else blocks of rows are made plain in a scratch that stays in the cache, and are
-multiplied as plain weights are.
+they could hold (tiles_int8.cpp). Else, and for any number with a format that no kernel reads, blocks of rows are
+made plain in a scratch that stays in the cache, and are multiplied as plain weights are.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 """
@@ -40,7 +40,7 @@ def round_activations(x_PD: Tensor) -> Tensor:
 
 def quantized_linear_reference(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor | None = None) -> Tensor:
     """The plain twin of the native product with few tokens; without expert_P the weight is (R, D), not (E, ..., D)."""
-    rounds = rounds_activations(x_PD.dtype)
+    rounds = weight.format.kind is not None and rounds_activations(x_PD.dtype)
     x = round_activations(x_PD) if rounds else x_PD
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if expert_P is None:

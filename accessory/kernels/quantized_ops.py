@@ -14,7 +14,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from accessory.quant import FORMATS, QuantizedWeight
+from accessory.quant import FORMATS, Format, QuantizedWeight
 
 from . import triton_products
 from .linear import called_directly
@@ -101,7 +101,7 @@ def quantized_linear(x_PD: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     if _on_gpu(x_PD, weight):
         return triton_products.quantized_linear(x_PD, weight)
-    if x_PD.is_cuda or x_PD.shape[0] > (_FEW_FLOAT32 if x_PD.dtype == torch.float32 else _FEW):
+    if _without_kernel(x_PD, weight) or x_PD.shape[0] > (_FEW_FLOAT32 if x_PD.dtype == torch.float32 else _FEW):
         native = _tiled(x_PD, weight)
         return _by_blocks(x_PD, weight) if native is None else tiled_quantized_product(x_PD, native, None)
     native = _native(x_PD.dtype, weight)
@@ -115,12 +115,13 @@ def gathered_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, expert_P: T
     """y[p] = w[expert[p]] @ x[p] for a weight (E, ..., D) and few pairs; a negative expert gives zeros.
 
     The axes between are rows. With the native kernel every needed row of w is read once, and a pair's result does not
-    depend on the other pairs, to the bit. On a GPU without Triton plain values serve, a block of rows after another.
+    depend on the other pairs, to the bit. Where no kernel reads the format, or a GPU has no Triton, plain values
+    serve, a block of rows after another.
     """
     if _on_gpu(x_PD, weight):
         return triton_products.gathered_quantized_linear(x_PD, weight, expert_P)
-    if x_PD.is_cuda:
-        return _gathered_by_blocks(x_PD, weight, expert_P)
+    if _without_kernel(x_PD, weight):
+        return _gathered_by_blocks(x_PD, weight.flatten(1, -2), expert_P)
     native = _native(x_PD.dtype, weight)
     if native is not None:
         return quantized_product(x_PD, native, expert_P)
@@ -173,14 +174,19 @@ def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor | None, form: st
     return codes.new_empty(QuantizedWeight(FORMATS[form], codes, scale, zero).shape, dtype=dtype)
 
 
-def quantized_experts_synchronise() -> bool:
-    """Whether on a GPU the products of pairs with quantized weights wait for a number from the device."""
-    return not triton_products.triton_available()
+def quantized_experts_synchronise(form: Format) -> bool:
+    """Whether on a GPU the products of pairs with such weights wait for a number from the device."""
+    return form.triton is None or not triton_products.triton_available()
 
 
 def _on_gpu(x_PD: Tensor, weight: QuantizedWeight) -> bool:
     """Whether the Triton kernels multiply such activations with such a weight."""
     return x_PD.is_cuda and weight.format.triton is not None and triton_products.triton_serves(x_PD, weight.codes)
+
+
+def _without_kernel(x_PD: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether few tokens, too, meet plain values where Triton does not serve."""
+    return x_PD.is_cuda or weight.format.kind is None
 
 
 def _tiled(x_PD: Tensor, weight: QuantizedWeight) -> NativeWeight | None:
@@ -214,9 +220,12 @@ def _by_blocks(x_PD: Tensor, weight: QuantizedWeight, *, out: Tensor | None = No
 
 def _gathered_by_blocks(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor) -> Tensor:
     """The gathered product without a kernel for it: in the memory of one matrix, and without waiting for the device."""
-    y_PR = x_PD.new_empty(x_PD.shape[0], weight.shape[1])
+    y_PR = x_PD.new_zeros(x_PD.shape[0], weight.shape[1])
+    if weight.shape[0] == 0:  # a rank without experts
+        return y_PR
     chosen_P = expert_P.clamp(min=0)
     for pair in range(x_PD.shape[0]):
-        own = slice(pair, pair + 1)
-        _by_blocks(x_PD[own], weight.gathered(chosen_P[own])[0], out=y_PR[own])
+        part = slice(pair, pair + 1)
+        own = weight[int(chosen_P[pair])] if x_PD.is_cpu else weight.gathered(chosen_P[part])[0]
+        _by_blocks(x_PD[part], own, out=y_PR[part])
     return y_PR.masked_fill_(expert_P[:, None] < 0, 0)

@@ -80,7 +80,7 @@ class Experts(nn.Module):
             x_TD: any tensor on that device and of the activations' dtype.
         """
         if isinstance(self.w13, QuantizedParameter):
-            return kernels.quantized_experts_synchronise()
+            return kernels.quantized_experts_synchronise(self.w13.format)
         return kernels.plain_experts_synchronise(x_TD, pairs)
 
 

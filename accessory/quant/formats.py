@@ -8,6 +8,7 @@ form   codes                         scale                                a weig
 int8   int8 (..., R, D)              float32 (..., R, 1)                  code * scale
 int4   uint8 (..., R, D / 2)         bfloat16 (..., R, D / group)         (code - zero / 16) * scale
 nf4    uint8 (..., R, D / 2)         float32 (..., R, D / 64)             NF4[code] * scale
+fp8    float8_e4m3fn (..., R, D)     float32 (..., R, D / 128)            code * scale
 =====  ============================  ===================================  ==========================================
 
 int4 also has ``zero``, uint8 (..., R, D / group). Two 4-bit codes share a byte, that of the even input in the upper
@@ -53,7 +54,8 @@ class Format:
         encode: of float32 values (R, D), the tensors in this order. Where one stands for whole rows it also takes the
             largest magnitudes of these, (R,), or None.
         decode: of the tensors, with None for one that is not there, float32 values (..., R, D).
-        kind: its number in quantized_weight.h; None: the native library does not read it.
+        kind: its number in quantized_weight.h; None: the native library does not read it, and products round no
+            activations.
         triton: its name in the Triton kernels; None: they do not read it.
         levels: what each 4-bit code stands for, before zero point and scale.
         step: of the levels in 8 bits, beside activations in 8 bits; 1 where they are integers.
@@ -197,6 +199,26 @@ def _decode_nf4(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> 
     return (values_RGN * scale.unsqueeze(-1)).flatten(-2)
 
 
+# ---- fp8: floats of 8 bits, 4 of them exponent and 3 mantissa, in blocks of 128 inputs with a float32 scale each -
+#
+# Micikevicius et al., 2022 (https://arxiv.org/abs/2209.05433). A scale is one row's, where releases share one among 128
+# rows too: theirs are repeated, for 3 % more bytes, and every row can be cut off.
+
+_FP8_GROUP = 128
+_FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def _encode_fp8(values_RD: Tensor) -> tuple[Tensor, Tensor]:
+    values_RGN = values_RD.unflatten(-1, (-1, _FP8_GROUP))
+    scale = values_RGN.abs().amax(-1, keepdim=True) / _FP8_MOST
+    codes = (values_RGN / torch.where(scale > 0, scale, 1)).clamp_(-_FP8_MOST, _FP8_MOST)
+    return codes.flatten(-2).to(torch.float8_e4m3fn), scale.squeeze(-1)
+
+
+def _decode_fp8(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> Tensor:
+    return (codes.float().unflatten(-1, (-1, _FP8_GROUP)) * scale.unsqueeze(-1)).flatten(-2)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------
 
 
@@ -239,6 +261,12 @@ FORMATS = {
             triton="nf4",
             levels=NF4,
             step=NF4_STEP,
+        ),
+        Format(
+            "fp8",
+            {"codes": Stored(torch.float8_e4m3fn, 1), "scale": Stored(torch.float32, _FP8_GROUP)},
+            _encode_fp8,
+            _decode_fp8,
         ),
     )
 }

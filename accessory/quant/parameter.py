@@ -12,14 +12,14 @@ from accessory.pages import in_large_pages
 from accessory.quant.formats import TENSOR_DTYPES, Format, format_of
 from accessory.quant.weight import QuantizedWeight
 
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
 
 class QuantizedParameter(nn.Module):
     """Stands where a matrix's parameter stood; frozen and uninitialised until a loader fills it.
 
     Its parameters are named as the checkpoint's tensors are, such as "int4_codes" and "int4_scale". All are integers,
-    the scales as the bits of their floats: FSDP's mixed precision and ``module.to(dtype)`` change what is floating.
+    floats as their bits: FSDP's mixed precision and ``module.to(dtype)`` change what is floating.
 
     Args:
         shape: (..., R, D) of the weight (R outputs, D inputs).
