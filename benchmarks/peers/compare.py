@@ -162,16 +162,12 @@ def main(given: Sequence[str] | None = None) -> None:
         )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the sides are ended
         results = heading(settings)
-        parts = [(shape, group) for shape in arguments.shapes for group in GROUPS]
+        groups = {group: _wanted(sides, arguments.sides, arguments.compiled) for group, sides in GROUPS.items()}
+        parts = [(shape, group) for shape in arguments.shapes for group, sides in groups.items() if sides]
         for number, (shape, group) in enumerate(parts):
             share = settings.left() / (len(parts) - number)
             part = replace(settings, deadline=time.perf_counter() + share)
-            sides = [side for side in GROUPS[group] if _has(side.name, arguments.sides)]
-            if arguments.compiled:
-                sides = [_with_compiled(side) for side in sides]
-            if not sides or (group == "quantized" and all(side.form == BF16 for side in sides)):
-                continue
-            results["parts"].append(measure(shape, weights.args_of(shape), group, sides, part))
+            results["parts"].append(measure(shape, weights.args_of(shape), group, groups[group], part))
             path.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(path.read_text())
     print("\n".join(tables(results)))
@@ -184,10 +180,14 @@ def _has(name: str, words: Sequence[str] | None) -> bool:
     return words is None or any(word in name for word in words)
 
 
-def _with_compiled(side: Side) -> Side:
-    if side != TRANSFORMERS:
-        return side
-    return Side(side.program, side.form, (*side.variants, COMPILED), side.left_out)
+def _wanted(sides: Sequence[Side], words: Sequence[str] | None, compiled: bool) -> list[Side]:
+    """The sides of a group that are asked for; none where but ours in bfloat16 is, which is there for the others."""
+    found = [side for side in sides if _has(side.name, words)]
+    if found == [Side("accessory", BF16)]:
+        return []
+    if compiled:
+        found = [replace(side, variants=(*side.variants, COMPILED)) if side == TRANSFORMERS else side for side in found]
+    return found
 
 
 def heading(settings: Settings) -> dict[str, Any]:

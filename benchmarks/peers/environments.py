@@ -68,9 +68,23 @@ def _make(folder: Path, name: str, fill: "Fill") -> str:
     return "installed"
 
 
+# GCC 12 is told that loading the tiles' shapes reads the first 8 bytes of 64, and drops what llama.cpp writes to the
+# others: its first product with tiles traps then. Said right, it is the same instruction.
+_TILES = """#pragma once
+#ifdef __AMX_TILE__
+#include <immintrin.h>
+#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %0" : : "m"(*(const char (*)[64])(config)) : "memory")
+#define _tile_storeconfig(config) __asm__ volatile("sttilecfg %0" : "=m"(*(char (*)[64])(config)) : : "memory")
+#endif
+"""
+
+
 def _llama_cpp(python: Path, log: Path) -> None:
-    built = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": JOBS}
-    _pip(python, log, "--no-binary", "llama-cpp-python", "llama-cpp-python", variables=built)
+    tiles = log.with_suffix(".tiles.h").absolute()
+    tiles.write_text(_TILES)
+    built = {"CMAKE_ARGS": f"-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-include{tiles}", "CMAKE_BUILD_PARALLEL_LEVEL": JOBS}
+    # A cached one may have been built with other settings.
+    _pip(python, log, "--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python", variables=built)
 
 
 def _vllm(python: Path, log: Path) -> None:
