@@ -61,19 +61,21 @@ def test_what_a_side_cannot_is_named_and_the_rest_goes_on(
     toy = tmp_path / "toy.py"
     toy.write_text(TOY)
     monkeypatch.setattr(compare, "ANSWER_LIMIT", 2.0)
-    find = compare._Comparison._command
+    find = compare.Comparison._command
 
     def command(comparison: object, side: object) -> object:
         return find(comparison, side) if side.program == "vllm" else ([sys.executable, toy, BENCHMARKS / "peers"], {})
 
-    monkeypatch.setattr(compare._Comparison, "_command", command)
+    monkeypatch.setattr(compare.Comparison, "_command", command)
     monkeypatch.setattr(compare.weights, "written", lambda folder, args: folder)
     rows = [compare.Row("prefill", count=count) for count in (12, 13, 14, 15)]
     rows.append(compare.Row("decode", batch=3, position=20))
     settings = compare.Settings(tmp_path, rounds=2, starts=1, rows=rows)
     sides = [compare.Side("accessory", "bf16"), compare.Side("vllm", "bf16")]
     args = compare.weights.args_of("mid")
-    part = json.loads(json.dumps(compare.measure("toy", args, "16 bits", sides, settings)))
+    comparison = compare.Comparison("toy", args, "16 bits", settings)
+    comparison.run(sides)
+    part = json.loads(json.dumps(comparison.results()))
 
     measured = {row["name"]: row for row in part["rows"] if row["seconds"]}
     assert list(measured) == ["prefill, 12 tokens", "decode, batch 3, position 20"]
@@ -111,7 +113,9 @@ def test_ours_beside_transformers(compare: ModuleType, tmp_path: Path) -> None:
     rows = [compare.Row("prefill", count=12), compare.Row("decode", batch=2, position=20)]
     settings = compare.Settings(tmp_path, threads=1, rounds=2, starts=0, steps=2, rows=rows)
     sides = [compare.Side("accessory", "bf16"), compare.Side("transformers", "bf16", ("grouped_mm",))]
-    part = compare.measure("tiny", args, "16 bits", sides, settings)
+    comparison = compare.Comparison("tiny", args, "16 bits", settings)
+    comparison.run(sides)
+    part = comparison.results()
     assert not part["missing"]
     ours, theirs = "accessory bf16", "transformers bf16 grouped_mm"
     for row in part["rows"]:

@@ -27,7 +27,7 @@ NOT_RUN = Counter(
         "docs/peft.md: needs GPUs and the weights of Mixtral-8x7B": 2,
         "docs/peft.md: needs the weights of Mixtral-8x7B": 1,
         "docs/quantization.md: measures for minutes": 2,
-        "docs/benchmarks.md: measures for minutes": 9,
+        "docs/benchmarks.md: measures for minutes": 10,
         "docs/benchmarks.md: needs a GPU": 1,
         "docs/scaling.md: computes for seconds, of a model that is not there": 1,
     }

@@ -160,15 +160,22 @@ def main(given: Sequence[str] | None = None) -> None:
             [row for row in ROWS if _has(row.name, arguments.rows)],
             time.perf_counter() + 60 * arguments.minutes,
         )
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the sides are ended
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended
         results = heading(settings)
         groups = {group: _wanted(sides, arguments.sides, arguments.compiled) for group, sides in GROUPS.items()}
         parts = [(shape, group) for shape in arguments.shapes for group, sides in groups.items() if sides]
-        for number, (shape, group) in enumerate(parts):
-            share = settings.left() / (len(parts) - number)
-            part = replace(settings, deadline=time.perf_counter() + share)
-            results["parts"].append(measure(shape, weights.args_of(shape), group, groups[group], part))
-            path.write_text(json.dumps(results, indent=1) + "\n")
+        try:
+            for number, (shape, group) in enumerate(parts):
+                share = settings.left() / (len(parts) - number)
+                part = replace(settings, deadline=time.perf_counter() + share)
+                comparison = Comparison(shape, weights.args_of(shape), group, part)
+                try:
+                    comparison.run(groups[group])
+                finally:
+                    results["parts"].append(comparison.results())
+                    path.write_text(json.dumps(results, indent=1) + "\n")
+        except KeyboardInterrupt:
+            print("stopped; what was measured until then:", file=sys.stderr)
     results = json.loads(path.read_text())
     print("\n".join(tables(results)))
     picture = path.with_suffix(".png")
@@ -202,25 +209,8 @@ def heading(settings: Settings) -> dict[str, Any]:
     }
 
 
-def measure(shape: str, args: ModelArgs, group: str, sides: Sequence[Side], settings: Settings) -> dict[str, Any]:
-    """One group of sides with one shape; JSON's types only.
-
-    Returns:
-        {"sides": {name: {"about", "load", "first", "peak_private", "peak_resident"}}, "rows": [{"name", "seconds":
-        {name: [...]}, "flops"; or "experts", "read": {name: bytes of a step}}], "limits": [{"read", "dense"}],
-        "missing": [[name, row, reason]]}: a number for each round, or for each fresh process.
-    """
-    comparison = _Comparison(shape, args, group, settings)
-    try:
-        comparison.begin(sides)
-        comparison.turns()
-    finally:
-        comparison.close()
-    return comparison.results()
-
-
-class _Comparison:
-    """The sides of a group while they are measured."""
+class Comparison:
+    """One group of sides with one shape, while they are measured."""
 
     def __init__(self, shape: str, args: ModelArgs, group: str, settings: Settings) -> None:
         self.shape, self.args, self.group, self.settings = shape, args, group, settings
@@ -237,7 +227,43 @@ class _Comparison:
         self.missing: list[tuple[str, str, str]] = []
         self.failed: set[tuple[str, Row]] = set()
 
-    def begin(self, sides: Sequence[Side]) -> None:
+    def run(self, sides: Sequence[Side]) -> None:
+        """Measure all, and end the sides whatever happens."""
+        try:
+            self._begin(sides)
+            self._turns()
+        finally:
+            for process in self.processes.values():
+                process.close()
+            self.processes.clear()
+
+    def results(self) -> dict[str, Any]:
+        """What was measured so far, in JSON's types.
+
+        Returns:
+            {"sides": {name: {"about", "load", "first", "peak_private", "peak_resident"}}, "rows": [{"name", "seconds":
+            {name: [...]}, "flops"; or "experts", "read": {name: bytes of a step}}], "limits": [{"read", "dense"}],
+            "missing": [[name, row, reason]]}: a number for each round, or for each fresh process.
+        """
+        rows = []
+        for row, seconds in self.seconds.items():
+            found: dict[str, Any] = {"name": row.name, "call": row.call, "seconds": seconds}
+            if row.call == "prefill":
+                found["flops"] = weights.prefill_flops(self.args, row.count)
+            elif row in self.experts:
+                found["experts"] = self.experts[row]
+                found["read"] = {
+                    side.named(variant): size.per_step(self.args, self.experts[row])
+                    + weights.cache_bytes(self.args, row.batch, row.position)
+                    for side in self.sides.values()
+                    for variant in side.variants
+                    if (size := self._bytes(side))
+                }
+            rows.append(found)
+        own = {"shape": self.shape, "group": self.group, "sides": self.facts, "rows": rows, "limits": self.limits}
+        return own | {"missing": self.missing}
+
+    def _begin(self, sides: Sequence[Side]) -> None:
         """Write the weights, then start every side once and ``starts`` times more, in turns; the last ones stay.
 
         The first time, which may compile, counts where there is no other.
@@ -259,7 +285,7 @@ class _Comparison:
             if number and self.settings.left() < enough:
                 break
 
-    def turns(self) -> None:
+    def _turns(self) -> None:
         """The rounds: the machine, then every row, each side in turn."""
         began = time.perf_counter()
         for number in range(self.settings.rounds):
@@ -277,31 +303,6 @@ class _Comparison:
                         if (variant, row.call) not in side.left_out:
                             self._ask(side, variant, row)
             self._say(f"round {number + 1}")
-
-    def close(self) -> None:
-        """End every side."""
-        for process in self.processes.values():
-            process.close()
-        self.processes.clear()
-
-    def results(self) -> dict[str, Any]:
-        rows = []
-        for row, seconds in self.seconds.items():
-            found: dict[str, Any] = {"name": row.name, "call": row.call, "seconds": seconds}
-            if row.call == "prefill":
-                found["flops"] = weights.prefill_flops(self.args, row.count)
-            elif row in self.experts:
-                found["experts"] = self.experts[row]
-                found["read"] = {
-                    side.named(variant): size.per_step(self.args, self.experts[row])
-                    + weights.cache_bytes(self.args, row.batch, row.position)
-                    for side in self.sides.values()
-                    for variant in side.variants
-                    if (size := self._bytes(side))
-                }
-            rows.append(found)
-        own = {"shape": self.shape, "group": self.group, "sides": self.facts, "rows": rows, "limits": self.limits}
-        return own | {"missing": self.missing}
 
     def _start(self, side: Side, *, counts: bool) -> None:
         """Load a side in a fresh process, in place of the one that it has."""
