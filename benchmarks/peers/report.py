@@ -33,6 +33,8 @@ def _part(part: dict[str, Any]) -> Iterator[str]:
         yield f"- the machine: reads {read / 1e9:.1f} GB/s, multiplies {dense / 1e12:.2f} TFLOP/s; {best}"
     names = list(dict.fromkeys(name for row in part["rows"] for name in row["seconds"]))
     started = [name for name, side in part["sides"].items() if side.get("load")]
+    if not names:
+        return
     yield "\nMilliseconds of a prompt or a step: the median, and the least and the most of the rounds.\n"
     yield from _table(["", *names], ([row["name"], *_cells(row, names)] for row in part["rows"]))
     yield "\nFresh processes.\n"

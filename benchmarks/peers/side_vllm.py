@@ -56,12 +56,15 @@ class Vllm:
         self._add(prompt, 1)  # its blocks are found by those that come
         while self.engine.has_unfinished_requests():
             self.engine.step()
+        self.sequences = len(last)
         waiting = {self._add([*prompt, token], steps + SPARE) for token in last}
         while waiting:
             waiting -= {out.request_id for out in self.engine.step()}
 
     def step(self) -> None:
-        self.engine.step()
+        tokens = len(self.engine.step())
+        if tokens != self.sequences:
+            raise ValueError(f"a step gave {tokens} tokens for {self.sequences} sequences")
 
     def stop(self) -> dict[str, Any]:
         self.engine.abort_request([str(number) for number in range(self.count)])
