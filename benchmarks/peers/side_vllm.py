@@ -41,7 +41,7 @@ class Vllm:
             enable_prefix_caching=True,
             seed=0,
         ).llm_engine
-        self.about = f"vllm {vllm.__version__}, torch {torch.__version__}"
+        self.about = f"vllm {vllm.__version__}, torch {torch.__version__} on {torch.get_num_threads()} threads"
         self.count = 0
 
     def use(self, variant: str) -> None:
