@@ -202,7 +202,7 @@ def test_the_table_of_types_is_ggml_s():
             assert (size, nbytes) == (1, coding.itemsize)
     for name, (coding, number) in TYPES.items():
         assert CODINGS[Kind[name]] == coding
-        assert gguf.LlamaFileType(number).name in (f"ALL_{name}", f"MOSTLY_{name}")
+        assert gguf.LlamaFileType(number).name in (f"ALL_{name}", f"MOSTLY_{name}", f"MOSTLY_{name}_MOE")
     assert set(GGUF_TYPES) == set(TYPES)
 
 
