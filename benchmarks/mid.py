@@ -79,7 +79,7 @@ def with_weights_of(theirs: PreTrainedModel, args: ModelArgs) -> Transformer:
     model = Transformer(args, state, dtype=torch.bfloat16).eval()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         theirs.save_pretrained(folder)
-        boxes = local_boxes(args, placement=model.placement, rank=0, size=1)
+        boxes = local_boxes(args, state, placement=model.placement)
         load_parameters(dict(model.named_parameters()), boxes, [Folder(folder)], args, state)
     return model
 
