@@ -11,7 +11,6 @@ namespace {
 using Levels = accessory_levels;
 
 constexpr int KINDS = 4;
-constexpr float TINY = 1e-36f;  // activations below it count as 0: the inverse of their scale overflows
 
 struct Row {
     const char *codes, *scale, *zero;

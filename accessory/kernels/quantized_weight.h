@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+constexpr float TINY = 1e-36f;  // activations below it count as 0: the inverse of their scale overflows
+
 // What each 4-bit code stands for; for nf4 with 8-bit activations steps * step.
 struct accessory_levels {
     float values[16];

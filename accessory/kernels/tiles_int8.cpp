@@ -11,9 +11,8 @@
 namespace {
 
 constexpr int DEPTH = 64;                // codes of a tile's row
-constexpr int BLOCK = 128;               // activations that share a scale
+constexpr int BLOCK = 128;               // activations that share a scale, as BLOCK of schedule.h
 constexpr int64_t BLOCK_BYTES = 2 * BYTES + 64;  // of 16 tokens: two tiles, and the scales
-constexpr float TINY = 1e-36f;           // activations below it count as 0: the inverse of their scale overflows
 constexpr float LARGEST = 127;
 
 // 32 rows as tiles read them, `stride` bytes apart, and each row's scale.
