@@ -4,7 +4,7 @@ from setuptools import Extension, setup
 
 SOURCES = ("attention", "native", "pointwise", "quantized", "tiles", "tiles_int8")
 HEADERS = ("amx", "attention_row", "elements", "pointwise_row", "quantized_row", "quantized_stage", "quantized_vectors")
-HEADERS += ("quantized_weight", "row_dot", "schedule", "tiles", "variants", "vectors")
+HEADERS += ("quantized_weight", "row_dot", "schedule", "target", "tiles", "variants", "vectors")
 
 # No torch or Python headers are used (a plain C interface, loaded with ctypes), so the build needs a C++
 # compiler and nothing else. optional=True: without a compiler the PyTorch twins of the kernels serve.

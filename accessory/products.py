@@ -36,13 +36,20 @@ def linear(x_TD: Tensor, weight_OD: Weight) -> Tensor:
 
 
 def gathered_linear(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tensor:
-    """y[p] = weight[expert[p]] @ x[p], for few pairs; a negative expert gives zeros. Without a derivative.
+    """y[p] = weight[expert[p]] @ x[p], where `kernels.gathering_pays`; a negative expert gives zeros. No derivative.
 
     Here and in `grouped_linear` the outputs of a weight may be several axes, which count as one.
     """
     if isinstance(weight_EOD, QuantizedWeight):
         return kernels.gathered_quantized_linear(x_PD, weight_EOD, expert_P)
     return kernels.gathered_linear(x_PD, weight_EOD.flatten(1, -2), expert_P)
+
+
+def gathered_gate(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tensor:
+    """silu(first half) * second half of `gathered_linear`'s outputs, (P, O / 2)."""
+    if isinstance(weight_EOD, QuantizedWeight):
+        return kernels.silu_gate(gathered_linear(x_PD, weight_EOD, expert_P))
+    return kernels.gathered_gate(x_PD, weight_EOD.flatten(1, -2), expert_P)
 
 
 def grouped_linear(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor) -> Tensor:

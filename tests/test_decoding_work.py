@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs, QuantArgs
 from accessory.kernels import native
 from accessory.model.transformer import Transformer
@@ -82,9 +83,10 @@ def test_each_matrix_is_read_once_and_of_experts_the_chosen_ones(plain: Transfor
     decoding.step()
     read = 0
     for name, arguments in calls:
-        if name == "gathered_linear":
-            _, bf16, _, _, expert, _, pairs, _, rows, depth, *_ = arguments
-            read += (1 if expert is None else pairs) * rows * depth * (2 if bf16 else 4)
+        if name in ("gathered_linear", "gathered_gate"):
+            expert, _, pairs, _, rows, depth, *_ = arguments[-9:]
+            matrices, bf16 = (2, True) if name == "gathered_gate" else (1, arguments[1])
+            read += (1 if expert is None else pairs) * matrices * rows * depth * (2 if bf16 else 4)
     own = sum(rows * depth for rows, depth in MATRICES) + EXPERTS * DIM
     own += CHOSEN * sum(rows * depth for rows, depth in EXPERT)
     assert read == 2 * (LAYERS * own + VOCAB * DIM)
@@ -103,7 +105,11 @@ def test_a_layer_takes_so_many_parallel_regions(plain: Transformer, quant: str |
     matrices, products = len(MATRICES) + len(EXPERT), {"gathered_linear": 0, "quantized_linear": 0}
     products["gathered_linear" if quant is None else "quantized_linear"] += LAYERS * matrices
     products["gathered_linear"] += LAYERS + 1  # the routers, and the head
-    steps = ("choose_experts", "rotate", "gate", "weighted_sum", "attend_slots")
+    gate = "gate"
+    if quant is None and kernels.tiles_serve():  # the gate is part of the product before it
+        gate = "gathered_gate"
+        products["gathered_linear"] -= LAYERS
+    steps = ("choose_experts", "rotate", gate, "weighted_sum", "attend_slots")
     expected = {name: count for name, count in products.items() if count} | dict.fromkeys(steps, LAYERS)
     assert counts == expected | {"rms_norm": 2 * LAYERS + 1}
 

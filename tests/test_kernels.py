@@ -26,8 +26,15 @@ from accessory.kernels.linear import gathered_linear_reference
 from accessory.parallel.state import Place
 
 DTYPES = (torch.bfloat16, torch.float32)
+BF16_VARIANTS = [*native.runnable_variants(), *["tiles"] * native.tiles_serve()]
 variants = pytest.mark.parametrize(
-    ("variant", "dtype"), list(product(native.runnable_variants(), DTYPES)), ids=lambda value: str(value)
+    ("variant", "dtype"),
+    [
+        (variant, dtype)
+        for variant, dtype in product(BF16_VARIANTS, DTYPES)
+        if variant != "tiles" or dtype != torch.float32
+    ],
+    ids=lambda value: str(value),
 )
 
 
@@ -55,9 +62,11 @@ def assert_true(y_PR: Tensor, x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> 
 def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """For tests that change the choice of variant, which is made once per process."""
     native.native_variant.cache_clear()
+    native.tiles_serve.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
     native.native_variant.cache_clear()
+    native.tiles_serve.cache_clear()
 
 
 @pytest.fixture
@@ -164,7 +173,7 @@ def test_rows_longer_than_a_block_of_them(variant: str, dtype: torch.dtype) -> N
     assert_true(native.gathered_product(x, w, expert, variant=variant), x, w, expert)
 
 
-@pytest.mark.parametrize("variant", native.runnable_variants())
+@pytest.mark.parametrize("variant", BF16_VARIANTS)
 def test_rounding_to_bf16_is_pytorchs(variant: str) -> None:
     x = draw(5000, 2, dtype=torch.bfloat16) * torch.tensor([1.0, 300.0], dtype=torch.bfloat16)
     x[:3, 0] = torch.tensor([float("inf"), float("nan"), 3.38e38])

@@ -14,7 +14,7 @@ from accessory import kernels
 from accessory.config import QuantForm
 from accessory.kernels.linear import grouped_by_tiles
 from accessory.kernels.quantized import round_activations
-from accessory.products import grouped_linear, linear
+from accessory.products import gathered_linear, grouped_linear, linear
 from accessory.quant import QuantizedWeight, quantize
 
 needs_tiles = pytest.mark.skipif(not kernels.tiles_serve(), reason="this CPU has no tiles (AMX), or they are off")
@@ -87,6 +87,13 @@ def test_quantized_weights_are_multiplied_in_8_bits(
         assert bool(((y_PR[: sum(counts)].double() - exact).abs() <= allowed).all())
 
     check(grouped_linear(x_PD, weight, ends(counts)), x, counts)
+    many = max(kernels.FEW_TOKENS, 4 * len(counts)) + 1  # pairs from which on the gathered product goes by tiles
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).repeat(
+        1 + many // max(1, sum(counts))
+    )
+    expert_P = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order]
+    mixed = gathered_linear(x_PD[order], weight, expert_P)
+    assert torch.equal(mixed, grouped_linear(x_PD, weight, ends(counts))[order])
     many = x.repeat(20, 1)
     check(linear(x_PD.repeat(20, 1), weight[0]), many, [many.shape[0]])
 
@@ -97,6 +104,18 @@ def _reach(weight: QuantizedWeight) -> Tensor:
     if weight.zero is not None:
         most = torch.maximum(weight.zero, 240 - weight.zero.int()).float() / 16
     return (weight.scale.float() * most).amax(-1)
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(pairs=st.integers(0, 90), hidden=st.integers(1, 70), depth=st.integers(1, 200), seed=st.integers(0, 2**31))
+@torch.no_grad()
+def test_the_gate_within_the_product_is_the_one_behind_it(pairs: int, hidden: int, depth: int, seed: int) -> None:
+    x_PD, whole = drawn(pairs, depth, seed=seed), drawn(4, 2 * hidden + 2, depth + 3, seed=seed + 1)
+    expert_P = torch.randint(-1, 4, (pairs,), generator=torch.Generator().manual_seed(seed))
+    for w_EOD in (whole[:, 2:, 3:], whole[:, 2:, 3:].contiguous()):
+        apart = kernels.silu_gate(kernels.gathered_linear(x_PD, w_EOD, expert_P))
+        assert torch.equal(kernels.gathered_gate(x_PD, w_EOD, expert_P), apart)
 
 
 @needs_tiles

@@ -10,7 +10,7 @@ from .linear import (
     grouped_by_tiles,
     plain_experts_synchronise,
 )
-from .native import native_variant
+from .native import native_variant, tiles_serve
 from .pointwise import rotate_heads, steps_natively
 from .quantized_ops import (
     dequantize,
@@ -19,9 +19,8 @@ from .quantized_ops import (
     quantized_experts_synchronise,
     quantized_linear,
 )
-from .step_ops import add_rms_norm, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
+from .step_ops import add_rms_norm, gathered_gate, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
 from .tensors import meta_as_gpu, on_gpu
-from .tiles import tiles_serve
 
 __all__ = [
     "FEW_TOKENS",
@@ -31,6 +30,7 @@ __all__ = [
     "called_directly",
     "dequantize",
     "few_token_linear",
+    "gathered_gate",
     "gathered_linear",
     "gathered_quantized_linear",
     "gathering_pays",

@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#define TILES_TARGET __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define TILES_TARGET __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 
 #define INLINE_TILES inline __attribute__((always_inline))
 

@@ -1,4 +1,4 @@
-// Rows of float32 or bf16 elements as vectors of floats, and powers of 2 of them. Once per variant (variants.h), as
+// Rows of float32 or bf16 elements as vectors of floats, and what is made of these. Once per variant (variants.h), as
 // vectors.h is, which this includes.
 //
 // STEP elements are read as two vectors, bf16 ones without a shuffle: a bf16 is the upper half of a float, so of a
@@ -112,4 +112,9 @@ INLINE vf exp2_vector(vf x) {
     p = p * f + 1.0f;
     const vi exponent = (vi)shifted - (vi)magic + 127;
     return x < -126.0f ? vf{} : p * (vf)(exponent << 23);
+}
+
+INLINE vf silu(vf x) {
+    const vf power = x * -1.44269504f;  // e^-x as a power of 2; beyond 2^127 silu is 0 to any float
+    return x / (exp2_vector(power < 127.0f ? power : vf{} + 127.0f) + 1.0f);
 }

@@ -1,4 +1,5 @@
-"""Products of few tokens with weights: decoding's, bound by reading the weights, so each is read only once.
+"""Products with plain weights: of few tokens, bound by reading the weights, so each is read only once; and of any
+number by the tiles of AMX, where a CPU has them.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth.
 
@@ -10,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_products
-from .native import DTYPES, gathered_product, native_available, native_variant
+from .native import DTYPES, gathered_product, native_available, native_variant, tiles_serve
 from .tensors import shown
-from .tiles import tiled_product, tiles_serve
 
 # Measured with weights from memory and 2 threads on 2 cores of an AMD EPYC (Zen 5, AVX-512 with bf16), torch 2.13.0,
 # November 2026; median us, the kernel / PyTorch's way. A weight (R, D) = (7168, 1024) in bf16 has 14.7 MB.
@@ -47,11 +47,13 @@ def gathering_pays(x_TD: Tensor, pairs: int, experts: int = 1) -> bool:
     """Whether `gathered_linear` is the way for so many pairs, or a product of groups.
 
     Without the native kernel on CPU it is not: its twin copies the weights of every pair. What torch.compile
-    traces takes it even so, since no shape there may depend on the choice of experts.
+    traces takes it even so, since no shape there may depend on the choice of experts. AMX's tiles take any number.
     """
     if x_TD.is_cuda and triton_products.triton_available():
         return pairs <= triton_products.MOST_GATHERED
-    if pairs > max(FEW_TOKENS, _FEW_PER_EXPERT * experts if x_TD.is_cpu else 0):
+    if called_directly(x_TD) and x_TD.dtype == torch.bfloat16 and tiles_serve():
+        return True
+    if not few_pairs(pairs, experts if x_TD.is_cpu else 0):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -59,6 +61,18 @@ def gathering_pays(x_TD: Tensor, pairs: int, experts: int = 1) -> bool:
         # grouped_mm in bfloat16 reads the weights in place; in other dtypes its fallbacks synchronise.
         return x_TD.dtype != torch.bfloat16
     return x_TD.dtype in DTYPES and native_available()
+
+
+def few_pairs(pairs: int, experts: int) -> bool:
+    """Whether so many pairs are few: as many, or so many for each expert."""
+    return pairs <= max(FEW_TOKENS, _FEW_PER_EXPERT * experts)
+
+
+def experts_of(offsets_E: Tensor, pairs: int) -> Tensor:
+    """The expert of each of so many pairs, e of those at [offsets[e-1], offsets[e]), and -1 behind the last; (P,)."""
+    numbers_P = torch.arange(pairs, dtype=torch.int32, device=offsets_E.device)
+    experts_P = torch.searchsorted(offsets_E, numbers_P, right=True)
+    return experts_P.masked_fill_(experts_P == offsets_E.shape[0], -1)
 
 
 def plain_experts_synchronise(x_TD: Tensor, pairs: int) -> bool:
@@ -85,10 +99,10 @@ def called_directly(x: Tensor) -> bool:
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
     """y[p] = w[expert[p]] @ x[p], (P, R) in x's dtype, summed in float32; a negative expert gives zeros.
 
-    With the native kernel every needed row of w is read once, and a pair's result does not depend on the
-    other pairs, to the bit. On GPU a Triton kernel serves where it can. Otherwise (another device or dtype, rows
-    of w without unit stride, kernels not built) this is `gathered_linear_reference`. For inference only: no
-    derivative.
+    With the native kernel every needed row of w is read once, and a pair's result does not depend on the other
+    pairs, to the bit; but for AMX's tiles it is made for few pairs. On GPU a Triton kernel serves where it can.
+    Otherwise (another device or dtype, rows of w without unit stride, kernels not built) this is
+    `gathered_linear_reference`. For inference only: no derivative.
     """
     if called_directly(x_PD):
         return _gathered_on_cpu(x_PD, w_ERD, expert_P)
@@ -98,8 +112,8 @@ def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
 def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     """F.linear(x, w) by the fastest way for this number of tokens; any number is right.
 
-    On CPU the native kernel serves few tokens, and AMX's tiles or F.linear more, so that the last bit of a token's
-    result may depend on which of them it was. For inference only: no derivative.
+    On CPU AMX's tiles serve, or the native kernel few tokens and F.linear more: then the last bit of a token's result
+    may depend on which of them it was. For inference only: no derivative.
     """
     if called_directly(x_PD):
         return _few_tokens_on_cpu(x_PD, w_RD)
@@ -108,12 +122,16 @@ def few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
 
 def grouped_by_tiles(x_PD: Tensor, w_ERD: Tensor, offsets_E: Tensor) -> Tensor | None:
     """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix transposed, (P, R), where the CPU's tiles multiply
-    such a weight in place; else None. What is behind the last offset is unset. For inference only: no derivative.
+    such a weight in place; else None. Zeros behind the last offset. For inference only: no derivative.
     """
-    bf16 = x_PD.dtype == w_ERD.dtype == torch.bfloat16
-    if not bf16 or not called_directly(x_PD) or not _native_serves(w_ERD) or not tiles_serve():
+    if not called_directly(x_PD) or not tiles_multiply(x_PD, w_ERD):
         return None
-    return tiled_product(x_PD, w_ERD, offsets_E)
+    return gathered_product(x_PD, w_ERD, experts_of(offsets_E, x_PD.shape[0]))
+
+
+def tiles_multiply(x_PD: Tensor, w: Tensor) -> bool:
+    """Whether the CPU's tiles do, any number of tokens with such a weight."""
+    return x_PD.dtype == w.dtype == torch.bfloat16 and w.stride(-1) == 1 and tiles_serve()
 
 
 def gathered_linear_reference(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
@@ -127,12 +145,12 @@ def gathered_linear_reference(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> 
 
 @torch.library.custom_op("accessory::gathered_linear", mutates_args=())
 def _gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
-    _check_gathered(x_PD, w_ERD, expert_P)
+    check_gathered(x_PD, w_ERD, expert_P)
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
 
 
 def _gathered_on_cpu(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
-    _check_gathered(x_PD, w_ERD, expert_P)
+    check_gathered(x_PD, w_ERD, expert_P)
     if _native_serves(w_ERD):
         return gathered_product(x_PD, w_ERD, expert_P)
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
@@ -143,7 +161,7 @@ _gathered_linear.register_kernel("cpu", _gathered_on_cpu)
 
 @_gathered_linear.register_kernel("cuda")
 def _gathered_on_cuda(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
-    _check_gathered(x_PD, w_ERD, expert_P)
+    check_gathered(x_PD, w_ERD, expert_P)
     if triton_products.triton_serves(x_PD, w_ERD):
         return triton_products.gathered_linear(x_PD, w_ERD, expert_P)
     return gathered_linear_reference(x_PD, w_ERD, expert_P)
@@ -151,7 +169,7 @@ def _gathered_on_cuda(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
 
 @_gathered_linear.register_fake
 def _gathered_linear_fake(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
-    _check_gathered(x_PD, w_ERD, expert_P)
+    check_gathered(x_PD, w_ERD, expert_P)
     return x_PD.new_empty(x_PD.shape[0], w_ERD.shape[1])
 
 
@@ -164,10 +182,8 @@ def _few_token_linear(x_PD: Tensor, w_RD: Tensor) -> Tensor:
 def _few_tokens_on_cpu(x_PD: Tensor, w_RD: Tensor) -> Tensor:
     _check_dense(x_PD, w_RD)
     if _native_serves(w_RD):
-        if _kernel_beats_onednn(x_PD):
+        if tiles_multiply(x_PD, w_RD) or _kernel_beats_onednn(x_PD):
             return gathered_product(x_PD, w_RD.unsqueeze(0), None)
-        if w_RD.dtype == torch.bfloat16 and tiles_serve():
-            return tiled_product(x_PD, w_RD.unsqueeze(0), None)
     elif x_PD.shape[0] == 1 and w_RD.dtype == torch.bfloat16:
         # Without the kernel, one bf16 token is faster past oneDNN. None: leave the other flags alone.
         with torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None):
@@ -202,7 +218,7 @@ def _kernel_beats_onednn(x_PD: Tensor) -> bool:
     return x_PD.shape[0] <= _DENSE_TOKENS
 
 
-def _check_gathered(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> None:
+def check_gathered(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> None:
     if x_PD.dim() != 2 or w_ERD.dim() != 3 or x_PD.shape[1] != w_ERD.shape[2] or x_PD.dtype != w_ERD.dtype:
         raise ValueError(f"x_PD {shown(x_PD)} does not fit w_ERD {shown(w_ERD)}")
     if expert_P.shape != x_PD.shape[:1] or expert_P.dtype != torch.int64:

@@ -22,6 +22,9 @@ struct Variant {
 #define ROW_HEADER "row_dot.h"
 #include "variants.h"
 
+int64_t tiled_linear(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens, int64_t experts,
+                     int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int threads);
+
 namespace {
 
 struct Product {
@@ -75,18 +78,21 @@ struct Product {
 }  // namespace
 
 // Raised whenever a function of this library changes: native.py refuses a library of another number.
-extern "C" int accessory_kernels_abi() { return 8; }
+extern "C" int accessory_kernels_abi() { return 9; }
 
 // 1 where this library has the variant and this CPU can run it.
 extern "C" int accessory_has_variant(const char* name) { return find_variant(name) != nullptr; }
 
 // x (tokens, depth) and y (tokens, rows) contiguous; w (experts, rows, depth) with unit stride along depth.
 // expert: one per token, negative for a row of zeros; null: all are expert 0.
+// The variant "tiles" (tiles.cpp) multiplies bf16 alone.
 // Returns 0, or 1 + the first token whose expert does not exist, or -1 where the variant does not.
 extern "C" int64_t accessory_gathered_linear(const char* variant_name, int bf16, const void* x, const void* w,
                                              const int64_t* expert, void* y, int64_t tokens, int64_t experts,
                                              int64_t rows, int64_t depth, int64_t expert_stride,
                                              int64_t row_stride, int threads) {
+    if (bf16 && !strcmp(variant_name, "tiles"))
+        return tiled_linear(x, w, expert, y, tokens, experts, rows, depth, expert_stride, row_stride, threads);
     const Variant* variant = find_variant(variant_name);
     if (!variant) return -1;
     const int64_t bad = check_experts(expert, tokens, experts, (char*)y, rows * (bf16 ? 2 : 4));

@@ -4,7 +4,7 @@ setup.py builds the library (the .cpp files here) where there is a C++ compiler 
 of its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
 that, for tests and bug reports: ``avx512_bf16``, ``avx512``, ``avx2`` and ``portable`` name a variant, ``off`` uses
 PyTorch alone, ``auto`` (or nothing) is the default. It is read at the first product, not at import. Where the CPU has
-the tiles of AMX, the default multiplies many tokens by them; a variant by name does without.
+the tiles of AMX, the default multiplies by them in bfloat16; a variant by name does without.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 8  # of native.cpp
+_ABI = 9  # of native.cpp
 _ADVICE = (
     "Decoding on CPU uses PyTorch's slower products; a C++ compiler with OpenMP (GCC, or clang and libomp) and a "
     "reinstall give speed."
@@ -57,6 +58,12 @@ def native_variant() -> str:
     return wanted
 
 
+@functools.cache
+def tiles_serve() -> bool:
+    """Whether AMX's tiles multiply in bfloat16: on a CPU that has them, where no variant was named."""
+    return native_available() and named_variant() == "auto" and bool(native_library().accessory_has_tiles())
+
+
 def runnable_variants() -> list[str]:
     """The variants that this CPU runs, best first; none where the library does not serve."""
     library, _ = _load()
@@ -67,29 +74,44 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
     """y[p] = w[expert[p]] @ x[p] by the native library; see `linear.gathered_linear`. No expert_P: all are 0.
 
     The caller has checked shapes and dtypes, and that the last axis of w has unit stride.
+
+    Args:
+        variant: one of `VARIANTS`, or "tiles" in bfloat16; None: the best.
     """
-    library = native_library()
+    bf16 = x_PD.dtype == torch.bfloat16
+    chosen = variant or ("tiles" if bf16 and tiles_serve() else native_variant())
+    y_PR = x_PD.new_empty(x_PD.shape[0], w_ERD.shape[1])
+    return _gathered(native_library().accessory_gathered_linear, (chosen.encode(), bf16), x_PD, w_ERD, expert_P, y_PR)
+
+
+def gathered_gate(x_PD: Tensor, w_EOD: Tensor, expert_P: Tensor | None) -> Tensor:
+    """silu(first half) * second half of that product's outputs O, (P, O / 2) in bfloat16; where `tiles_serve`."""
+    y_PF = x_PD.new_empty(x_PD.shape[0], w_EOD.shape[1] // 2)
+    return _gathered(native_library().accessory_gathered_gate, (), x_PD, w_EOD, expert_P, y_PF)
+
+
+def _gathered(
+    function: Callable[..., int],
+    first: tuple[object, ...],
+    x_PD: Tensor,
+    w_ERD: Tensor,
+    expert_P: Tensor | None,
+    y: Tensor,
+) -> Tensor:
     x_PD = x_PD.contiguous()
     expert_P = None if expert_P is None else expert_P.contiguous()
-    pairs, (experts, rows, depth) = x_PD.shape[0], w_ERD.shape
-    y_PR = x_PD.new_empty(pairs, rows)
-    outcome = library.accessory_gathered_linear(
-        (variant or native_variant()).encode(),
-        x_PD.dtype == torch.bfloat16,
+    pairs, (experts, _, depth) = x_PD.shape[0], w_ERD.shape
+    outcome = function(
+        *first,
         x_PD.data_ptr(),
         w_ERD.data_ptr(),
         None if expert_P is None else expert_P.data_ptr(),
-        y_PR.data_ptr(),
-        pairs,
-        experts,
-        rows,
-        depth,
-        w_ERD.stride(0),
-        w_ERD.stride(1),
+        y.data_ptr(),
+        *(pairs, experts, y.shape[1], depth, *w_ERD.stride()[:2]),
         torch.get_num_threads(),
     )
     check_outcome(outcome, expert_P, experts)
-    return y_PR
+    return y
 
 
 def native_library() -> ctypes.CDLL:
@@ -128,8 +150,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if abi != _ABI:
         return None, f"{spec.origin} is of another version"
     library.accessory_has_variant.argtypes = [ctypes.c_char_p]
-    product = library.accessory_gathered_linear
-    product.restype = ctypes.c_int64
-    pointers, sizes = [ctypes.c_void_p] * 4, [ctypes.c_int64] * 6
-    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *pointers, *sizes, ctypes.c_int]
+    product, gate = library.accessory_gathered_linear, library.accessory_gathered_gate
+    product.restype = gate.restype = ctypes.c_int64
+    gate.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_int]
+    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *gate.argtypes]
     return library, ""

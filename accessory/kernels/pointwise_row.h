@@ -50,11 +50,6 @@ template <bool BF16> void rotate(char* x, int64_t heads, int64_t h, const float*
     }
 }
 
-INLINE vf silu(vf x) {
-    const vf power = x * -1.44269504f;  // e^-x as a power of 2; beyond 2^127 silu is 0 to any float
-    return x / (exp2_vector(power < 127.0f ? power : vf{} + 127.0f) + 1.0f);
-}
-
 template <bool BF16> void gate(const char* both, int64_t f, char* y) {
     const char* up = both + (BF16 ? 2 : 4) * f;
     each_step<BF16>(f, [&](int64_t byte, int64_t, auto part) {

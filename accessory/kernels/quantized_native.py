@@ -40,6 +40,9 @@ def _library() -> ctypes.CDLL:
     linear.restype = ctypes.c_int64
     linear.argtypes = [ctypes.c_char_p, weight, ctypes.c_int, ctypes.c_int, pointer, pointer, pointer]
     linear.argtypes += [ctypes.c_int64, ctypes.c_int]
+    tiled = library.accessory_tiled_quantized_linear
+    tiled.restype = ctypes.c_int64
+    tiled.argtypes = [weight, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int]
     library.accessory_dequantize.restype = ctypes.c_int64
     library.accessory_dequantize.argtypes = [ctypes.c_char_p, weight, ctypes.c_int, pointer, ctypes.c_int]
     return library
@@ -115,6 +118,23 @@ def quantized_product(
         weight.reference,
         rounds_activations(x_PD.dtype),
         x_PD.dtype == torch.bfloat16,
+        x_PD.data_ptr(),
+        None if expert_P is None else expert_P.data_ptr(),
+        y_PR.data_ptr(),
+        x_PD.shape[0],
+        torch.get_num_threads(),
+    )
+    check_outcome(outcome, expert_P, weight.experts)
+    return y_PR
+
+
+def tiled_quantized_product(x_PD: Tensor, weight: NativeWeight, expert_P: Tensor | None) -> Tensor:
+    """The same in bfloat16 for many, in products of 8-bit integers; where `tiles_serve`. See tiles_int8.cpp."""
+    x_PD = x_PD.contiguous()
+    expert_P = None if expert_P is None else expert_P.contiguous()
+    y_PR = x_PD.new_empty(x_PD.shape[0], weight.rows)
+    outcome = _library().accessory_tiled_quantized_linear(
+        weight.reference,
         x_PD.data_ptr(),
         None if expert_P is None else expert_P.data_ptr(),
         y_PR.data_ptr(),

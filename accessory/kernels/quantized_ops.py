@@ -17,12 +17,11 @@ from torch import Tensor
 from accessory.quant import FORMATS, Format, QuantizedWeight
 
 from . import triton_products
-from .linear import called_directly
-from .native import DTYPES
+from .linear import called_directly, experts_of, few_pairs
+from .native import DTYPES, tiles_serve
 from .quantized import quantized_linear_reference
-from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
+from .quantized_native import NativeWeight, native_values, native_weight, quantized_product, tiled_quantized_product
 from .tensors import shown
-from .tiles import tiled_quantized_product, tiles_serve
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
 #               int8, 8 tokens   16           32            nf4, 8       16           32
@@ -112,16 +111,19 @@ def quantized_linear(x_PD: Tensor, weight: QuantizedWeight) -> Tensor:
 
 @register("gathered_quantized_linear", index=torch.int64)
 def gathered_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor) -> Tensor:
-    """y[p] = w[expert[p]] @ x[p] for a weight (E, ..., D) and few pairs; a negative expert gives zeros.
+    """y[p] = w[expert[p]] @ x[p] for a weight (E, ..., D); a negative expert gives zeros.
 
     The axes between are rows. With the native kernel every needed row of w is read once, and a pair's result does not
-    depend on the other pairs, to the bit. Where no kernel reads the format, or a GPU has no Triton, plain values
-    serve, a block of rows after another.
+    depend on the other pairs, to the bit; AMX's tiles serve many, and round a weight in 4 bits once more. Where no
+    kernel reads the format, or a GPU has no Triton, plain values serve, a block of rows after another.
     """
     if _on_gpu(x_PD, weight):
         return triton_products.gathered_quantized_linear(x_PD, weight, expert_P)
     if _without_kernel(x_PD, weight):
         return _gathered_by_blocks(x_PD, weight.flatten(1, -2), expert_P)
+    native = None if few_pairs(x_PD.shape[0], weight.codes.shape[0]) else _tiled(x_PD, weight)
+    if native is not None:
+        return tiled_quantized_product(x_PD, native, expert_P)
     native = _native(x_PD.dtype, weight)
     if native is not None:
         return quantized_product(x_PD, native, expert_P)
@@ -139,9 +141,7 @@ def grouped_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, offsets_E: T
     weight = weight.flatten(1, -2)
     native = _tiled(x_PD, weight)
     if native is not None:
-        y_PR = tiled_quantized_product(x_PD, native, offsets_E)
-        y_PR[int(offsets_E[-1]) :] = 0
-        return y_PR
+        return tiled_quantized_product(x_PD, native, experts_of(offsets_E, x_PD.shape[0]))
     y_PR, begin = x_PD.new_empty(x_PD.shape[0], weight.shape[1]), 0
     for expert, end in enumerate(offsets_E.tolist()):
         if end > begin:
@@ -219,13 +219,18 @@ def _by_blocks(x_PD: Tensor, weight: QuantizedWeight, *, out: Tensor | None = No
 
 
 def _gathered_by_blocks(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor) -> Tensor:
-    """The gathered product without a kernel for it: in the memory of one matrix, and without waiting for the device."""
+    """The gathered product without a kernel for it: in the memory of one matrix, and without waiting for a GPU."""
     y_PR = x_PD.new_zeros(x_PD.shape[0], weight.shape[1])
     if weight.shape[0] == 0:  # a rank without experts
+        return y_PR
+    if x_PD.is_cpu:
+        for expert in expert_P.unique().tolist():
+            if expert >= 0:
+                own_N = (expert_P == expert).nonzero()[:, 0]
+                y_PR[own_N] = _by_blocks(x_PD[own_N], weight[expert])
         return y_PR
     chosen_P = expert_P.clamp(min=0)
     for pair in range(x_PD.shape[0]):
         part = slice(pair, pair + 1)
-        own = weight[int(chosen_P[pair])] if x_PD.is_cpu else weight.gathered(chosen_P[part])[0]
-        _by_blocks(x_PD[part], own, out=y_PR[part])
+        _by_blocks(x_PD[part], weight.gathered(chosen_P[part])[0], out=y_PR[part])
     return y_PR.masked_fill_(expert_P[:, None] < 0, 0)

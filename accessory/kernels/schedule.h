@@ -32,20 +32,21 @@ struct Schedule {
 
     // expert: one per token, negative for none; null: all are expert 0.
     Schedule(const int64_t* expert, int64_t tokens, int64_t rows) : rows(rows) {
+        int64_t experts = 1;
+        for (int64_t p = 0; expert && p < tokens; p++) experts = std::max(experts, expert[p] + 1);
+        std::vector<int64_t> place(experts + 1);  // where the next token of each expert goes; its own after the last one's
         for (int64_t p = 0; p < tokens; p++)
-            if (!expert || expert[p] >= 0) order.push_back(p);
-        if (expert)
-            std::stable_sort(order.begin(), order.end(),
-                             [=](int64_t a, int64_t b) { return expert[a] < expert[b]; });
-        for (int64_t i = 0; i < (int64_t)order.size(); i++) {
-            const int64_t e = expert ? expert[order[i]] : 0;
-            if (groups.empty() || groups.back().expert != e) groups.push_back({e, i, 0, 0});
-            groups.back().n++;
+            if (!expert || expert[p] >= 0) place[(expert ? expert[p] : 0) + 1]++;
+        for (int64_t e = 0; e < experts; e++) {
+            if (const int64_t n = place[e + 1]) {
+                groups.push_back({e, place[e], n, cost});
+                cost += rows * groups.back().row_cost();
+            }
+            place[e + 1] += place[e];
         }
-        for (Group& g : groups) {
-            g.cost_before = cost;
-            cost += rows * g.row_cost();
-        }
+        order.resize(place[experts]);
+        for (int64_t p = 0; p < tokens; p++)
+            if (!expert || expert[p] >= 0) order[place[expert ? expert[p] : 0]++] = p;
     }
 
     // Threads that pay for rows of so many bytes.

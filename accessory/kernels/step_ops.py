@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import pointwise, triton_products
+from . import native, pointwise, triton_products
+from .linear import called_directly, check_gathered, gathered_linear, tiles_multiply
 from .pointwise import Routed, steps_natively
 from .triton_launch import launch, power_of_two
 
@@ -75,6 +76,14 @@ def silu_gate(both_PO: Tensor) -> Tensor:
     if steps_natively(both_PO):
         return pointwise.gate(both_PO)
     return silu_gate_reference(both_PO)
+
+
+def gathered_gate(x_PD: Tensor, w_EOD: Tensor, expert_P: Tensor) -> Tensor:
+    """`silu_gate` of `gathered_linear`, (P, F), in one pass where AMX's tiles multiply; for inference."""
+    if called_directly(x_PD) and not torch.is_grad_enabled() and tiles_multiply(x_PD, w_EOD):
+        check_gathered(x_PD, w_EOD, expert_P)
+        return native.gathered_gate(x_PD, w_EOD, expert_P)
+    return silu_gate(gathered_linear(x_PD, w_EOD, expert_P))
 
 
 def silu_gate_reference(both_PO: Tensor) -> Tensor:

@@ -1,37 +1,52 @@
-// The products of many tokens with plain weights on CPU: y[p, r] = sum_d x[p, d] * w[e(p), r, d] in bf16, summed in
-// float32, by the tiles of AMX (tiles.h). oneDNN would reorder a weight at every call.
+// The products with plain weights on CPU by the tiles of AMX (tiles.h), for any number of tokens:
+// y[p, r] = sum_d x[p, d] * w[e(p), r, d] in bf16, summed in float32. oneDNN would reorder a weight at every call.
 
+#include "target.h"
 #include "tiles.h"
 
 #ifdef HAS_TILES
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
+namespace {
+namespace wide {
+#define VL 64
+#include "elements.h"
+#undef VL
+}  // namespace wide
+}  // namespace
+END_TARGET
+
 namespace {
 
 constexpr int DEPTH = 32;  // elements of a tile's row
 
-struct Plain {
+// GATED: w has two halves of `rows` rows, and y is silu(the first's product) * the second's, of products rounded to bf16.
+template <bool GATED> struct Plain {
+    static constexpr int STEP = GATED ? TILE : ROWS;
+
     const uint16_t* x;
     const uint16_t* w;
     uint16_t* y;
     int64_t rows, depth, expert_stride, row_stride;  // of w, in elements
+    const int64_t* order;
 
     int64_t depths() const { return up(depth, DEPTH); }
     int64_t block_bytes() const { return depths() * BYTES; }
+    // From the rows of one tile to those of the other, in bytes.
+    int64_t between() const { return 2 * row_stride * (GATED ? rows : TILE); }
 
     const char* at(int64_t expert, int64_t row) const {
         return (const char*)(w + expert * expert_stride + row * row_stride);
     }
-    const char* ahead(int64_t expert, int64_t row) const { return row + ROWS > rows ? nullptr : at(expert, row); }
+    const char* ahead(int64_t expert, int64_t row) const { return row + STEP > rows ? nullptr : at(expert, row); }
 
     // Tiles of 16 tokens, one for each 32 elements: pairs of elements down, tokens across.
-    TILES_TARGET void stage(const Group& g, int64_t block, char* to) const {
-        const int64_t n = std::min<int64_t>(TILE, g.n - block * TILE);
+    TILES_TARGET void stage(const Tokens& t, int64_t block, char* to) const {
+        const int64_t n = t.in(block), *own = order + t.group.first + block * TILE;
         for (int64_t d = 0; d < depth; d += DEPTH, to += BYTES) {
             const __mmask32 mask = depth - d < DEPTH ? (1u << (depth - d)) - 1 : ~0u;
             __m512i token[TILE];
-            for (int i = 0; i < TILE; i++) {
-                const uint16_t* from = x + (g.first + block * TILE + i) * depth + d;
-                token[i] = i < n ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
-            }
+            for (int i = 0; i < TILE; i++)
+                token[i] = i < n ? _mm512_maskz_loadu_epi16(mask, x + own[i] * depth + d) : _mm512_setzero_si512();
             transpose(token);
             for (int i = 0; i < TILE; i++) _mm512_store_si512(to + 64 * i, token[i]);
         }
@@ -39,39 +54,42 @@ struct Plain {
 
     TILES_TARGET void run(const Share& s, int64_t row, const char* staged, const char* ahead,
                           std::vector<char>& room) const {
-        const int64_t many = std::min<int64_t>(ROWS, rows - row), passes = up(s.last_block - s.block, 2);
-        int64_t stride = 2 * row_stride;
-        const char* a = at(s.group->expert, row);
-        if (many < ROWS || depth % DEPTH) {  // filled up with zeros
-            const char* from = a;
+        const Tokens& t = *s.tokens;
+        const int64_t many = std::min<int64_t>(STEP, rows - row), passes = up(s.last_block - s.block, 2);
+        int64_t stride = 2 * row_stride, apart = between();
+        const char* a = at(t.group.expert, row);
+        if (many < STEP || depth % DEPTH) {  // filled up with zeros
             room.assign(ROWS * depths() * 64, 0);
-            for (int64_t i = 0; i < many; i++) memcpy(room.data() + i * depths() * 64, from + i * stride, 2 * depth);
-            a = room.data(), stride = depths() * 64;
+            for (int64_t i = 0; i < ROWS; i++)
+                if ((GATED ? i % TILE : i) < many)
+                    memcpy(room.data() + i * depths() * 64, a + i / TILE * apart + i % TILE * stride, 2 * depth);
+            a = room.data(), stride = depths() * 64, apart = TILE * stride;
         }
         alignas(64) float sums[4][TILE * TILE];
-        for (int64_t block = s.block, pass = 0; block < s.last_block; block += 2, pass++) {
-            const int64_t begin = ROWS * pass / passes, fetched = ahead ? ROWS * (pass + 1) / passes - begin : 0;
-            const char* next = ahead + begin * 2 * row_stride;
+        const int64_t lines = ahead ? up(TILE, passes) : 0;
+        for (int64_t block = s.block; block < s.last_block; block += 2, ahead += lines * depths() * 64) {
             const char* b = staged + block * block_bytes();
             const bool two = block + 1 < s.last_block;
             if (two)
-                multiply<true>(a, stride, b, next, fetched);
+                multiply<true>(a, stride, apart, b, ahead, lines);
             else
-                multiply<false>(a, stride, b, next, fetched);
+                multiply<false>(a, stride, apart, b, ahead, lines);
             _tile_stored(0, sums[0], 64);
             _tile_stored(1, sums[1], 64);
             _tile_stored(2, sums[2], 64);
             _tile_stored(3, sums[3], 64);
             for (int half = 0; half < 1 + two; half++) {
-                const int64_t token = (block + half) * TILE, n = std::min<int64_t>(TILE, s.group->n - token);
-                put(sums[half], sums[2 + half], nullptr, n, many, y + (s.group->first + token) * rows + row, rows);
+                if (GATED) gate(sums[half], sums[2 + half]);
+                put<STEP>(sums[half], sums[2 + half], nullptr, order + t.group.first + (block + half) * TILE,
+                          t.in(block + half), many, y + row, rows);
             }
         }
     }
 
-    // 32 rows with the 16 or 32 tokens at `b`, while so many rows of the next ones are read ahead.
+    // 16 rows and the 16 others with the 16 or 32 tokens at `b`, while so many lines of the next of each are read ahead.
     template <bool TWO>
-    TILES_TARGET void multiply(const char* a, int64_t stride, const char* b, const char* ahead, int64_t fetched) const {
+    TILES_TARGET void multiply(const char* a, int64_t stride, int64_t apart, const char* b, const char* ahead,
+                               int64_t lines) const {
         const int64_t count = depths();
         const char* next = b + count * BYTES;
         _tile_zero(0);
@@ -82,32 +100,61 @@ struct Plain {
             _tile_loadd(4, a + 64 * k, stride);
             _tile_loadd(6, b + BYTES * k, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, a + TILE * stride + 64 * k, stride);
+            _tile_loadd(5, a + apart + 64 * k, stride);
             _tile_dpbf16ps(2, 5, 6);
             if (TWO) {
                 _tile_loadd(7, next + BYTES * k, 64);
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            for (int64_t i = 0; i < fetched; i++) _mm_prefetch(ahead + i * 2 * row_stride + 64 * k, _MM_HINT_T1);
+            fetch(ahead, k, lines);
+            fetch(ahead + between(), k, lines);
+        }
+    }
+
+    TILES_TARGET static INLINE_TILES void gate(float* first, const float* second) {
+        using namespace wide;
+        for (int i = 0; i < TILE * TILE; i += TILE) {
+            const vf g = (vf)(upper_half(load<vf>(first + i)) & 0xffff0000u);
+            const vf u = (vf)(upper_half(load<vf>(second + i)) & 0xffff0000u);
+            const vf gated = silu(g) * u;
+            memcpy(first + i, &gated, sizeof gated);
         }
     }
 };
 
+template <bool GATED>
+int64_t multiply(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens, int64_t experts,
+                 int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int threads) {
+    if (!tiles_serve()) return -1;
+    const int64_t bad = check_experts(expert, tokens, experts, (char*)y, 2 * rows);
+    if (bad) return bad;
+    const Schedule schedule(expert, tokens, rows);
+    const Plain<GATED> way{(const uint16_t*)x, (const uint16_t*)w, (uint16_t*)y,   rows,
+                           depth,              expert_stride,      row_stride, schedule.order.data()};
+    multiply_groups(way, schedule, schedule.threads(2 * depth, threads));
+    return 0;
+}
+
 }  // namespace
 #endif
 
-// x (pairs, depth) and y (pairs, rows) contiguous, bf16. The rows of x before offsets[0] are expert 0's, those from there
-// to offsets[1] expert 1's, and so on. w (experts, rows, depth) has unit stride along depth, the others in elements.
-// Returns 0, or -1 where there are no tiles.
-extern "C" int64_t accessory_tiled_linear(const void* x, const void* w, const int32_t* offsets, void* y,
-                                          int64_t experts, int64_t rows, int64_t depth, int64_t expert_stride,
-                                          int64_t row_stride, int threads) {
+// As accessory_gathered_linear, in bf16. Returns -1, too, where there are no tiles.
+int64_t tiled_linear(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens, int64_t experts,
+                     int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int threads) {
 #ifdef HAS_TILES
-    if (!tiles_serve()) return -1;
-    const Plain way{(const uint16_t*)x, (const uint16_t*)w, (uint16_t*)y, rows, depth, expert_stride, row_stride};
-    multiply_groups(way, groups_of(offsets, experts), threads);
-    return 0;
+    return multiply<false>(x, w, expert, y, tokens, experts, rows, depth, expert_stride, row_stride, threads);
+#else
+    return -1;
+#endif
+}
+
+// y (tokens, f) = silu(first half) * second half of the products with w (experts, 2 f, depth); the rest as above.
+extern "C" int64_t accessory_gathered_gate(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens,
+                                           int64_t experts, int64_t f, int64_t depth, int64_t expert_stride,
+                                           int64_t row_stride, int threads) {
+#ifdef HAS_TILES
+    return multiply<true>(x, w, expert, y, tokens, experts, f, depth, expert_stride, row_stride, threads);
 #else
     return -1;
 #endif

@@ -1,6 +1,6 @@
 // The products of many tokens with quantized weights on CPU, by the tiles of AMX (tiles.h): products of 8-bit integers.
 //
-// Activations are taken in 8 bits as for few tokens (quantized.cpp): 128 neighbours share a scale, by which the integer
+// Activations are taken in 8 bits as for few tokens (quantized.cpp): BLOCK neighbours share a scale, by which the integer
 // sum of each such block is multiplied. A row of a weight needs one scale, then. int8 has it; rows in 4 bits are rounded
 // once more on their way to the tiles, to 127 steps each way of the row's largest possible value.
 
@@ -11,7 +11,6 @@
 namespace {
 
 constexpr int DEPTH = 64;                // codes of a tile's row
-constexpr int BLOCK = 128;               // activations that share a scale, as BLOCK of schedule.h
 constexpr int64_t BLOCK_BYTES = 2 * BYTES + 64;  // of 16 tokens: two tiles, and the scales
 constexpr float LARGEST = 127;
 
@@ -23,10 +22,13 @@ struct Rows {
 };
 
 struct Quantized {
+    static constexpr int STEP = ROWS;
+
     const uint16_t* x;
     const accessory_quantized_weight& w;
     uint16_t* y;
     int64_t rows;
+    const int64_t* order;
 
     int64_t block_bytes() const { return up(w.depth, BLOCK) * BLOCK_BYTES; }
     int64_t row_bytes() const { return w.kind ? w.depth / 2 : w.depth; }
@@ -34,14 +36,13 @@ struct Quantized {
     const char* ahead(int64_t expert, int64_t row) const { return row + ROWS > rows ? nullptr : at(expert, row); }
 
     // For each block of 128 activations two tiles, in which each 4 of a token lie below one another, and 16 scales.
-    TILES_TARGET void stage(const Group& g, int64_t block, char* to) const {
-        const int64_t n = std::min<int64_t>(TILE, g.n - block * TILE);
+    TILES_TARGET void stage(const Tokens& t, int64_t block, char* to) const {
+        const int64_t n = t.in(block), *own = order + t.group.first + block * TILE;
         alignas(64) int8_t codes[TILE][BLOCK];
         for (int64_t d = 0; d < w.depth; d += BLOCK, to += BLOCK_BYTES) {
             float* scales = (float*)(to + 2 * BYTES);
             for (int i = 0; i < TILE; i++) {
-                const uint16_t* from = x + (g.first + block * TILE + i) * w.depth + d;
-                scales[i] = i < n ? round_block(from, w.depth - d, codes[i]) : 0;
+                scales[i] = i < n ? round_block(x + own[i] * w.depth + d, w.depth - d, codes[i]) : 0;
                 if (i >= n) memset(codes[i], 0, BLOCK);
             }
             for (int half = 0; half < 2; half++) {
@@ -78,31 +79,30 @@ struct Quantized {
 
     TILES_TARGET void run(const Share& s, int64_t row, const char* staged, const char* ahead,
                           std::vector<char>& room) const {
+        const Tokens& t = *s.tokens;
         const int64_t many = std::min<int64_t>(ROWS, rows - row), passes = up(s.last_block - s.block, 2);
-        const Rows a = rows_at(s.group->expert, row, many, room);
+        const Rows a = rows_at(t.group.expert, row, many, room);
         alignas(64) float sums[4][TILE * TILE];
-        for (int64_t block = s.block, pass = 0; block < s.last_block; block += 2, pass++) {
-            const int64_t begin = ROWS * pass / passes, fetched = ahead ? ROWS * (pass + 1) / passes - begin : 0;
-            const char* next = ahead + begin * w.codes_row;
+        const int64_t count = up(w.depth, DEPTH), lines = ahead ? up(ROWS * up(row_bytes(), 64), passes * count) : 0;
+        for (int64_t block = s.block; block < s.last_block; block += 2, ahead += lines * count * 64) {
             const char* b = staged + block * block_bytes();
             const bool two = block + 1 < s.last_block;
             if (two)
-                multiply<true>(a, b, next, fetched, sums);
+                multiply<true>(a, b, ahead, lines, sums);
             else
-                multiply<false>(a, b, next, fetched, sums);
-            for (int half = 0; half < 1 + two; half++) {
-                const int64_t token = (block + half) * TILE, n = std::min<int64_t>(TILE, s.group->n - token);
-                put(sums[half], sums[2 + half], a.scales, n, many, y + (s.group->first + token) * rows + row, rows);
-            }
+                multiply<false>(a, b, ahead, lines, sums);
+            for (int half = 0; half < 1 + two; half++)
+                put<ROWS>(sums[half], sums[2 + half], a.scales, order + t.group.first + (block + half) * TILE,
+                          t.in(block + half), many, y + row, rows);
         }
     }
 
-    // 32 rows with the 16 or 32 tokens at `b`, while so many rows of the next ones are read ahead.
+    // 32 rows with the 16 or 32 tokens at `b`, while so many lines of the next ones are read ahead for each tile.
     template <bool TWO>
-    TILES_TARGET void multiply(const Rows& a, const char* b, const char* ahead, int64_t fetched,
+    TILES_TARGET void multiply(const Rows& a, const char* b, const char* ahead, int64_t lines,
                                float (*sums)[TILE * TILE]) const {
         const char* next = b + block_bytes();
-        const int64_t tiles = up(w.depth, DEPTH), blocks = up(tiles, 2), line = row_bytes();
+        const int64_t tiles = up(w.depth, DEPTH), blocks = up(tiles, 2);
         // While the tiles make one block's integers, those of the two before it are added up.
         alignas(64) int32_t whole[4][4][TILE * TILE];
         for (int64_t block = 0; block < blocks; block++) {
@@ -122,8 +122,7 @@ struct Quantized {
                     _tile_dpbssd(1, 4, 7);
                     _tile_dpbssd(3, 5, 7);
                 }
-                for (int64_t i = 0; i < fetched && 64 * k < line; i++)
-                    _mm_prefetch(ahead + i * w.codes_row + 64 * k, _MM_HINT_T1);
+                fetch(ahead, k, lines);
             }
             _tile_stored(0, whole[block % 4][0], 64);
             _tile_stored(2, whole[block % 4][2], 64);
@@ -274,14 +273,16 @@ struct Quantized {
 }  // namespace
 #endif
 
-// x (pairs, depth) and y (pairs, rows) contiguous, bf16; offsets as for accessory_tiled_linear. Returns 0, or -1 where
-// there are no tiles.
+// x (tokens, depth) and y (tokens, rows) contiguous, bf16; expert and what is returned as for accessory_gathered_linear.
 extern "C" int64_t accessory_tiled_quantized_linear(const accessory_quantized_weight* weight, const void* x,
-                                                    const int32_t* offsets, void* y, int threads) {
+                                                    const int64_t* expert, void* y, int64_t tokens, int threads) {
 #ifdef HAS_TILES
     if (!tiles_serve()) return -1;
-    const Quantized way{(const uint16_t*)x, *weight, (uint16_t*)y, weight->rows};
-    multiply_groups(way, groups_of(offsets, weight->experts), threads);
+    const int64_t bad = check_experts(expert, tokens, weight->experts, (char*)y, 2 * weight->rows);
+    if (bad) return bad;
+    const Schedule schedule(expert, tokens, weight->rows);
+    const Quantized way{(const uint16_t*)x, *weight, (uint16_t*)y, weight->rows, schedule.order.data()};
+    multiply_groups(way, schedule, threads);
     return 0;
 #else
     return -1;

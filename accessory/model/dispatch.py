@@ -20,9 +20,10 @@ from torch import Tensor
 from accessory import kernels
 from accessory.kernels.step_ops import silu_gate_reference
 from accessory.model.router import Routing
-from accessory.model.units import silu_gate_backward
+from accessory.model.units import silu_gate, silu_gate_backward
 from accessory.products import (
     Weight,
+    gathered_gate,
     gathered_linear,
     grouped_input_gradient,
     grouped_linear,
@@ -41,6 +42,10 @@ class Pairs(ABC):
     @abstractmethod
     def product(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
         """Each pair's row times its expert's matrix transposed; (P, O). Several axes of outputs count as one."""
+
+    def gated(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
+        """`silu_gate` of that product; (P, O / 2)."""
+        return silu_gate(self.product(x_PD, weight_EOD))
 
     @abstractmethod
     def bias(self, bias_EO: Tensor, like: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class Dispatcher:
         self.first, self.count, self.total = first, count, total
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Pairs:
-        """In training by `TrainedPairs`, else `GatheredPairs` for few pairs and `GroupedPairs` for many."""
+        """In training by `TrainedPairs`, else `GatheredPairs` where gathering pays, and `GroupedPairs`."""
         local_TK = routing.experts_TK if routing.asked_TK is None else routing.asked_TK
         if self.count < self.total:
             local_TK = local_TK - self.first
@@ -75,7 +80,7 @@ class Dispatcher:
 
 
 class GatheredPairs(Pairs):
-    """Few pairs in inference, in the tokens' order: only the chosen experts' rows of a weight are read.
+    """Pairs in inference in the tokens' order: few, or any number where a kernel finds each expert's by itself.
 
     No shape depends on the choice of experts.
 
@@ -92,6 +97,9 @@ class GatheredPairs(Pairs):
 
     def product(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
         return gathered_linear(x_PD, weight_EOD, self.expert_P)
+
+    def gated(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
+        return gathered_gate(x_PD, weight_EOD, self.expert_P)
 
     def bias(self, bias_EO: Tensor, like: Tensor) -> Tensor:
         rows_PO = bias_EO[self.expert_P.clamp(min=0)].type_as(like)

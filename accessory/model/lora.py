@@ -170,7 +170,7 @@ class AdaptedExperts(Experts):
     ) -> None:
         super().__init__(args, state, placement, place)
         experts, dim, hidden = self.w2.shape
-        self.peft, self.fuses = peft, False
+        self.peft, self.plain = peft, False
         self.updated = (rank := peft.rank_of("routed")) > 0
         if self.updated:
             self.scale = peft.scale_of("routed")

@@ -46,18 +46,24 @@ class Experts(nn.Module):
         if self.biased:
             self.b13 = place.parameter(experts, 2, hidden)
             self.b2 = place.parameter(experts, args.dim)
-        # With gradients, and nothing between its products.
-        self.fuses = not (isinstance(self.w13, QuantizedParameter) or self.biased or self.clamp)
+        # Nothing but the gated unit stands between the products.
+        self.plain = not (self.biased or self.clamp)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of this rank's share of the chosen experts' outputs, in float32; (T, D) of x's dtype."""
         pairs = self.dispatcher(x_TD, routing)
-        if self.fuses and isinstance(pairs, TrainedPairs):
+        if self.plain and isinstance(pairs, TrainedPairs) and not isinstance(self.w13, QuantizedParameter):
             return pairs.fused(local(self.w13), local(self.w2), routing.weights_TK)
-        both_PO = self.gate_up(pairs.rows, pairs)
-        hidden_PF = silu_gate(both_PO) if self.clamp is None else clamped_gate(both_PO, self.clamp)
+        hidden_PF = self.hidden(pairs.rows, pairs)
         y_PD = self.down(hidden_PF, pairs)
         return pairs.combine(y_PD, routing.weights_TK)
+
+    def hidden(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
+        """What the gated unit makes of [w1 x, w3 x]; (P, F)."""
+        if self.plain:
+            return pairs.gated(x_PD, local(self.w13))
+        both_PO = self.gate_up(x_PD, pairs)
+        return silu_gate(both_PO) if self.clamp is None else clamped_gate(both_PO, self.clamp)
 
     def gate_up(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
         """[w1 x, w3 x] of each pair's expert; (P, 2 F)."""
