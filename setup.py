@@ -2,7 +2,8 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("attention", "native", "pointwise", "quantized", "tiles", "tiles_int8")
+SOURCES = ("attention", "native", "pointwise", "quantized", "tiles", "tiles_attention")
+SOURCES += ("tiles_int8",)
 HEADERS = ("amx", "attention_row", "elements", "pointwise_row", "quantized_row", "quantized_stage", "quantized_vectors")
 HEADERS += ("quantized_weight", "row_dot", "schedule", "target", "tiles", "variants", "vectors")
 

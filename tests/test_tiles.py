@@ -144,3 +144,53 @@ def test_other_dtypes_and_a_variant_by_name_do_without() -> None:
     code = "from accessory import kernels; print(kernels.tiles_serve())"
     named = os.environ | {"ACCESSORY_KERNELS": kernels.native_variant()}
     assert subprocess.run([sys.executable, "-c", code], env=named, capture_output=True, text=True).stdout == "False\n"
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 150),
+    start=st.sampled_from([0, 1, 15, 100, 260]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (8, 1)]),
+    width=st.sampled_from([32, 64, 96, 256]),
+    cut=st.integers(1, 150),
+    seed=st.integers(0, 2**31),
+)
+@torch.no_grad()
+def test_a_prompt_attends_to_what_is_before_each_token(
+    tokens: int, start: int, heads: tuple[int, int], width: int, cut: int, seed: int
+) -> None:
+    (own, shared), length = heads, start + tokens
+    q_LHh = drawn(tokens, own, 2 * width, seed=seed)[..., :width] * 2
+    # As a cache's: rows of more than a head, and behind the sequence what is no number.
+    k_MKh, v_MKh = (drawn(length + 20, shared + 1, width, seed=seed + i) for i in (1, 2))
+    k_MKh[length:], v_MKh[length:] = float("nan"), float("nan")
+    k_MKh, v_MKh = k_MKh[:length, 1:], v_MKh[:length, 1:]
+    assert kernels.tiles_attend(q_LHh, k_MKh, v_MKh)
+    out_LHh = kernels.prompt_attention(q_LHh, k_MKh, v_MKh)
+    k, v = (x.double().repeat_interleave(own // shared, 1).transpose(0, 1) for x in (k_MKh, v_MKh))
+    seen_LM = torch.arange(length) <= torch.arange(start, length)[:, None]
+    logits = (q_LHh.double().transpose(0, 1) @ k.mT * width**-0.5).masked_fill(~seen_LM, float("-inf"))
+    shares = logits.softmax(-1)
+    exact, reach = (shares @ v).transpose(0, 1), (shares @ v.abs()).transpose(0, 1)
+    # The shares and the result are rounded to bfloat16; a logit is a sum in float32.
+    assert bool(((out_LHh.double() - exact).abs() <= 2**-8 * exact.abs() + 1.1 * 2**-8 * reach + 1e-6).all())
+    last = min(cut, tokens)
+    assert torch.equal(kernels.prompt_attention(q_LHh[-last:], k_MKh, v_MKh), out_LHh[-last:])
+    first = kernels.prompt_attention(q_LHh[:last], k_MKh[: start + last], v_MKh[: start + last])
+    assert torch.equal(first, out_LHh[:last])
+
+
+@needs_tiles
+@torch.no_grad()
+def test_what_the_prompts_tiles_do_not_know_goes_another_way() -> None:
+    q, k = drawn(4, 2, 64, seed=0), drawn(4, 1, 64, seed=1)
+    assert kernels.tiles_attend(q, k, k)
+    assert not kernels.tiles_attend(q.float(), k.float(), k.float())
+    assert not kernels.tiles_attend(q[..., :40], k[..., :40], k[..., :40])
+    with torch.enable_grad():
+        assert not kernels.tiles_attend(q, k, k)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.prompt_attention(q, k[:3], k[:3])
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.prompt_attention(q[:, :1].expand(4, 3, 64), k.expand(4, 2, 64), k.expand(4, 2, 64))

@@ -1,6 +1,6 @@
 """What PyTorch does far from the hardware's speed, each beside its plain PyTorch twin: products, and steps between."""
 
-from .attention import SlotAttention, SlotAttentionReference
+from .attention import SlotAttention, SlotAttentionReference, prompt_attention, tiles_attend
 from .linear import (
     FEW_TOKENS,
     called_directly,
@@ -40,6 +40,7 @@ __all__ = [
     "native_variant",
     "on_gpu",
     "plain_experts_synchronise",
+    "prompt_attention",
     "quantized_experts_synchronise",
     "quantized_linear",
     "rms_norm",
@@ -49,6 +50,7 @@ __all__ = [
     "steps_natively",
     "steps_serve",
     "sum_pairs",
+    "tiles_attend",
     "tiles_serve",
     "turn_heads",
 ]

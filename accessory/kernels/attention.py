@@ -1,4 +1,4 @@
-"""Attention of decoding: one new token in each of some slots of a cache, over what its slot holds.
+"""Attention of decoding, one new token in each of some slots of a cache over what its slot holds; and of a prompt.
 
 Shape letters: R rows (new tokens), S slots, L length, H query heads, K key/value heads, G query heads that share one
 (H = K * G), h width of a head.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import called_directly
-from .native import DTYPES, check_outcome, native_available, native_library, native_variant
+from .native import DTYPES, check_outcome, native_available, native_library, native_variant, tiles_serve
 from .tensors import shown, whole_tokens
 
 # Of a layer with 16 heads and 4 key/value heads of 64 in bfloat16, median us with the writes, the kernel / the twin up
@@ -145,6 +145,36 @@ class SlotAttentionReference:
         return out_SHh if self.slots_R is None else out_SHh[self.slots_R]
 
 
+def tiles_attend(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor) -> bool:
+    """Whether `prompt_attention` serves: on a CPU with AMX, in bfloat16, for heads of up to 256, a multiple of 32."""
+    bf16 = q_LHh.dtype == k_MKh.dtype == v_MKh.dtype == torch.bfloat16
+    if not bf16 or not called_directly(q_LHh) or torch.is_grad_enabled() or not tiles_serve():
+        return False
+    width = q_LHh.shape[-1]
+    return 0 < width <= 256 and width % 32 == 0 and k_MKh.stride(-1) == v_MKh.stride(-1) == 1
+
+
+def prompt_attention(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor) -> Tensor:
+    """The last L tokens of a sequence of M over what is before each, and itself; (L, H, h). See tiles_attention.cpp.
+
+    A token's result depends on its own query and what it sees, to the bit. The caller has asked `tiles_attend`.
+    """
+    (tokens, heads, width), (keys, kv_heads) = q_LHh.shape, k_MKh.shape[:2]
+    fits = k_MKh.shape == v_MKh.shape == (keys, kv_heads, width) and tokens <= keys and heads % max(1, kv_heads) == 0
+    if not fits:
+        raise ValueError(f"q {shown(q_LHh)}, keys {shown(k_MKh)} and values {shown(v_MKh)} do not fit")
+    q_LHh = whole_tokens(q_LHh)
+    out_LHh = q_LHh.new_empty(tokens, heads, width)
+    outcome = _library().accessory_attend_prompt(
+        *(x.data_ptr() for x in (q_LHh, k_MKh, v_MKh, out_LHh)),
+        *(tokens, keys - tokens, heads, kv_heads, width),
+        *(q_LHh.stride(0), *k_MKh.stride()[:2], *v_MKh.stride()[:2]),
+        torch.get_num_threads(),
+    )
+    check_outcome(outcome, None, 0)
+    return out_LHh
+
+
 class _Part(ctypes.Structure):
     """struct accessory_cached_part of attention.cpp."""
 
@@ -174,6 +204,8 @@ def _library() -> ctypes.CDLL:
     library.accessory_attend_slots.restype = ctypes.c_int64
     library.accessory_attend_slots.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Cache), ctypes.c_int64]
     library.accessory_attend_slots.argtypes += [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    library.accessory_attend_prompt.restype = ctypes.c_int64
+    library.accessory_attend_prompt.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 10 + [ctypes.c_int]
     return library
 
 

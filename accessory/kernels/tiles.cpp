@@ -1,20 +1,9 @@
 // The products with plain weights on CPU by the tiles of AMX (tiles.h), for any number of tokens:
 // y[p, r] = sum_d x[p, d] * w[e(p), r, d] in bf16, summed in float32. oneDNN would reorder a weight at every call.
 
-#include "target.h"
 #include "tiles.h"
 
 #ifdef HAS_TILES
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
-namespace {
-namespace wide {
-#define VL 64
-#include "elements.h"
-#undef VL
-}  // namespace wide
-}  // namespace
-END_TARGET
-
 namespace {
 
 constexpr int DEPTH = 32;  // elements of a tile's row
@@ -44,11 +33,7 @@ template <bool GATED> struct Plain {
         const int64_t n = t.in(block), *own = order + t.group.first + block * TILE;
         for (int64_t d = 0; d < depth; d += DEPTH, to += BYTES) {
             const __mmask32 mask = depth - d < DEPTH ? (1u << (depth - d)) - 1 : ~0u;
-            __m512i token[TILE];
-            for (int i = 0; i < TILE; i++)
-                token[i] = i < n ? _mm512_maskz_loadu_epi16(mask, x + own[i] * depth + d) : _mm512_setzero_si512();
-            transpose(token);
-            for (int i = 0; i < TILE; i++) _mm512_store_si512(to + 64 * i, token[i]);
+            lay_out([&](int i) TILES_TARGET { return x + own[i] * depth + d; }, n, mask, to);
         }
     }
 

@@ -7,12 +7,23 @@
 
 #include "amx.h"
 #include "schedule.h"
+#include "target.h"
 
 #ifdef HAS_TILES
 #include <omp.h>
 
 #include <atomic>
 #include <memory>
+
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
+namespace {
+namespace wide {
+#define VL 64
+#include "elements.h"
+#undef VL
+}  // namespace wide
+}  // namespace
+END_TARGET
 
 namespace {
 
@@ -123,14 +134,18 @@ template <class Way> TILES_TARGET void multiply_groups(const Way& way, const Sch
     }
 }
 
+// Two rows rounded to bf16, each element of one beside that of the other.
+TILES_TARGET INLINE_TILES __m512i in_pairs(__m512 even, __m512 odd) {
+    alignas(64) static constexpr uint16_t IN_PAIRS[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(IN_PAIRS), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 // Sums of 16 or 32 rows with 16 tokens, a row's together, times their rows' scales (null: 1), to the places that `order`
 // gives the first n tokens in y, whose rows are `stride` elements long; `many` rows are wanted.
 template <int COUNT>
 TILES_TARGET INLINE_TILES void put(const float* low, const float* high, const float* scales, const int64_t* order,
                                    int64_t n, int64_t many, uint16_t* y, int64_t stride) {
-    alignas(64) static constexpr uint16_t IN_PAIRS[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                          8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i in_pairs = _mm512_load_si512(IN_PAIRS);
     __m512i token[TILE];  // first two neighbouring rows' results of each token
     for (int i = 0; i < ROWS; i += 2) {
         if (i >= COUNT) {
@@ -143,11 +158,19 @@ TILES_TARGET INLINE_TILES void put(const float* low, const float* high, const fl
             even = _mm512_mul_ps(even, _mm512_set1_ps(scales[i]));
             odd = _mm512_mul_ps(odd, _mm512_set1_ps(scales[i + 1]));
         }
-        token[i / 2] = _mm512_permutexvar_epi16(in_pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        token[i / 2] = in_pairs(even, odd);
     }
     transpose(token);
     const __mmask32 mask = many < ROWS ? (1u << many) - 1 : ~0u;
     for (int i = 0; i < n; i++) _mm512_mask_storeu_epi16(y + order[i] * stride, mask, token[i]);
+}
+
+// A tile of 16 tokens, n of them from `from(i)` on: pairs of the elements that `mask` leaves down, tokens across.
+template <class From> TILES_TARGET INLINE_TILES void lay_out(const From& from, int64_t n, __mmask32 mask, char* to) {
+    __m512i token[TILE];
+    for (int i = 0; i < TILE; i++) token[i] = i < n ? _mm512_maskz_loadu_epi16(mask, from(i)) : _mm512_setzero_si512();
+    transpose(token);
+    for (int i = 0; i < TILE; i++) _mm512_store_si512(to + 64 * i, token[i]);
 }
 
 // Reads `lines` of the cache ahead, the k-th of as many that lie one after another: of weights that are read as one

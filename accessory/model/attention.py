@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
@@ -233,6 +234,8 @@ def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int, bounds:
     """One sequence whose new tokens begin at position ``start`` of its M tokens."""
     if bounds is not None:
         return attend_within(q_LHh[None], k_MKh[None], v_MKh[None], start, bounds)[0]
+    if kernels.tiles_attend(q_LHh, k_MKh, v_MKh):
+        return kernels.prompt_attention(q_LHh, k_MKh, v_MKh)
     if not q_LHh.is_cuda and not torch.is_grad_enabled():
         return _attend_in_blocks(q_LHh, k_MKh, v_MKh, start)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHh, k_MKh, v_MKh))
