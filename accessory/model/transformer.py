@@ -145,15 +145,16 @@ class Transformer(nn.Module):
             lengths: of the texts that share rows, row by row, B * L together; None: each row is one.
 
         Returns:
-            Logits (B, L, V) in the compute dtype, and the statistics stacked over the layers that have experts.
+            Logits (B, L, V) in the compute dtype, of padding -infinity, and the statistics stacked over the layers that
+            have experts.
         """
         rows, length = tokens_BL.shape
         device = tokens_BL.device
         pattern = CausalRows(rows, length, device) if lengths is None else Ragged(lengths, device)
         counted_T = None if counted_BL is None else counted_BL.flatten()
         x_TD, routings = self._run(tokens_BL.flatten(), pattern)
-        # FSDP's hooks want no view here, so the rows are told apart before the product and not behind it.
-        logits_BLV = self.output(self.norm(x_TD).unflatten(0, (rows, length)))
+        # FSDP's hooks want no view here: rows are told apart before the product and not behind it, and nothing is cut.
+        logits_BLV = self.output(self.norm(x_TD).unflatten(0, (rows, length)), cuts=False)
         return logits_BLV, RouterStats.stacked([routing.stats(counted_T) for routing in routings])
 
     def score(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:

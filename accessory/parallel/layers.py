@@ -86,7 +86,7 @@ class ParallelOutput(nn.Module):
     Args:
         vocab_size: this rank's own rows.
         n_tokens: of all rows, those that are tokens, the first ones; the scores of the others, which pad the
-            vocabulary, never leave. None: every row is one.
+            vocabulary, are cut off or -infinity. None: every row is one.
 
     Attributes:
         gaps: int64; which of the first rows are no tokens after all: their scores are -infinity.
@@ -100,10 +100,13 @@ class ParallelOutput(nn.Module):
         self.gaps: Tensor | None = None
         self.weight = place.matrix(vocab_size, dim, head=True)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, V), the same on every rank."""
+    def forward(self, x_TD: Tensor, *, cuts: bool = True) -> Tensor:
+        """(T, D) -> (T, V), the same on every rank; where padding is not cut off, its scores are -infinity."""
         logits_TV = gather_last_dim(self.scores(copy_to_region(x_TD, self.group)), self.group)
-        logits_TV = logits_TV if self.n_tokens is None else logits_TV[..., : self.n_tokens]
+        if self.n_tokens is not None and cuts:
+            logits_TV = logits_TV[..., : self.n_tokens]
+        elif self.n_tokens is not None:
+            logits_TV[..., self.n_tokens :].fill_(float("-inf"))
         # In place, since logits may be the largest tensor of all; no backward pass needs what stood there.
         return logits_TV if self.gaps is None else logits_TV.index_fill_(-1, self.gaps, float("-inf"))
 
