@@ -380,7 +380,9 @@ def _(folder, good):
 
 @case("endless", "--packing: in the form of --chat_template ", "an answer has no end", "or leave --packing out")
 def _(folder, good):
-    (folder / "endless.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    said = "{% generation %}{{ m.content }}{% endgeneration %}"
+    source = f"{{% for m in messages %}}{{{{ m.role }}}}: {said}</s>{{% endfor %}}"
+    (folder / "endless.jinja").write_text(source)
     return {"chat_template": folder / "endless.jinja", "packing": True}
 
 

@@ -583,10 +583,29 @@ def test_a_template_that_ends_no_answer_is_learned_with_the_end_token(loaded: di
         form = TemplateForm(loaded["v1"], source, "none")
         parts = form.parts(chat)
         assert len(parts) == 2, "behind an answer in mid-chat there is no end to learn"
+        assert form.ends_answers()
         for example in (encode_example(part, loaded["v1"]) for part in parts):
             assert (example.tokens[-1], example.learned[-1]) == (loaded["v1"].eos_id, True)
         assert form.ends.tail == source.partition("content }}")[2].partition("{%")[0].replace("\\n", "\n")
         assert loaded["v1"].eos_id not in form.prompt(chat[:-1])
+
+
+def test_a_template_may_end_the_last_answer_with_a_token_of_its_own(loaded: dict[str, Tokenizer]) -> None:
+    """As gpt-oss's does, whose earlier answers end with <|end|>: each answer is learned as the last one."""
+    source = (
+        "{% for m in messages %}{{ '<|start_of_turn>' + m.role + '\n' + m.content }}"
+        "{{ '<|eot_id|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{{ '<|start_of_turn>assistant\n' if add_generation_prompt }}"
+    )
+    tokenizer = loaded["bytes"]
+    form = TemplateForm(tokenizer, source, "own")
+    assert form.ends == Ends(stop_ids=(tokenizer.controls["<|eot_id|>"],))
+    assert form.ends_answers()
+    chat = [Message("user", "Q"), Message("assistant", "A"), Message("user", "R"), Message("assistant", "B")]
+    parts = form.parts(chat)
+    assert ["".join(one.text for one in part if one.learned) for part in parts] == ["A<|eot_id|>", "B<|eot_id|>"]
+    for part, count in zip(parts, (2, 4), strict=True):
+        assert "".join(one.text for one in part) == form.text(chat[:count], ask=False)
 
 
 def test_an_answer_that_holds_what_ends_answers_is_refused(loaded: dict[str, Tokenizer]) -> None:

@@ -100,10 +100,10 @@ class Form:
         """Whether something is learned behind the words of an answer, by which a model knows when to stop."""
         word = "a"
         try:
-            chat = self.segments([Message("user", word), Message("assistant", word)], ask=False)
-        except TemplateError:  # the template asks for other messages
+            (part,) = self.parts([Message("user", word), Message("assistant", word)])
+        except ValueError:  # which the records meet as well, or the template asks for other messages
             return True
-        return not "".join(one.text for one in chat if one.learned).rstrip().endswith(word)
+        return not "".join(one.text for one in part if one.learned).rstrip().endswith(word)
 
     def _prefixes(self, messages: Sequence[Message], cuts: Sequence[tuple[int, bool]]) -> list[list[Segment]]:
         """The segments of a chat's first so many messages, each with whether they ask."""

@@ -46,8 +46,11 @@ class TemplateForm(Form):
         super().__init__(tokenizer)
         self.template, self.name = template, name
         self._warned = False
-        self._lead, self._end = self._probed()
-        self.ends = self._found_ends()
+        self._lead, self._end, last = self._probed()
+        self.ends = self._found_ends(self._end)
+        self._ends_alike = bool(self.ends.stop or self.ends.stop_ids)
+        if not self._ends_alike and (own := self._found_ends(self._ending(last))).stop_ids:
+            self.ends = own  # the last answer ends with a token of its own, as gpt-oss's
         # Mistral's own tokenizers are known to mistral-common, whose tokens those of its templates are to be.
         self._mistral = MistralForm(tokenizer) if "[INST]" in template and not tokenizer.is_json else None
         chat = [Message("user", "Q"), Message("assistant", "A"), Message("user", "R")]
@@ -97,7 +100,8 @@ class TemplateForm(Form):
         return False
 
     def _joins(self) -> bool:
-        return self._ends_answers  # else each answer is an example, with the end token behind it
+        # Else each answer is an example, which ends as the last one does, or with the end token.
+        return self._mistral is not None or self._ends_alike
 
     def _cut(self, messages: Sequence[Message], whole: Rendered, places: Places, guard: str) -> list[Segment]:
         """A text in segments, of which answers with their ends are some."""
@@ -256,12 +260,12 @@ class TemplateForm(Form):
             how = "cont" if token is None else "behind"
         return made
 
-    def _found_ends(self) -> Ends:
-        *before, (_last, token) = self.tokenizer.split_controls(self._end) or [("", None)]
+    def _found_ends(self, end: str) -> Ends:
+        *before, (_last, token) = self.tokenizer.split_controls(end) or [("", None)]
         if token is not None:
             return Ends(stop_ids=(token,), lead=self._lead, tail="".join(piece for piece, _ in before))
-        stop = self._end.rstrip()
-        return Ends(stop=(stop,), lead=self._lead) if stop else Ends(lead=self._lead, tail=self._end)
+        stop = end.rstrip()
+        return Ends(stop=(stop,), lead=self._lead) if stop else Ends(lead=self._lead, tail=end)
 
     def _as_mistral(self, messages: Sequence[Message], ask: bool, text: str) -> list[Segment] | None:
         """The segments of Mistral's own form, where it says the same but for spaces that its tokenizer makes."""
@@ -281,8 +285,8 @@ class TemplateForm(Form):
                 return made
         return None
 
-    def _probed(self) -> tuple[str, str]:
-        """What the template writes between a prompt and its answer, and what behind every answer.
+    def _probed(self) -> tuple[str, str, str]:
+        """What the template writes between a prompt and its answer, what behind every answer, and what behind the last.
 
         Raises TemplateError where it renders no question, with a system message or without.
         """
@@ -298,7 +302,7 @@ class TemplateForm(Form):
         try:
             said, more = self.text(turns[:-1], ask=False), self.text(turns, ask=True)
         except TemplateError:
-            return "", ""  # it knows no answers
+            return "", "", ""  # it knows no answers
         lead = said.removeprefix(asked).partition(mark)[0] if said.startswith(asked) else ""
         last, mid = said.partition(mark)[2], more.partition(mark)[2]
         end = ""
@@ -306,7 +310,7 @@ class TemplateForm(Form):
             end += commonprefix([piece, other]) if token == same else ""
             if token is not None or piece != other:
                 break
-        return lead, end
+        return lead, end, last
 
 
 def _unused(messages: Sequence[Message], number: int = 0) -> str:
