@@ -29,8 +29,8 @@ def setup_logging(rank: int | None = None, *, level: int = logging.INFO, file: P
     rank = global_rank() if rank is None else rank
     logger = logging.getLogger("accessory")
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
-    # What is true of the whole machine is said by one rank.
-    for name in ("kernels", "data"):
+    # What is true of the whole machine, or of files that all ranks read, is said by one rank.
+    for name in ("kernels", "data", "text"):
         logging.getLogger(f"accessory.{name}").setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     mark = "" if rank == 0 else f"[rank {rank}] "
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]

@@ -73,7 +73,7 @@ def dealt(first: list[pytest.Item], rest: list[pytest.Item], hands: int) -> list
     return [item for hand in range(hands) for item in (*first[hand::hands], *rest[hand * part : hand * part + part])]
 
 
-LOGGERS = ("accessory", "accessory.kernels", "accessory.data")
+LOGGERS = ("accessory", "accessory.kernels", "accessory.data", "accessory.text")
 
 
 @pytest.fixture(autouse=True)

@@ -820,6 +820,8 @@ def test_folders_there_and_back(name: str, made: Callable[[str], Made], tmp_path
     convert(tmp_path / "base", tmp_path / "sparse", to="accessory-sparse", mp=2)
     convert(tmp_path / "sparse", tmp_path / "hf", to="hf")
     assert diff(own.folder, tmp_path / "sparse").same
+    # A word of our own folders.
+    assert ["llama_type" in "".join(describe(folder)) for folder in (own.folder, tmp_path / "base")] == [False, True]
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (own.folder, tmp_path / "hf"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)

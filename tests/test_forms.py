@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -23,6 +24,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from accessory.log import setup_logging
 from accessory.text import template
 from accessory.text.chat import Ends, Message, encode_example, ids_of
 from accessory.text.equivalents import equivalent_template
@@ -633,6 +635,13 @@ def test_a_chat_that_mistrals_form_cannot_say_has_its_spaces(loaded: dict[str, T
         (part,) = form.parts(messages)
         assert next(one.text for one in part if one.learned) == " A"
     assert form.ends.lead == " "
+
+
+def test_what_is_said_of_the_files_is_said_by_one_rank() -> None:
+    logger = logging.getLogger("accessory.text.form_files")
+    for rank in (0, 1):
+        setup_logging(rank)
+        assert logger.isEnabledFor(logging.WARNING) == (rank == 0)
 
 
 def test_the_last_folder_that_says_something_rules(tmp_path: Path, small_tokenizer: Path) -> None:

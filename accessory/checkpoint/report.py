@@ -73,7 +73,7 @@ def describe(
     size = sum(path.stat().st_size for path in opened.paths)
     yield f"folder      {opened.place}"
     form = layout if layout.startswith(opened.form) else f"{opened.form}, {layout}"
-    yield f"format      {form}, llama_type {opened.llama_type or 'not said (mistral)'}"
+    yield f"format      {form}{'' if opened.llama_type is None else f', llama_type {opened.llama_type}'}"
     yield f"shards      {len(opened.files)}, {shown_bytes(size)} in all"
     together = ", base and adapter together" if adapter_alone else ""
     if adapter_alone:
