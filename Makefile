@@ -18,6 +18,9 @@ LORA_EPOCHS := 16
 MODEL := epoch$(shell expr $(EPOCHS) - 1)
 ADAPTER := epoch$(shell expr $(LORA_EPOCHS) - 1)
 
+# Programs that tests start, and pytest's own processes, would compile every module each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Their order is part of what they say.
 .NOTPARALLEL:
 .PHONY: install demo coming finetune-demo peft-demo demo-web test test-fast lint docs checked pytest test-browser chromium soak bench clean
