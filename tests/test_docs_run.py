@@ -41,6 +41,9 @@ SHORTER = (
     (r"(?m)^accessory generate .* (--nproc 2|--raw) .*$", "true"),
     (r"(?m)^accessory serve .* --(chat-template|cors) .*$", "true"),
     (r"(?m)^torchrun .*--signals-to-handle (.*\\\n)*.*$", "true"),
+    (r"(?m)^timeout --signal INT (.*\\\n)*.*$", "true"),
+    # The same as of other folders, which tests of their own read.
+    (r"(?m)^accessory (generate|inspect) runs/(stopped|small|tiny-hf|tiny-gguf|tiny-in-2)\S*( --.*)?$", "true"),
     (r"(?m)^accessory tiny .*$", "mkdir runs/small && cp runs/tiny/*.* runs/small/"),
     (r" --nproc 2 ", " "),
     (r"--nproc-per-node([ =])2", r"--nproc-per-node\g<1>1"),
@@ -52,7 +55,6 @@ SHORTER = (
     (r"(?m)^make finetune-demo$", "python -m accessory.tools.docstring_dialogues runs/dialogues --limit 24"),
     (r"runs/finetuned/", "runs/answers/"),
     (r"cat docs/\*\.md", "head -c 8000 docs/finetune.md"),
-    (r"--signal INT \d+", "--signal INT 8"),
     (r"--max-gen-len \d+", "--max-gen-len 8"),
     (r"max_gen_len=\d+", "max_gen_len=8"),
     (r"\"temperature\": 0", '"temperature": 0, "max_tokens": 8'),  # after so little training no answer ends by itself
