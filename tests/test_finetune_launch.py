@@ -87,21 +87,20 @@ def exported_loss(folder: Path) -> float:
 # -- alone
 
 
-@pytest.mark.parametrize(
-    ("start", "cwd"),
-    [
-        (("main_finetune.py",), PACKAGE),
-        (("accessory/main_finetune.py",), ROOT),
-        (("-m", "accessory.main_finetune"), ROOT),
-    ],
-    ids=["as the reference page", "from the root", "as a module"],
-)
-def test_one_process(start, cwd, setting, one_process, tmp_path):
+def test_one_process_as_the_reference_page_starts_it(setting, one_process, tmp_path):
     out = tmp_path / "out"
-    stderr = started(PYTHON, *start, *arguments(setting, out), environment=setting.environment, cwd=cwd)
+    command = (PYTHON, "main_finetune.py", *arguments(setting, out))
+    stderr = started(*command, environment=setting.environment, cwd=PACKAGE)
     assert f"done: {STEPS} of {STEPS} steps" in stderr
     assert log_lines(out) == log_lines(one_process)
     assert exported_loss(out / "epoch0-iter3") == exported_loss(one_process / "epoch0-iter3")
+
+
+@pytest.mark.parametrize("start", [("accessory/main_finetune.py",), ("-m", "accessory.main_finetune")], ids=" ".join)
+def test_other_starts_find_the_package(start, setting, tmp_path):
+    """Its first modules, of which options come; the run itself is the same."""
+    done = run_command([PYTHON, *start, *arguments(setting, tmp_path / "out", lr="nan")], cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "ERROR: --lr is nan: give a finite number\n")
 
 
 def test_the_exported_folder_is_a_checkpoint(one_process, setting):
@@ -218,9 +217,10 @@ SHARED = {"epochs": 1, "accum_iter": 8, "min_lr": 0, "clip_grad": 2, "weight_dec
 SHARED |= {"warmup_epochs": 0.1, "grad_ckpt_policy": "full", "auto_resume": False}
 
 
+# Each rank takes seconds to start: `make soak` has those of 8; the first one's settings are looked at below, too.
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(own, marks=[pytest.mark.soak] if "Experts" in own.stem else []) for own in EXPERIMENTS],
+    [pytest.param(own, marks=[] if "Peft" in own.stem else [pytest.mark.soak]) for own in EXPERIMENTS],
     ids=NAMES,
 )
 def test_an_experiment_as_the_reference_page_starts_it(script, dialogues, ranks, tmp_path):
@@ -259,7 +259,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-# They differ in what the test above looks at, and not in how they find the ranks: `make soak` runs the others too.
+# They differ in their settings, and not in how they find the ranks: `make soak` runs the others too.
 @pytest.mark.parametrize(
     "script",
     [EXPERIMENTS[0], *(pytest.param(script, marks=pytest.mark.soak) for script in EXPERIMENTS[1:])],
@@ -272,6 +272,8 @@ def test_an_experiment_from_the_root_under_an_older_slurm(script, dialogues, ran
     environment = srun_environment(dialogues, tmp_path, STAND_IN_SRUN_NTASKS="SLURM_NPROCS")
     started("srun", "-n2", "bash", script.relative_to(ROOT), *given, environment=environment, cwd=ROOT)
     options = json.loads((out / "options.json").read_text())
+    expected = {**SHARED, **EXPECTED.get(script.stem, {}), "model_parallel_size": 2, "expert_parallel_size": 1}
+    assert {name: options[name] for name in expected} == expected
     assert losses(out) == pytest.approx(losses_alone(options, dialogues, ranks, data_parallel=1), rel=1e-4)
     assert len(list((out / "epoch0-iter16").glob("consolidated.*-of-02.model.pth"))) == 2
 
