@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import written_layout
 from accessory.config import PEFT_TYPES, ModelArgs
+from accessory.config.layouts import EXPORT_FORMS
 from accessory.data.cache import load_finetune_data
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.packing import PackedSampler
@@ -234,9 +235,10 @@ def _refuse_parts(options: FinetuneOptions, args: ModelArgs) -> None:
     """Raise ValueError where the models of the run have no place in the form in which they are to be written."""
     form = f"--export_form {options.export_form}"
     try:
-        layout = written_layout(options.export_form, args)
+        layout = written_layout(options.export_form, args, EXPORT_FORMS)
     except ValueError as error:  # it begins with the form's name
-        raise ValueError(f"--export_form {error}") from None
+        adds = ", or leave --bias_update_rate out" if options.bias_update_rate else ""
+        raise ValueError(f"--export_form {error}{adds}") from None
     if not layout.plain:
         return
     if args.peft is not None:

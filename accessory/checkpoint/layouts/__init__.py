@@ -109,8 +109,11 @@ def _no_weights(folder: str, names: Sequence[str]) -> str:
     )
 
 
-def written_layout(name: str, args: ModelArgs) -> Layout:
+def written_layout(name: str, args: ModelArgs, among: Sequence[str] | None = None) -> Layout:
     """The layout of that name, for a model of these sizes.
+
+    Args:
+        among: names from which the caller can choose; None: all.
 
     Raises:
         ValueError: none that can be written has it, or its config has no words for what the model computes.
@@ -119,7 +122,7 @@ def written_layout(name: str, args: ModelArgs) -> Layout:
         raise ValueError(unknown("to", name, WRITTEN))
     layout = WRITTEN[name]
     if unsaid := layout.unsaid(args):
-        able = [other.name for other in WRITTEN.values() if not other.unsaid(args)]
+        able = [other for other in among or WRITTEN if not WRITTEN[other].unsaid(args)]
         raise ValueError(f"{name} cannot say {unsaid}: take one of {', '.join(able)}")
     return layout
 
