@@ -144,7 +144,7 @@ def init_error(mp_size: int, ep_size: int = 1) -> tuple[str, str]:
         *(((1, size), f"expert_parallel_size {size} does not divide the number of data-") for size in (3, 8, 0)),
         (
             (2, 4),
-            "expert_parallel_size 4 does not divide the number of data-parallel ranks, 2 (4 processes, ",
+            "expert_parallel_size 4 does not divide the number of data-parallel ranks, 2 (processes: 4, ",
         ),
     ],
 )

@@ -201,8 +201,9 @@ class ParallelState:
         dp_size = world // mp_size
         if ep_size < 1 or dp_size % ep_size:
             raise ValueError(
-                f"expert_parallel_size {ep_size} does not divide the number of data-parallel ranks, {dp_size} ({world} "
-                f"processes, model_parallel_size {mp_size}): start another number of processes, or give another size"
+                f"expert_parallel_size {ep_size} does not divide the number of data-parallel ranks, {dp_size} "
+                f"(processes: {world}, model_parallel_size {mp_size}): start another number of processes, or give "
+                "another size"
             )
         from fairscale.nn.model_parallel import initialize as fs_init
 
