@@ -248,15 +248,17 @@ def test_a_spoilt_model_is_said_once(setting: Setting, small_tokenizer: Path, tm
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_death_on_the_other_host(victim: int, setting: Setting, tmp_path: Path) -> None:
     given = shlex.join(map(str, alone(setting.arguments(tmp_path, batch_size=4, epochs=MANY))))
-    started = f'grep -qs "step.: 3" {tmp_path}/log.jsonl'
-    dies = ["bash", "-c", f"{given} & until {started}; do sleep 0.1; done; kill -9 $!; wait $!; test $? = 137"]
-    lives = ["bash", "-c", f"timeout 60 {given} || exit $((100 + $?))"]
+    started, died = f'grep -qs "step.: 3" {tmp_path}/log.jsonl', tmp_path / "died"
+    dies = f"{given} & until {started}; do sleep 0.1; done; kill -9 $!; touch {died}; wait $!; test $? = 137"
+    # The time counts from the death: how long ranks take to begin says nothing.
+    ends = f"until test -e {died}; do sleep 0.1; done; timeout 60 tail --pid=$! -f /dev/null || kill -9 $!"
+    lives = f"{given} & {ends}; wait $! || exit $((100 + $?))"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29512", **setting.environment}
     done = run_on_two_hosts(
-        [dies if host == victim else lives for host in range(2)],
+        [["bash", "-c", dies if host == victim else lives] for host in range(2)],
         [{"RANK": str(host), **place} for host in range(2)],
         cwd=tmp_path,
-        seconds=120,
+        seconds=240,
     )
     assert done.returncode == 101, done.stderr
     (said,) = (line for line in done.stderr.splitlines() if "ERROR: " in line)
