@@ -16,6 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from accessory.checkpoint.layouts import load_args
 from accessory.cli import main
@@ -32,7 +35,8 @@ from accessory.parallel.state import ParallelState, Ranks
 from accessory.train import fit
 from accessory.train.build import build_for_training
 from accessory.train.memory import Layout, most_bytes, state_bytes, training_memory
-from accessory.train.optim import OPTIMIZERS, adamw
+from accessory.train.muon import Muon, matrix_step_bytes
+from accessory.train.optim import OPTIMIZERS
 from accessory.train.options import FinetuneOptions
 from accessory.train.planner import layouts
 from accessory.train.recompute import recompute_activations
@@ -44,7 +48,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Pools = Callable[[int], RankPool]
 
-# Large enough that pages of the interpreter and of gloo are little of it.
 MODEL = {
     "dim": 384,
     "n_layers": 3,
@@ -53,6 +56,8 @@ MODEL = {
     "hidden_dim": 1024,
     "moe": {"num_experts": 8, "num_experts_per_tok": 2},
 }
+# Of which peaks are measured: large enough that pages of the interpreter and of gloo are little of them.
+MEASURED = {**MODEL, "dim": 320, "n_layers": 2, "n_heads": 4, "hidden_dim": 768}
 LORA = {"lora_rank": 16}
 ROWS, LENGTH = 2, 512
 M_MMAP_THRESHOLD = -3  # glibc's name for it (malloc.h)
@@ -81,24 +86,19 @@ def watched() -> Iterator[list[int]]:
         thread.join()
 
 
-def peaks_on_rank(tokenizer: Path, configs: list[Path], rows: list[tuple[Layout, dict[str, Any]]]) -> list[int]:
-    """Of each layout's run of two steps the peak, less what the process has once it has imported all.
+def peak_on_rank(tokenizer: Path, configs: list[Path], layout: Layout, peft: dict[str, Any]) -> int:
+    """The peak of a run of two steps, less what the process has once it has imported all.
 
     Args:
         configs: of a model that is trained for the imports alone, and of the one to measure.
     """
     # Freed blocks go back to the system, so that what is measured is what is there, and no holes on the heap.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    for layout, peft in rows:
-        _train(tokenizer, configs[0], layout, peft)
+    _train(tokenizer, configs[0], layout, peft)
     imported = _at_rest()
-    found = []
-    for layout, peft in rows:
-        _at_rest()  # of the model before nothing is left
-        with watched() as most:
-            _train(tokenizer, configs[1], layout, peft)
-        found.append(most[0] - imported)
-    return found
+    with watched() as most:
+        _train(tokenizer, configs[1], layout, peft)
+    return most[0] - imported
 
 
 def _at_rest() -> int:
@@ -126,15 +126,18 @@ def _train(tokenizer: Path, config: Path, layout: Layout, peft: dict[str, Any]) 
         before_sharding=lambda llma: recompute_activations(llma, layout.policy),
     )
     model = MetaModel(llma, pretrained.tokenizer, pretrained.llama_type).train()
-    optimizer = adamw(model.named_parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = OPTIMIZERS[layout.optimizer].build(model.named_parameters(), lr=1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(dist.get_rank() // layout.mp_size)
     tokens = torch.randint(3, llma.args.vocab_size, (layout.rows, layout.length), generator=generator)
     for _ in range(2):
         train_step(model, optimizer, [Batch(tokens, tokens)] * layout.accum, lr=1e-4, clip_grad=1.0)
 
 
-LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
+# Layouts of two ranks are for `make soak`; of one and of four each is there once.
+STEP = {"rows": 1, "length": 16, "optimizer": "muon"}  # so few tokens that the optimizer's step is the fullest moment
+LAYOUTS = [
     (Layout(), {}),
+    (Layout(**STEP), {}),
     (Layout(mp_size=2), {}),
     (Layout(dp_size=2, data_parallel="fsdp"), {}),
     (Layout(dp_size=2, data_parallel="ddp", accum=2), {}),
@@ -142,33 +145,70 @@ LAYOUTS: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(dp_size=4, ep_size=2, data_parallel="fsdp"), {}),
     (Layout(dp_size=2, policy="full", data_parallel="sdp"), {}),
     (Layout(dp_size=2, data_parallel="ddp"), LORA),
+    (Layout(dp_size=2, ep_size=2, **STEP), {}),
+    (Layout(mp_size=2, placement="tensor", **STEP), {}),
 ]
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.soak), 4])
-def test_planned_memory_is_what_runs_take(size: int, ranks: Pools, small_tokenizer: Path, tmp_path: Path) -> None:
+def ranks_of(layout: Layout) -> int:
+    return layout.dp_size * layout.mp_size
+
+
+@pytest.mark.parametrize(
+    ("layout", "peft"),
+    [pytest.param(*row, marks=[pytest.mark.soak] if ranks_of(row[0]) == 2 else []) for row in LAYOUTS],
+)
+def test_planned_memory_is_what_runs_take(
+    layout: Layout, peft: dict[str, Any], ranks: Pools, small_tokenizer: Path, tmp_path: Path
+) -> None:
     configs = [tmp_path / "small.json", tmp_path / "config.json"]
     for config, sizes in zip(configs, ({"dim": 48, "hidden_dim": 32}, {}), strict=True):
-        config.write_text(json.dumps({**MODEL, **sizes}))
-    rows = [
-        (dataclasses.replace(layout, rows=ROWS, length=LENGTH, precision="fp32", gpu=False), peft)
-        for layout, peft in LAYOUTS
-        if layout.dp_size * layout.mp_size == size
-    ]
-    measured = [max(each) for each in zip(*ranks(size).run(peaks_on_rank, small_tokenizer, configs, rows), strict=True)]
-    off = {}
-    for (layout, peft), peak in zip(rows, measured, strict=True):
-        args = Pretrained.untrained(
-            llama_type="mistral_peft" if peft else None,
-            llama_config=configs[1],
-            tokenizer_path=small_tokenizer,
-            max_seq_len=LENGTH,
-            adapters=peft,
-        ).args
-        planned = training_memory(args, layout)
-        off[str(layout)] = planned.total / peak
-        assert planned.total < most_bytes(args, layout)
-    assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
+        config.write_text(json.dumps({**MEASURED, **sizes}))
+    if layout.optimizer == "adamw":
+        layout = dataclasses.replace(layout, rows=ROWS, length=LENGTH)
+    layout = dataclasses.replace(layout, precision="fp32", gpu=False)
+    peak = max(ranks(ranks_of(layout)).run(peak_on_rank, small_tokenizer, configs, layout, peft))
+    args = Pretrained.untrained(
+        llama_type="mistral_peft" if peft else None,
+        llama_config=configs[1],
+        tokenizer_path=small_tokenizer,
+        max_seq_len=layout.length,
+        adapters=peft,
+    ).args
+    planned = training_memory(args, layout)
+    assert planned.total < most_bytes(args, layout)
+    assert 0.9 <= planned.total / peak <= 1.1, (planned, peak)
+
+
+def step_peaks_on_rank(cases: list[tuple[tuple[int, ...], int]]) -> list[int]:
+    """Of Muon's steps of parameters of some shapes, each cut along an axis: the peak, less what there is before."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    size = dist.get_world_size()
+    mesh, found = init_device_mesh("cpu", (size,)), []
+    for shape, axis in cases:
+        own = [length // size if number == axis else length for number, length in enumerate(shape)]
+        parameter, gradient = (DTensor.from_local(torch.ones(own), mesh, [Shard(axis)]) for _ in range(2))
+        parameter = nn.Parameter(parameter)
+        parameter.grad = gradient
+        optimizer = Muon([{"params": [parameter]}], [], lr=1e-3)
+        optimizer.step()  # states are made, and what it imports is there
+        before = _at_rest()
+        with watched() as most:
+            optimizer.step()
+        found.append(most[0] - before)
+    return found
+
+
+def test_muon_s_step_takes_what_is_planned(ranks: Pools) -> None:
+    """Of a matrix that is made whole; of experts that are dealt out anew, which are tall, and wide; of whole ones."""
+    cases = [((1024, 512), 0), ((7, 512, 512), 1), ((8, 2, 1024, 384), 2), ((8, 384, 1024), 2), ((8, 384, 512), 0)]
+    measured = [max(each) for each in zip(*ranks(2).run(step_peaks_on_rank, cases), strict=True)]
+    for (shape, axis), peak in zip(cases, measured, strict=True):
+        own = [length // 2 if number == axis else length for number, length in enumerate(shape)]
+        planned = matrix_step_bytes(shape, own, [(2, axis)], gpu=False)
+        assert 0.9 <= planned / peak <= 1.1, (shape, axis, planned, peak)
+    # On a GPU there is an exchange: the update, what came of it, that once more since it is tall, and three on the way.
+    assert matrix_step_bytes((8, 2, 1024, 384), (8, 2, 512, 384), [(2, 2)], gpu=True) == 6 * 8 * 2 * 512 * 384 * 4
 
 
 def serving_peaks_on_rank(config: Path, servers: list[Server]) -> list[int]:
@@ -198,7 +238,7 @@ def _read(config: Path, server: Server) -> None:
 
 def test_planned_memory_is_what_a_server_takes(ranks: Pools, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({**MODEL, "vocab_size": 384}))
+    config.write_text(json.dumps({**MEASURED, "vocab_size": 384}))
     one = Server(
         mp_size=1, placement="expert", quant=None, dtype=torch.float32, slots=4, length=2 * PREFILL_TOKENS, gpu=False
     )

@@ -25,7 +25,8 @@ from accessory.parallel.plan import (
     split_of,
     trains,
 )
-from accessory.train.optim import OPTIMIZERS, kept_bytes
+from accessory.train.muon import Cut
+from accessory.train.optim import OPTIMIZERS, kept_bytes, step_bytes
 from accessory.train.options import DataParallel, OptimizerName, Precision, RecomputePolicy
 from accessory.train.precision import COMPUTE_DTYPES
 from accessory.train.sharding import Unit, sharded_axis, unit_of
@@ -68,7 +69,7 @@ class Memory(NamedTuple):
 
     Attributes:
         weights, gradients, optimizer: what the rank keeps of them.
-        activations: of the passes, and what their operations need besides.
+        activations: of the passes, and what their operations need besides; or what the optimizer's step needs.
         exchange: whole copies of sharded parameters and of their gradients, and the buffers of these.
     """
 
@@ -89,6 +90,7 @@ class Held(NamedTuple):
     Attributes:
         shape: of the whole.
         own: of its shard.
+        cuts: how it lies along each axis of its mesh.
         gathered: elements of its part along ep and mp, which a unit gathers.
         itemsize, gathered_itemsize: bytes of an element of the one and the other.
         trains: whether it has a gradient.
@@ -99,6 +101,7 @@ class Held(NamedTuple):
     name: str
     shape: tuple[int, ...]
     own: tuple[int, ...]
+    cuts: tuple[Cut, ...]
     gathered: int
     itemsize: int
     gathered_itemsize: int
@@ -140,14 +143,22 @@ def _parameters(args: ModelArgs, layout: Layout, rank: int) -> Iterator[Held]:
         own, unit, axis = trains(name, args), unit_of(name, layout.dp_size, layout.ep_size), 0
         frozen = dtype_of(name, dtype)
         shard = box
+        ranks = {"ep": layout.ep_size, "mp": layout.mp_size}
+        cuts: tuple[Cut, ...] = tuple(
+            (ranks[cut.mesh], cut.axis) for cut in split_of(name).cuts[layout.placement] if ranks[cut.mesh] > 1
+        )
         if unit is not None and layout.data_parallel != "ddp":
-            ranks = {"ep": layout.ep_size, "mp": layout.mp_size}
-            taken = [cut.axis for cut in split_of(name).cuts[layout.placement] if ranks[cut.mesh] > 1]
-            axis = sharded_axis(shape, taken, unit.ranks, packed=not frozen.is_floating_point)
+            axis = sharded_axis(
+                shape,
+                [taken for _, taken in cuts if taken is not None],
+                unit.ranks,
+                packed=not frozen.is_floating_point,
+            )
             shard = box.chunk(axis, rank=efsdp_rank if unit.spread else dp_rank, size=unit.ranks)
+            cuts = ((unit.ranks, axis), *cuts)
         itemsize = _FLOAT if own else frozen.itemsize
         gathered_itemsize = dtype.itemsize if own else frozen.itemsize
-        yield Held(name, shape, shard.size, box.numel, itemsize, gathered_itemsize, own, unit, axis > 0)
+        yield Held(name, shape, shard.size, cuts, box.numel, itemsize, gathered_itemsize, own, unit, axis > 0)
 
 
 def state_bytes(args: ModelArgs, layout: Layout, *, rank: int = 0) -> Memory:
@@ -250,6 +261,16 @@ def training_memory(args: ModelArgs, layout: Layout) -> Memory:
     return Memory(state.weights, fullest.gradients, state.optimizer, fullest.activations, fullest.exchange)
 
 
+def _step_bytes(args: ModelArgs, layout: Layout) -> int:
+    """The most that the optimizer's step needs besides: it takes one parameter after another."""
+    steps = (
+        step_bytes(layout.optimizer, own.name, own.shape, own.own, own.cuts, gpu=layout.gpu)
+        for own in held(args, layout)
+        if own.trains
+    )
+    return max(steps, default=0)
+
+
 def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_Moment]:
     units = _units(args, layout)
     around = units[None]
@@ -300,4 +321,4 @@ def _moments(args: ModelArgs, layout: Layout, all_gradients: int) -> Iterator[_M
         done, reduced = min(all_gradients, done + units_of_layer.shards), units_of_layer.reduced
         yield _Moment(done, kept, gathered + ahead + waiting + units_of_layer.whole_gradients + reduced)
     yield _Moment(all_gradients, kept, around.whole_gradients + around.reduced)
-    yield _Moment(all_gradients, 0, 0)  # the optimizer's step
+    yield _Moment(all_gradients, _step_bytes(args, layout), 0)

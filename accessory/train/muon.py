@@ -6,7 +6,7 @@ count matrices. Where ranks hold parts of a matrix, it is brought together for t
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from accessory.parallel.ops import local
+from accessory.train.trace import trace_call
 
 # The quintic's coefficients, and how often it is applied: singular values end between 0.7 and 1.2.
 _A, _B, _C, _TIMES = 3.4445, -4.7750, 2.0315, 5
@@ -21,6 +22,8 @@ _MOMENTUM = 0.95
 # Of AdamW's update about this is the root of the mean square, whatever a matrix's shape; an orthogonal matrix's is
 # 1 / sqrt(its longer side). So scaled, --lr and --weight_decay are AdamW's (https://arxiv.org/abs/2502.16982).
 _RMS = 0.2
+
+_FLOAT = 4  # bytes of float32, in which updates are kept and travel
 
 Groups = list[dict[str, Any]]
 
@@ -87,8 +90,9 @@ class Muon(torch.optim.Optimizer):
             return orthogonal(update, self._dtype)
         layout: dict[str, Any] = {"run_check": False, "shape": parameter.shape, "stride": parameter.stride()}
         mesh, cut = parameter.device_mesh, parameter.placements
-        matrices = DTensor.from_local(update, mesh, cut, **layout).redistribute(placements=whole).to_local()
-        made = orthogonal(matrices, self._dtype)
+        together = DTensor.from_local(update, mesh, cut, **layout).redistribute(placements=whole)
+        made = orthogonal(together.to_local(), self._dtype)
+        del together  # what is cut again takes as much
         return DTensor.from_local(made, mesh, whole, **layout).redistribute(placements=cut).to_local()
 
 
@@ -99,7 +103,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         matrices: (..., rows, columns), of any dtype; zeros stay zeros.
         dtype: of the products; None: bfloat16 on CUDA, float32 elsewhere.
     """
-    dtype = dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32)
+    dtype = dtype or _dtype_of_products(matrices.is_cuda)
     x = matrices.to(dtype).flatten(end_dim=-3) if matrices.ndim > 2 else matrices.to(dtype)[None]
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -111,18 +115,82 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
-def _uncut(parameter: DTensor) -> tuple[Placement, ...]:
-    """How its ranks hold whole matrices: each some of them where their count allows it, else each all of them."""
-    matrix = (parameter.ndim - 2, parameter.ndim - 1)
-    axes = [None if isinstance(kind, Replicate) else kind.dim for kind in parameter.placements]  # type: ignore[attr-defined]
-    found: list[Placement] = []
-    taken = {axis for axis in axes if axis is not None}
-    for number, axis in enumerate(axes):
-        if axis not in matrix:
-            found.append(parameter.placements[number])
+def _dtype_of_products(gpu: bool) -> torch.dtype:
+    return torch.bfloat16 if gpu else torch.float32
+
+
+# How a parameter lies along one axis of its mesh: the ranks there, and which axis of the tensor they cut.
+Cut = tuple[int, int | None]
+
+
+def whole_matrices(shape: Sequence[int], cuts: Sequence[Cut]) -> list[int | None]:
+    """What the same ranks cut where they hold whole matrices: each some of them where their count allows it, else all.
+
+    Args:
+        shape: of the whole parameter.
+    """
+    count = len(shape) - 2
+    found: list[int | None] = []
+    taken = {axis for _, axis in cuts if axis is not None}
+    for ranks, axis in cuts:
+        if axis is None or axis < count:
+            found.append(axis)
             continue
-        size = parameter.device_mesh.size(number)
-        free = [one for one in range(matrix[0]) if one not in taken and parameter.shape[one] % size == 0]
+        free = [one for one in range(count) if one not in taken and shape[one] % ranks == 0]
         taken |= set(free[:1])
-        found.append(Shard(free[0]) if free else Replicate())
-    return tuple(found)
+        found.append(free[0] if free else None)
+    return found
+
+
+def matrix_step_bytes(shape: Sequence[int], own: Sequence[int], cuts: Sequence[Cut], *, gpu: bool) -> int:
+    """The most that a step needs for one parameter, beside what is kept of it.
+
+    Args:
+        shape, own: of the whole parameter, and of what the rank holds.
+    """
+    update = math.prod(own) * _FLOAT
+    dtype = _dtype_of_products(gpu)
+    whole = whole_matrices(shape, cuts)
+    moves = [(*cut, after) for cut, after in zip(cuts, whole, strict=True) if cut[1] != after]
+    if not moves:
+        return update + trace_call(orthogonal, tuple(own), dtype)
+    size = stays = update
+    most = 0
+    for ranks, before, after in reversed(moves):
+        size, stays, needed = _moved(size, ranks, before, after, gpu=gpu)
+        most = max(most, needed)
+    held = list(shape)
+    for (ranks, _), axis in zip(cuts, whole, strict=True):
+        if axis is not None:
+            held[axis] = -(-held[axis] // ranks)
+    most = max(most, stays + trace_call(orthogonal, tuple(held), dtype))
+    made = size * (2 if held[-2] > held[-1] else 1)  # of a tall one, which was turned, a copy travels
+    for ranks, before, after in moves:
+        size, _, needed = _moved(size, ranks, after, before, gpu=gpu)
+        most = max(most, made + needed)
+    return update + most
+
+
+def _moved(size: int, ranks: int, before: int | None, after: int | None, *, gpu: bool) -> tuple[int, int, int]:
+    """Of so many bytes that are cut otherwise over ranks: what a rank has then, what stays, and the most meanwhile.
+
+    As DTensor does it: without an exchange, as over gloo, all is gathered, and what a rank takes of it is a view. What
+    was gathered lies by rank, and is copied where that is not along axis 0; gloo gathers into a buffer of its own.
+    """
+    if before is None:
+        return size // ranks, size // ranks, size // ranks
+    if after is not None and gpu:
+        return size, size, 3 * size
+    gathered = size * ranks
+    return gathered if after is None else size, gathered, gathered * (2 if before or not gpu else 1)
+
+
+def _uncut(parameter: DTensor) -> tuple[Placement, ...]:
+    """How its ranks hold whole matrices."""
+    kinds = parameter.placements
+    axes = [None if isinstance(kind, Replicate) else kind.dim for kind in kinds]  # type: ignore[attr-defined]
+    whole = whole_matrices(parameter.shape, list(zip(parameter.device_mesh.shape, axes, strict=True)))
+    return tuple(
+        kind if before == after else Replicate() if after is None else Shard(after)
+        for kind, before, after in zip(kinds, axes, whole, strict=True)
+    )

@@ -13,7 +13,7 @@ from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
 from accessory.train.adamw8bit import AdamW8bit, parts_blocks, refuse_absent, state_bytes
-from accessory.train.muon import Muon
+from accessory.train.muon import Cut, Muon, matrix_step_bytes
 from accessory.train.options import FinetuneOptions, OptimizerName
 
 
@@ -73,6 +73,7 @@ class Kind(NamedTuple):
         build: makes one, with the arguments of `adamw`.
         states: names of what it keeps of a matrix, each as large as that; for all else it keeps what AdamW does.
         bytes: of each number of a state, by the shape of the whole parameter.
+        step: the most bytes that a step of a matrix needs besides, as `muon.matrix_step_bytes`; None: next to none.
         absent: raises ValueError where a package that it needs is not there.
         refuses: whether it cannot step a parameter of one shape of which a rank holds a part of the other; None: it
             can step all.
@@ -81,6 +82,7 @@ class Kind(NamedTuple):
     build: Callable[..., torch.optim.Optimizer]
     states: tuple[str, ...]
     bytes: Callable[[Sequence[int]], float] = lambda _: 4.0
+    step: Callable[..., int] | None = None
     absent: Callable[[], None] | None = None
     refuses: Callable[[Sequence[int], Sequence[int]], bool] | None = None
 
@@ -91,8 +93,8 @@ _ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 OPTIMIZERS: dict[OptimizerName, Kind] = {
     "adamw": Kind(adamw, _ADAMW_STATES),
-    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, state_bytes, refuse_absent, parts_blocks),
-    "muon": Kind(muon, Muon.STATES),
+    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, state_bytes, absent=refuse_absent, refuses=parts_blocks),
+    "muon": Kind(muon, Muon.STATES, step=matrix_step_bytes),
 }
 
 
@@ -118,6 +120,19 @@ def states_of(optimizer: OptimizerName, name: str) -> tuple[str, ...]:
 def kept_bytes(optimizer: OptimizerName, name: str, shape: Sequence[int]) -> float:
     """What an optimizer keeps for each number of a parameter whose whole shape is this."""
     return len(states_of(optimizer, name)) * OPTIMIZERS[optimizer].bytes(shape)
+
+
+def step_bytes(
+    optimizer: OptimizerName, name: str, shape: Sequence[int], own: Sequence[int], cuts: Sequence[Cut], *, gpu: bool
+) -> int:
+    """The most that an optimizer's step needs for a parameter, beside what is kept of it.
+
+    Args:
+        shape, own: of the whole parameter, and of what a rank holds.
+        cuts: how it lies along each axis of its mesh.
+    """
+    needed = OPTIMIZERS[optimizer].step if _kind(name) in _MUON_KINDS else None
+    return 0 if needed is None else needed(shape, own, cuts, gpu=gpu)
 
 
 def _kind(name: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group
 from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from accessory import kernels
 from accessory.config import ModelArgs
@@ -160,6 +160,15 @@ def trace_prefill(
     return live.peak
 
 
+@functools.lru_cache(maxsize=256)
+def trace_call(function: Callable[..., Tensor], shape: tuple[int, ...], *arguments: Any) -> int:
+    """The most bytes that there are at once in a function of a float32 tensor of this shape, its result included."""
+    given = torch.empty(shape, device=_META)
+    with torch.no_grad(), _Live([given]) as live:
+        function(given, *arguments)
+    return live.peak
+
+
 def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
     """The same model cut behind so many layers."""
     dense = args.dense
@@ -227,9 +236,8 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _without_memory(func, args, kwargs or {})
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
+        for tensor in _tensors([out]):
+            self._follow(tensor)
         self.peak = max(self.peak, self.now)
         return out
 
@@ -260,14 +268,17 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
         return a.new_empty(*((len(offsets), len(a)) if b.ndim == 2 else (len(a),)), b.shape[-1])
     if func is torch.ops.accessory.exchange_counts.default:  # of even ranks each gets what it gives
         return args[0].clone()
-    inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    inputs = [*_tensors(args), *_tensors(kwargs.values())]
     if not inputs:
         dtype = kwargs.get("dtype")
         whole = dtype is not None and not dtype.is_floating_point
         whole |= dtype is None and func.namespace == "aten" and func._schema.name == "aten::arange"
         return func(*args, **({**kwargs, "device": "cpu"} if whole and "device" in kwargs else kwargs))
     if any(tensor.is_meta for tensor in inputs):
-        args, kwargs = tree_map(lambda value: value.to(_META) if isinstance(value, Tensor) else value, (args, kwargs))
+        if not all(tensor.is_meta for tensor in inputs):
+            args, kwargs = tree_map(
+                lambda value: value.to(_META) if isinstance(value, Tensor) else value, (args, kwargs)
+            )
         out = func(*args, **kwargs)
         if func in _CHOICES:
             values, chosen = out
@@ -275,6 +286,15 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
             return values, places.view(chosen.shape)
         return out
     return func(*args, **kwargs)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among an operation's inputs or outputs, and in its lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 @contextlib.contextmanager
