@@ -443,3 +443,10 @@ def test_no_layout_is_planned_that_the_optimizer_refuses(tmp_path: Path) -> None
         for optimizer in OPTIMIZERS
     }
     assert placements == {"adamw": {"expert", "tensor"}, "muon": {"expert", "tensor"}, "adamw8bit": {"expert"}}
+    # Nor does such a run load a model first.
+    flags = "--model_parallel_size 2 --expert_placement tensor --optimizer adamw8bit"
+    options = FinetuneOptions.parse(["--llama_config", str(config), "--data_config", "x", *flags.split()])
+    with pytest.raises(
+        ValueError, match=r"^--optimizer adamw8bit has blocks of 64 numbers, and of a parameter of shape "
+    ):
+        fit.ask_memory(options, args, ParallelState.single("cpu"), Ranks(None, 0, 2), per_host=2)

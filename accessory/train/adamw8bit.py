@@ -38,9 +38,15 @@ def state_bytes(shape: Sequence[int]) -> float:
     return 1 + 4 / BLOCK if is_coded(shape) else 4.0
 
 
-def parts_blocks(shape: Sequence[int], own: Sequence[int]) -> bool:
-    """Whether a rank that holds ``own`` of a parameter's ``shape`` would hold part of a block."""
-    return is_coded(shape) and own[-1] % BLOCK > 0
+def refusal(shape: Sequence[int], own: Sequence[int]) -> str:
+    """What is said where a rank that holds ``own`` of a ``shape`` would hold part of a block; else empty."""
+    if not is_coded(shape) or own[-1] % BLOCK == 0:
+        return ""
+    return (
+        f"--optimizer adamw8bit has blocks of {BLOCK} numbers, and of a parameter of shape {tuple(shape)} a rank holds "
+        f"rows of {own[-1]}: give another --model_parallel_size, --expert_placement or --expert_parallel_size, "
+        "--data_parallel ddp, or --optimizer adamw"
+    )
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -62,12 +68,8 @@ class AdamW8bit(torch.optim.Optimizer):
         self._adam: Callable[..., None] = import_module("torchao.optim.adam").single_param_adam
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parts_blocks(parameter.shape, local(parameter).shape):
-                    raise ValueError(
-                        f"--optimizer adamw8bit has blocks of {BLOCK} numbers, and of a parameter of shape "
-                        f"{tuple(parameter.shape)} a rank holds rows of {local(parameter).shape[-1]}: give another "
-                        "--expert_placement or --model_parallel_size, or --optimizer adamw"
-                    )
+                if said := refusal(parameter.shape, local(parameter).shape):
+                    raise ValueError(said)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

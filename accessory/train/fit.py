@@ -17,7 +17,7 @@ from accessory.errors import shown_bytes
 from accessory.launch.memory import DeviceMemory, device_memory
 from accessory.parallel.placement import resolve_placement
 from accessory.parallel.state import ParallelState, Ranks, agreed, on_first
-from accessory.train.memory import Layout, most_bytes, state_bytes, training_memory
+from accessory.train.memory import Layout, most_bytes, optimizer_refusal, state_bytes, training_memory
 from accessory.train.optim import OPTIMIZERS
 from accessory.train.options import FinetuneOptions
 from accessory.train.planner import Rates, fastest, layouts, options_of, smallest
@@ -81,15 +81,18 @@ def _asked_for(layout: Layout, placement: str, args: ModelArgs) -> bool:
 
 
 def ask_memory(options: FinetuneOptions, args: ModelArgs, state: ParallelState, world: Ranks, *, per_host: int) -> None:
-    """Refuse a run that cannot fit, and warn of one that may not; collective over ``world``, all ranks of the run.
+    """Refuse a run that cannot fit, or not step, and warn of one that may not fit; collective over all ranks.
 
     Args:
+        world: all ranks of the run.
         per_host: ranks of this host.
 
     Raises:
-        ValueError: on every rank alike; says what would fit.
+        ValueError: on every rank alike; says what would fit, or what the optimizer cannot step.
     """
     layout = layout_of(options, args, ranks=world.size, ep_size=state.ep.size, gpu=state.device.type == "cuda")
+    if said := optimizer_refusal(args, layout):  # the same on every rank
+        raise ValueError(said)
     memory = agreed(world, lambda: device_memory(state.device))
     sharing: dict[DeviceMemory, list[int]] = {}
     for theirs, own in world.gathered((memory, state_bytes(args, layout, rank=world.rank).total)):

@@ -173,10 +173,12 @@ def state_bytes(args: ModelArgs, layout: Layout, *, rank: int = 0) -> Memory:
     return Memory(weights, gradients, int(optimizer))
 
 
-def optimizer_steps(args: ModelArgs, layout: Layout) -> bool:
-    """Whether the optimizer can step what a rank holds of each parameter."""
+def optimizer_refusal(args: ModelArgs, layout: Layout) -> str:
+    """What the optimizer says to the parameters that it cannot step as ranks hold them; empty where it can step all."""
     refuses = OPTIMIZERS[layout.optimizer].refuses
-    return refuses is None or not any(own.trains and refuses(own.shape, own.own) for own in held(args, layout))
+    if refuses is None:
+        return ""
+    return next((said for own in held(args, layout) if own.trains and (said := refuses(own.shape, own.own))), "")
 
 
 def most_bytes(args: ModelArgs, layout: Layout) -> int:

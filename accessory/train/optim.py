@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from accessory.parallel.ops import reduce_from_region
 from accessory.parallel.plan import split_of
 from accessory.parallel.state import ParallelState
-from accessory.train.adamw8bit import AdamW8bit, parts_blocks, refuse_absent, state_bytes
+from accessory.train.adamw8bit import AdamW8bit, refusal, refuse_absent, state_bytes
 from accessory.train.muon import Cut, Muon, matrix_step_bytes
 from accessory.train.options import FinetuneOptions, OptimizerName
 
@@ -75,8 +75,8 @@ class Kind(NamedTuple):
         bytes: of each number of a state, by the shape of the whole parameter.
         step: the most bytes that a step of a matrix needs besides, as `muon.matrix_step_bytes`; None: next to none.
         absent: raises ValueError where a package that it needs is not there.
-        refuses: whether it cannot step a parameter of one shape of which a rank holds a part of the other; None: it
-            can step all.
+        refuses: what it says where it cannot step a parameter of one shape of which a rank holds a part of the other,
+            else nothing; None: it can step all.
     """
 
     build: Callable[..., torch.optim.Optimizer]
@@ -84,7 +84,7 @@ class Kind(NamedTuple):
     bytes: Callable[[Sequence[int]], float] = lambda _: 4.0
     step: Callable[..., int] | None = None
     absent: Callable[[], None] | None = None
-    refuses: Callable[[Sequence[int], Sequence[int]], bool] | None = None
+    refuses: Callable[[Sequence[int], Sequence[int]], str] | None = None
 
 
 _BETAS = (0.9, 0.95)
@@ -93,7 +93,7 @@ _ADAMW_STATES = ("exp_avg", "exp_avg_sq")
 
 OPTIMIZERS: dict[OptimizerName, Kind] = {
     "adamw": Kind(adamw, _ADAMW_STATES),
-    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, state_bytes, absent=refuse_absent, refuses=parts_blocks),
+    "adamw8bit": Kind(adamw8bit, AdamW8bit.STATES, state_bytes, absent=refuse_absent, refuses=refusal),
     "muon": Kind(muon, Muon.STATES, step=matrix_step_bytes),
 }
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 from accessory.config import ModelArgs
 from accessory.parallel.placement import refuse_shared_heads, resolve_placement
 from accessory.train.flops import flops_per_token, recomputed_per_token
-from accessory.train.memory import Held, Layout, Memory, held, optimizer_steps, state_bytes, training_memory
+from accessory.train.memory import Held, Layout, Memory, held, optimizer_refusal, state_bytes, training_memory
 from accessory.train.options import DataParallel, RecomputePolicy
 
 # Of a layer in a step: how often rows of tokens travel to experts or back, and how often the model-parallel ranks sum
@@ -91,7 +91,7 @@ def layouts(
                     )
                     every = [dataclasses.replace(layout, policy=policy) for policy in get_args(RecomputePolicy)]
                     allowed = [own for own in every if all(getattr(own, name) == fixed[name] for name in fixed)]
-                    if allowed and optimizer_steps(args, layout):
+                    if allowed and not optimizer_refusal(args, layout):
                         yield from allowed
 
 
