@@ -42,12 +42,20 @@ def gathered_linear(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tenso
     """
     if isinstance(weight_EOD, QuantizedWeight):
         return kernels.gathered_quantized_linear(x_PD, weight_EOD, expert_P)
-    return kernels.gathered_linear(x_PD, weight_EOD.flatten(1, -2), expert_P)
+    weight_EOD = weight_EOD.flatten(1, -2)
+    if weight_EOD.dtype == x_PD.dtype:
+        return kernels.gathered_linear(x_PD, weight_EOD, expert_P)
+    y_PO = x_PD.new_zeros(x_PD.shape[0], weight_EOD.shape[1])
+    for expert in expert_P.unique().tolist():  # so that no weight is cast that nobody asks for
+        if expert >= 0:
+            own_N = (expert_P == expert).nonzero()[:, 0]
+            y_PO[own_N] = kernels.few_token_linear(x_PD[own_N], weight_EOD[expert].to(x_PD.dtype))
+    return y_PO
 
 
 def gathered_gate(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tensor:
     """silu(first half) * second half of `gathered_linear`'s outputs, (P, O / 2)."""
-    if isinstance(weight_EOD, QuantizedWeight):
+    if isinstance(weight_EOD, QuantizedWeight) or weight_EOD.dtype != x_PD.dtype:
         return kernels.silu_gate(gathered_linear(x_PD, weight_EOD, expert_P))
     return kernels.gathered_gate(x_PD, weight_EOD.flatten(1, -2), expert_P)
 

@@ -191,6 +191,23 @@ def test_training_in_bfloat16(weight_dtype: torch.dtype) -> None:
             assert_close(own, theirs, 0.03)
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 90])
+@pytest.mark.parametrize("kind", ["gathered", "grouped"])
+def test_weights_of_another_dtype_are_cast_in_inference_too(kind: str, tokens: int) -> None:
+    """An evaluation between steps of training in bfloat16 has the parameters as they are kept, in float32."""
+    x, weights, experts, w13, w2 = draw(tokens, 16, 24, 4, 6, 2, seed=tokens)
+    routing = routing_of(weights.float(), experts)
+    with dispatching(kind):
+        pairs = Dispatcher(1, 4, 6)(x.bfloat16(), routing)
+        made = []
+        for dtype in (torch.float32, torch.bfloat16):
+            own = [w.bfloat16().to(dtype) for w in (w13, w2)]
+            hidden = pairs.gated(pairs.rows, own[0])
+            made.append(pairs.combine(pairs.product(hidden, own[1]), routing.weights_TK))
+    assert made[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*made, rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("dim", "hidden"), [(32, 48), (6, 10)])
 def test_one_grouped_call_is_one_product_after_another(dtype: torch.dtype, dim: int, hidden: int) -> None:
