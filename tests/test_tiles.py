@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accessory import kernels
-from accessory.config import QuantForm
+from accessory.config import ModelArgs, MoEArgs, QuantForm
 from accessory.kernels.linear import grouped_by_tiles
 from accessory.kernels.quantized import round_activations
+from accessory.model.transformer import Transformer
+from accessory.parallel.state import ParallelState
 from accessory.products import gathered_linear, grouped_linear, linear
 from accessory.quant import QuantizedWeight, quantize
+from accessory.train.init import init_weights
 
 needs_tiles = pytest.mark.skipif(not kernels.tiles_serve(), reason="this CPU has no tiles (AMX), or they are off")
 Counts = st.lists(st.integers(0, 70), min_size=1, max_size=5)
@@ -194,3 +197,31 @@ def test_what_the_prompts_tiles_do_not_know_goes_another_way() -> None:
         kernels.prompt_attention(q, k[:3], k[:3])
     with pytest.raises(ValueError, match="do not fit"):
         kernels.prompt_attention(q[:, :1].expand(4, 3, 64), k.expand(4, 2, 64), k.expand(4, 2, 64))
+
+
+@needs_tiles
+@torch.inference_mode()
+def test_a_prompt_may_be_cut_and_have_company() -> None:
+    """To the bit: every product, and the attention of a prompt, is the token's own."""
+    args = ModelArgs(
+        dim=96,
+        hidden_dim=80,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=32,
+        vocab_size=70,
+        max_seq_len=512,
+        moe=MoEArgs(num_experts=4, num_experts_per_tok=2),
+    )
+    model = Transformer(args, ParallelState.single("cpu"), dtype=torch.bfloat16).eval()
+    init_weights(model, seed=0)
+    tokens = torch.randint(0, 70, (300,), generator=torch.Generator().manual_seed(0))
+    whole = model.prefill(tokens, [300], [0], model.new_cache(1, 300), all_logits=True)
+    cache, cut = model.new_cache(1, 300), []
+    for piece in tokens.split([100, 37, 1, 162]):
+        cut.append(model.prefill(piece, [len(piece)], [0], cache, all_logits=True))
+    assert torch.equal(torch.cat(cut), whole)
+    company = torch.cat((tokens[50:], tokens, tokens[:9]))
+    among = model.prefill(company, [250, 300, 9], [2, 0, 1], model.new_cache(3, 300), all_logits=True)
+    assert torch.equal(among[250:550], whole)
