@@ -53,11 +53,12 @@ def gathered_linear(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tenso
     return y_PO
 
 
-def gathered_gate(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tensor:
-    """silu(first half) * second half of `gathered_linear`'s outputs, (P, O / 2)."""
-    if isinstance(weight_EOD, QuantizedWeight) or weight_EOD.dtype != x_PD.dtype:
-        return kernels.silu_gate(gathered_linear(x_PD, weight_EOD, expert_P))
-    return kernels.gathered_gate(x_PD, weight_EOD.flatten(1, -2), expert_P)
+def gathered_gate(x_TD: Tensor, weight_EOD: Weight, expert_TK: Tensor) -> Tensor:
+    """silu(first half) * second half of `gathered_linear`'s outputs for each token's K experts, (T * K, O / 2)."""
+    if isinstance(weight_EOD, QuantizedWeight) or weight_EOD.dtype != x_TD.dtype:
+        x_PD = x_TD.repeat_interleave(expert_TK.shape[1], dim=0)
+        return kernels.silu_gate(gathered_linear(x_PD, weight_EOD, expert_TK.flatten()))
+    return kernels.gathered_gate(x_TD, weight_EOD.flatten(1, -2), expert_TK)
 
 
 def grouped_linear(x_PD: Tensor, weight_EOD: Weight, offsets_E: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ def test_weights_of_another_dtype_are_cast_in_inference_too(kind: str, tokens: i
         made = []
         for dtype in (torch.float32, torch.bfloat16):
             own = [w.bfloat16().to(dtype) for w in (w13, w2)]
-            hidden = pairs.gated(pairs.rows, own[0])
+            hidden = pairs.gated(own[0])
             made.append(pairs.combine(pairs.product(hidden, own[1]), routing.weights_TK))
     assert made[0].dtype == torch.bfloat16
     torch.testing.assert_close(*made, rtol=2**-6, atol=2**-6)

@@ -111,14 +111,23 @@ def _reach(weight: QuantizedWeight) -> Tensor:
 
 @needs_tiles
 @settings(max_examples=60, deadline=None)
-@given(pairs=st.integers(0, 90), hidden=st.integers(1, 70), depth=st.integers(1, 200), seed=st.integers(0, 2**31))
+@given(
+    tokens=st.integers(0, 60),
+    top_k=st.integers(1, 3),
+    hidden=st.integers(1, 70),
+    depth=st.integers(1, 200),
+    seed=st.integers(0, 2**31),
+)
 @torch.no_grad()
-def test_the_gate_within_the_product_is_the_one_behind_it(pairs: int, hidden: int, depth: int, seed: int) -> None:
-    x_PD, whole = drawn(pairs, depth, seed=seed), drawn(4, 2 * hidden + 2, depth + 3, seed=seed + 1)
-    expert_P = torch.randint(-1, 4, (pairs,), generator=torch.Generator().manual_seed(seed))
+def test_the_gate_within_the_product_is_the_one_behind_it(
+    tokens: int, top_k: int, hidden: int, depth: int, seed: int
+) -> None:
+    x_TD, whole = drawn(tokens, depth, seed=seed), drawn(4, 2 * hidden + 2, depth + 3, seed=seed + 1)
+    expert_TK = torch.randint(-1, 4, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
     for w_EOD in (whole[:, 2:, 3:], whole[:, 2:, 3:].contiguous()):
-        apart = kernels.silu_gate(kernels.gathered_linear(x_PD, w_EOD, expert_P))
-        assert torch.equal(kernels.gathered_gate(x_PD, w_EOD, expert_P), apart)
+        x_PD = x_TD.repeat_interleave(top_k, dim=0)
+        apart = kernels.silu_gate(kernels.gathered_linear(x_PD, w_EOD, expert_TK.flatten()))
+        assert torch.equal(kernels.gathered_gate(x_TD, w_EOD, expert_TK), apart)
 
 
 @needs_tiles

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +85,13 @@ def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, va
     return _gathered(native_library().accessory_gathered_linear, (chosen.encode(), bf16), x_PD, w_ERD, expert_P, y_PR)
 
 
-def gathered_gate(x_PD: Tensor, w_EOD: Tensor, expert_P: Tensor | None) -> Tensor:
-    """silu(first half) * second half of that product's outputs O, (P, O / 2) in bfloat16; where `tiles_serve`."""
-    y_PF = x_PD.new_empty(x_PD.shape[0], w_EOD.shape[1] // 2)
-    return _gathered(native_library().accessory_gathered_gate, (), x_PD, w_EOD, expert_P, y_PF)
+def gathered_gate(x_TD: Tensor, w_EOD: Tensor, expert_TK: Tensor) -> Tensor:
+    """silu(first half) * second half of that product's outputs O with each token's experts, (T * K, O / 2) in bfloat16;
+    where `tiles_serve`.
+    """
+    y_PF = x_TD.new_empty(expert_TK.numel(), w_EOD.shape[1] // 2)
+    gate, each = native_library().accessory_gathered_gate, expert_TK.shape[1]
+    return _gathered(gate, (each,), x_TD, w_EOD, expert_TK.flatten(), y_PF)
 
 
 def _gathered(
@@ -100,14 +104,14 @@ def _gathered(
 ) -> Tensor:
     x_PD = x_PD.contiguous()
     expert_P = None if expert_P is None else expert_P.contiguous()
-    pairs, (experts, _, depth) = x_PD.shape[0], w_ERD.shape
+    experts, _, depth = w_ERD.shape
     outcome = function(
         *first,
         x_PD.data_ptr(),
         w_ERD.data_ptr(),
         None if expert_P is None else expert_P.data_ptr(),
         y.data_ptr(),
-        *(pairs, experts, y.shape[1], depth, *w_ERD.stride()[:2]),
+        *(y.shape[0], experts, y.shape[1], depth, *w_ERD.stride()[:2]),
         torch.get_num_threads(),
     )
     check_outcome(outcome, expert_P, experts)
@@ -152,6 +156,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.accessory_has_variant.argtypes = [ctypes.c_char_p]
     product, gate = library.accessory_gathered_linear, library.accessory_gathered_gate
     product.restype = gate.restype = ctypes.c_int64
-    gate.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_int]
-    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *gate.argtypes]
+    shared: list[Any] = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_int]
+    gate.argtypes = [ctypes.c_int64, *shared]
+    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *shared]
     return library, ""

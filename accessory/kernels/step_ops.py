@@ -78,12 +78,15 @@ def silu_gate(both_PO: Tensor) -> Tensor:
     return silu_gate_reference(both_PO)
 
 
-def gathered_gate(x_PD: Tensor, w_EOD: Tensor, expert_P: Tensor) -> Tensor:
-    """`silu_gate` of `gathered_linear`, (P, F), in one pass where AMX's tiles multiply; for inference."""
-    if called_directly(x_PD) and not torch.is_grad_enabled() and tiles_multiply(x_PD, w_EOD):
-        check_gathered(x_PD, w_EOD, expert_P)
-        return native.gathered_gate(x_PD, w_EOD, expert_P)
-    return silu_gate(gathered_linear(x_PD, w_EOD, expert_P))
+def gathered_gate(x_TD: Tensor, w_EOD: Tensor, expert_TK: Tensor) -> Tensor:
+    """`silu_gate` of `gathered_linear` with each token's experts, (T * K, F); in one pass where AMX's tiles multiply.
+
+    For inference.
+    """
+    if called_directly(x_TD) and not torch.is_grad_enabled() and tiles_multiply(x_TD, w_EOD):
+        check_gathered(x_TD, w_EOD, expert_TK[:, 0])
+        return native.gathered_gate(x_TD, w_EOD, expert_TK)
+    return silu_gate(gathered_linear(x_TD.repeat_interleave(expert_TK.shape[1], dim=0), w_EOD, expert_TK.flatten()))
 
 
 def silu_gate_reference(both_PO: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ template <bool GATED> struct Plain {
     uint16_t* y;
     int64_t rows, depth, expert_stride, row_stride;  // of w, in elements
     const int64_t* order;
+    int64_t each;  // row of x stands for so many tokens one after another
 
     int64_t depths() const { return up(depth, DEPTH); }
     int64_t block_bytes() const { return depths() * BYTES; }
@@ -31,9 +32,11 @@ template <bool GATED> struct Plain {
     // Tiles of 16 tokens, one for each 32 elements: pairs of elements down, tokens across.
     TILES_TARGET void stage(const Tokens& t, int64_t block, char* to) const {
         const int64_t n = t.in(block), *own = order + t.group.first + block * TILE;
+        const uint16_t* from[TILE];
+        for (int i = 0; i < n; i++) from[i] = x + own[i] / each * depth;
         for (int64_t d = 0; d < depth; d += DEPTH, to += BYTES) {
             const __mmask32 mask = depth - d < DEPTH ? (1u << (depth - d)) - 1 : ~0u;
-            lay_out([&](int i) TILES_TARGET { return x + own[i] * depth + d; }, n, mask, to);
+            lay_out([&](int i) TILES_TARGET { return from[i] + d; }, n, mask, to);
         }
     }
 
@@ -110,13 +113,13 @@ template <bool GATED> struct Plain {
 
 template <bool GATED>
 int64_t multiply(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens, int64_t experts,
-                 int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int threads) {
+                 int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int64_t each, int threads) {
     if (!tiles_serve()) return -1;
     const int64_t bad = check_experts(expert, tokens, experts, (char*)y, 2 * rows);
     if (bad) return bad;
     const Schedule schedule(expert, tokens, rows);
     const Plain<GATED> way{(const uint16_t*)x, (const uint16_t*)w, (uint16_t*)y,   rows,
-                           depth,              expert_stride,      row_stride, schedule.order.data()};
+                           depth,              expert_stride,      row_stride, schedule.order.data(), each};
     multiply_groups(way, schedule, schedule.threads(2 * depth, threads));
     return 0;
 }
@@ -128,18 +131,19 @@ int64_t multiply(const void* x, const void* w, const int64_t* expert, void* y, i
 int64_t tiled_linear(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens, int64_t experts,
                      int64_t rows, int64_t depth, int64_t expert_stride, int64_t row_stride, int threads) {
 #ifdef HAS_TILES
-    return multiply<false>(x, w, expert, y, tokens, experts, rows, depth, expert_stride, row_stride, threads);
+    return multiply<false>(x, w, expert, y, tokens, experts, rows, depth, expert_stride, row_stride, 1, threads);
 #else
     return -1;
 #endif
 }
 
-// y (tokens, f) = silu(first half) * second half of the products with w (experts, 2 f, depth); the rest as above.
-extern "C" int64_t accessory_gathered_gate(const void* x, const void* w, const int64_t* expert, void* y, int64_t tokens,
-                                           int64_t experts, int64_t f, int64_t depth, int64_t expert_stride,
-                                           int64_t row_stride, int threads) {
+// y (tokens, f) = silu(first half) * second half of the products with w (experts, 2 f, depth), where each row of x stands
+// for so many tokens one after another; the rest as above.
+extern "C" int64_t accessory_gathered_gate(int64_t each, const void* x, const void* w, const int64_t* expert, void* y,
+                                           int64_t tokens, int64_t experts, int64_t f, int64_t depth,
+                                           int64_t expert_stride, int64_t row_stride, int threads) {
 #ifdef HAS_TILES
-    return multiply<true>(x, w, expert, y, tokens, experts, f, depth, expert_stride, row_stride, threads);
+    return multiply<true>(x, w, expert, y, tokens, experts, f, depth, expert_stride, row_stride, each, threads);
 #else
     return -1;
 #endif

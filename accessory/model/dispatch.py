@@ -43,9 +43,9 @@ class Pairs(ABC):
     def product(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
         """Each pair's row times its expert's matrix transposed; (P, O). Several axes of outputs count as one."""
 
-    def gated(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
-        """`silu_gate` of that product; (P, O / 2)."""
-        return silu_gate(self.product(x_PD, weight_EOD))
+    def gated(self, weight_EOD: Weight) -> Tensor:
+        """`silu_gate` of the rows' product; (P, O / 2)."""
+        return silu_gate(self.product(self.rows, weight_EOD))
 
     @abstractmethod
     def bias(self, bias_EO: Tensor, like: Tensor) -> Tensor:
@@ -89,17 +89,17 @@ class GatheredPairs(Pairs):
     """
 
     def __init__(self, x_TD: Tensor, local_TK: Tensor) -> None:
-        self.x_TD, self.expert_P, self.top_k = x_TD, local_TK.flatten(), local_TK.shape[1]
+        self.x_TD, self.local_TK, self.expert_P = x_TD, local_TK, local_TK.flatten()
 
     @property
     def rows(self) -> Tensor:
-        return self.x_TD.repeat_interleave(self.top_k, dim=0)
+        return self.x_TD.repeat_interleave(self.local_TK.shape[1], dim=0)
 
     def product(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
         return gathered_linear(x_PD, weight_EOD, self.expert_P)
 
-    def gated(self, x_PD: Tensor, weight_EOD: Weight) -> Tensor:
-        return gathered_gate(x_PD, weight_EOD, self.expert_P)
+    def gated(self, weight_EOD: Weight) -> Tensor:
+        return gathered_gate(self.x_TD, weight_EOD, self.local_TK)
 
     def bias(self, bias_EO: Tensor, like: Tensor) -> Tensor:
         rows_PO = bias_EO[self.expert_P.clamp(min=0)].type_as(like)

@@ -54,15 +54,15 @@ class Experts(nn.Module):
         pairs = self.dispatcher(x_TD, routing)
         if self.plain and isinstance(pairs, TrainedPairs) and not isinstance(self.w13, QuantizedParameter):
             return pairs.fused(local(self.w13), local(self.w2), routing.weights_TK)
-        hidden_PF = self.hidden(pairs.rows, pairs)
+        hidden_PF = self.hidden(pairs)
         y_PD = self.down(hidden_PF, pairs)
         return pairs.combine(y_PD, routing.weights_TK)
 
-    def hidden(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
+    def hidden(self, pairs: Pairs) -> Tensor:
         """What the gated unit makes of [w1 x, w3 x]; (P, F)."""
         if self.plain:
-            return pairs.gated(x_PD, local(self.w13))
-        both_PO = self.gate_up(x_PD, pairs)
+            return pairs.gated(local(self.w13))
+        both_PO = self.gate_up(pairs.rows, pairs)
         return silu_gate(both_PO) if self.clamp is None else clamped_gate(both_PO, self.clamp)
 
     def gate_up(self, x_PD: Tensor, pairs: Pairs) -> Tensor:
