@@ -120,7 +120,8 @@ int64_t multiply(const void* x, const void* w, const int64_t* expert, void* y, i
     const Schedule schedule(expert, tokens, rows);
     const Plain<GATED> way{(const uint16_t*)x, (const uint16_t*)w, (uint16_t*)y,   rows,
                            depth,              expert_stride,      row_stride, schedule.order.data(), each};
-    multiply_groups(way, schedule, schedule.threads(2 * depth, threads));
+    const bool many = schedule.order.size() > 4 * TILE;  // tokens, which pay for a team by themselves
+    multiply_groups(way, schedule, many ? threads : schedule.threads(2 * depth, threads));
     return 0;
 }
 
