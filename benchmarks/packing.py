@@ -89,7 +89,10 @@ def serve(pipe: Connection, side: str, examples: int) -> None:
     sampler = PackedSampler(lengths, SIDES[side], room=ROOM) if packed else StepSampler(lengths, SIDES[side])
     peak = Peak()
     while True:
-        epoch = pipe.recv()
+        try:
+            epoch = pipe.recv()
+        except EOFError:  # the last round has been asked for
+            return
         learned, tokens, places = 0, 0, 0.0
         start = time.perf_counter()
         for step in sampler.steps(epoch):
