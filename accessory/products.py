@@ -46,10 +46,8 @@ def gathered_linear(x_PD: Tensor, weight_EOD: Weight, expert_P: Tensor) -> Tenso
     if weight_EOD.dtype == x_PD.dtype:
         return kernels.gathered_linear(x_PD, weight_EOD, expert_P)
     y_PO = x_PD.new_zeros(x_PD.shape[0], weight_EOD.shape[1])
-    for expert in expert_P.unique().tolist():  # so that no weight is cast that nobody asks for
-        if expert >= 0:
-            own_N = (expert_P == expert).nonzero()[:, 0]
-            y_PO[own_N] = kernels.few_token_linear(x_PD[own_N], weight_EOD[expert].to(x_PD.dtype))
+    for expert, own_N in kernels.pairs_by_expert(expert_P):  # so that no weight is cast that nobody asks for
+        y_PO[own_N] = kernels.few_token_linear(x_PD[own_N], weight_EOD[expert].to(x_PD.dtype))
     return y_PO
 
 

@@ -411,6 +411,19 @@ def test_calibration_reads_the_beginning_of_a_text_alone(
     assert all(torch.equal(found[key].sums, expected[key].sums) for key in expected)
 
 
+def test_calibration_sees_the_inputs_of_every_matrix(case: Case, tmp_path: Path) -> None:
+    (text := tmp_path / "text").write_text("As easy as it gets. " * 500)
+    found = calibrate(case.folders["base"], text, QuantArgs(type="int4"))
+    visited = {(name, place[0]) for name, place in found if name.endswith(".w2")}
+    for name, expert in visited:
+        for half in (0, 1):
+            assert (name.removesuffix("w2") + "w13", (expert, half)) in found
+    layers = {name.split(".feed_forward")[0] for name, _ in visited}
+    assert len(layers) == case.plain.config.num_hidden_layers
+    dense = {name for name, place in found if place == ()}
+    assert dense == {f"{layer}.attention.{matrix}.weight" for layer in layers for matrix in ("wq", "wk", "wv", "wo")}
+
+
 def test_whatever_form_the_weights_have_they_become_the_same_bytes(small_tokenizer: Path, tmp_path: Path) -> None:
     config = small_config(n_layers=1, dim=64, hidden_dim=64, n_heads=4, n_kv_heads=2, head_dim=16)
     config["moe"] = {"num_experts": 2, "num_experts_per_tok": 2}

@@ -8,6 +8,7 @@ from .linear import (
     gathered_linear,
     gathering_pays,
     grouped_by_tiles,
+    pairs_by_expert,
     plain_experts_synchronise,
 )
 from .native import native_variant, tiles_serve
@@ -39,6 +40,7 @@ __all__ = [
     "meta_as_gpu",
     "native_variant",
     "on_gpu",
+    "pairs_by_expert",
     "plain_experts_synchronise",
     "prompt_attention",
     "quantized_experts_synchronise",

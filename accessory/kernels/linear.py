@@ -6,6 +6,8 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 For inference: the operations have no derivative; `accessory.products` chooses among them.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +75,13 @@ def experts_of(offsets_E: Tensor, pairs: int) -> Tensor:
     numbers_P = torch.arange(pairs, dtype=torch.int32, device=offsets_E.device)
     experts_P = torch.searchsorted(offsets_E, numbers_P, right=True)
     return experts_P.masked_fill_(experts_P == offsets_E.shape[0], -1)
+
+
+def pairs_by_expert(expert_P: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that has pairs, and their places; those of none are left out. It asks the device."""
+    for expert in expert_P.unique().tolist():
+        if expert >= 0:
+            yield expert, (expert_P == expert).nonzero()[:, 0]
 
 
 def plain_experts_synchronise(x_TD: Tensor, pairs: int) -> bool:

@@ -109,38 +109,27 @@ def quantized_product(
     """y[p] = w[expert[p]] @ x[p] by the native library, in x's dtype, one of `DTYPES`; no expert_P: all are 0.
 
     The caller has checked the shapes of x and expert_P.
+
+    Args:
+        variant: one of `native.VARIANTS`, or in bfloat16 "tiles", for many tokens (tiles_int8.cpp); None: the best of
+            the former.
     """
     x_PD = x_PD.contiguous()
     expert_P = None if expert_P is None else expert_P.contiguous()
     y_PR = x_PD.new_empty(x_PD.shape[0], weight.rows)
-    outcome = _library().accessory_quantized_linear(
-        (variant or native_variant()).encode(),
-        weight.reference,
-        rounds_activations(x_PD.dtype),
-        x_PD.dtype == torch.bfloat16,
+    shared = (
         x_PD.data_ptr(),
         None if expert_P is None else expert_P.data_ptr(),
         y_PR.data_ptr(),
         x_PD.shape[0],
         torch.get_num_threads(),
     )
-    check_outcome(outcome, expert_P, weight.experts)
-    return y_PR
-
-
-def tiled_quantized_product(x_PD: Tensor, weight: NativeWeight, expert_P: Tensor | None) -> Tensor:
-    """The same in bfloat16 for many, in products of 8-bit integers; where `tiles_serve`. See tiles_int8.cpp."""
-    x_PD = x_PD.contiguous()
-    expert_P = None if expert_P is None else expert_P.contiguous()
-    y_PR = x_PD.new_empty(x_PD.shape[0], weight.rows)
-    outcome = _library().accessory_tiled_quantized_linear(
-        weight.reference,
-        x_PD.data_ptr(),
-        None if expert_P is None else expert_P.data_ptr(),
-        y_PR.data_ptr(),
-        x_PD.shape[0],
-        torch.get_num_threads(),
-    )
+    if variant == "tiles":
+        outcome = _library().accessory_tiled_quantized_linear(weight.reference, *shared)
+    else:
+        name, bf16 = (variant or native_variant()).encode(), x_PD.dtype == torch.bfloat16
+        rounds = rounds_activations(x_PD.dtype)
+        outcome = _library().accessory_quantized_linear(name, weight.reference, rounds, bf16, *shared)
     check_outcome(outcome, expert_P, weight.experts)
     return y_PR
 

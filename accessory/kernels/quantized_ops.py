@@ -17,10 +17,10 @@ from torch import Tensor
 from accessory.quant import FORMATS, Format, QuantizedWeight
 
 from . import triton_products
-from .linear import called_directly, experts_of, few_pairs
+from .linear import called_directly, experts_of, few_pairs, pairs_by_expert
 from .native import DTYPES, tiles_serve
 from .quantized import quantized_linear_reference
-from .quantized_native import NativeWeight, native_values, native_weight, quantized_product, tiled_quantized_product
+from .quantized_native import NativeWeight, native_values, native_weight, quantized_product
 from .tensors import shown
 
 # Tokens up to which the kernel is taken and not plain values, in bfloat16. us, kernel / plain, as in linear.py:
@@ -102,7 +102,7 @@ def quantized_linear(x_PD: Tensor, weight: QuantizedWeight) -> Tensor:
         return triton_products.quantized_linear(x_PD, weight)
     if _without_kernel(x_PD, weight) or x_PD.shape[0] > (_FEW_FLOAT32 if x_PD.dtype == torch.float32 else _FEW):
         native = _tiled(x_PD, weight)
-        return _by_blocks(x_PD, weight) if native is None else tiled_quantized_product(x_PD, native, None)
+        return _by_blocks(x_PD, weight) if native is None else quantized_product(x_PD, native, None, variant="tiles")
     native = _native(x_PD.dtype, weight)
     if native is not None:
         return quantized_product(x_PD, native, None)
@@ -123,7 +123,7 @@ def gathered_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, expert_P: T
         return _gathered_by_blocks(x_PD, weight.flatten(1, -2), expert_P)
     native = None if few_pairs(x_PD.shape[0], weight.codes.shape[0]) else _tiled(x_PD, weight)
     if native is not None:
-        return tiled_quantized_product(x_PD, native, expert_P)
+        return quantized_product(x_PD, native, expert_P, variant="tiles")
     native = _native(x_PD.dtype, weight)
     if native is not None:
         return quantized_product(x_PD, native, expert_P)
@@ -141,7 +141,7 @@ def grouped_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, offsets_E: T
     weight = weight.flatten(1, -2)
     native = _tiled(x_PD, weight)
     if native is not None:
-        return tiled_quantized_product(x_PD, native, experts_of(offsets_E, x_PD.shape[0]))
+        return quantized_product(x_PD, native, experts_of(offsets_E, x_PD.shape[0]), variant="tiles")
     y_PR, begin = x_PD.new_empty(x_PD.shape[0], weight.shape[1]), 0
     for expert, end in enumerate(offsets_E.tolist()):
         if end > begin:
@@ -190,7 +190,7 @@ def _without_kernel(x_PD: Tensor, weight: QuantizedWeight) -> bool:
 
 
 def _tiled(x_PD: Tensor, weight: QuantizedWeight) -> NativeWeight | None:
-    """The weight for `tiled_quantized_product`, where that multiplies such activations with it."""
+    """The weight for AMX's tiles, where these multiply such activations with it."""
     serves = x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
     return native_weight(weight) if serves else None
 
@@ -224,10 +224,8 @@ def _gathered_by_blocks(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor)
     if weight.shape[0] == 0:  # a rank without experts
         return y_PR
     if x_PD.is_cpu:
-        for expert in expert_P.unique().tolist():
-            if expert >= 0:
-                own_N = (expert_P == expert).nonzero()[:, 0]
-                y_PR[own_N] = _by_blocks(x_PD[own_N], weight[expert])
+        for expert, own_N in pairs_by_expert(expert_P):
+            y_PR[own_N] = _by_blocks(x_PD[own_N], weight[expert])
         return y_PR
     chosen_P = expert_P.clamp(min=0)
     for pair in range(x_PD.shape[0]):

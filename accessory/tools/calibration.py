@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from accessory import kernels
 from accessory.checkpoint.quantize import Calibration, source_to_quantize
 from accessory.config import QuantArgs
 from accessory.errors import CheckpointError
@@ -112,17 +113,17 @@ def _noted_inputs(model: MetaModel, group_size: int) -> Iterator[dict[tuple[str,
         for handle in handles:
             handle.remove()
         for experts in changed:
-            del experts.gate_up, experts.down
+            del experts.hidden, experts.down
 
 
 def _note_experts(experts: Experts, prefix: str, note: Callable[[str, tuple[int, ...], Tensor], None]) -> None:
-    gate_up, down = experts.gate_up, experts.down
+    hidden, down = experts.hidden, experts.down
 
-    def noted_gate_up(x_PD: Tensor, pairs: Pairs) -> Tensor:
-        for expert, rows in _rows_of_experts(x_PD, pairs):
+    def noted_hidden(pairs: Pairs) -> Tensor:
+        for expert, rows in _rows_of_experts(pairs.rows, pairs):
             for half in (0, 1):
                 note(f"{prefix}.w13", (expert, half), rows)
-        return gate_up(x_PD, pairs)
+        return hidden(pairs)
 
     def noted_down(hidden_PF: Tensor, pairs: Pairs) -> Tensor:
         for expert, rows in _rows_of_experts(hidden_PF, pairs):
@@ -130,14 +131,13 @@ def _note_experts(experts: Experts, prefix: str, note: Callable[[str, tuple[int,
         return down(hidden_PF, pairs)
 
     # The instance's own, in front of the class's, until they are deleted.
-    experts.gate_up, experts.down = noted_gate_up, noted_down  # type: ignore[method-assign]
+    experts.hidden, experts.down = noted_hidden, noted_down  # type: ignore[method-assign]
 
 
 def _rows_of_experts(x_PD: Tensor, pairs: Pairs) -> Iterator[tuple[int, Tensor]]:
     if isinstance(pairs, GatheredPairs):
-        for expert in pairs.expert_P.unique().tolist():
-            if expert >= 0:
-                yield expert, x_PD[pairs.expert_P == expert]
+        for expert, own_N in kernels.pairs_by_expert(pairs.expert_P):
+            yield expert, x_PD[own_N]
         return
     assert isinstance(pairs, GroupedPairs)
     for expert, rows in groups(pairs.offsets_E):
