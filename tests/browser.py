@@ -1,5 +1,6 @@
 """A real browser for the tests: Debian's chromium, driven by playwright."""
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,11 @@ import pytest
 if TYPE_CHECKING:
     import playwright.sync_api
 
+_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(
+    _CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="no chromium on this machine, or no playwright: `make test-browser` installs both where it may",
+)
 SCREENSHOTS = Path(__file__).parent.parent / "build" / "screenshots"
 _FLAGS = [
     "--headless",
@@ -26,13 +32,11 @@ _FLAGS = [
 
 @contextmanager
 def chromium() -> Iterator["playwright.sync_api.Browser"]:
-    """A running browser; skips the test where there is none to run."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("no chromium on this machine: `make test-browser` installs Debian's where it may")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'accessory[test]'")
+    """A running browser, for tests that are marked `needs_chromium`."""
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
         try:
             yield browser
         finally:

@@ -202,6 +202,55 @@ QWEN3 = """{%- if tools %}
     {%- endif %}
 {%- endif %}"""
 
+MINIMAX = """{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif -%}
+{%- endfor %}
+{%- if messages[0].role == 'system' %}
+    {{- ']~!b[]~b]system\n' + messages[0].content + '[e~[\n' }}
+{%- else %}
+    {{- ']~!b[]~b]system\nYou are a helpful assistant.[e~[\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- ']~b]user\n' + message.content + '[e~[\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- ']~b]ai\n' }}
+        {%- set thought = '' %}
+        {%- set content = message.content %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].strip('\n').split('<think>')[-1].strip('\n') %}
+            {%- set content = content.split('</think>')[-1].strip('\n') %}
+        {%- endif %}
+        {%- if thought and loop.index0 > ns.last %}
+            {{- '<think>\n' + thought + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content + '[e~[\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ']~b]ai\n<think>\n' }}
+{%- endif %}"""
+
+HARMONY = """{%- macro said(role, text) %}<|start|>{{ role }}<|message|>{{ text }}<|end|>{% endmacro %}
+{{- said('system', 'Reasoning: medium. Today is ' + strftime_now('%Y-%m-%d')) }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- said('developer', '# Instructions\n\n' + message.content) }}
+    {%- elif message.role == 'user' %}
+        {{- said('user', message.content) }}
+    {%- else %}
+        {%- if message.thinking and loop.last %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>\\n' + message['content'] + eos_token }}
@@ -268,6 +317,8 @@ TEMPLATES: dict[str, str] = {
     "mistral-v3": MISTRAL_V3,
     "mistral-v7": MISTRAL_V7,
     "qwen3": QWEN3,
+    "minimax": MINIMAX,
+    "harmony": HARMONY,
     "zephyr": ZEPHYR,
     "gemma": GEMMA,
     "phi3": PHI3,

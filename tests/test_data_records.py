@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,25 @@ def test_an_unknown_field(record: Record, names: str) -> None:
         read_said(record)
     assert str(raised.value) == f"it has the unknown [{listed}]: pass --ignore_fields {names}"
     assert read_said(record, ignore=frozenset(names.split(",")))
+
+
+def test_reasoning_is_an_answers() -> None:
+    question = {"role": "user", "content": "Why?"}
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        answer = {"role": "assistant", "content": " So.\n", name: " Hm\n"}
+        expected = (*ASKED.messages[:-1], replace(ASKED.messages[-1], reasoning=" Hm\n"))
+        assert read_said({"messages": [question, answer]}) == Talk(expected)
+        assert read_said({"messages": [question, answer]}, ignore=frozenset([name])) == ASKED
+        assert read_said({"messages": [question, {**answer, "reasoning": " Hm\n", "thinking": ""}]}) == Talk(expected)
+        for nothing in ("", " ", None):
+            assert read_said({"messages": [question, {**answer, name: nothing}]}) == ASKED
+        with pytest.raises(ValueError, match=rf"turn 2 of its messages has \[1\] under '{name}', not a string"):
+            read_said({"messages": [question, {**answer, name: [1]}]})
+        with pytest.raises(UnknownField, match=rf"turn 1 of its messages has the unknown \['{name}'\]"):
+            read_said({"messages": [{**question, name: "Hm"}, answer]})
+    unlike = {"role": "assistant", "content": "So.", "reasoning": "a", "thinking": "b"}
+    with pytest.raises(ValueError, match="has unlike texts under 'reasoning' and 'thinking': give one"):
+        read_said({"messages": [question, unlike]})
 
 
 DOUBTFUL = "custom_instruction full_topic header markdown redacted subject task tokens toxic turn turns type"

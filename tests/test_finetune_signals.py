@@ -196,6 +196,11 @@ def test_a_second_ctrl_c_ends_at_once_within_a_save(setting: Setting, tmp_path: 
     assert last.name <= written[0]
 
 
+# Facts of torchrun: after a signal it fails also where its workers end well, and now and then its own end is an abort
+# ("terminate called without an active exception").
+TORCHRUN_FAILS = {1, -signal.SIGABRT}
+
+
 def two_ranks(launcher: str, *settings: str) -> Callable[[list[str]], list[str | Path]]:
     """The command on two ranks."""
     return lambda arguments: (
@@ -204,19 +209,19 @@ def two_ranks(launcher: str, *settings: str) -> Callable[[list[str]], list[str |
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "why", "code"),
+    ("command", "number", "why", "codes"),
     [
         (
             two_ranks("torchrun", "--signals-to-handle", "SIGINT,SIGTERM,SIGUSR1", "--shutdown-timeout", "600"),
             signal.SIGUSR1,
             "a signal",
-            1,  # fact of torchrun: it fails also where its workers end well
+            TORCHRUN_FAILS,
         ),
-        (two_ranks("torchrun"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL),
+        (two_ranks("torchrun"), signal.SIGKILL, "the launcher is gone", {-signal.SIGKILL}),
         pytest.param(
-            *(two_ranks("--nproc"), signal.SIGKILL, "the launcher is gone", -signal.SIGKILL), marks=pytest.mark.soak
+            *(two_ranks("--nproc"), signal.SIGKILL, "the launcher is gone", {-signal.SIGKILL}), marks=pytest.mark.soak
         ),
-        (two_ranks("--nproc"), signal.SIGINT, "Ctrl-C", 130),
+        (two_ranks("--nproc"), signal.SIGINT, "Ctrl-C", {130}),
     ],
     ids=["torchrun, SIGUSR1", "torchrun, SIGKILL", "nproc, SIGKILL", "nproc, Ctrl-C"],
 )
@@ -224,7 +229,7 @@ def test_ranks_save_when_their_launcher_is_ended(
     command: Callable[[list[str]], list[str | Path]],
     number: signal.Signals,
     why: str,
-    code: int,
+    codes: set[int],
     setting: Setting,
     tmp_path: Path,
 ) -> None:
@@ -236,7 +241,7 @@ def test_ranks_save_when_their_launcher_is_ended(
         else:
             program.send(number)
         step = stopped_after(program, why, tmp_path)
-        assert program.wait() == code
+        assert program.wait() in codes
         program.wait_for_all(10)
         assert len(warnings_of(program)) == 1
     assert latest_state(tmp_path).name == f"step-{step:08d}"
@@ -255,7 +260,7 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(launcher: str, setting: Setting,
         program.send(signal.SIGINT)
         program.wait_for(r"ended at once \(Ctrl-C\): the last one saved is .*; go on with --auto_resume$")
         os.kill(second, signal.SIGCONT)
-        assert program.wait() == (1 if launcher == "torchrun" else 130)
+        assert program.wait() in (TORCHRUN_FAILS if launcher == "torchrun" else {130})
         program.wait_for_all(10)
         assert len(warnings_of(program)) == 1
     assert not Shelf.incomplete(latest_state(tmp_path))

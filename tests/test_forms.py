@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +49,8 @@ MISTRALS = {
 CONTROLS = [
     "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>",
-    "<|assistant|>", "<|system|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "<|assistant|>", "<|system|>", "<|end|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "]~!b[", "]~b]",
+    "[e~[", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",  # noqa: RUF001
 ]
 # fmt: on
 HUGGING_FACE = ("first", "always", "never", "prepend", "bytes", "bytes-prefix", "strip", "few")
@@ -188,6 +190,7 @@ def test_what_is_learned_stands_behind_the_prompt_that_asks_for_it(name: str, lo
             (name == "mixtral-instruct" and any(not one.content for one in messages[1:]))
             or (name == "default" and any("\n### Human:" in one.content for one in messages))
             or (name in ("qwen3", "deepseek") and any("</think>" in one.content for one in messages))
+            or name == "minimax"  # which asks for reasoning
         )
         if name == "deepseek" and "<｜User｜>" not in tokenizer.controls:  # noqa: RUF001
             return  # the name of its end token holds "▁"
@@ -209,6 +212,71 @@ def test_what_is_learned_stands_behind_the_prompt_that_asks_for_it(name: str, lo
             assert example.tokens[end - 1] in ends or stops or place < taught[-1]
 
     check()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "minimax", "harmony"])
+def test_reasoning_is_learned_before_its_answer(name: str, loaded: dict[str, Tokenizer]) -> None:
+    """Each answer in an example of its own, which is the text that transformers renders, behind the prompt for it."""
+
+    @quick
+    @given(messages=chats(most=3), kind=kinds, data=st.data())
+    def check(messages: list[Message], kind: str, data: st.DataObject) -> None:
+        tokenizer = loaded[kind]
+        form = form_of(name, tokenizer)
+        thoughts = st.builds("a{}b".format, texts.filter(lambda text: "think>" not in text))
+        messages = [
+            replace(one, reasoning=data.draw(thoughts)) if one.role == "assistant" and one.content.strip() else one
+            for one in messages
+        ]
+        taught = [place for place, one in enumerate(messages) if one.taught]
+        try:
+            parts = form.parts(messages)
+        except ValueError:
+            assert any("</think>" in one.content for one in messages)
+            return
+        for place, part in zip(taught, parts, strict=True):
+            prompt, example = form.prompt(messages[:place]), encode_example(part, tokenizer)
+            ((begin, _),) = runs(example.learned)
+            assert example.tokens[:begin] == prompt
+            assert "".join(one.text for one in part).startswith(form.text(messages[: place + 1], ask=False).rstrip())
+            said = squeezed("".join(one.text for one in part if one.learned))
+            thought, answer = squeezed(messages[place].reasoning), squeezed(messages[place].content)
+            assert said.index(thought) < said.rindex(answer), "in this order"
+            typed = [
+                one for one in part if one.control is None and one.learned and messages[place].reasoning in one.text
+            ]
+            assert name != "harmony" or kind not in HUGGING_FACE or typed, "names of control tokens are text"
+
+    check()
+
+
+def test_reasoning_has_a_place_or_is_refused(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["bytes"]
+    chat = [Message("user", "Q"), Message("assistant", "A", reasoning="Hm <|end|>")]
+    for name, learned in {
+        "qwen3": "<think>\nHm <|end|>\n</think>\n\nA<|im_end|>",
+        "minimax": "Hm <|end|>\n</think>\n\nA[e~[",
+        "harmony": (
+            "<|channel|>analysis<|message|>Hm <|end|><|end|><|start|>assistant<|channel|>final<|message|>A<|return|>"
+        ),
+    }.items():
+        (part,) = form_of(name, tokenizer).parts(chat)
+        assert "".join(one.text for one in part if one.learned) == learned
+        ends = [one for one in part if one.learned and one.control == tokenizer.controls["<|end|>"]]
+        assert len(ends) == (name == "harmony")
+    # Within its content, where datasets have it as well.
+    (part,) = form_of("minimax", tokenizer).parts([chat[0], Message("assistant", "<think>\nHm\n</think>\n\nA")])
+    assert "".join(one.text for one in part if one.learned) == "Hm\n</think>\n\nA[e~["
+    for name in ("chatml", "llama3", "mistral-v3", "deepseek"):
+        with pytest.raises(ValueError, match=f"the chat template {name} leaves out the reasoning of its answer"):
+            form_of(name, tokenizer).parts(chat)
+    for name in ("default", "alpaca alpaca", "mixtral-instruct"):
+        with pytest.raises(ValueError, match=r"reasoning, for which the form .* has no place: ignore that field, or"):
+            form_of(name, tokenizer).parts(chat)
+    with pytest.raises(
+        ValueError, match=r"asks for an answer with '<think>\\n', and does not write .* reasoning_content"
+    ):
+        form_of("minimax", tokenizer).parts([chat[0], Message("assistant", "A")])
 
 
 def test_only_what_is_learned_is(loaded: dict[str, Tokenizer]) -> None:
@@ -325,6 +393,10 @@ def test_an_answer_is_gone_on_with_as_in_transformers(name: str, loaded: dict[st
         except ValueError:  # the message does not stand in the text
             return
         if "</think>" in messages[-1].content:
+            return
+        if name == "minimax" and messages[-1].content:  # transformers goes on without the reasoning that it asks for
+            with pytest.raises(ValueError, match="asks a question otherwise than it writes the question's answer"):
+                form.continued(messages)
             return
         segments = form.continued(messages)
         asked = form.text(messages[:-1], ask=True)
@@ -452,14 +524,18 @@ def test_what_is_typed_is_text(name: str, loaded: dict[str, Tokenizer]) -> None:
         form = form_of(name, tokenizer)
         chat = [Message(role, content) for role, content in zip(roles, contents, strict=False)]  # type: ignore[arg-type]
         harmless = [Message(one.role, "abc") for one in chat]
-        if name in ("qwen3", "deepseek") and any("think" in one.content for one in chat):
+        if name in ("qwen3", "minimax", "deepseek") and any("think" in one.content for one in chat):
             return
         found = controls(form.prompt(chat), tokenizer)
         assert found == controls(form.prompt(harmless), tokenizer)
-        last = [*chat, Message("assistant", contents[-1])]
-        if name not in NAMED:
-            assert "\ue000" not in "".join(one.text for one in form.continued(last))
-            assert controls(ids_of(form.continued(last), tokenizer), tokenizer) == found
+        if name not in (*NAMED, "minimax"):
+            begun, plainly = (
+                form.continued([*chat, Message("assistant", content)]) for content in (contents[-1], "abc")
+            )
+            assert "\ue000" not in "".join(one.text for one in begun)
+            begun_controls = controls(ids_of(begun, tokenizer), tokenizer)
+            assert begun_controls == controls(ids_of(plainly, tokenizer), tokenizer)
+            assert begun_controls == found or name == "harmony", "which leads answers in with tokens of its own"
 
     check()
 

@@ -117,7 +117,7 @@ def a_message(roles: tuple[str, ...]) -> st.SearchStrategy[dict[str, Any]]:
     part = st.one_of(text, st.builds(lambda said: {"type": "text", "text": said}, text))
     return st.fixed_dictionaries(
         {"role": st.sampled_from(roles), "content": st.one_of(text, st.lists(part, min_size=1, max_size=3))},
-        optional={"name": text},
+        optional={"name": text, "reasoning_content": text},
     )
 
 
@@ -126,7 +126,7 @@ def as_forms_take_it(message: dict[str, Any]) -> Message:
     if not isinstance(content, str):
         content = "\n".join(part if isinstance(part, str) else part["text"] for part in content)
     role = {"developer": "system"}.get(message["role"], message["role"])
-    return Message(role, content, name=message.get("name"))
+    return Message(role, content, name=message.get("name"), reasoning=message.get("reasoning_content", ""))
 
 
 CHATS = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from browser import chromium, keep
+from browser import chromium, keep, needs_chromium
 from http_api import ServedApi, assert_error
 
 if TYPE_CHECKING:
@@ -182,6 +182,7 @@ def browser() -> "Iterator[Browser]":
         yield running
 
 
+@needs_chromium
 def test_in_a_browser_with_a_key(browser: "Browser", spoken: ServedApi) -> None:
     """Under a name of its own, since Swagger UI behaves otherwise at localhost; what asks for another gets nothing."""
     key = spoken.settings.api_key
@@ -235,6 +236,7 @@ def test_in_a_browser_with_a_key(browser: "Browser", spoken: ServedApi) -> None:
     assert {httpx.URL(url).host for url in asked if not url.startswith("data:")} == {"model.test"}
 
 
+@needs_chromium
 def test_a_browser_asks_for_a_password(browser: "Browser", locked: ServedApi) -> None:
     """The challenge is one that a browser understands, and it sends the key also with what the page loads."""
     refused: list[int] = []

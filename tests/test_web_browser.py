@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from browser import chromium, keep
+from browser import chromium, keep, needs_chromium
 from programs import slowed
 from ranks import free_port
 from talking import COUNT, DIALOGUES
@@ -31,6 +31,8 @@ from accessory.text.form_files import find_form
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+pytestmark = needs_chromium
 
 CONTEXT = 512
 HOSTILE = (

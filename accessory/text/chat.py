@@ -19,7 +19,8 @@ class Message:
     """One message of a chat.
 
     `learned` says whether training learns it, where it is the assistant's. `given` is an instruction's input, for
-    which Alpaca's form has a place of its own; elsewhere it follows the content on a new line.
+    which Alpaca's form has a place of its own; elsewhere it follows the content on a new line. `reasoning` is what the
+    assistant thought before it said this: chat templates of models that reason have a place for it.
     """
 
     role: Role
@@ -27,6 +28,7 @@ class Message:
     name: str | None = None
     learned: bool = True
     given: str = ""
+    reasoning: str = ""
 
     @property
     def text(self) -> str:
@@ -119,7 +121,8 @@ def _check_learned(segments: Sequence[Segment], parts: Sequence[list[int]], toke
         if segment.learned and segment.control is None:
             before = before[-_WINDOW:]  # so that long chats cost no more for each answer
             said = tokenizer.decode(before)
-            if tokenizer.decode([*before, *part]) != said + text:
+            prefixed = [f"{said} {text}"] if segment.how == "behind" else []  # as where a text begins
+            if tokenizer.decode([*before, *part]) not in (said + text, *prefixed):
                 cut = f"{text[:40]!r}..." if len(text) > 40 else repr(text)
                 raise ValueError(f"its answer {cut} does not come back from the tokenizer's ids: it cannot be learned")
         before += part

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import groupby
+from posixpath import commonprefix
 from typing import Any
 
 from accessory.text.chat import Before, Ends, Message, Segment, encode_example, ids_of
@@ -16,6 +17,8 @@ from accessory.text.conversation import ASSISTANT, END, HUMAN, SYSTEM
 from accessory.text.instruction import PROMPT_NAMES, instruction_prompt
 from accessory.text.jinja import TemplateError
 from accessory.text.tokenizer import Tokenizer
+
+_SHORT = 40  # characters at the end of a prompt that an error shows
 
 
 class Form:
@@ -26,11 +29,12 @@ class Form:
         ends: where an answer ends, and what of the model's text is not the answer's.
         assumed: nothing is known of how the model was trained, and this is as good a guess as any.
         of_single_questions: it is made of records that have no earlier turns, so that a model may take these amiss.
+        reasons: it has a place for what an assistant thinks before its answer.
     """
 
     name: str
     ends: Ends = Ends()
-    assumed = of_single_questions = False
+    assumed = of_single_questions = reasons = False
     asks = ""  # with which a prompt ends that a model is to answer
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -81,16 +85,19 @@ class Form:
         places = [place for place, message in enumerate(messages) if message.taught]
         if not places:
             return []
+        if not self.reasons and any(messages[place].reasoning for place in places):
+            why = f'its answer has reasoning, for which the form "{self.name}" has no place'
+            raise ValueError(f"{why}: ignore that field, or take the chat template of a model that reasons")
         self._refuse_changing_tokenizer()
         if self._nests(messages):
             return [self.segments(messages, ask=False)]
         whole, *prompts = self._prefixes(messages, [(len(messages), False), *((place, True) for place in places)])
-        if self._joins() and _teaches(prompts, whole):
+        if self._joins(messages) and _teaches(prompts, whole):
             return [whole]
         wholes = self._prefixes(messages, [(place + 1, False) for place in places])
         for asked, part in zip(prompts, wholes, strict=True):
             if not _teaches([asked], part):
-                raise ValueError("the chat template changes an answer, or writes it otherwise than it asks for it")
+                raise ValueError(_why_not(asked, part))
         return [
             [*(one.unlearned for one in part[: len(asked)]), *part[len(asked) :]]
             for asked, part in zip(prompts, wholes, strict=True)
@@ -113,7 +120,7 @@ class Form:
         """Whether the chat is known to begin with the prompts of its earlier questions."""
         return True
 
-    def _joins(self) -> bool:
+    def _joins(self, messages: Sequence[Message]) -> bool:
         """Whether several answers may be learned in one example."""
         return True
 
@@ -163,6 +170,16 @@ def _teaches(prompts: Sequence[Sequence[Segment]], whole: Sequence[Segment]) -> 
             return False
         end = begin
     return True
+
+
+def _why_not(asked: Sequence[Segment], part: Sequence[Segment]) -> str:
+    """Why an answer is not learned, which does not stand behind the prompt that asks for it, or is not whole there."""
+    prompt, written = ("".join(one.text for one in segments) for segments in (asked, part))
+    missing = prompt[len(commonprefix([prompt, written])) :]
+    if 0 < len(missing) <= _SHORT:
+        why = f"the chat template asks for an answer with {missing!r}, and does not write that before this one"
+        return f"{why}: where a model is to reason there, give the answer its reasoning_content"
+    return "the chat template changes an answer, or writes it otherwise than it asks for it"
 
 
 def _answered(messages: Sequence[Message]) -> Sequence[Message]:

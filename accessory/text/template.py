@@ -42,6 +42,8 @@ class TemplateForm(Form):
         TemplateError: it cannot even render a question.
     """
 
+    reasons = True
+
     def __init__(self, tokenizer: Tokenizer, template: str, name: str) -> None:
         super().__init__(tokenizer)
         self.template, self.name = template, name
@@ -71,6 +73,10 @@ class TemplateForm(Form):
             if any(one.taught and stop in one.content for one in messages):
                 raise ValueError(f"its answer holds {stop!r}, at which answers end in this chat template")
         parts = super().parts(messages)
+        if _reasoned(messages):  # then each answer is an example of its own
+            for one, part in zip((one for one in messages if one.taught), parts, strict=True):
+                if _squeezed(one.reasoning) not in _squeezed("".join(two.text for two in part if two.learned)):
+                    raise ValueError(f"the chat template {self.name} leaves out the reasoning of its answer")
         self._say_what_is_left_out(messages, parts)
         # Where a template writes nothing at which the model could end, the end token does.
         return parts if self._ends_answers else [[*part, self._eos(learned=True)] for part in parts]
@@ -78,8 +84,8 @@ class TemplateForm(Form):
     def _say_what_is_left_out(self, messages: Sequence[Message], parts: Sequence[Sequence[Segment]]) -> None:
         """Warn, once, of what the system says and the template does not."""
         for one in messages if parts and not self._warned else ():
-            said = "".join(one.content.split())
-            if one.role == "system" and said not in "".join("".join(two.text for two in parts[-1]).split()):
+            written = _squeezed("".join(two.text for two in parts[-1]))
+            if one.role == "system" and _squeezed(one.content) not in written:
                 logger.warning("the chat template %s leaves out what the system says: it is not trained", self.name)
                 self._warned = True
 
@@ -99,9 +105,10 @@ class TemplateForm(Form):
     def _nests(self, messages: Sequence[Message]) -> bool:
         return False
 
-    def _joins(self) -> bool:
-        # Else each answer is an example, which ends as the last one does, or with the end token.
-        return self._mistral is not None or self._ends_alike
+    def _joins(self, messages: Sequence[Message]) -> bool:
+        # Else each answer is an example, which ends as the last one does, or with the end token. Of earlier answers
+        # most templates leave out the reasoning.
+        return (self._mistral is not None or self._ends_alike) and not _reasoned(messages)
 
     def _cut(self, messages: Sequence[Message], whole: Rendered, places: Places, guard: str) -> list[Segment]:
         """A text in segments, of which answers with their ends are some."""
@@ -156,7 +163,12 @@ class TemplateForm(Form):
 
     def _case(self, messages: Sequence[Message], ask: bool) -> dict[str, Any]:
         said = [
-            {"role": one.role, "content": one.text, **({} if one.name is None else {"name": one.name})}
+            {
+                "role": one.role,
+                "content": one.text,
+                **({} if one.name is None else {"name": one.name}),
+                **({"reasoning_content": one.reasoning} if one.reasoning else {}),
+            }
             for one in messages
         ]
         return {"messages": said, "add_generation_prompt": ask, **self.tokenizer.names}
@@ -171,21 +183,32 @@ class TemplateForm(Form):
         guard, mark = _unused(messages), _unused(messages, 1)
         guarded = [
             replace(
-                one, content=self._guarded(one.text, guard), name=self._guarded(one.name or "", guard) or None, given=""
+                one,
+                content=self._guarded(one.text, guard),
+                name=self._guarded(one.name or "", guard) or None,
+                given="",
+                reasoning=self._guarded(one.reasoning, guard),
             )
             for one in messages
         ]
         marked = [replace(one, content=mark) if _answers(one) else one for one in guarded]
-        typed = any(guard in f"{one.name}{one.content}" for one in guarded)
+        typed = any(guard in f"{one.name}{one.content}{one.reasoning}" for one in guarded)
         lists = [guarded, marked, *([messages] if typed else [])]
-        texts = iter(render_each(self.template, [self._case(one[:count], ask) for count, ask in cuts for one in lists]))
+        # What the model says before its last answer begins where the question ends.
+        reasons = [not ask and _reasoned(messages[count - 1 : count]) for count, ask in cuts]
+        cases = []
+        for (count, ask), reasoned in zip(cuts, reasons, strict=True):
+            cases += [self._case(one[:count], ask) for one in lists]
+            cases += [self._case(guarded[: count - 1], True)] if reasoned else []
+        texts = iter(render_each(self.template, cases))
         found = []
-        for count, _ in cuts:
+        for (count, _), reasoned in zip(cuts, reasons, strict=True):
             whole, parts = next(texts), next(texts).text.split(mark)
             if typed and next(texts).text != whole.text.replace(guard, ""):
                 raise TemplateError("the chat template looks into a message that holds the name of a control token")
             answers = [one.content for one in guarded[:count] if _answers(one)]
-            found.append((whole, self._places(parts, answers, whole.text) if answers else []))
+            places = self._places(parts, answers, whole.text) if answers else []
+            found.append((whole, _with_reasoning(places, whole.text, next(texts).text) if reasoned else places))
         return guard, found
 
     def _guarded(self, text: str, guard: str) -> str:
@@ -315,10 +338,28 @@ class TemplateForm(Form):
 
 def _unused(messages: Sequence[Message], number: int = 0) -> str:
     """A character that stands nowhere in a chat."""
-    used = {character for one in messages for character in f"{one.name}{one.text}" if character >= _PRIVATE[0]}
+    texts = (f"{one.name}{one.text}{one.reasoning}" for one in messages)
+    used = {character for text in texts for character in text if character >= _PRIVATE[0]}
     for character in islice((one for one in _PRIVATE if one not in used), number, None):
         return character
     raise TemplateError("a chat that holds all of Unicode's private characters is not put into a chat template")
+
+
+def _with_reasoning(places: Places, text: str, asked: str) -> Places:
+    """Where the answers stand in a text, the last one from the end of the prompt that asks for it."""
+    if not places or not text.startswith(asked):
+        return places
+    *before, (_, end, whole) = places
+    return [*before, (len(asked), end, whole)]
+
+
+def _reasoned(messages: Sequence[Message]) -> bool:
+    """Whether one of the answers has reasoning, be it within its content, where many templates look for it."""
+    return any(one.taught and (one.reasoning or "</think>" in one.content) for one in messages)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _answers(message: Message) -> bool:

@@ -79,7 +79,7 @@ async def prompt_of_chat(
 
 
 def _prompt_of_chat(form: Form, messages: Sequence[ChatMessage], ending: Ending, limit: int) -> tuple[list[int], Ends]:
-    check_characters([f"{message.text}{message.name or ''}" for message in messages], limit, "messages")
+    check_characters([f"{one.text}{one.name or ''}{one.thought}" for one in messages], limit, "messages")
     if len(messages) > limit:
         why = f"there are {len(messages)} messages, more than this model's context of {limit} tokens can hold"
         raise bad_request(why, "messages", "context_length_exceeded")
@@ -96,7 +96,8 @@ def _prompt_of_chat(form: Form, messages: Sequence[ChatMessage], ending: Ending,
 
 def _message(message: ChatMessage) -> Message:
     # OpenAI's newer models call the system the developer.
-    return Message("system" if message.role == "developer" else message.role, message.text, name=message.name)
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, message.text, name=message.name, reasoning=message.thought)
 
 
 def _segments(form: Form, chat: Sequence[Message], ending: Ending) -> tuple[list[Segment], Ends]:

@@ -174,6 +174,8 @@ class ChatMessage(Body):
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     type: Literal["text"] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: Nothing = None
     audio: Nothing = None
     annotations: NoList = None
@@ -184,6 +186,11 @@ class ChatMessage(Body):
     def text(self) -> str:
         # Parts are lines, as vLLM has them.
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+    @property
+    def thought(self) -> str:
+        """What an answer's model had thought, under the name of either vLLM."""
+        return self.reasoning_content or self.reasoning or ""
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
