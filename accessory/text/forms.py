@@ -178,7 +178,7 @@ def _why_not(asked: Sequence[Segment], part: Sequence[Segment]) -> str:
     missing = prompt[len(commonprefix([prompt, written])) :]
     if 0 < len(missing) <= _SHORT:
         why = f"the chat template asks for an answer with {missing!r}, and does not write that before this one"
-        return f"{why}: where a model is to reason there, give the answer its reasoning_content"
+        return f"{why}: where a model is to reason there, give the answer its reasoning_content; or take another form"
     return "the chat template changes an answer, or writes it otherwise than it asks for it"
 
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE_NAME = "chat_template.jinja"
 # Of the characters that Unicode leaves to private use: whichever a chat does not hold becomes a mark.
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF8FF)]
+# What a model that reasons thinks, in datasets.
+_THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
 # Behind these Mistral's tokenizer puts a space, whether its template wrote one or not.
 _MISTRALS = re.compile(r"<s>|</s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]")
@@ -69,6 +71,15 @@ class TemplateForm(Form):
         return self._prefixes(messages, [(len(messages), ask)])[0]
 
     def parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
+        try:
+            return self._parts(messages)
+        except ValueError:
+            apart = [_thought_apart(one) for one in messages]
+            if apart == [*messages]:
+                raise
+            return self._parts(apart)  # as GLM's, which writes it otherwise than it stands in a content
+
+    def _parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
         for stop in self.ends.stop:
             if any(one.taught and stop in one.content for one in messages):
                 raise ValueError(f"its answer holds {stop!r}, at which answers end in this chat template")
@@ -356,6 +367,12 @@ def _with_reasoning(places: Places, text: str, asked: str) -> Places:
 def _reasoned(messages: Sequence[Message]) -> bool:
     """Whether one of the answers has reasoning, be it within its content, where many templates look for it."""
     return any(one.taught and (one.reasoning or "</think>" in one.content) for one in messages)
+
+
+def _thought_apart(message: Message) -> Message:
+    """The message with the reasoning that stands at the head of its content as such."""
+    found = None if message.reasoning else _THOUGHT.match(message.content)
+    return message if found is None else replace(message, reasoning=found[1], content=message.content[found.end() :])
 
 
 def _squeezed(text: str) -> str:
