@@ -57,6 +57,11 @@ def first_of(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, thing: str) -> str:
+    """How many of a thing, as "1 example" and "1,234 examples"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def nearest(name: Any, known: Iterable[str], *, likeness: float = 0.6) -> str:
     """What somebody may have meant by an unknown name, to be put behind it; "" where no known one is near.
 

@@ -160,7 +160,7 @@ def test_the_second_call_maps_what_the_first_wrote(
     tokenizer: Tokenizer, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, log: Any
 ) -> None:
     first = load(tmp_path, ALPACA, tokenizer)
-    assert f"{tmp_path}/a.json: 8 examples, {sum(first.lengths)} tokens" in log.text
+    assert f"{tmp_path}/a.json: 8 examples, {sum(first.lengths):,} tokens" in log.text
     monkeypatch.setattr(Recipe, "read", None)  # calling it would fail
     moved = tmp_path / "elsewhere"
     moved.mkdir()

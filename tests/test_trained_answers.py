@@ -86,8 +86,9 @@ def messages_of(system: str | None, said: list[tuple[str, str]]) -> list[dict[st
     return messages
 
 
-# The older spelling of one that is trained anyway: `make soak` has it too.
-NAMES = [pytest.param(name, marks=[pytest.mark.soak] if name == "mixtral v1" else []) for name in CASES]
+# The older spelling of one that is trained anyway, and the form of single questions: `make soak` has them too.
+SOAK = ("mixtral v1", "alpaca")
+NAMES = [pytest.param(name, marks=[pytest.mark.soak] if name in SOAK else []) for name in CASES]
 
 
 @pytest.fixture(scope="module", params=NAMES)

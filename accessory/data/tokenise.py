@@ -22,6 +22,7 @@ from accessory.data.examples import Ids, Recipe
 from accessory.data.readers import Record, read_records
 from accessory.data.records import OtherShape, UnknownField, digest_of, read_said
 from accessory.data.sources import Source
+from accessory.errors import counted
 from accessory.progress import showing
 from accessory.text.chat import Segment
 from accessory.text.forms import Form
@@ -71,7 +72,8 @@ class SourceReport:
 
     def lines(self, max_words: int) -> Iterator[tuple[int, str]]:
         """What to log, each line with its level."""
-        yield logging.INFO, f"{self.path}: {self.examples} examples, {self.tokens} tokens, {self.learned} learned"
+        made = f"{counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, {self.learned:,} learned"
+        yield logging.INFO, f"{self.path}: {made}"
         if self.bad:
             yield logging.WARNING, f"{self.path}: {self.bad} bad records are left out"
             yield from ((logging.WARNING, f"  {line}") for line in self.listed)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from accessory.data.collate import collate
 from accessory.data.finetune_data import FinetuneData
 from accessory.data.sampler import StepSampler
+from accessory.errors import counted
 from accessory.model.meta import MetaModel
 from accessory.parallel.state import agreed, all_ranks, on_first
 from accessory.text.forms import Form
@@ -85,9 +86,10 @@ class FinetuneLoop:
         layout = f"dp {state.dp_size} ({options.data_parallel}) x mp {state.mp_size} ({self.model.llma.placement})"
         layout += f", experts over ep {state.ep.size}" if state.ep.size > 1 else ""
         begin = f"from step {self.done} " if self.done else ""
+        epoch = f"{counted(self.sampler.steps_per_epoch, 'step')} of {self.sampler.global_batch} an epoch"
         return (
-            f"{len(self.data):,} examples, {self.sampler.steps_per_epoch:,} steps of {self.sampler.global_batch} an "
-            f"epoch; {begin}to step {self.end:,} on {layout}, {options.precision}, {state.device.type}"
+            f"{counted(len(self.data), 'example')}, {epoch}; "
+            f"{begin}to step {self.end:,} on {layout}, {options.precision}, {state.device.type}"
         )
 
     def plan(self, output: Path) -> Plan:

@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Sequence
 
+from accessory.errors import counted
 from accessory.generation.completion import end_ids
 from accessory.generation.stopping import TextStream
 from accessory.serve.web.answering import Answer, Route
@@ -32,7 +33,7 @@ def heatmap(routes: Sequence[Route], experts: int) -> str:
         shares = [chosen.count(expert) / len(chosen) for expert in range(experts)]
         cells = "".join(_cell(share, even, layer, expert) for expert, share in enumerate(shares))
         rows.append(f"<tr><th scope='row'>{layer}</th>{cells}</tr>")
-    caption = f"% of a layer's choices over {_counted(len(routes), 'token')}; even would be {100 * even:.3g}"
+    caption = f"% of a layer's choices over {counted(len(routes), 'token')}; even would be {100 * even:.3g}"
     return (
         f"<table class='experts'><caption>{caption}</caption>"
         f"<thead><tr><th scope='col'>layer</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -84,7 +85,3 @@ def colours(experts: int) -> dict[str, str]:
         red, green, blue = colorsys.hls_to_rgb(expert / experts, 0.55, 0.75)
         found[expert_name(expert)] = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
     return found
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
