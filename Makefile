@@ -30,14 +30,19 @@ install: $(READY)
 # There while pip works: what it has begun to install counts as installed for it, though files may be missing.
 INSTALLING := $(VENV)/.installing
 
+# pip compiles modules one after another, for half of its time: users' are compiled on all cores, the developers' as they
+# are imported.
+PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+
 # torch goes first and pinned: another package's range must not choose it.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*.cpp accessory/kernels/*.h)
 	@if test -e $(INSTALLING); then echo "An installation was cut short: beginning anew in $(VENV)."; rm -rf $(VENV); fi
 	@echo "Installing PyTorch and what accessory needs into $(VENV): 80 packages, 1.4 GB (more where PyTorch brings CUDA), minutes."
 	$(PYTHON) -m venv $(VENV)
 	touch $(INSTALLING)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) torch
+	$(PIP) --editable .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some hold examples of what is no Python
 	rm $(INSTALLING)
 	touch $(READY)
 
@@ -45,7 +50,7 @@ $(DEVELOPED): $(READY)
 	@echo "Installing what tests, checks and pages need besides: 100 packages, 1.1 GB, minutes."
 	rm $(READY)
 	touch $(INSTALLING)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --editable ".[dev]"
 	rm $(INSTALLING)
 	touch $(READY) $(DEVELOPED)
 

@@ -42,7 +42,9 @@ SLOW = {
     *("test_training", "test_peft_training", "test_tiny", "test_quant_model", "test_padded_vocabulary"),
     *("test_multi_gpu_wrapper", "test_dialogues", "test_simple_inference", "test_stopping", "test_triton_kernels"),
     *("test_triton_steps", "test_web_browser", "test_validation", "test_beside_trainer", "test_web_demos"),
-    *("test_chat", "test_http_command", "test_memory", "test_form_exports"),
+    *("test_chat", "test_http_command", "test_memory", "test_form_exports", "test_families", "test_expert_parallel"),
+    *("test_train_state", "test_recompute", "test_evaluate", "test_export", "test_threads", "test_texts", "test_gguf"),
+    *("test_benchmark_sides", "test_peft_model"),
 }
 
 
