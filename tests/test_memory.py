@@ -371,8 +371,10 @@ def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     dense = 3 * (attention + 8 * 384 + 2 * 384) + 2 * 384 * 384 + 384
     assert spread["sent_bytes"] == {"fast": 4 * 128 * 2 * 384 * 4 * 3 / 2 + 2 * dense * 4 / 2, "slow": 0}
     assert main([*asked, "0.5"]) == 0
-    _, told = capsys.readouterr().out.splitlines()[-1].split("main_finetune.py ")
-    options = FinetuneOptions.parse(told.split())
+    _, told = (
+        capsys.readouterr().out.splitlines()[-1].split("run: accessory finetune --nproc 2 --pretrained_path MODEL ")
+    )
+    options = FinetuneOptions.parse(["--pretrained_path", "MODEL", *told.split()])
     assert {name: getattr(options, name) for name in ("expert_parallel_size", "data_parallel", "max_words")} == {
         **{name: found[0][name] for name in ("expert_parallel_size", "data_parallel")},
         "max_words": 128,
@@ -397,6 +399,23 @@ def test_plan_names_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no layout fits 0.01 GiB: the smallest (dp" in capsys.readouterr().err
     assert main(["plan", str(config), "--gpus", "0", "--memory", "80"]) == 1
     assert "--gpus is 0: give a number above 0" in capsys.readouterr().err
+    assert main([*asked, "80", "--batch_size", "10000"]) == 1
+    assert "--max_words x --batch_size is 1,280,000 tokens: at most 1,048,576 are planned" in capsys.readouterr().err
+    # A folder is named, and several hosts meet.
+    assert main(["plan", str(tmp_path), *asked[2:], "8", "--gpus_per_host", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("run on each host: torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d ")
+    assert f" -m accessory finetune --pretrained_path {tmp_path} --data_config" in told
+
+
+def test_planning_makes_nothing_as_long_as_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Models have positions by the million, and a rotary table of all would be gigabytes."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**MODEL, "vocab_size": 384, "max_seq_len": 2**31 - 1}))
+    asked = ["plan", str(config), "--gpus", "2", "--memory", "80", "--max_words"]
+    assert main([*asked, "128"]) == 0
+    assert main([*asked, "100000000", "--task", "serve", "--slots", "1"]) == 0
+    assert "run: accessory serve MODEL " in capsys.readouterr().out
 
 
 def test_plan_of_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

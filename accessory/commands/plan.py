@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING, Any, get_args
 
 from accessory.arguments import given_path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from accessory.train.planner import Planned
 
 _SHOWN = 5
+_TOKENS = 2**20  # of a micro-batch; which experts take each of them is gone through, in seconds for 2**17
 
 
 def add_commands(commands: Any) -> None:
@@ -55,6 +57,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     for name in (*counts, "tflops", "fast", "interconnect", "bandwidth"):
         if not 0 < getattr(arguments, name) < 2**31:
             raise ValueError(f"--{name} is {getattr(arguments, name)}: give a number above 0")
+    if arguments.task != "serve" and (tokens := arguments.max_words * arguments.batch_size) > _TOKENS:
+        raise ValueError(f"--max_words x --batch_size is {tokens:,} tokens: at most {_TOKENS:,} are planned")
     args = _args(arguments)
     if arguments.task == "serve":
         _plan_serving(arguments, args)
@@ -88,7 +92,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.task == "qlora":
         best["quant"] = "nf4"
     flags = " ".join(f"--{name} {value}" for name, value in best.items())
-    show(f"run: main_finetune.py --pretrained_path {arguments.model} --data_config DATA.yaml {flags}\n")
+    show(f"{_launch(arguments)} --pretrained_path {_model(arguments)} --data_config DATA.yaml {flags}\n")
 
 
 def _plan_serving(arguments: argparse.Namespace, args: "ModelArgs") -> None:
@@ -128,7 +132,24 @@ def _plan_serving(arguments: argparse.Namespace, args: "ModelArgs") -> None:
             f"{own.tokens_per_s:,.0f} tokens/s in all\n"
         )
     flags = " ".join(f"--{name} {value}" for name, value in serve_options(found[0].server).items())
-    show(f"run: accessory serve {arguments.model} {flags}\n")
+    show(f"run: accessory serve {_model(arguments)} {flags}\n")
+
+
+def _launch(arguments: argparse.Namespace) -> str:
+    """The beginning of the command that trains, on one host or on several."""
+    own = arguments.gpus
+    if own > arguments.gpus_per_host:
+        own = math.gcd(own, arguments.gpus_per_host)  # each host starts as many
+    hosts = arguments.gpus // own
+    if hosts == 1:
+        return f"run: accessory finetune --nproc {own}"
+    meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29500"
+    return f"run on each host: torchrun --nnodes {hosts} --nproc-per-node {own} {meeting} -m accessory finetune"
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    """Where its weights are, if that is known."""
+    return str(arguments.model) if arguments.model.is_dir() else "MODEL"
 
 
 def _parts(memory: Any) -> str:

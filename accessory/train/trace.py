@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 from accessory import kernels
 from accessory.config import ModelArgs
 from accessory.model.attention import CausalRows, Prefill
+from accessory.model.cache import new_cache
 from accessory.model.cross_entropy import cross_entropy
 from accessory.model.factory import build_transformer
 from accessory.model.transformer import Transformer
@@ -85,7 +86,7 @@ class Pass:
 @functools.lru_cache(maxsize=256)
 def trace_layers(run: Pass) -> tuple[Traced, ...]:
     """Every layer's bytes."""
-    args = run.args.replace(max_seq_len=run.length)
+    args = run.args
     kinds = [(parts_of_layer(args, layer), args.window_of(layer)) for layer in range(args.n_layers)]
     firsts = {kind: kinds.index(kind) for kind in kinds}
     few = _with_layers(args, max(firsts.values()) + 1)
@@ -148,11 +149,11 @@ def trace_prefill(
         for size in dict.fromkeys((mp_size, 1))
     ]
     model, whole = parts[0], parts[-1]
-    cache = model.new_cache(len(rows), max(rows))
+    cache = new_cache(few, model.state, len(rows), max(rows), dtype=dtype, routes=False)
     held = [*cache.tensors, *(own for part in parts for own in (*part.parameters(), *part.buffers()))]
     with torch.no_grad(), _Live(held) as live, _attention_of_device(), kernels.meta_as_gpu(gpu):
         pattern = Prefill(cache, rows, range(len(rows)))
-        rotation = model.rotary(pattern.positions_T)
+        rotation = _rotation(args, sum(rows))
         x_TD = torch.empty(sum(rows), args.dim, dtype=dtype, device=_META)
         for layer in firsts:  # none leaves anything that counts to the next
             model.layers[layer](x_TD, rotation, pattern)
@@ -169,8 +170,14 @@ def trace_call(function: Callable[..., Tensor], shape: tuple[int, ...], *argumen
     return live.peak
 
 
+def _rotation(args: ModelArgs, tokens: int) -> tuple[Tensor, Tensor]:
+    """What a rotary table gives for so many tokens."""
+    cos, sin = (torch.empty(tokens, 1, args.head_dim, device=_META) for _ in range(2))
+    return cos, sin
+
+
 def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
-    """The same model cut behind so many layers."""
+    """The same model cut behind so many layers, and with a rotary table of one position, which would be real."""
     dense = args.dense
     if dense is not None:
         own = tuple(layer for layer in dense.layers if layer < count)
@@ -179,12 +186,12 @@ def _with_layers(args: ModelArgs, count: int) -> ModelArgs:
     if attention.windowed:
         kept = tuple(layer for layer in attention.windowed if layer < count)
         attention = dataclasses.replace(attention, windowed=kept, window=attention.window if kept else None)
-    return args.replace(n_layers=count, dense=dense, attention=attention)
+    return args.replace(n_layers=count, dense=dense, attention=attention, max_seq_len=1)
 
 
 def _trace_layer(model: Transformer, layer: int, run: Pass) -> Traced:
     tokens, width = run.rows * run.length, run.args.dim
-    rotation = tuple(torch.empty(tokens, 1, run.args.head_dim, device=_META) for _ in range(2))
+    rotation = _rotation(run.args, tokens)
     pattern = CausalRows(run.rows, run.length, torch.device("cpu"))
 
     def forward(x_TD: Tensor) -> list[Tensor]:
