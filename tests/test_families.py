@@ -1452,6 +1452,10 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type is 'longrope'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "linear", "factor": 4}},
+            "rope_parameters {'rope_theta': 1000000.0} and rope_scaling {'factor': 4, 'type': 'linear'} do not say",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor of yarn rope scaling must be a number above 0"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0, **LONG, "low_freq_factor": 8}}, "low_freq_factor 8"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **LONG, "beta_slow": "1"}}, "rope.beta_slow must be"),

@@ -142,12 +142,13 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, neutral in {**_NEUTRAL, **family.fixed}.items():
         if name in given and name not in family.read and given[name] not in neutral:
             raise ValueError(f"{name} is {shown(given[name])}, and the model here has {shown(neutral[0])} alone")
+    asked = [name for name in _ROPES if given.get(name)]
     given = {**family.defaults, **given}
     found = {ours: given[theirs] for ours, theirs in family.sizes.items() if theirs in given}
     found |= family.arguments(given)
     own = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
     found["moe"] = own | found.get("moe", {})
-    found["rope_theta"], scaling, part = _rope(given)
+    found["rope_theta"], scaling, part = _rope(given, asked)
     found |= scaling
     if part not in (1, 1.0):
         if "partial_rotary_factor" not in family.read:
@@ -200,11 +201,31 @@ _SLOWED: dict[str, dict[str, str]] = {
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """The base of the rotary embedding, our settings of how it is slowed down, and which part of a head is turned."""
-    said = values.get("rope_parameters") or values.get("rope_scaling") or {}
+# Where a config.json says how positions are turned: transformers 5's way, and that of transformers 4.
+_ROPES = ("rope_parameters", "rope_scaling")
+
+
+def _rope(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, dict[str, Any], Any]:
+    """The base of the rotary embedding, our settings of how it is slowed down, and which part of a head is turned.
+
+    Args:
+        names: those of `_ROPES` that a config.json has; none: the family's own.
+
+    Raises:
+        ValueError: what they say is not known here, or not the same. transformers lets ``rope_scaling`` rule, and then
+            takes a base that stands in ``rope_parameters`` alone for its default.
+    """
+    found = [_rope_by(values, name) for name in names or _ROPES[1:]]
+    if found[0] != found[-1]:
+        said = " and ".join(f"{name} {shown(values[name])}" for name in names)
+        raise ValueError(f"{said} do not say the same: keep one of them, with the rope_theta that is meant")
+    return found[0]
+
+
+def _rope_by(values: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any], Any]:
+    said = values.get(name, {})
     if not isinstance(said, Mapping):
-        raise ValueError(f"rope_parameters must be an object, not {shown(said)}")
+        raise ValueError(f"{name} must be an object, not {shown(said)}")
     kind = said.get("rope_type", said.get("type", "default"))
     theta = said.get("rope_theta", values["rope_theta"])
     part = said.get("partial_rotary_factor", values.get("partial_rotary_factor", 1))
