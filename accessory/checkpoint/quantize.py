@@ -24,6 +24,7 @@ from accessory.checkpoint.write import Writer, new_checkpoint, shards_like
 from accessory.config import ModelArgs, QuantArgs, QuantForm
 from accessory.errors import CheckpointError, first_of
 from accessory.parallel.box import Box
+from accessory.parallel.placement import OTHER_GROUPS
 from accessory.parallel.plan import matrix_of, parameter_shapes
 from accessory.progress import showing
 from accessory.quant import (
@@ -205,7 +206,7 @@ def source_to_quantize(
         raise ValueError(f"{folder.path} is quantized already ({plain.quant.type}): give the weights it was made of")
     obstacles = BASE.obstacles(plain.replace(quant=quant), 1)
     if obstacles:
-        raise ValueError(f"{folder.path}: {first_of(obstacles, 1)}: int8 has no groups, and int4 those of 32, too")
+        raise ValueError(f"{folder.path}: {first_of(obstacles, 1)}: {OTHER_GROUPS}")
     return folder, plain
 
 

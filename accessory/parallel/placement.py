@@ -10,6 +10,9 @@ from accessory.errors import unknown
 from accessory.parallel.plan import PLACEMENTS, Placement, cut_widths, is_quantized, rows_of_model, sizes
 from accessory.quant import format_of
 
+# What to take where a format's groups of inputs do not fit a model.
+OTHER_GROUPS = "int8 has no groups, and int4 those of 32, too"
+
 
 def resolve_placement(args: ModelArgs, placement: str, size: int, *, ep_size: int = 1) -> Placement:
     """Turn "auto" into a placement, and check that ``size`` ranks can hold the model.
@@ -27,10 +30,9 @@ def resolve_placement(args: ModelArgs, placement: str, size: int, *, ep_size: in
         placement = _resolved(args, placement, size, ep_size)
     obstacles = _obstacles(args, placement, size)
     if obstacles:
-        works = ", ".join(map(str, supported_sizes(args, placement))) or "none; int8 has no groups"
-        raise ValueError(
-            f"the model cannot be split over {size} ranks: {'; '.join(obstacles)}. Rank counts that work: {works}"
-        )
+        works = ", ".join(map(str, supported_sizes(args, placement))) or f"none; {OTHER_GROUPS}"
+        so = f"split over {size} ranks" if size > 1 else "quantized so"  # nothing else stands in the way of one
+        raise ValueError(f"the model cannot be {so}: {'; '.join(obstacles)}. Rank counts that work: {works}")
     return _resolved(args, placement, size)
 
 
