@@ -241,6 +241,9 @@ def test_merge_refuses_what_does_not_belong_together(folders: Folders, small_tok
     assert kind == "CheckpointError"
     assert "is an adapter of another model" in message
     assert "dim 32 and 64" in message
+    fewer = config | {"moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+    other = write_folder(tmp_path / "f", random_tensors(fewer, 1), fewer, files=1, tokenizer=small_tokenizer)
+    assert "moe.num_experts 8 and 4" in error_of(merge, other, folders.adapter, tmp_path / "merged")[1]
     kind, message = error_of(merge, folders.base, folders.base, tmp_path / "merged")
     assert "holds no adapter: its meta.json says 'mistral', not 'mistral_peft'" in message
     kind, message = error_of(merge, folders.adapter, folders.adapter, tmp_path / "merged")

@@ -551,7 +551,7 @@ def test_what_cannot_be_saved_or_resumed_is_refused(
         assert kind == "CheckpointError"
         assert str(tmp_path / "step-") in text
     assert "hidden_dim 48 (here 32)" in sizes[1]
-    assert "'num_experts': 8" in sizes[1]
+    assert "moe.num_experts 8 (here 4)" in sizes[1]
     assert "state.json" in absent[1]
     assert "size" in lying[1].lower()
     assert "\n" not in lying[1]

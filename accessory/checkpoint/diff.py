@@ -13,7 +13,7 @@ from accessory.checkpoint.folder import Folder, Weights
 from accessory.checkpoint.layouts import MISTRAL
 from accessory.checkpoint.merge import group_of
 from accessory.checkpoint.write import AT_ONCE
-from accessory.config import ModelArgs
+from accessory.config import ModelArgs, differences
 from accessory.parallel.box import Box
 from accessory.progress import showing
 
@@ -85,10 +85,9 @@ def diff(first: str | Path, second: str | Path, *, atol: float = 0.0) -> Differe
 
 
 def _settings(first: ModelArgs, second: ModelArgs) -> Iterator[str]:
-    for one in dataclasses.fields(ModelArgs):
-        values = getattr(first, one.name), getattr(second, one.name)
-        if one.name not in _FREE and values[0] != values[1]:
-            yield f"{one.name}: {values[0]} and {values[1]}"
+    for name, one, other in differences(dataclasses.asdict(first), dataclasses.asdict(second)):
+        if name not in _FREE:
+            yield f"{name}: {one} and {other}"
 
 
 def _largest(weights: Sequence[Weights], name: str, box: Box) -> float:

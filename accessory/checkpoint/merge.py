@@ -14,7 +14,7 @@ from accessory.checkpoint.base import check_base
 from accessory.checkpoint.folder import Folder, Weights, is_finite
 from accessory.checkpoint.layouts import BASE, Source, own_key, written_layout
 from accessory.checkpoint.write import new_checkpoint, shards_like
-from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, peft_from_dict
+from accessory.config import PEFT_TYPES, ModelArgs, PeftArgs, differences, peft_from_dict
 from accessory.errors import CheckpointError, first_of
 from accessory.parallel.box import Box
 from accessory.parallel.plan import changes, is_moved, parameter_shapes, split_of
@@ -31,7 +31,7 @@ _GROUPS = (
 )
 _WORTH_SAYING = 0.001
 # Settings that say nothing of the weights.
-_FREE = ("peft", "max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight")
+_FREE = ("max_batch_size", "max_seq_len", "load_balancing_weight", "z_loss_weight")
 # No more comes of two roundings to bfloat16; and, near zero, to float16.
 _ROUNDING = {"rtol": 2**-7, "atol": 2**-24}
 
@@ -219,13 +219,12 @@ def _check_pair(base: Folder, base_args: ModelArgs, adapter: Folder, args: Model
         )
     if base_args.peft is not None and base_args.peft.lora_rank > 0:
         raise ValueError(f"{base.path} has LoRA of its own: merge it into its own base first")
-    fields = [one.name for one in dataclasses.fields(ModelArgs) if one.name not in _FREE]
-    differing = [name for name in fields if getattr(args, name) != getattr(base_args, name)]
-    if differing:
-        values = ", ".join(f"{name} {getattr(args, name)} and {getattr(base_args, name)}" for name in differing)
+    own, below = (dataclasses.asdict(one.replace(peft=None)) for one in (args, base_args))
+    values = [f"{name} {one} and {other}" for name, one, other in differences(own, below) if name not in _FREE]
+    if values:
         raise CheckpointError(
-            f"{adapter.path} is an adapter of another model than {base.path} ({values}): give the base that it "
-            "was trained on"
+            f"{adapter.path} is an adapter of another model than {base.path} ({', '.join(values)}): give the base that "
+            "it was trained on"
         )
 
 

@@ -1,6 +1,6 @@
 """What a model is: its sizes, its adapters, and how its matrices are quantized, as config.json holds them."""
 
-from .checks import part_of_config, read_json
+from .checks import differences, part_of_config, read_json
 from .model import AttentionArgs, ClampArgs, DenseArgs, ModelArgs, MoEArgs, RopeArgs, RouterArgs
 from .peft import LORA_TARGETS, PEFT_TYPES, PeftArgs, peft_from_dict, with_adapters
 from .quant import QUANT_FORMS, QuantArgs, QuantForm
@@ -19,6 +19,7 @@ __all__ = [
     "QuantForm",
     "RopeArgs",
     "RouterArgs",
+    "differences",
     "part_of_config",
     "peft_from_dict",
     "read_json",

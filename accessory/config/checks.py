@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,18 @@ def part_of_config(name: str, kind: type[Part], values: Any) -> Part:
         said = ", ".join(key + nearest(key, known) for key in unknown)
         raise ValueError(f"unknown key(s) in {name}: {said}; known are {', '.join(sorted(known))}")
     return kind(**values)
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configs differ: the key, as in "moe.router.score", and what each has there, or None."""
+    for key in (*first, *(key for key in second if key not in first)):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{within}{key}.")
+        elif one != other:
+            yield f"{within}{key}", one, other
 
 
 def is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 
-from accessory.config import ModelArgs
+from accessory.config import ModelArgs, differences
 from accessory.errors import CheckpointError
 from accessory.model.meta import MetaModel
 from accessory.parallel.plan import is_moved
@@ -85,8 +85,8 @@ def check_same_model(path: Path, saved: dict[str, Any], args: ModelArgs) -> None
     own = args.to_dict()
     if args.owns_corrections:  # where the state has none they go on from what the run was built with
         saved = ModelArgs.from_dict(saved).with_corrections().to_dict()
-    keys = [key for key in (*own, *(saved.keys() - own.keys())) if key not in _FREE_ARGS]
-    differing = [f"{key} {saved.get(key)} (here {own.get(key)})" for key in keys if saved.get(key) != own.get(key)]
+    found = differences(own, saved)
+    differing = [f"{name} {theirs} (here {ours})" for name, ours, theirs in found if name not in _FREE_ARGS]
     if differing:
         raise CheckpointError(
             f"{path} holds the state of another model: {', '.join(differing)}; "
