@@ -39,6 +39,7 @@ from accessory.checkpoint.folder import Folder
 from accessory.checkpoint.layouts import load_args, written_layout
 from accessory.checkpoint.layouts.gguf import sizes as sizes_of_gguf
 from accessory.checkpoint.layouts.hf import config_of
+from accessory.checkpoint.layouts.hf import sizes as sizes_of_config
 from accessory.checkpoint.merge import merge
 from accessory.checkpoint.quantize import quantize_checkpoint
 from accessory.checkpoint.report import describe
@@ -1353,6 +1354,28 @@ PUBLISHED = {
         (6.92, 1.28),
     ),
 }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_leaves_out_is_as_transformers_has_it(name: str) -> None:
+    """Or is asked for; each setting by itself, in a config in which none has the value that is the default."""
+    family, case = FAMILIES[name], CASES[name]
+    odd = {"num_attention_heads": 64, "num_key_value_heads": 16, "hidden_size": 512, "rms_norm_eps": 1e-4}
+    config = getattr(transformers, f"{case.classes}Config")
+    full = config(**(SHARED | case.settings | odd)).to_dict() | {"model_type": name}
+    settings = {*family.sizes.values(), *family.experts.values(), *family.defaults, *family.fixed, *family.read}
+    settings = settings & full.keys() - {"vocab_size", "max_position_embeddings", "num_hidden_layers"}
+    asked = {family.sizes[own] for own in ("dim", "n_heads", "hidden_dim")} - family.defaults.keys()
+    assert {"num_key_value_heads", "num_experts_per_tok", "rms_norm_eps"} <= settings - asked
+    for setting in settings:
+        rest = {key: value for key, value in full.items() if key != setting}
+        if setting in asked:
+            with pytest.raises(ValueError, match="missing: add them"):
+                ModelArgs.from_dict(sizes_of_config(rest))
+            continue
+        expected = sizes_of_config(config(**rest).to_dict() | {"model_type": name})
+        assert ModelArgs.from_dict(sizes_of_config(rest)) == ModelArgs.from_dict(expected), setting
+    assert "n_kv_heads" not in sizes_of_config(full | {"num_key_value_heads": None})  # as many as of queries
 
 
 LONG = {"original_max_position_embeddings": 64}

@@ -144,6 +144,8 @@ def sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is {shown(given[name])}, and the model here has {shown(neutral[0])} alone")
     asked = [name for name in _ROPES if given.get(name)]
     given = {**family.defaults, **given}
+    if values.get(_KV_HEADS, 0) is None:
+        given.pop(_KV_HEADS, None)  # of which null, unlike no word at all, means as many as of queries
     found = {ours: given[theirs] for ours, theirs in family.sizes.items() if theirs in given}
     found |= family.arguments(given)
     own = {ours: given[theirs] for ours, theirs in family.experts.items() if theirs in given}
@@ -201,6 +203,7 @@ _SLOWED: dict[str, dict[str, str]] = {
 _ORIGINAL = "original_max_position_embeddings"
 
 
+_KV_HEADS = "num_key_value_heads"
 # Where a config.json says how positions are turned: transformers 5's way, and that of transformers 4.
 _ROPES = ("rope_parameters", "rope_scaling")
 

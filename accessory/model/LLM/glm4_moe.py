@@ -74,6 +74,7 @@ GLM4_MOE = Family(
     },
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     defaults={
+        "num_key_value_heads": 8,
         "n_routed_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,

@@ -29,6 +29,7 @@ MINIMAX_M2 = Family(
     experts={"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"},
     aliases={"num_experts": "num_local_experts"},
     defaults={
+        "num_key_value_heads": 8,
         "num_local_experts": 256,
         "num_experts_per_tok": 8,
         "head_dim": 128,

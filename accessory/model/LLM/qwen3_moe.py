@@ -36,6 +36,7 @@ QWEN3_MOE = Family(
     experts=EXPERTS,
     aliases={"num_local_experts": "num_experts"},
     defaults={
+        "num_key_value_heads": 4,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
