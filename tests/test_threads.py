@@ -72,21 +72,21 @@ def test_ranks_of_ours_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Machine:
-    """A clock, and another program that takes cores away from threads that spin, or does not."""
+    """A clock, and another program that threads that spin wait for, or none."""
 
     now: float = 0.0
-    taken: float = 0.0
+    waited: float = 0.0
     told: list[bool] = field(default_factory=list)
 
     def waiting(self) -> Waiting:
-        return Waiting(2, sleep=self.told.append, taken=lambda: int(self.taken), clock=lambda: self.now)
+        return Waiting(sleep=self.told.append, waited=lambda: self.waited, clock=lambda: self.now)
 
     def run(self, waiting: Waiting, seconds: float, *, busy: bool, step: float = 0.1) -> list[bool]:
         """Steps of a model; returns what the threads were told meanwhile."""
         self.told.clear()
         for _ in range(round(seconds / step)):
             self.now += step
-            self.taken += step * (50 + 140 * (busy and not waiting.sleeps))
+            self.waited += step * (0.15 + 0.65 * (busy and not waiting.sleeps))
             waiting.adapt()
         return [*self.told]
 

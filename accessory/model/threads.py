@@ -3,17 +3,18 @@
 OpenMP's threads meet at the end of every product. GNU's, which PyTorch has on Linux, spin for some milliseconds until
 the last is there. Where another program has been given the core of one of them, all others spin away until that has it
 back, and a training step takes several times as long; letting them sleep at once would cost a fifth where nobody else
-wants the cores. So the model asks here, step by step, whether the system takes cores away from it, and then has them
-sleep soon. Their number stays, and with it every bit of what they compute.
+wants the cores. So the model asks here, step by step, how long its threads wait for a core, and has them sleep soon
+where that is much. Their number stays, and with it every bit of what they compute.
 """
 
 import atexit
 import functools
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -21,11 +22,13 @@ from accessory.launch.threads import COUNT, SHARED, share_of
 
 # Seconds between two looks, and until spinning is tried again; each try that fails doubles the second, to a limit.
 _LOOK, _TRY, _LONGEST = 0.5, 5.0, 60.0
-# Times in a second that the system took a core away from one of n threads: at most 28 n where nobody else computed,
-# and 180 to 200 beside one process that did, on 2 cores (Linux 6.18).
-_TAKEN, _OF_EACH = 70.0, 30.0
-# With more threads their own noise hides another program; nor are there to be more teams that idle.
+# Seconds of each second that the threads wait for a core, added up: at most 0.05 where nobody else computes, 0.18 where
+# the driver of an engine has a process of its own, 0.8 beside another program (2 threads on 2 cores, Linux 6.18).
+_LONG = 0.4
+# More threads than this, and more teams that idle, there are not to be.
 _MOST = 16
+# Linux says of each thread how long it has run and, behind that, has waited to; in nanoseconds.
+_THREADS = Path("/proc/self/task")
 # Who has set one of them has decided.
 _DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # Elements of a tensor that PyTorch adds up with all threads.
@@ -36,9 +39,8 @@ class Waiting:
     """Whether threads spin or sleep while they wait for others.
 
     Args:
-        threads: how many there are.
         sleep: have them sleep soon, or spin again.
-        taken: how often the system has taken a core away from this process so far.
+        waited: seconds that the threads of this process have waited for a core so far, added up.
         clock: seconds.
 
     Attributes:
@@ -47,16 +49,14 @@ class Waiting:
 
     def __init__(
         self,
-        threads: int,
         *,
         sleep: Callable[[bool], None],
-        taken: Callable[[], int] = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+        waited: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sleeps = False
-        self._limit = _TAKEN + _OF_EACH * threads
-        self._sleep, self._taken, self._clock = sleep, taken, clock
-        self._looked, self._seen = clock(), taken()
+        self._sleep, self._waited, self._clock = sleep, waited, clock
+        self._looked, self._seen = clock(), waited()
         self._since, self._patience = self._looked, _TRY
 
     def adapt(self) -> None:
@@ -64,10 +64,10 @@ class Waiting:
         now = self._clock()
         if now - self._looked < _LOOK:
             return
-        seen = self._taken()
-        rate = (seen - self._seen) / (now - self._looked)
+        seen = self._waited()
+        share = (seen - self._seen) / (now - self._looked)
         self._looked, self._seen = now, seen
-        if not self.sleeps and rate > self._limit:
+        if not self.sleeps and share > _LONG:
             failed = now - self._since < _TRY
             self._patience = min(2 * self._patience, _LONGEST) if failed else _TRY
             self._become(True, now)
@@ -123,4 +123,13 @@ def _of_process() -> Waiting | None:
     decided = (COUNT in os.environ and SHARED not in os.environ) or any(name in os.environ for name in _DECIDED)
     threads = torch.get_num_threads()
     few = 1 < threads <= _MOST and _Crowd.teams(threads) <= _MOST
-    return Waiting(threads, sleep=_Crowd()) if few and not decided else None
+    known = (_THREADS / str(os.getpid()) / "schedstat").exists()
+    return Waiting(sleep=_Crowd(), waited=_waited) if few and known and not decided else None
+
+
+def _waited() -> float:
+    total = 0
+    for thread in _THREADS.iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            total += int((thread / "schedstat").read_text().split()[1])
+    return total / 1e9
