@@ -1460,6 +1460,10 @@ def test_a_published_config_names_family_and_parameters(name: str, tmp_path: Pat
             "(in that file n_heads is num_attention_heads, n_kv_heads is num_key_value_heads)",
         ),
         ({"model_type": None, "architectures": ["OlmoForCausalLM"]}, "architectures 'OlmoForCausalLM' is unknown (did"),
+        (
+            {"model_type": None, "architectures": []},
+            "it says no model_type, so its family is not known: give one of mix",
+        ),
         ({"mlp_only_layers": 0}, "mlp_only_layers must be a list of layers' numbers, not 0"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 on, not 0"),
         ({"decoder_sparse_step": 49}, "dense.layers names all layers"),

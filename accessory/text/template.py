@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -71,13 +72,11 @@ class TemplateForm(Form):
         return self._prefixes(messages, [(len(messages), ask)])[0]
 
     def parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
-        try:
-            return self._parts(messages)
-        except ValueError:
-            apart = [_thought_apart(one) for one in messages]
-            if apart == [*messages]:
-                raise
-            return self._parts(apart)  # as GLM's, which writes it otherwise than it stands in a content
+        apart = [_thought_apart(one) for one in messages]
+        if apart != [*messages]:
+            with suppress(ValueError):  # of a template without a place for reasoning, where it is part of the answer
+                return self._parts(apart)
+        return self._parts(messages)
 
     def _parts(self, messages: Sequence[Message]) -> list[list[Segment]]:
         for stop in self.ends.stop:
@@ -372,7 +371,8 @@ def _reasoned(messages: Sequence[Message]) -> bool:
 def _thought_apart(message: Message) -> Message:
     """The message with the reasoning that stands at the head of its content as such."""
     found = None if message.reasoning else _THOUGHT.match(message.content)
-    return message if found is None else replace(message, reasoning=found[1], content=message.content[found.end() :])
+    answer = "" if found is None else message.content[found.end() :]
+    return replace(message, reasoning=found[1], content=answer) if found is not None and answer else message
 
 
 def _squeezed(text: str) -> str:

@@ -95,7 +95,7 @@ def refuse_nothing_to_train(args: ModelArgs) -> None:
     if args.peft is None and args.quant is not None:
         raise ValueError(
             f"quantized weights ({args.quant.type}) cannot train: train adapters above them with --lora_rank 8, or "
-            "leave --quant out and start from weights that are not quantized"
+            "start from weights that are not quantized, without --quant"
         )
     if args.peft is not None and not args.peft.trains:
         raise ValueError(

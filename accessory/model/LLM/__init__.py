@@ -29,14 +29,16 @@ def family_of(name: object, key: str = "model_type") -> Family:
 
 
 def family_of_config(values: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config.json: by its model_type, else by its class; Mixtral where it names neither.
+    """The family of a Hugging Face config.json: by its model_type, else by its class.
 
     Raises:
-        ValueError: what it names is not known here.
+        ValueError: what it names is not known here, or it names neither.
     """
     name, classes = values.get("model_type"), values.get("architectures")
-    if name is not None or not classes:
-        return family_of(MIXTRAL.name if name is None else name)
+    if name is not None:
+        return family_of(name)
+    if not classes:
+        raise ValueError(f"it says no model_type, so its family is not known: give one of {', '.join(FAMILIES)}")
     by_class = {family.architecture: family for family in FAMILIES.values()}
     first = classes[0] if isinstance(classes, list) else classes
     if not isinstance(first, str) or first not in by_class:
