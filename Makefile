@@ -47,7 +47,7 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*
 	touch $(READY)
 
 $(DEVELOPED): $(READY)
-	@echo "Installing what tests, checks and pages need besides: 100 packages, 1.1 GB, minutes."
+	@echo "Installing what tests, checks and pages need besides: 100 packages, 1.0 GB, minutes."
 	rm $(READY)
 	touch $(INSTALLING)
 	$(PIP) --editable ".[dev]"
