@@ -28,6 +28,7 @@ _SYSTEM = ("system", "system_prompt")
 # Beside a shape's own; some say once more what it says: the first question in ultrachat, the whole in alpaca-gpt4.
 _BESIDE = {("messages",): ("prompt",), _INSTRUCTION: ("input", "history", "text")}
 _SPEAKER, _CONTENT = ("from", "role", "is_user"), ("value", "content", "text")  # of a turn
+_TURN = (*_SPEAKER, *_CONTENT, "name", "weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer
 # Of which somebody may have meant one.
 _FIELDS: tuple[str, ...] = ("conversations", "messages", "interactions", *_INSTRUCTION, "input", "history")
@@ -185,7 +186,7 @@ def _turns(record: dict[str, Any], name: str, ignore: frozenset[str]) -> list[tu
 
 
 def _message(turn: dict[str, Any], place: str) -> Message:
-    _refuse_unknown(turn, (*_SPEAKER, *_CONTENT, *_REASONING, "name", "weight"), place)
+    _refuse_unknown(turn, (*_TURN, *_REASONING), place)
     speaker, said = _one_of(turn, _SPEAKER, place), _one_of(turn, _CONTENT, place)
     word = str(turn[speaker]).strip().lower()
     role = (_IS_USER if speaker == "is_user" else _ROLES).get(word)
@@ -193,7 +194,7 @@ def _message(turn: dict[str, Any], place: str) -> Message:
         reason = _REFUSED.get(word, "it takes system, user (or human) or assistant (or gpt), is_user true or false")
         raise ValueError(f"{place} has {shown(turn[speaker])} under {speaker!r}: {reason}")
     if role != "assistant":
-        _refuse_unknown(turn, (*_SPEAKER, *_CONTENT, "name", "weight"), place)
+        _refuse_unknown(turn, _TURN, place)
     weight, name = turn.get("weight", 1), _string(turn, "name", place)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise ValueError(f"{place} has the weight {shown(weight)}: give 1, or 0 for what is not to be learned")

@@ -281,7 +281,7 @@ class TemplateForm(Form):
             end = next(ends, text.find(part, at) if self._typed.search(part) else -1)
             if end < 0:
                 return None
-            places.append((at, end, "".join(answer.split()) in "".join(text[at:end].split())))
+            places.append((at, end, _squeezed(answer) in _squeezed(text[at:end])))
             at = end + len(part)
         return places if at == len(text) else None
 
