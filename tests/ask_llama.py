@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 # Of each token that is said: it, and the most likely ones with their logarithmic probabilities.
 Said = list[tuple[int, dict[int, float]]]
@@ -37,7 +38,9 @@ def ask_llama_cpp(
     asked = {"path": str(path), "prompts": list(map(list, prompts)), "count": count}
     asked |= {"texts": list(texts), "marked": list(marked)}
     command = [sys.executable, __file__]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(asked), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     said = [[(token, dict(map(tuple, best))) for token, best in own] for own in found["said"]]

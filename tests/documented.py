@@ -152,7 +152,7 @@ class Reader:
                 _wait_for_server(program, int(given[-1]) if given else served, seconds)
                 return
             code_at_end = program.wait(seconds)
-            program.wait_for_all(30)  # what is left behind would disturb the next block
+            program.wait_for_all()  # what is left behind would disturb the next block
             assert code_at_end == 0, f"exit code {code_at_end}\n{program.text}"
             refused = "curl " in code and '"error"' in program.text  # of which curl's exit code says nothing
             assert not refused, program.text
@@ -180,7 +180,7 @@ class Reader:
             with server:
                 assert server.process.poll() is None, f"the server ended\n{server.text}"
                 os.killpg(server.process.pid, signal.SIGINT)
-                server.wait_for_all(30)
+                server.wait_for_all()
 
     def _start(self, block: Block, code: str, script: Path) -> Program:
         if block.language == "python":

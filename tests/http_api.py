@@ -8,13 +8,12 @@ from typing import Any, Self
 import httpx
 import openai
 import uvicorn
+from patience import PATIENCE
 from ranks import free_port
 
 from accessory.serve.http.app import create_app
 from accessory.serve.http.settings import ServerSettings
 from accessory.serve.request import Engine
-
-SECONDS = 30
 
 
 class ServedApi:
@@ -39,14 +38,14 @@ class ServedApi:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + PATIENCE
         while not self._server.started:
             assert self._thread.is_alive(), "the server ended"
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.01)
-        self.client = httpx.Client(base_url=self.url, timeout=SECONDS)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
         key = self.settings.api_key or "none"
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
         return self
 
     def __exit__(
@@ -55,7 +54,7 @@ class ServedApi:
         self.openai.close()
         self.client.close()
         self._server.should_exit = True
-        self._thread.join(SECONDS)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not end"
 
     def complete(self, **body: Any) -> httpx.Response:
@@ -87,15 +86,3 @@ def assert_error(response: httpx.Response, status: int, *words: str) -> dict[str
     for word in words:
         assert word in body["error"]["message"], body
     return body["error"]
-
-
-def wait_until(condition: Any, seconds: float = SECONDS) -> None:
-    """Wait until the condition holds.
-
-    Raises:
-        AssertionError: it did not in time.
-    """
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)

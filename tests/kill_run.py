@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from finetuning import Setting, latest_state, log_lines, model_tensors, state_tensors, under_torchrun
+from patience import PATIENCE
 from programs import Program
 from ranks import assert_same
 
@@ -105,8 +106,8 @@ class KillRun:
             self._live(chance, inside)
         with self._start() as program:
             self._see_where_it_goes_on(program)
-            assert program.wait(300) == 0, program.text
-            program.wait_for_all(5)
+            assert program.wait(600) == 0, program.text
+            program.wait_for_all()
         inside = sum(kill.phase in PHASES for kill in self.done)
         assert 3 * inside >= self.kills, f"only {inside} of {self.kills} kills hit a save"
 
@@ -130,9 +131,9 @@ class KillRun:
                 with suppress(ProcessLookupError):
                     os.kill(target, signal.SIGKILL)
             phase, unsaved = self._phase(program)
-            program.wait_for_all(60)
+            program.wait_for_all()
             seconds = time.monotonic() - at
-            assert program.wait(5) != 0
+            assert program.wait() != 0
             if victim != "torchrun":  # whose ranks go on, to save
                 phase, unsaved = self._phase(program)
             last = self._last_step()
@@ -235,7 +236,7 @@ class KillRun:
 
 
 def _wait(reached: Callable[[], bool], program: Program) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not reached():
         assert time.monotonic() < end, program.text
         time.sleep(0.0005)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from patience import PATIENCE
 from ranks import free_port
 
 _LAUNCHER_VARIABLES = re.compile(r"RANK|WORLD_SIZE|LOCAL_\w+|MASTER_\w+|SLURM_\w+|TORCHELASTIC_\w+|ACCESSORY_TEST")
@@ -76,7 +77,7 @@ class Program:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> str:
         """Wait for a line in which ``pattern`` is found; returns it.
 
         Raises:
@@ -100,14 +101,14 @@ class Program:
         """Send the command itself a signal."""
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 90) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code of the command."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end within {seconds} s\n{self.text}") from None
 
-    def wait_for_all(self, seconds: float) -> None:
+    def wait_for_all(self, seconds: float = PATIENCE) -> None:
         """Wait until nothing that the command started is left.
 
         Raises:

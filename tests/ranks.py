@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE
 from torch import Tensor
-
-START_SECONDS = 120
-CALL_SECONDS = 120
 
 # Every gloo group keeps threads that wake 100 times a second for as long as its process lives, and sockets to its
 # peers. Ranks that have gathered more are replaced by fresh ones, which are there in a fraction of a second.
@@ -63,7 +61,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = PATIENCE) -> list[Any]:
         """The function's results, by rank.
 
         Raises:
@@ -106,7 +104,7 @@ class RankPool:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._collect(START_SECONDS)
+        self._collect(PATIENCE)
 
     def _collect(self, seconds: float) -> list[Any]:
         deadline = time.monotonic() + seconds
@@ -179,7 +177,7 @@ def run_command(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    seconds: float = 90,
+    seconds: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, with one thread for each process and no launcher's variables around it.
 

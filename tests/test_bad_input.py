@@ -844,7 +844,7 @@ def test_random_damage_is_refused_or_harmless(good, ranks, tmp_path):
         damages.append(data[:at] + bytes([data[at] ^ chance.randrange(1, 256)]) + data[at + 1 :])
     damages += [data[: chance.randrange(len(data))] for _ in range(8)]
     damages += [data[: (at := chance.randrange(len(data)))] + data[at + chance.randrange(1, 64) :] for _ in range(8)]
-    found = ranks(1).run(outcomes, folder, path, damages, seconds=60)[0]
+    found = ranks(1).run(outcomes, folder, path, damages)[0]
     assert {kind for kind, _ in found} == {"", "CheckpointError"}, found
     for kind, message in found:
         assert "\n" not in message

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from programs import Program
 from talking import COUNT, DIALOGUES
 from walks import write_walk
@@ -86,7 +87,7 @@ def test_the_command_reads_a_pipe(talking: Path) -> None:
     command = [sys.executable, "-m", "accessory", "chat", talking, *SETTINGS, "--nproc", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [str(part) for part in command], input=lines, capture_output=True, text=True, timeout=90, env=environment
+        [str(part) for part in command], input=lines, capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [ANSWER, NEXT_ANSWER]
@@ -111,8 +112,8 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(talking: Path) -> None:
             shown.wait_for("> ")
             ctrl_c(program)
             shown.type("\n")
-            assert program.wait(10) == 0
-            program.wait_for_all(10)
+            assert program.wait() == 0
+            program.wait_for_all()
 
 
 def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
@@ -121,8 +122,8 @@ def test_sigterm_ends_the_command_and_its_ranks(talking: Path) -> None:
         with Program(command, terminal=terminal) as program:
             shown.wait_for("> ")
             program.send(signal.SIGTERM)
-            assert program.wait(10) == -signal.SIGTERM
-            program.wait_for_all(10)
+            assert program.wait() == -signal.SIGTERM
+            program.wait_for_all()
 
 
 def ctrl_c(program: Program) -> None:

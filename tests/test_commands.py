@@ -42,18 +42,18 @@ def texts(folder) -> list[str]:
     return model.generate(PROMPTS, max_gen_len=16)
 
 
-def good(*command: str | Path, cwd: Path | None = None, seconds: float = 90) -> str:
+def good(*command: str | Path, cwd: Path | None = None) -> str:
     """Standard output of a command that must succeed without a word of trouble."""
-    done = run_command(command, cwd=cwd, seconds=seconds)
+    done = run_command(command, cwd=cwd)
     assert done.returncode == 0, done.stderr
     for word in ("Traceback", "Warning", "ERROR:"):
         assert word not in done.stderr, done.stderr
     return done.stdout
 
 
-def refused(*command: str | Path, cwd: Path | None = None, says: tuple[str, ...] = (), seconds: float = 90) -> str:
+def refused(*command: str | Path, cwd: Path | None = None, says: tuple[str, ...] = ()) -> str:
     """Standard error of a command that must end with exactly one line of error and no output."""
-    done = run_command(command, cwd=cwd, seconds=seconds)
+    done = run_command(command, cwd=cwd)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
@@ -256,7 +256,7 @@ def test_inspect_refuses(folder, tmp_path, capsys):
 def tiny(tmp_path_factory) -> Path:
     """A barely trained tiny model."""
     folder = tmp_path_factory.mktemp("runs") / "deep" / "tiny"
-    output = good(*SCRIPT, "tiny", "--out", folder, "--steps", "3", seconds=200)
+    output = good(*SCRIPT, "tiny", "--out", folder, "--steps", "3")
     says = r"[\d,]+ parameters, loss [\d.]+ on documents that were held back from the training, lightest expert"
     assert re.search(f"wrote {folder}: {says}", output)
     return folder
@@ -403,7 +403,7 @@ def test_generate_one_prompt_and_several(folder, texts):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_torchrun_prints_the_same_once(processes, folder, texts):
     prompts = PROMPTS[:1] if processes == 2 else PROMPTS
-    done = run_command(torchrun(processes, "generate", folder, *asked(*prompts)), seconds=150)
+    done = run_command(torchrun(processes, "generate", folder, *asked(*prompts)))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "ERROR:" not in done.stderr
@@ -484,7 +484,7 @@ def test_generate_refuses_once_under_torchrun(wrong, folder, tmp_path):
         command = torchrun(2, "generate", spoilt, "--prompt", "a")
         says = (str(path), "truncated", "Copy it again")
     # torchrun adds its own summary, in which no line begins like ours.
-    done = run_command(command, seconds=150)
+    done = run_command(command)
     assert done.returncode != 0
     assert done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
@@ -506,7 +506,7 @@ def test_generate_refuses_once_under_torchrun(wrong, folder, tmp_path):
 )
 def test_commands_of_one_process_refuse_a_launcher_once(command, says, folder, tmp_path):
     arguments = (folder, tmp_path / "out") if command == "split" else (folder,)
-    done = run_command(torchrun(2, command, *arguments), seconds=150)
+    done = run_command(torchrun(2, command, *arguments))
     assert done.returncode != 0
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] == [f"ERROR: {says}"], done.stderr

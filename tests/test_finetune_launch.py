@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from finetuning import Setting, finetune_on_rank, log_lines, losses, make_setting, model_tensors
+from patience import PATIENCE
 from ranks import assert_same, free_port, run_command
 from stand_in_srun import install_srun
 from two_hosts import ADDRESSES, run_on_two_hosts, why_not
@@ -53,10 +54,10 @@ def arguments(setting: Setting, output: Path, **changes: Any) -> list[str]:
     return setting.arguments(output, **{"max_steps": STEPS, "batch_size": BATCH, **changes})
 
 
-def started(*command: str | Path, environment: Mapping[str, str], cwd: Path, seconds: float = 120) -> str:
+def started(*command: str | Path, environment: Mapping[str, str], cwd: Path) -> str:
     """Standard error of a run that must end well, without a word of trouble, and write nothing into ``cwd``."""
     before = set(cwd.iterdir())
-    done = run_command(command, cwd=cwd, env=environment, seconds=seconds)
+    done = run_command(command, cwd=cwd, env=environment)
     assert_quiet(done)
     assert set(cwd.iterdir()) == before
     return done.stderr
@@ -230,7 +231,7 @@ def test_an_experiment_as_the_reference_page_starts_it(script, dialogues, ranks,
     srun = ("srun", f"-n{size}", "--gres=gpu:8", "--ntasks-per-node=8", "bash", script.relative_to(ROOT))
     given = (*experiment_arguments(dialogues), "--output_dir", out)
     environment = srun_environment(dialogues, tmp_path)
-    started(*srun, *given, environment=environment, cwd=PACKAGE, seconds=200)
+    started(*srun, *given, environment=environment, cwd=PACKAGE)
     options = json.loads((out / "options.json").read_text())
     assert {name: options[name] for name in expected} == expected
     mp_size = options["model_parallel_size"]
@@ -294,7 +295,7 @@ def test_a_rank_without_its_arguments_ends_in_silence():
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True) as rank:
         time.sleep(0.5)
         os.killpg(rank.pid, signal.SIGTERM)
-        assert rank.communicate(timeout=20)[1] == b""
+        assert rank.communicate(timeout=PATIENCE)[1] == b""
     assert rank.returncode == 2
 
 
@@ -384,7 +385,7 @@ def test_two_hosts(launcher, setting, one_process, tmp_path):
         nodes = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", ADDRESSES[0], "--master-port", "29511")
         commands = [(TORCHRUN, *nodes, "--node-rank", str(host), *given) for host in range(2)]
         environments = [shared] * 2
-    done = run_on_two_hosts(commands, environments, cwd=PACKAGE, seconds=150)
+    done = run_on_two_hosts(commands, environments, cwd=PACKAGE)
     # The namespaces have no server of names.
     assert_quiet(done, but="[c10d] The hostname of the client socket cannot be retrieved")
     assert losses(out) == pytest.approx(losses(one_process), rel=1e-4)

@@ -77,8 +77,8 @@ def test_ranks_started_by_hand_end_when_one_dies(
         programs[victim].kill()
         others = [program for rank, program in enumerate(programs) if rank != victim]
         for program in others:
-            assert program.wait(60) == 1
-            program.wait_for_all(5)
+            assert program.wait() == 1
+            program.wait_for_all()
         (said,) = (line for program in others for line in errors_of(program))
         assert re.search(rf"ERROR: rank {victim} on \S+ is gone", said)
     assert_only_complete_states(tmp_path)
@@ -125,8 +125,8 @@ def test_all_end_when_one_raises_inside_an_exchange(
             for rank, place in enumerate(by_hand(2))
         ]
         for program in programs:
-            assert program.wait(60) == 1
-            program.wait_for_all(5)
+            assert program.wait() == 1
+            program.wait_for_all()
         (said,) = (line for program in programs for line in errors_of(program))
         assert re.match(r"(\[rank 1\] )?ERROR: out of memory \(99 bytes", said)
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
@@ -144,8 +144,8 @@ def test_torchrun_says_once_that_a_rank_died(setting: Setting, tmp_path: Path) -
     with Program(under_torchrun(3, arguments), setting.environment) as program:
         program.wait_for(MOMENTS["step"])
         os.kill(program.rank(1), 9)
-        assert program.wait(60) == 1
-        program.wait_for_all(5)
+        assert program.wait() == 1
+        program.wait_for_all()
         (said,) = (line for line in program.lines if "ERROR: " in line)
         assert said.startswith("[rank 2] ERROR: rank 1 on ")
 
@@ -233,7 +233,7 @@ def test_a_spoilt_model_is_said_once(setting: Setting, small_tokenizer: Path, tm
     output = tmp_path / "run"
     with Program(under_torchrun(2, spoilt.arguments(output, **layout(1, 2))), spoilt.environment) as program:
         assert program.wait() == 1
-        program.wait_for_all(5)
+        program.wait_for_all()
         (said,) = (line for line in program.lines if "ERROR: " in line)
         assert "is not finite" in said
         assert program.text.count("Traceback") == 1, "torchrun's own"

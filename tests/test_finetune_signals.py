@@ -28,6 +28,7 @@ from finetuning import (
     under_torchrun,
     with_nproc,
 )
+from patience import PATIENCE
 from programs import Program, by_hand, slowed
 from ranks import RankPool, assert_same
 
@@ -163,7 +164,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on(ranks: Pools, setting: Settin
         program.send(signal.SIGINT)
         step = stopped_after(program, "Ctrl-C", output)
         assert program.wait() == 130
-        program.wait_for_all(5)
+        program.wait_for_all()
         assert warnings_of(program) == program.lines[-1:]
     assert latest_state(output).name == f"step-{step:08d}"
     whole = tmp_path / "whole"
@@ -242,7 +243,7 @@ def test_ranks_save_when_their_launcher_is_ended(
             program.send(number)
         step = stopped_after(program, why, tmp_path)
         assert program.wait() in codes
-        program.wait_for_all(10)
+        program.wait_for_all()
         assert len(warnings_of(program)) == 1
     assert latest_state(tmp_path).name == f"step-{step:08d}"
 
@@ -261,7 +262,7 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(launcher: str, setting: Setting,
         program.wait_for(r"ended at once \(Ctrl-C\): the last one saved is .*; go on with --auto_resume$")
         os.kill(second, signal.SIGCONT)
         assert program.wait() in (TORCHRUN_FAILS if launcher == "torchrun" else {130})
-        program.wait_for_all(10)
+        program.wait_for_all()
         assert len(warnings_of(program)) == 1
     assert not Shelf.incomplete(latest_state(tmp_path))
 
@@ -271,7 +272,7 @@ def test_before_the_first_step_ctrl_c_ends_at_once(setting: Setting, unbroken: P
     with lock_of_tokens(setting, tmp_path / "cache") as environment, Program(command, environment) as program:
         program.wait_for(TOKENISES)
         program.send(signal.SIGINT)
-        assert program.wait(10) == 130
+        assert program.wait() == 130
         assert program.lines[-1] == "WARNING: ended before the first step (Ctrl-C): there was nothing to save"
     assert not (tmp_path / "run").exists()
 
@@ -283,9 +284,9 @@ def test_before_the_first_step_a_signal_ends_a_rank_at_once(setting: Setting, un
         first, second = (stack.enter_context(Program(alone(arguments), environment | place)) for place in by_hand(2))
         first.wait_for(TOKENISES)
         second.send(signal.SIGTERM)
-        assert second.wait(5) == -signal.SIGTERM
+        assert second.wait() == -signal.SIGTERM
         # Nothing but its peer's death tells rank 0 that the run is over.
-        assert first.wait(60) == 1
+        assert first.wait() == 1
         (said,) = (line for line in first.lines if "ERROR" in line)
         assert said.startswith(
             f"ERROR: rank 1 on {os.uname().nodename} is gone (ended by a signal, or its host cut off)"
@@ -300,7 +301,7 @@ def test_before_the_first_step_ranks_without_a_launcher_end_at_once(
     with lock_of_tokens(setting, tmp_path / "cache") as environment, Program(command, environment) as program:
         program.wait_for(TOKENISES)
         program.send(signal.SIGKILL)
-        program.wait_for_all(10)
+        program.wait_for_all()
 
 
 # -- the moment in which a run begins
@@ -335,5 +336,5 @@ with Interruption(Launch()) as interruption:
 
 @pytest.mark.parametrize(("when", "says"), [("begins", "tidied\n"), ("begun", "")])
 def test_a_run_that_leaves_nothing_does_not_begin(when: str, says: str) -> None:
-    done = subprocess.run([sys.executable, "-c", LEAVES, when], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LEAVES, when], stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (130, says)

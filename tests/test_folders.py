@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from checkpoints import random_tensors, small_config
 from finetuning import Setting, finetune_on_rank, make_setting
+from patience import PATIENCE
 from ranks import RankPool, error_of
 
 from accessory.checkpoint.adapter_export import export_adapter
@@ -78,7 +79,7 @@ def test_what_killed_writers_left_is_removed_by_the_next(kind: str, tmp_path: Pa
         other.mkdir() if kind == "new_folder" else other.touch()
     for point in ("begin", "filled", "sync"):
         with writer(kind, target, point) as killed:
-            assert killed.wait(60) == -signal.SIGKILL
+            assert killed.wait() == -signal.SIGKILL
         left = {path.suffix for path in tmp_path.iterdir() if path not in others}
         assert left == ({".tmp", ".lock"} if kind == "new_folder" else {".tmp"})
         with {"new_folder": new_folder, "replacing": replacing}[kind](target) as aside:
@@ -114,7 +115,7 @@ def test_a_living_writer_of_a_file_is_left_alone(tmp_path: Path) -> None:
 
 def test_of_writers_that_begin_together_one_wins(tmp_path: Path) -> None:
     writers = [writer("new_folder", tmp_path / "out") for _ in range(5)]
-    said = [one.communicate(timeout=60)[0] for one in writers]
+    said = [one.communicate(timeout=PATIENCE)[0] for one in writers]
     assert said.count("wrote\n") == 1
     assert all("another process is writing" in text or "exists already" in text for text in said if text != "wrote\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

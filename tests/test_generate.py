@@ -199,7 +199,7 @@ def test_what_was_answered_before_a_signal_is_kept(
             time.sleep(0.01)
         program.send(number)
         assert program.wait() == code
-        program.wait_for_all(10)
+        program.wait_for_all()
         said = [f"WARNING: what was written up to here is in {part}"] if code > 0 else []
         assert [line for line in program.lines if not line.startswith("INFO")] == said
     assert part.stat().st_size

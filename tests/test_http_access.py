@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from http_api import ServedApi, wait_until
+from http_api import ServedApi
+from patience import PATIENCE, wait_until
 
 from accessory.serve.driver import Driver
 from accessory.serve.http import access
@@ -134,7 +135,7 @@ def test_monitors_do_not_fill_the_log(locked: ServedApi, log: Log) -> None:
 )
 def test_what_a_client_wrote_forges_no_line(locked: ServedApi, log: Log, asked: str, shown: str) -> None:
     request = f"GET {asked} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=PATIENCE) as connection:
         connection.sendall(request.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 ")
     line = log.next()

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from http_api import ServedApi, wait_until
+from http_api import ServedApi
 from hypothesis import HealthCheck, given, settings
+from patience import wait_until
 from ranks import run_command
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from browser import chromium, keep, needs_chromium
 from http_api import ServedApi, assert_error
+from patience import PATIENCE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Route
@@ -149,7 +150,7 @@ def test_the_page_in_its_other_spellings(locked: ServedApi) -> None:
 
 
 def raw_status(api: ServedApi, path: str, headers: dict[str, Any]) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=PATIENCE)
     try:
         connection.putrequest("GET", path, skip_accept_encoding=True)
         for name, value in headers.items():
@@ -208,7 +209,7 @@ def test_in_a_browser_with_a_key(browser: "Browser", spoken: ServedApi) -> None:
     with browser.new_context() as context:
         context.route("**/*", answer)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto("http://model.test/docs")
@@ -244,5 +245,5 @@ def test_a_browser_asks_for_a_password(browser: "Browser", locked: ServedApi) ->
         page = context.new_page()
         page.on("response", lambda answer: refused.append(answer.status) if answer.status >= 400 else None)
         page.goto(locked.url + PAGE)
-        page.locator(".opblock").first.wait_for(timeout=10_000)
+        page.locator(".opblock").first.wait_for()
     assert set(refused) <= {401}

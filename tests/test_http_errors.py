@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from http_api import ServedApi, assert_error, wait_until
+from http_api import ServedApi, assert_error
+from patience import PATIENCE, wait_until
 
 from accessory.generation.sampling import Sampling
 from accessory.serve.driver import Driver
@@ -281,7 +282,7 @@ def test_a_client_that_asks_before_it_sends_is_told_at_once(api: ServedApi) -> N
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=PATIENCE) as connection:
         connection.sendall(head)
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from checkpoints import random_tensors, small_config, write_folder
 from finetuning import Setting, finetune_on_rank, make_setting
 from huggingface_hub import _tree_cache, constants
+from patience import PATIENCE
 from ranks import RankPool, alike, error_of, run_command
 from safetensors.torch import save_file
 
@@ -156,7 +157,7 @@ class HubStandIn:
                 self.heads[name] += 1
                 self._news.notify_all()
                 return None
-            assert self._news.wait_for(lambda: self.heads[name] >= self.together, timeout=60)
+            assert self._news.wait_for(lambda: self.heads[name] >= self.together, timeout=PATIENCE)
         self.asked[name] += 1
         end = start if name in self.breaks else self.cut.pop(name, len(data))
         for begin in range(start, end, 1 << 16):

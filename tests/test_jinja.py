@@ -18,6 +18,7 @@ import pytest
 from chat_templates import TEMPLATES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from transformers.utils.chat_template_utils import _normalize_chat_messages, render_jinja_template
 
 from accessory.text import jinja
@@ -372,7 +373,7 @@ def test_a_forked_child_has_its_own_worker() -> None:
         for _ in range(3):
             child = multiprocessing.get_context("fork").Process(target=in_a_fork, args=(pid,))
             child.start()
-            child.join(30)
+            child.join(PATIENCE)
             assert child.exitcode == 0
             child.close()
     finally:

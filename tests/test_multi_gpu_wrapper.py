@@ -13,7 +13,7 @@ from ranks import error_of, run_command
 from accessory.model.meta import MetaModel
 from accessory.model.multi_gpu_wrapper import MultiGpuWrapper
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["The list method", "Return the", "a", "a much longer text that is to be completed, as long as it is"]
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
 from finetuning import PYTHON
+from patience import PATIENCE
 from programs import Program
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -46,7 +47,7 @@ def test_two_ranks_write_what_one_does(
     """Rank 0 reads this program's standard input and writes to its output, the others do neither."""
     words = ["generate", str(folder), "--raw", "--json", "--max-gen-len", "8", "--prompt", "-", "--nproc"]
     texts = b"The list\nmethod\n"
-    two = subprocess.run([*COMMAND, *words, "2"], input=texts, capture_output=True, timeout=90)
+    two = subprocess.run([*COMMAND, *words, "2"], input=texts, capture_output=True, timeout=PATIENCE)
     assert two.returncode == 0, two.stderr
     assert not re.search("error|warning", two.stderr.decode(), re.IGNORECASE)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(texts)))
@@ -66,7 +67,7 @@ def test_no_rank_outlives_its_launcher(folder: Path) -> None:
         program.wait_for(LOADS)
         assert len(program.processes()) == 3
         program.send(signal.SIGKILL)
-        program.wait_for_all(10)
+        program.wait_for_all()
         assert errors_of(program) == ["ERROR: the launcher is gone: leaving"]
 
 
@@ -74,8 +75,8 @@ def test_a_rank_that_a_signal_ends_is_named_once(folder: Path) -> None:
     with Program(long_text(folder)) as program:
         program.wait_for(LOADS)
         os.kill(program.rank(1), signal.SIGKILL)
-        assert program.wait(60) == 128 + signal.SIGKILL
-        program.wait_for_all(1)
+        assert program.wait() == 128 + signal.SIGKILL
+        program.wait_for_all()
         assert errors_of(program) == ["ERROR: rank 1 of 2 was ended by SIGKILL: the others end too"]
 
 
@@ -123,7 +124,8 @@ def test_the_code_is_that_of_the_rank_that_failed_first(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(local, "_PATIENCE", 0.2)
+    # Only where one stays does it pass, and no machine is so slow that another is taken for one that stays.
+    monkeypatch.setattr(local, "_PATIENCE", 0.2 if script == DIES else PATIENCE)
     monkeypatch.setattr(logging.getLogger("accessory"), "propagate", True)
     received: deque[int] = deque()
 

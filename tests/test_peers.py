@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from patience import PATIENCE
 
 from accessory.launch import peers
 from accessory.launch.launcher import Launch
@@ -71,7 +72,7 @@ def test_all_learn_of_a_death_and_one_says_it(size: int, victim: int, monkeypatc
         assert rank == (victim + 1) % size
         assert text.startswith(f"rank {victim} on {socket.gethostname()} is gone")
         # Whoever does not end by itself is ended.
-        assert ring.ended.wait(30)
+        assert ring.ended.wait(PATIENCE)
     assert set(ring.codes) == {1}
 
 
@@ -102,7 +103,7 @@ def test_leaving_in_order_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
         ring.watches[1].__exit__(None, None, None)
         thread = ring.watches[2]._thread
         assert thread is not None
-        thread.join(30)
+        thread.join(PATIENCE)
         assert not any(ring.watches[rank].explain(wait=False) for rank in (0, 2))
     assert not ring.said
     assert not ring.codes
@@ -118,7 +119,7 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = Ring(2, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ring.watches[0].__enter__)
-        ring.store.wait(["accessory/peers/0"], timedelta(seconds=30))
+        ring.store.wait(["accessory/peers/0"], timedelta(seconds=PATIENCE))
         place = json.loads(ring.store.get("accessory/peers/0"))
         for word in (b"", b"short", bytes(16)):
             with socket.create_connection((place["host"], place["port"])) as stranger:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from patience import PATIENCE
 
 from accessory.data.records import Talk, read_said
 from accessory.text.chat import Message
@@ -181,11 +182,11 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
 def test_as_a_program(tmp_path: Path) -> None:
     source = lines(tmp_path / "train.jsonl", CODE)
     command = [sys.executable, "-m", prepare_data.__name__, "evol-codealpaca", str(source), "made/b.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, "wrote 2 dialogues to made/b.json\n")
     assert len(json.loads((tmp_path / "made" / "b.json").read_text())) == 2
     command[4] = "absent.jsonl"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert done.stderr == "ERROR: no data file absent.jsonl: check the path\n"
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from programs import by_hand
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ def ended(*command: str, **environment: str) -> tuple[int, str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     return done.returncode, done.stderr
 
@@ -74,6 +75,6 @@ def test_a_page_that_starts_its_ranks_is_refused_on_those_of_a_launcher(tmp_path
         subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True)
         for place in by_hand(2)
     ]
-    said = [rank.communicate(timeout=90)[1] for rank in ranks]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
     assert said == ["ERROR: multi_turn.py starts its ranks itself: give --n_gpus N in place of torchrun\n", ""]
     assert [rank.returncode for rank in ranks] == [1, 1]

@@ -149,7 +149,7 @@ def on_a_terminal(code: str) -> str:
                     text += part
             except OSError:  # the other side is closed
                 pass
-        assert process.wait(60) == 0, text
+        assert process.wait() == 0, text
     return text.decode()
 
 

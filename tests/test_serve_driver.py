@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
 from models import completions, load
+from patience import PATIENCE, wait_until
 from programs import Program
 
 from accessory.errors import CheckpointError, OutOfMemory
@@ -25,7 +26,7 @@ from accessory.launch.placement import Placement, environment_of
 from accessory.serve.driver import Driver
 from accessory.serve.request import Event, RankLost
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("one_thread")]
 
 PROMPTS = [[1, *range(10 + length, 10 + 2 * length)] for length in (1, 60, 7, 3, 30, 2, 17, 45, 1, 5)]
 SETTINGS = {"max_seq_len": 128, "dtype": "fp32", "device": "cpu"}
@@ -85,14 +86,6 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def until(condition: object, seconds: float = 60) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_answers_of_two_ranks_are_those_of_one_model_alone(driver: Driver, folder: Path) -> None:
     model = load(folder)
     eos = model.tokenizer.eos_id
@@ -134,7 +127,7 @@ def test_many_cancellations_leave_all_as_it_was(driver: Driver) -> None:
                 for count, _ in enumerate(stream):
                     if count >= wanted:
                         break
-        until(lambda: driver.load.running == driver.load.waiting == 0)
+        wait_until(lambda: driver.load.running == driver.load.waiting == 0)
         sizes[round_] = [resident(pid) for pid in children().values()]
     assert driver.load.cache_tokens == 0
     assert driver.load.cancelled >= 50
@@ -170,13 +163,13 @@ def test_a_rank_that_is_killed_is_told_of_and_comes_back(driver: Driver, rank: i
 
     driver.submit(PROMPTS[0], Sampling(max_gen_len=120), on_event=on_event)
     stream = driver.submit(PROMPTS[0], Sampling(max_gen_len=120))
-    assert reached.wait(60)
+    assert reached.wait(PATIENCE)
     old = children()
     os.kill(old[rank], signal.SIGKILL)
     with pytest.raises(RankLost, match=rf"rank {rank} of 2 was killed \(SIGKILL\)"):
         list(stream)
-    until(lambda: isinstance(told[-1], RankLost))
-    until(lambda: driver.ready)
+    wait_until(lambda: isinstance(told[-1], RankLost))
+    wait_until(lambda: driver.ready)
     assert driver.failure is None
     assert tokens_of(list(driver.submit(PROMPTS[2], Sampling(max_gen_len=20)))) == before
     assert not set(old.values()) & set(children().values())
@@ -186,7 +179,7 @@ def test_without_restart_a_loss_is_for_good(folder: Path, others: set[int]) -> N
     with Driver(folder, ranks=1, slots=1, **SETTINGS) as driver:
         (pid,) = set(children_ids()) - others
         os.kill(pid, signal.SIGKILL)
-        until(lambda: not driver.ready)
+        wait_until(lambda: not driver.ready)
         assert driver.failure == "rank 0 of 1 was killed (SIGKILL)"
         with pytest.raises(RankLost, match="SIGKILL"):
             driver.submit(PROMPTS[0], Sampling(max_gen_len=1))
@@ -210,10 +203,10 @@ def test_ranks_come_back_when_their_model_does_and_whatever_is_open(
             (pid,) = set(children_ids()) - others
             model.rename(tmp_path / "away")
             os.kill(pid, signal.SIGKILL)
-            until(lambda: "the ranks do not come back" in caplog.text)
+            wait_until(lambda: "the ranks do not come back" in caplog.text)
             assert not driver.ready
             (tmp_path / "away").rename(model)
-            until(lambda: driver.ready)
+            wait_until(lambda: driver.ready)
             assert tokens_of(list(driver.submit(PROMPTS[0], Sampling(max_gen_len=3))))
     assert set(children_ids()) == others
 
@@ -301,7 +294,7 @@ def test_no_rank_outlives_its_driver(folder: Path, how: str) -> None:
             os.killpg(program.process.pid, signal.SIGINT)
         else:
             program.send(signal.SIGKILL)
-        program.wait_for_all(10)
+        program.wait_for_all()
         if how == "interrupt":
             assert "KeyboardInterrupt" in program.text
             assert program.text.count("Traceback") == 1

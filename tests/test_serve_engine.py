@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
 from models import completions, load
+from patience import PATIENCE
 from torch import Tensor
 
 from accessory.generation.engine import complete
@@ -24,7 +25,7 @@ from accessory.serve.runner import Runner
 from accessory.serve.stream import AnswerStream
 from accessory.text.chat import Ends
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[1, *range(10 + length, 10 + 2 * length)] for length in (1, 60, 7, 3, 30, 2, 17, 45, 1, 5)]
 
@@ -247,7 +248,7 @@ def test_cancelling_ends_within_two_steps_and_the_next_request_works(
 
         stream = engine.submit(PROMPTS[1], Sampling(max_gen_len=60), on_event=on_event)
         begun.set()
-        assert over.wait(60)
+        assert over.wait(PATIENCE)
         taken = len(steps)
         stream.cancel()
         return got, taken, list(engine.submit(PROMPTS[0], Sampling(max_gen_len=3))), engine.load

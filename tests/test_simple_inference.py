@@ -102,7 +102,7 @@ def run(text: str, tmp_path: Path, *launcher: str) -> str:
     """Standard output of the program; it and all that it started must have ended well."""
     script = tmp_path / "simple.py"
     script.write_text(text)
-    done = run_command([sys.executable, *launcher, script], seconds=240)
+    done = run_command([sys.executable, *launcher, script])
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert "Error" not in done.stderr, done.stderr

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 import accessory
 
@@ -26,7 +27,7 @@ def test_a_source_distribution_is_whole(tmp_path: Path) -> None:
     for name in FILES:
         shutil.copy(ROOT / name, copy)
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=PATIENCE)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}
     wanted = {path for path in copy.rglob("*") if path.suffix in SUFFIXES and path.is_file()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from accessory.launch.launcher import Launch
 from accessory.launch.placement import Placement, environment_of
@@ -144,5 +145,5 @@ print("as they were" if waiting is None else waiting.sleeps)
 def test_beside_programs_that_compute(own: dict[str, str], expected: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in DECIDED} | own
     command = [sys.executable, "-c", BESIDE, "60"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout.strip(), done.returncode) == (expected, 0), done.stderr

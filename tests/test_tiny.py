@@ -243,5 +243,5 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         program.send(signal.SIGINT)
         program.wait_for("INFO: Ctrl-C: ending the step and saving it; another one ends at once")
         program.send(signal.SIGTERM)
-        assert program.wait(20) == 143
+        assert program.wait() == 143
     assert not list((tmp_path / "runs").iterdir())

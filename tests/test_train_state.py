@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoints import random_tensors, small_config, write_folder
+from patience import PATIENCE
 from ranks import error_of
 from test_training import CLIP_GRAD, SCHEDULE, WEIGHT_DECAY, step_rows
 from torch import Tensor
@@ -224,7 +225,7 @@ def asynchronous_on_rank(folder: Path, output: Path) -> bool:
     written, go_on = checkpointer.dcp.save, threading.Event()
 
     def held_up(*arguments: Any, **settings: Any) -> Any:
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return written(*arguments, **settings)
 
     with running(folder, output, 2) as run:

@@ -10,6 +10,7 @@ import pytest
 import step_cases
 import torch
 import torch.nn.functional as F
+from patience import PATIENCE
 from torch._subclasses import FakeTensorMode
 from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
@@ -122,4 +123,4 @@ def test_the_twins_are_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_import_loads_no_triton() -> None:
     script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton_steps' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)

@@ -1,11 +1,11 @@
 """What the pages are made of, with a real engine and without a browser."""
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 from walks import LAYERS, experts_of, write_walk
 
 from accessory.generation.sampling import Sampling
@@ -213,12 +213,3 @@ def test_only_the_account_may_enter() -> None:
 
 def test_the_status_line_is_text() -> None:
     assert "&lt;b&gt;" in status("<b>")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    waiting = threading.Event()
-    for _ in range(round(seconds / 0.02)):
-        if condition():
-            return
-        waiting.wait(0.02)
-    raise AssertionError("it did not come true")

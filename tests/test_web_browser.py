@@ -3,16 +3,16 @@
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from browser import chromium, keep, needs_chromium
+from patience import PATIENCE, wait_until
 from programs import slowed
 from ranks import free_port
 from talking import COUNT, DIALOGUES
@@ -78,7 +78,7 @@ def open_tab(browser: "Browser", dialogue_address: str) -> Iterator[Callable[[st
         def open_page(address: str) -> "Page":
             page = browser.new_page(viewport={"width": 1080, "height": 640}, color_scheme="light")
             stack.callback(page.close)
-            page.set_default_timeout(10_000)
+            page.set_default_timeout(1000 * PATIENCE)
             page.on("request", lambda request: asked.append(request.url))
             page.goto(address)
             page.get_by_role("button", name="Submit").wait_for()
@@ -151,15 +151,6 @@ def bubbles(page: "Page") -> list[str]:
 
 def expect_bubbles(page: "Page", count: int) -> None:
     wait_until(lambda: page.locator("#chat .message-content").count() == count)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    waiting = threading.Event()
-    for _ in range(round(seconds / 0.05)):
-        if condition():
-            return
-        waiting.wait(0.05)
-    raise AssertionError("it did not come true")
 
 
 def test_a_dialogue_streams_goes_back_and_tries_again(page: "Page") -> None:

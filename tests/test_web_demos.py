@@ -29,7 +29,7 @@ def started(folder: Path, *command: str | Path) -> Iterator[tuple[Program, str]]
     port = free_port()
     arguments = [*command, *SETTINGS, "--server_port", str(port)]
     with Program(arguments, {"PYTHONPATH": str(ROOT)}, folder=folder) as program:
-        program.wait_for("Running on http", 60)
+        program.wait_for("Running on http")
         yield program, f"http://127.0.0.1:{port}/"
 
 
@@ -66,8 +66,8 @@ def ask_multi(talker: Client, question: str, length: int = 60) -> list[str]:
 
 def end_by_sigterm(program: Program) -> None:
     program.send(signal.SIGTERM)
-    assert program.wait(10) != 0
-    program.wait_for_all(10)
+    assert program.wait() != 0
+    program.wait_for_all()
 
 
 def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
@@ -77,8 +77,8 @@ def end_by_a_dead_rank(program: Program, address: str, rank: int) -> None:
     while not said:  # the page's script asks like this
         said = httpx.get(f"{address}model-state").json()["failure"] or ""
     assert f"rank {rank}" in said
-    assert program.wait(30) != 0
-    program.wait_for_all(10)
+    assert program.wait() != 0
+    program.wait_for_all()
     assert f"rank {rank}" in program.text
 
 
@@ -127,8 +127,8 @@ def test_wrong_arguments_are_one_line(talking: Path) -> None:
 def one_line(*command: str | Path) -> str:
     """What a program that cannot start says."""
     with Program([sys.executable, *command]) as program:
-        assert program.wait(60) == 1
-        program.wait_for_all(5)
+        assert program.wait() == 1
+        program.wait_for_all()
         assert program.lines[-1].startswith("ERROR: ")
         assert "Traceback" not in program.text
         return program.lines[-1]

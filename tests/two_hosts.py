@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from patience import PATIENCE
 from ranks import run_command
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
@@ -51,7 +52,7 @@ def run_on_two_hosts(
     environments: Sequence[Mapping[str, str]],
     *,
     cwd: Path,
-    seconds: float = 90,
+    seconds: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """Run one command on each host, as `run_command` runs one."""
     lines = [
