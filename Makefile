@@ -35,7 +35,7 @@ INSTALLING := $(VENV)/.installing
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 # torch goes first and pinned: another package's range must not choose it.
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/*.cpp accessory/kernels/*.h)
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard accessory/kernels/cpu/*.cpp accessory/kernels/cpu/*.h)
 	@if test -e $(INSTALLING); then echo "An installation was cut short: beginning anew in $(VENV)."; rm -rf $(VENV); fi
 	@echo "Installing PyTorch and what accessory needs into $(VENV): 80 packages, 1.4 GB (more where PyTorch brings CUDA), minutes."
 	$(PYTHON) -m venv $(VENV)
@@ -164,4 +164,4 @@ bench: $(DEVELOPED)
 	$(BIN)/python benchmarks/serve.py --models tiny --clients 64 --requests 2000
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info accessory/kernels/*.so
+	rm -rf $(VENV) build runs *.egg-info accessory/kernels/cpu/*.so

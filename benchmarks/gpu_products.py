@@ -1,4 +1,4 @@
-"""The products of triton_products on one GPU, by the tiles of its programs; run by gpu.py --kernels."""
+"""The products of kernels/triton on one GPU, by the tiles of its programs; run by gpu.py --kernels."""
 
 import math
 import multiprocessing
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels import triton_products
-from accessory.kernels.triton_products import Tile
+from accessory.kernels.triton import products
+from accessory.kernels.triton.products import Tile
 from accessory.quant import FORMATS, QuantizedWeight, format_of
 
 Weight = Tensor | QuantizedWeight  # eight experts'
@@ -23,7 +23,7 @@ FEW_TILES = [
     for sizes in ((64, 128, 2, 4), (64, 64, 2, 4), (64, 64, 2, 6), (128, 64, 4, 4), (128, 128, 4, 3), (64, 64, 4, 4))
 ]
 PROGRAMS = (1024, 4096)
-DOT_TILES = ((8, 32), (4, 32), (4, 64), (16, 32))  # rows and chunks of a program of triton_dots
+DOT_TILES = ((8, 32), (4, 32), (4, 64), (16, 32))  # rows and chunks of a program of dots.py
 DOT_PAIRS = (2, 4, 8, 16)  # up to beyond what it takes
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 1024))
 QUANTIZED = tuple(dict.fromkeys(own.triton for own in FORMATS.values() if own.triton is not None))
@@ -42,7 +42,7 @@ def product_rows() -> None:
         pool.starmap(compile_dots, dots, chunksize=1)
     print("compiled", flush=True)
     torch.manual_seed(0)
-    default = triton_products.PROGRAMS
+    default = products.PROGRAMS
     for form in FORMS:
         few: dict[tuple[Tile, int], list[float]] = {(t, n): [] for t in FEW_TILES for n in PROGRAMS}
         for rows, depth in SHAPES:
@@ -52,10 +52,10 @@ def product_rows() -> None:
                     few_row(form, weight, pairs, few)
             if form != "plain":
                 dots_row(form, weight)
-        tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
+        tiles = products.FEW if form == "plain" else products.INTEGERS
         tiles[form], programs = min(few, key=lambda key: math.prod(few[key]))
         print(form, "few:", tiles[form], programs)
-    triton_products.PROGRAMS = default
+    products.PROGRAMS = default
     for rows, depth in ((4096, 4096), (1024, 4096), (32000, 4096)):
         dense_row(rows, depth)
 
@@ -65,32 +65,32 @@ def few_row(form: str, weight: Weight, pairs: int, found: dict[tuple[Tile, int],
     x = inputs(pairs, weight)
     expert = torch.arange(pairs, device="cuda") % 8
     cells = []
-    tiles = triton_products.FEW if form == "plain" else triton_products.INTEGERS
-    few_dots, triton_products.DOTS["gathered"] = triton_products.DOTS["gathered"], 0
+    tiles = products.FEW if form == "plain" else products.INTEGERS
+    few_dots, products.DOTS["gathered"] = products.DOTS["gathered"], 0
     for (tile, programs), times in found.items():
-        tiles[form], triton_products.PROGRAMS = tile, programs
+        tiles[form], products.PROGRAMS = tile, programs
         times.append(attempt(partial(gathered, x, weight, expert)))
         cells.append(f"{short(tile)}/{programs} {rate(weight, pairs, times[-1])}")
-    triton_products.DOTS["gathered"] = few_dots
+    products.DOTS["gathered"] = few_dots
     print(f"{form} {weight.shape[1]}x{x.shape[1]}, {pairs} pairs, GB/s: {', '.join(cells)}", flush=True)
 
 
 def dots_row(form: str, weight: Weight) -> None:
     """Dot products of bytes, to be read beside `few_row`'s line of as many pairs."""
-    from accessory.kernels import triton_dots
+    from accessory.kernels.triton import dots
 
-    default = (triton_dots._ROWS, triton_dots._CHUNKS)
-    few_dots, triton_products.DOTS["gathered"] = triton_products.DOTS["gathered"], max(DOT_PAIRS)
+    default = (dots._ROWS, dots._CHUNKS)
+    few_dots, products.DOTS["gathered"] = products.DOTS["gathered"], max(DOT_PAIRS)
     for pairs in DOT_PAIRS:
         x, expert = inputs(pairs, weight), torch.arange(pairs, device="cuda") % 8
         cells = []
         for tile in DOT_TILES:
-            triton_dots._ROWS, triton_dots._CHUNKS = tile
+            dots._ROWS, dots._CHUNKS = tile
             cells.append(f"{short(tile)} {rate(weight, pairs, attempt(partial(gathered, x, weight, expert)))}")
         size = f"{weight.shape[1]}x{x.shape[1]}"
         print(f"{form} {size}, {pairs} pairs by dots, GB/s: {', '.join(cells)}", flush=True)
-    triton_products.DOTS["gathered"] = few_dots
-    triton_dots._ROWS, triton_dots._CHUNKS = default
+    products.DOTS["gathered"] = few_dots
+    dots._ROWS, dots._CHUNKS = default
 
 
 def rate(weight: Weight, pairs: int, seconds: float) -> str:
@@ -105,7 +105,7 @@ def dense_row(rows: int, depth: int) -> None:
     for tokens in (1, 16):
         x = torch.randn(tokens, depth, dtype=torch.bfloat16, device="cuda")
         times = []
-        for way in (F.linear, triton_products.few_token_linear):
+        for way in (F.linear, products.few_token_linear):
             times.append(attempt(lambda x=x, way=way: [way(x, weight) for weight in weights]) / 8 * 1e6)
         print(f"dense {rows}x{depth}, {tokens} tokens: F.linear {times[0]:.1f} us, ours {times[1]:.1f} us", flush=True)
 
@@ -135,17 +135,17 @@ def random_weight(form: str, rows: int, depth: int) -> Weight:
 
 def gathered(x: Tensor, weight: Weight, expert: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
-        return triton_products.gathered_linear(x, weight, expert)
-    return triton_products.gathered_quantized_linear(x, weight, expert)
+        return products.gathered_linear(x, weight, expert)
+    return products.gathered_quantized_linear(x, weight, expert)
 
 
 def compile_tile(form: str, tile: Tile) -> None:
     """Compile what `few_row` times of one tile, with and without shares of the depth."""
-    (triton_products.FEW if form == "plain" else triton_products.INTEGERS)[form] = tile
-    triton_products.DOTS["gathered"] = 0
+    (products.FEW if form == "plain" else products.INTEGERS)[form] = tile
+    products.DOTS["gathered"] = 0
     for depth, programs in ((1024, 1), (4096, 1 << 20)):
         weight = random_weight(form, 256, depth)
-        triton_products.PROGRAMS = programs
+        products.PROGRAMS = programs
         for pairs in (2, 16):
             with suppress(Exception):  # too large for the registers or the shared memory
                 gathered(inputs(pairs, weight), weight, torch.arange(pairs, device="cuda") % 8)
@@ -176,10 +176,10 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def compile_dots(form: str, tile: tuple[int, int]) -> None:
     """Compile what `dots_row` times of one tile."""
-    from accessory.kernels import triton_dots
+    from accessory.kernels.triton import dots
 
-    triton_dots._ROWS, triton_dots._CHUNKS = tile
-    triton_products.DOTS["gathered"] = max(DOT_PAIRS)
+    dots._ROWS, dots._CHUNKS = tile
+    products.DOTS["gathered"] = max(DOT_PAIRS)
     weight = random_weight(form, 256, 4096)
     with suppress(Exception):  # too large for the registers
         gathered(inputs(2, weight), weight, torch.arange(2, device="cuda"))

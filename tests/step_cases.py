@@ -7,7 +7,7 @@ Triton before anything here is run, so TRITON_INTERPRET=1 has to be in the envir
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -17,8 +17,9 @@ from triton_runs import report_failures
 
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs
-from accessory.kernels import step_ops
-from accessory.model.rope import RotaryTable, rotate, rotate_both
+from accessory.kernels.steps import rotate_reference
+from accessory.kernels.triton import steps as on_gpu
+from accessory.model.rope import RotaryTable
 from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 
@@ -51,8 +52,8 @@ def true_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def check_norm(x: Tensor, delta: Tensor, weight_D: Tensor) -> None:
     eps = 1e-5
-    assert_near(step_ops.rms_norm(x, weight_D, eps), true_norm(x, weight_D, eps))
-    sums, y = step_ops.add_rms_norm(x, delta, weight_D, eps)
+    assert_near(kernels.rms_norm(x, weight_D, eps), true_norm(x, weight_D, eps))
+    sums, y = kernels.add_rms_norm(x, delta, weight_D, eps)
     assert (sums.dtype, y.dtype) == (x.dtype, x.dtype)
     if x.is_cuda:
         assert torch.equal(sums, x + delta)
@@ -73,7 +74,7 @@ def norm(dtype: torch.dtype, device: str) -> None:
     large, zeros = draw(3, 80, dtype=dtype, device=device) * 4096, torch.zeros(3, 80, dtype=dtype, device=device)
     check_norm(large, zeros, weight[:80])
     check_norm(zeros, large / 2**24, weight[:80])
-    assert not step_ops.rms_norm(zeros, weight[:80], 1e-5).any()
+    assert not kernels.rms_norm(zeros, weight[:80], 1e-5).any()
 
 
 def turned(dtype: torch.dtype, device: str) -> None:
@@ -92,7 +93,7 @@ def turned(dtype: torch.dtype, device: str) -> None:
         apart = draw(tokens, k_heads, 2 * width, dtype=dtype, device=device)[..., ::2]
         views = (both[:, :q_heads], both[:, q_heads + 1 :])
         for q, k in (tuple(x.contiguous() for x in views), views, (heads_first, apart)):
-            for x, y in zip((q, k), rotate_both(q, k, table(at)), strict=True):
+            for x, y in zip((q, k), kernels.rotate(q, k, table(at)), strict=True):
                 assert y.dtype == dtype
                 cos, sin = (part.double() for part in table(at))
                 wide = x.double()
@@ -100,11 +101,11 @@ def turned(dtype: torch.dtype, device: str) -> None:
                 terms = (wide * cos).abs() + (swapped * sin).abs()
                 assert_near(y, wide * cos + swapped * sin, terms=terms)
                 if y.is_cuda:
-                    assert torch.equal(y, rotate(x, table(at)))
+                    assert torch.equal(y, rotate_reference(x, table(at)))
 
 
 def check_route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> None:
-    weights, experts, probs, logits, asked = step_ops.route(logits_TE, top_k, active_T)
+    weights, experts, probs, logits, asked = kernels.route(logits_TE, top_k, active_T)
     assert (weights.dtype, experts.dtype, probs.dtype) == (torch.float32, torch.int64, torch.float32)
     torch.testing.assert_close(logits, logits_TE.float(), rtol=0, atol=0, equal_nan=True)
     truth = logits_TE.double().softmax(-1)
@@ -146,7 +147,7 @@ def gated(dtype: torch.dtype, device: str) -> None:
         wide = draw(pairs, 2 * width + 3, dtype=dtype, device=device) * 3
         across = draw(2 * width, pairs, dtype=dtype, device=device).T
         for both in (wide[:, : 2 * width].contiguous(), wide[:, 3:], across):
-            y = step_ops.silu_gate(both)
+            y = kernels.silu_gate(both)
             assert y.dtype == dtype
             gate, up = both.double().chunk(2, dim=-1)
             assert_near(y, gate * gate.sigmoid() * up, roundings=2.01)
@@ -157,7 +158,7 @@ def gated(dtype: torch.dtype, device: str) -> None:
     strange = torch.tensor([-100, -20, -0.0, 0, 20, 100, float("inf"), float("-inf"), float("nan")], dtype=dtype)
     both = torch.cat((strange, torch.ones_like(strange)))[None].to(device)
     expected = torch.nn.functional.silu(both[:, :9])
-    torch.testing.assert_close(step_ops.silu_gate(both), expected, rtol=0.01, atol=0, equal_nan=True)
+    torch.testing.assert_close(kernels.silu_gate(both), expected, rtol=0.01, atol=0, equal_nan=True)
 
 
 def summed(dtype: torch.dtype, device: str) -> None:
@@ -167,7 +168,7 @@ def summed(dtype: torch.dtype, device: str) -> None:
         wide = draw(tokens * top_k, width + 5, dtype=dtype, device=device)
         across = draw(width, tokens * top_k, dtype=dtype, device=device).T
         for y in (wide[:, :width].contiguous(), wide[:, 5:], across):
-            sums = step_ops.sum_pairs(y, weights)
+            sums = kernels.sum_pairs(y, weights)
             assert sums.dtype == dtype
             terms = weights.double()[..., None] * y.double().unflatten(0, (tokens, top_k))
             assert_near(sums, terms.sum(1), terms=terms.abs().sum(1))
@@ -209,7 +210,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 @torch.no_grad()
 def run(check: Callable[[torch.dtype, str], None], dtype: torch.dtype, device: str) -> None:
     if device == "cuda":
-        assert kernels.steps_serve(torch.ones(1, dtype=dtype, device=device))
+        assert on_gpu.serves(torch.ones(1, dtype=dtype, device=device))
         check(dtype, device)
         return
     with serving(True), warnings.catch_warnings():
@@ -220,9 +221,7 @@ def run(check: Callable[[torch.dtype, str], None], dtype: torch.dtype, device: s
 @contextmanager
 def serving(does: bool) -> Iterator[None]:
     """The operations launch their kernels, on CPU as well, or are their twins everywhere."""
-    with ExitStack() as stack:
-        for module in (kernels, step_ops):
-            stack.enter_context(mock.patch.object(module, "steps_serve", return_value=does))
+    with mock.patch.object(on_gpu, "serves", return_value=does):
         yield
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs, QuantArgs
-from accessory.kernels import native
+from accessory.kernels.cpu import library
 from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.tools.quality import quantized_copy
@@ -32,7 +32,7 @@ ARGS = ModelArgs(
 # Of a layer: queries, keys, values and output, the router, and the rows of an expert's three matrices.
 MATRICES = [(HEADS * WIDTH, DIM), (KV_HEADS * WIDTH, DIM), (KV_HEADS * WIDTH, DIM), (DIM, HEADS * WIDTH)]
 EXPERT = [(2 * HIDDEN, DIM), (DIM, HIDDEN)]
-needs_kernels = pytest.mark.skipif(not native.native_available(), reason="the native kernels are not built")
+needs_kernels = pytest.mark.skipif(not library.native_available(), reason="the native kernels are not built")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ class Decoding:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     """Names and arguments of the native library's calls, from here on."""
-    library, made = native.native_library(), []
+    loaded, made = library.native_library(), []
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -68,9 +68,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
 
         return call
 
-    for name, function in [*vars(library).items()]:
+    for name, function in [*vars(loaded).items()]:
         if name.startswith("accessory_"):
-            monkeypatch.setattr(library, name, counted(name, function))
+            monkeypatch.setattr(loaded, name, counted(name, function))
     return made
 
 

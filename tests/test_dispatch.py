@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accessory import kernels, products
-from accessory.kernels import step_ops
+from accessory.kernels.cpu import steps
 from accessory.model import units
 from accessory.model.dispatch import Dispatcher, GatheredPairs, GroupedPairs, Pairs, TrainedPairs
 from accessory.model.router import Routing
@@ -166,8 +166,8 @@ def test_what_is_combined_may_be_changed_in_place(native: bool) -> None:
     x, weights, chosen, w13, w2 = (tensor.float() for tensor in draw(9, 8, 6, 4, 4, 2, 1))
     inputs = [tensor.requires_grad_() for tensor in (x, weights, w13, w2)]
     routing = routing_of(weights, chosen.long())
-    serves = step_ops.steps_natively if native else lambda _: False
-    with mock.patch.object(step_ops, "steps_natively", serves):
+    serves = steps.serves if native else lambda _: False
+    with mock.patch.object(steps, "serves", serves):
         plain, changed = (list(trained_ways(x, routing, w13, w2, Dispatcher(0, 4, 4))) for _ in range(2))
     for one, other in zip(plain, changed, strict=True):
         for expected, own in zip(gradients(one, inputs), gradients(other.mul_(2), inputs), strict=True):

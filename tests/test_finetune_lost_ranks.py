@@ -24,6 +24,7 @@ from finetuning import (
     state_tensors,
     under_torchrun,
 )
+from patience import PATIENCE
 from programs import Program, by_hand
 from ranks import RankPool, assert_same, error_of
 from two_hosts import ADDRESSES, run_on_two_hosts, why_not
@@ -251,14 +252,14 @@ def test_a_death_on_the_other_host(victim: int, setting: Setting, tmp_path: Path
     started, died = f'grep -qs "step.: 3" {tmp_path}/log.jsonl', tmp_path / "died"
     dies = f"{given} & until {started}; do sleep 0.1; done; kill -9 $!; touch {died}; wait $!; test $? = 137"
     # The time counts from the death: how long ranks take to begin says nothing.
-    ends = f"until test -e {died}; do sleep 0.1; done; timeout 60 tail --pid=$! -f /dev/null || kill -9 $!"
+    ends = f"until test -e {died}; do sleep 0.1; done; timeout {PATIENCE:.0f} tail --pid=$! -f /dev/null || kill -9 $!"
     lives = f"{given} & {ends}; wait $! || exit $((100 + $?))"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29512", **setting.environment}
     done = run_on_two_hosts(
         [["bash", "-c", dies if host == victim else lives] for host in range(2)],
         [{"RANK": str(host), **place} for host in range(2)],
         cwd=tmp_path,
-        seconds=240,
+        seconds=3 * PATIENCE,
     )
     assert done.returncode == 101, done.stderr
     (said,) = (line for line in done.stderr.splitlines() if "ERROR: " in line)

@@ -140,7 +140,7 @@ def test_no_module_is_part_of_a_circle() -> None:
         ("accessory.model.transformer", "from .meta import MetaModel", True),
         ("accessory.generation.engine", "if TYPE_CHECKING:\n    from accessory.model.LLM import mistral", True),
         ("accessory.checkpoint.folder", "from accessory.model.norm import RMSNorm", True),
-        ("accessory.kernels.linear", "import accessory.config", True),
+        ("accessory.kernels.products", "import accessory.config", True),
         ("accessory.quant.weight", "from accessory.kernels import dequantize", True),
         ("accessory.model.meta", "from accessory.train.trainer import train", True),
         ("accessory.data.alpaca", "from accessory.model.norm import RMSNorm", True),

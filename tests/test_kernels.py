@@ -19,14 +19,14 @@ from accessory.kernels import (
     FEW_TOKENS,
     few_token_linear,
     gathered_linear,
-    native,
     native_variant,
 )
-from accessory.kernels.linear import gathered_linear_reference
+from accessory.kernels.cpu import library, products
+from accessory.kernels.products import gathered_linear_reference
 from accessory.parallel.state import Place
 
 DTYPES = (torch.bfloat16, torch.float32)
-BF16_VARIANTS = [*native.runnable_variants(), *["tiles"] * native.tiles_serve()]
+BF16_VARIANTS = [*library.runnable_variants(), *["tiles"] * library.tiles_serve()]
 variants = pytest.mark.parametrize(
     ("variant", "dtype"),
     [
@@ -61,12 +61,12 @@ def assert_true(y_PR: Tensor, x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """For tests that change the choice of variant, which is made once per process."""
-    native.native_variant.cache_clear()
-    native.tiles_serve.cache_clear()
+    library.native_variant.cache_clear()
+    library.tiles_serve.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native.native_variant.cache_clear()
-    native.tiles_serve.cache_clear()
+    library.native_variant.cache_clear()
+    library.tiles_serve.cache_clear()
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def said() -> Iterator[list[logging.LogRecord]]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[assignment]
-    native.logger.addHandler(handler)
+    library.logger.addHandler(handler)
     yield records
-    native.logger.removeHandler(handler)
+    library.logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -96,13 +96,13 @@ def test_product_is_the_float64_one(variant: str, dtype: torch.dtype, depth: int
     for pairs, experts, rows in ((1, 1, 1), (2, 3, 5), (3, 2, 17), (8, 4, 31), (13, 8, 64), (64, 5, 9)):
         x, w = draw(pairs, depth, dtype=dtype), draw(experts, rows, depth, dtype=dtype)
         expert = draw_experts(pairs, experts)
-        assert_true(native.gathered_product(x, w, expert, variant=variant), x, w, expert)
+        assert_true(products.gathered_linear(x, w, expert, variant=variant), x, w, expert)
 
 
 @variants
 def test_dense_product_is_the_first_expert(variant: str, dtype: torch.dtype) -> None:
     x, w = draw(5, 200, dtype=dtype), draw(1, 333, 200, dtype=dtype)
-    y = native.gathered_product(x, w, None, variant=variant)
+    y = products.gathered_linear(x, w, None, variant=variant)
     assert_true(y, x, w, torch.zeros(5, dtype=torch.int64))
 
 
@@ -115,26 +115,26 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype) -> None:
         whole.view(9, 20, 300)[:4, ::3, 1:78],
         whole[:1, :, :77].expand(4, 40, 77),
     ):
-        assert_true(native.gathered_product(x, w, expert, variant=variant), x, w, expert)
+        assert_true(products.gathered_linear(x, w, expert, variant=variant), x, w, expert)
 
 
 @variants
 def test_tokens_may_be_a_view(variant: str, dtype: torch.dtype) -> None:
     x, w, expert = draw(40, 12, dtype=dtype).T[::2], draw(3, 21, 40, dtype=dtype), draw_experts(12, 3)[::2]
-    assert_true(native.gathered_product(x, w, expert, variant=variant), x, w, expert)
+    assert_true(products.gathered_linear(x, w, expert, variant=variant), x, w, expert)
 
 
 @variants
 def test_nothing_to_do(variant: str, dtype: torch.dtype) -> None:
     w = draw(3, 6, 10, dtype=dtype)
     none = torch.empty(0, dtype=torch.int64)
-    assert native.gathered_product(draw(0, 10, dtype=dtype), w, none, variant=variant).shape == (0, 6)
-    away = native.gathered_product(draw(4, 10, dtype=dtype), w, torch.full((4,), -1), variant=variant)
+    assert products.gathered_linear(draw(0, 10, dtype=dtype), w, none, variant=variant).shape == (0, 6)
+    away = products.gathered_linear(draw(4, 10, dtype=dtype), w, torch.full((4,), -1), variant=variant)
     assert torch.equal(away, torch.zeros(4, 6, dtype=dtype))
     x, expert = draw(2, 10, dtype=dtype), torch.tensor([0, 2])
-    without_depth = native.gathered_product(x[:, :0], w[:, :, :0], expert, variant=variant)
+    without_depth = products.gathered_linear(x[:, :0], w[:, :, :0], expert, variant=variant)
     assert torch.equal(without_depth, torch.zeros(2, 6, dtype=dtype))
-    assert native.gathered_product(x, w[:, :0], expert, variant=variant).shape == (2, 0)
+    assert products.gathered_linear(x, w[:, :0], expert, variant=variant).shape == (2, 0)
 
 
 @variants
@@ -142,12 +142,12 @@ def test_a_pair_does_not_depend_on_its_batch(variant: str, dtype: torch.dtype) -
     pairs, experts, rows, depth = 23, 3, 70, 389
     x, w = draw(pairs, depth, dtype=dtype), draw(experts, rows, depth, dtype=dtype)
     expert = draw_experts(pairs, experts)
-    y = native.gathered_product(x, w, expert, variant=variant)
+    y = products.gathered_linear(x, w, expert, variant=variant)
     for first, size in product(range(pairs), (1, 2, 3, 4, 5, 9)):
         part = slice(first, first + size)
-        alone = native.gathered_product(x[part], w, expert[part], variant=variant)
+        alone = products.gathered_linear(x[part], w, expert[part], variant=variant)
         assert torch.equal(alone, y[part])
-    together = native.gathered_product(x, w, torch.zeros_like(expert), variant=variant)
+    together = products.gathered_linear(x, w, torch.zeros_like(expert), variant=variant)
     assert torch.equal(together[expert == 0], y[expert == 0])
 
 
@@ -159,7 +159,7 @@ def test_any_number_of_threads_gives_the_same(variant: str, dtype: torch.dtype) 
     results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        results.append(native.gathered_product(x, w, expert, variant=variant))
+        results.append(products.gathered_linear(x, w, expert, variant=variant))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -170,7 +170,7 @@ def test_rows_longer_than_a_block_of_them(variant: str, dtype: torch.dtype) -> N
         draw(2, 3, 70_000, dtype=dtype),
         torch.tensor([0, 1, 0, 0, 0, 0, 0]),
     )
-    assert_true(native.gathered_product(x, w, expert, variant=variant), x, w, expert)
+    assert_true(products.gathered_linear(x, w, expert, variant=variant), x, w, expert)
 
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
@@ -178,7 +178,7 @@ def test_rounding_to_bf16_is_pytorchs(variant: str) -> None:
     x = draw(5000, 2, dtype=torch.bfloat16) * torch.tensor([1.0, 300.0], dtype=torch.bfloat16)
     x[:3, 0] = torch.tensor([float("inf"), float("nan"), 3.38e38])
     x[:3, 1] = torch.tensor([1.0, 1.0, 3.38e38])
-    y = native.gathered_product(x, torch.ones(1, 1, 2, dtype=torch.bfloat16), None, variant=variant)
+    y = products.gathered_linear(x, torch.ones(1, 1, 2, dtype=torch.bfloat16), None, variant=variant)
     torch.testing.assert_close(y, x.float().sum(1, keepdim=True).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -186,9 +186,9 @@ def test_rounding_to_bf16_is_pytorchs(variant: str) -> None:
 def test_unused_weights_and_other_tokens_do_not_leak(variant: str, dtype: torch.dtype) -> None:
     x, w = draw(3, 45, dtype=dtype), draw(3, 8, 45, dtype=dtype)
     w[1], x[1] = float("nan"), float("nan")
-    y = native.gathered_product(x, w, torch.tensor([0, 0, 2]), variant=variant)
+    y = products.gathered_linear(x, w, torch.tensor([0, 0, 2]), variant=variant)
     assert y.isnan().any(dim=1).tolist() == [False, True, False]
-    away = native.gathered_product(x, w, torch.tensor([-1, -1, 2]), variant=variant)
+    away = products.gathered_linear(x, w, torch.tensor([-1, -1, 2]), variant=variant)
     assert torch.equal(away[:2], torch.zeros(2, 8, dtype=dtype))
 
 
@@ -281,13 +281,13 @@ def test_switched_off_is_said_once_and_gives_the_same(
     )
     for _ in range(2):
         assert_true(gathered_linear(x, w, expert), x, w, expert)
-    assert (native.native_available(), native_variant()) == (False, "none")
+    assert (library.native_available(), native_variant()) == (False, "none")
     assert [(record.name, record.levelname) for record in said] == [("accessory.kernels", "WARNING")]
 
 
 def test_a_missing_library_is_said_once(choose: pytest.MonkeyPatch, said: list[logging.LogRecord]) -> None:
     choose.delenv("ACCESSORY_KERNELS", raising=False)
-    choose.setattr(native, "_load", lambda: (None, "no library beside the package"))
+    choose.setattr(library, "_load", lambda: (None, "no library beside the package"))
     x, w = draw(1, 50, dtype=torch.float32), draw(20, 50, dtype=torch.float32)
     for _ in range(2):
         torch.testing.assert_close(few_token_linear(x, w), x @ w.T)
@@ -309,23 +309,23 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(choose: pytest.Monkey
 
 
 def test_a_variant_beyond_this_cpu_is_refused(choose: pytest.MonkeyPatch) -> None:
-    choose.setattr(native, "_load", lambda: (object(), ""))
-    choose.setattr(native, "runnable_variants", lambda: ["portable"])
+    choose.setattr(library, "_load", lambda: (object(), ""))
+    choose.setattr(library, "runnable_variants", lambda: ["portable"])
     choose.setenv("ACCESSORY_KERNELS", "avx2")
     with pytest.raises(ValueError, match="this CPU runs only portable"):
         native_variant()
 
 
-@pytest.mark.parametrize("variant", native.runnable_variants())
+@pytest.mark.parametrize("variant", library.runnable_variants())
 def test_a_variant_can_be_asked_for(variant: str, choose: pytest.MonkeyPatch) -> None:
     choose.setenv("ACCESSORY_KERNELS", variant)
-    assert (native.native_available(), native_variant()) == (True, variant)
+    assert (library.native_available(), native_variant()) == (True, variant)
     x, w, expert = (
         draw(3, 24, dtype=torch.bfloat16),
         draw(4, 10, 24, dtype=torch.bfloat16),
         torch.tensor([2, -1, 0]),
     )
-    expected = native.gathered_product(x, w, expert, variant=variant)
+    expected = products.gathered_linear(x, w, expert, variant=variant)
     assert torch.equal(gathered_linear(x, w, expert), expected)
 
 
@@ -346,18 +346,18 @@ def test_a_models_large_matrices_ask_for_large_pages(quant: QuantArgs | None) ->
 
 def test_import_loads_nothing_and_never_fails() -> None:
     script = (
-        "import accessory.kernels as k; from accessory.kernels import native;"
-        "assert native._load.cache_info().currsize == 0;"
-        "assert native.native_variant.cache_info().currsize == 0"
+        "import accessory.kernels as k; from accessory.kernels.cpu import library;"
+        "assert library._load.cache_info().currsize == 0;"
+        "assert library.native_variant.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={"ACCESSORY_KERNELS": "nonsense"})
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
-@pytest.mark.parametrize("source", ["attention", "native", "pointwise", "quantized"])
+@pytest.mark.parametrize("source", ["attention", "products", "steps", "quantized"])
 def test_clang_compiles_the_kernels_too(source: str, tmp_path: Path) -> None:
     """It has names of its own for shuffles and for what a function is compiled for."""
     (tmp_path / "omp.h").write_text('extern "C" int omp_get_num_threads(), omp_get_thread_num();')  # may be missing
-    folder = Path(native.__file__).parent
+    folder = Path(library.__file__).parent
     flags = ["-std=c++17", "-O0", "-fopenmp", "-Wall", "-Werror", f"-I{tmp_path}", "-c", "-o", os.devnull]
     subprocess.run(["clang++", *flags, folder / f"{source}.cpp"], check=True)

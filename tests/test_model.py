@@ -15,12 +15,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from accessory.config import ModelArgs, MoEArgs, PeftArgs, QuantArgs
-from accessory.kernels import triton_products
+from accessory.kernels.steps import rotate_reference
+from accessory.kernels.triton import products
 from accessory.model import graphs
 from accessory.model.cache import KVCache
 from accessory.model.factory import build_transformer
 from accessory.model.norm import RMSNorm
-from accessory.model.rope import RotaryTable, rotate
+from accessory.model.rope import RotaryTable
 from accessory.model.transformer import Transformer
 from accessory.parallel.placement import resolve_placement, supported_sizes
 from accessory.parallel.plan import TABLE, Box, local_box, local_boxes, parameter_shapes, split_of
@@ -217,11 +218,11 @@ def test_rotation_is_a_complex_product(theta: float, scaling: float | None) -> N
     )
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     expected = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
-    torch.testing.assert_close(rotate(x, table(positions)), expected.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate_reference(x, table(positions)), expected.float(), atol=1e-5, rtol=1e-5)
     # In bfloat16 the turning itself is still done in float32.
-    turned = rotate(x.bfloat16(), table(positions))
+    turned = rotate_reference(x.bfloat16(), table(positions))
     assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, rotate(x.bfloat16().float(), table(positions)).bfloat16())
+    assert torch.equal(turned, rotate_reference(x.bfloat16().float(), table(positions)).bfloat16())
 
 
 def test_scores_depend_on_the_distance_alone() -> None:
@@ -230,7 +231,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
     table = RotaryTable(8, 200, theta=1e4, scaling=None, device=CPU)
 
     def score(query_at: int, key_at: int) -> float:
-        turned = (rotate(x[None], table(torch.tensor([at]))) for x, at in ((q[0], query_at), (k[0], key_at)))
+        turned = (rotate_reference(x[None], table(torch.tensor([at]))) for x, at in ((q[0], query_at), (k[0], key_at)))
         a, b = turned
         return float((a * b).sum())
 
@@ -466,7 +467,7 @@ def test_a_step_is_captured_where_it_does_not_wait_for_the_gpu(
     slots: dict[int, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton_products, "triton_available", lambda: triton)
+    monkeypatch.setattr(products, "available", lambda: triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     sizes = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 64, "n_layers": 1}
     args = args_of(**sizes, quant=quant and QuantArgs(type=quant), peft=peft)

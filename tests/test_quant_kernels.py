@@ -11,12 +11,13 @@ from torch import Tensor
 from accessory.kernels import (
     gathered_quantized_linear,
     grouped_quantized_linear,
-    native,
     quantized_linear,
 )
-from accessory.kernels.quantized import quantized_linear_reference, round_activations
-from accessory.kernels.quantized_native import NativeWeight, native_values, native_weight, quantized_product
-from accessory.kernels.quantized_ops import unpacked
+from accessory.kernels.activations import round_activations
+from accessory.kernels.cpu import library
+from accessory.kernels.cpu import quantized as on_cpu
+from accessory.kernels.cpu.quantized import NativeWeight, native_weight, plain_values
+from accessory.kernels.quantized import quantized_linear_reference, unpacked
 from accessory.quant import QuantizedWeight, format_of
 
 FORMS = (("int8", 0), ("int4", 32), ("int4", 64), ("nf4", 64))
@@ -24,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 forms = pytest.mark.parametrize(("form", "group"), FORMS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-variants = pytest.mark.parametrize("variant", native.runnable_variants())
+variants = pytest.mark.parametrize("variant", library.runnable_variants())
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -87,7 +88,7 @@ def test_product_is_the_float64_one(variant: str, dtype: torch.dtype, form: str,
         for pairs, experts, rows in ((1, 1, 1), (3, 2, 17), (8, 4, 31), (13, 3, 40)):
             x, weight = draw(pairs, depth, dtype=dtype), draw_weight(form, group, experts, rows, depth)
             expert = torch.randint(-1, experts, (pairs,), generator=torch.Generator().manual_seed(depth))
-            y = quantized_product(x, described(weight), expert, variant=variant)
+            y = on_cpu.gathered_quantized_linear(x, described(weight), expert, variant=variant)
             assert_true(y, x, weight, expert)
             assert bool((y[expert < 0] == 0).all())
 
@@ -98,7 +99,7 @@ def test_product_is_the_float64_one(variant: str, dtype: torch.dtype, form: str,
 def test_plain_values_are_the_twins_to_the_bit(variant: str, dtype: torch.dtype, form: str, group: int) -> None:
     for depth in depths(form, group):
         weight = draw_weight(form, group, 3, 9, depth)
-        out = native_values(described(weight), torch.empty(3, 9, depth, dtype=dtype), variant=variant)
+        out = plain_values(described(weight), torch.empty(3, 9, depth, dtype=dtype), variant=variant)
         assert torch.equal(out, weight.dequantize(dtype))
 
 
@@ -111,10 +112,10 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype, form: str, grou
     x = draw(4, 128, dtype=dtype)
     for index in ((slice(1, None, 2), slice(3, None)), (slice(0, 4), slice(None, None, 3))):
         weight = each(whole, index).narrow(-1, 128, 128)
-        y = quantized_product(x, described(weight), expert, variant=variant)
+        y = on_cpu.gathered_quantized_linear(x, described(weight), expert, variant=variant)
         assert_true(y, x, weight, expert)
         out = torch.empty(*weight.shape, dtype=dtype)
-        assert torch.equal(native_values(described(weight), out, variant=variant), weight.dequantize(dtype))
+        assert torch.equal(plain_values(described(weight), out, variant=variant), weight.dequantize(dtype))
 
 
 @variants
@@ -123,10 +124,12 @@ def test_weights_may_be_a_view(variant: str, dtype: torch.dtype, form: str, grou
 def test_a_pair_does_not_depend_on_its_batch(variant: str, dtype: torch.dtype, form: str, group: int) -> None:
     x, weight = draw(11, 192, dtype=dtype), draw_weight(form, group, 3, 70, 192)
     expert = torch.tensor([0, 2, 2, -1, 2, 2, 1, 2, 2, 0, 2])
-    y = quantized_product(x, described(weight), expert, variant=variant)
+    y = on_cpu.gathered_quantized_linear(x, described(weight), expert, variant=variant)
     for first, size in product(range(11), (1, 2, 3, 5)):
         part = slice(first, first + size)
-        assert torch.equal(quantized_product(x[part], described(weight), expert[part], variant=variant), y[part])
+        assert torch.equal(
+            on_cpu.gathered_quantized_linear(x[part], described(weight), expert[part], variant=variant), y[part]
+        )
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_any_number_of_threads_gives_the_same(form: str, group: int) -> None:
     results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        results.append(quantized_product(x, described(weight), expert))
+        results.append(on_cpu.gathered_quantized_linear(x, described(weight), expert))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -153,7 +156,8 @@ def test_long_rows_do_not_overflow(variant: str) -> None:
     depth = 2**17 + 128  # whole, an integer sum would not fit 32 bits
     x = torch.full((1, depth), 3.0, dtype=torch.bfloat16)
     codes, scale = torch.full((1, 1, depth), 127, dtype=torch.int8), torch.ones(1, 1, 1)
-    y = quantized_product(x, described(QuantizedWeight(format_of("int8"), codes, scale)), None, variant=variant)
+    weight = described(QuantizedWeight(format_of("int8"), codes, scale))
+    y = on_cpu.gathered_quantized_linear(x, weight, None, variant=variant)
     torch.testing.assert_close(y, torch.full((1, 1), 127 * 3.0 * depth, dtype=torch.bfloat16))
 
 
@@ -164,7 +168,7 @@ def test_the_largest_levels_do_not_overflow(variant: str, code: int) -> None:
     codes, scale = torch.full((1, 1, depth // 2), 17 * code, dtype=torch.uint8), torch.ones(1, 1, depth // 64)
     weight = QuantizedWeight(format_of("nf4"), codes, scale)
     x = torch.tensor([[3.0], [-3.0]], dtype=torch.bfloat16).expand(2, depth)
-    y = quantized_product(x, described(weight), None, variant=variant)
+    y = on_cpu.gathered_quantized_linear(x, described(weight), None, variant=variant)
     level = weight.dequantize(in_steps=True)[0, 0, 0].item()
     torch.testing.assert_close(y.float(), torch.tensor([[3.0], [-3.0]]) * level * depth, rtol=2**-8, atol=0)
 
@@ -176,7 +180,7 @@ def test_what_is_not_a_number_shows_in_its_own_token(variant: str, form: str, gr
         weight = draw_weight(form, group, 1, 5, depth)
         x = draw(4, depth, dtype=torch.bfloat16)
         x[1, 3], x[2, last] = float("nan"), float("inf")
-        y = quantized_product(x, described(weight), None, variant=variant)
+        y = on_cpu.gathered_quantized_linear(x, described(weight), None, variant=variant)
         assert y.isfinite().all(dim=1).tolist() == [True, False, False, True]
 
 
@@ -213,8 +217,8 @@ def test_dense_for_any_number_of_tokens(
     dtype: torch.dtype, form: str, group: int, off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if off:
-        monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
-    monkeypatch.setattr("accessory.kernels.quantized_ops._SCRATCH", 10 * 192)  # several blocks, the last smaller
+        monkeypatch.setattr("accessory.kernels.quantized.native_weight", lambda *_: None)
+    monkeypatch.setattr("accessory.kernels.quantized._SCRATCH", 10 * 192)  # several blocks, the last smaller
     weight = draw_weight(form, group, 37, 192)
     w = weight.dequantize(torch.float64)
     for tokens in (0, 1, 8, 16, 17, 33, 70):
@@ -237,7 +241,7 @@ def test_gathered_and_grouped_agree(
     dtype: torch.dtype, form: str, group: int, off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if off:
-        monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
+        monkeypatch.setattr("accessory.kernels.quantized.native_weight", lambda *_: None)
     weight = draw_weight(form, group, 4, 21, 128)
     x, expert = draw(9, 128, dtype=dtype), torch.tensor([0, 0, 2, 2, 2, 2, 3, -1, -1])
     ends = torch.tensor([2, 2, 6, 7], dtype=torch.int32)
@@ -253,7 +257,7 @@ def test_gathered_and_grouped_agree(
 def test_without_few_tokens_kernel_the_twin_serves_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = draw_weight("int4", 64, 30, 256), draw(3, 256, dtype=torch.bfloat16)
     native_result = quantized_linear(x, weight)
-    monkeypatch.setattr("accessory.kernels.quantized_ops.native_weight", lambda *_: None)
+    monkeypatch.setattr("accessory.kernels.quantized.native_weight", lambda *_: None)
     torch.testing.assert_close(quantized_linear(x, weight), native_result, rtol=2**-7, atol=1e-3)
     assert torch.equal(quantized_linear(x, weight), quantized_linear_reference(x, weight))
 

@@ -17,10 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 
 from accessory import kernels
 from accessory.config import QuantArgs
-from accessory.kernels import quantized_ops
-from accessory.kernels.quantized import quantized_linear_reference
-from accessory.kernels.quantized_native import native_weight
-from accessory.kernels.quantized_ops import unpacked
+from accessory.kernels import quantized
+from accessory.kernels.cpu.quantized import native_weight
+from accessory.kernels.quantized import quantized_linear_reference, unpacked
 from accessory.model import router
 from accessory.model.dispatch import Dispatcher
 from accessory.products import gathered_linear, grouped_linear, linear
@@ -337,11 +336,11 @@ def test_it_follows_the_parameters_of_a_module(form: str) -> None:
 @forms
 def test_few_pairs_without_a_kernel_for_them(form: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU without Triton does: one matrix at a time, in blocks of rows."""
-    monkeypatch.setattr(quantized_ops, "_SCRATCH", 5 * 128)
+    monkeypatch.setattr(quantized, "_SCRATCH", 5 * 128)
     weight = quantize(torch.randn(4, 17, 128), form, group_size=group)
     x_PD, expert_P = torch.randn(6, 128), torch.tensor([3, 0, -1, 2, 2, 3])
     expected = quantized_linear_reference(x_PD, weight, expert_P)
-    torch.testing.assert_close(quantized_ops._gathered_by_blocks(x_PD, weight, expert_P), expected)
+    torch.testing.assert_close(quantized._gathered_by_blocks(x_PD, weight, expert_P), expected)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

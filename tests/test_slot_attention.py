@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from accessory.kernels import SlotAttention, SlotAttentionReference, native
+from accessory.kernels import SlotAttention, SlotAttentionReference
+from accessory.kernels.cpu import library
 
 DTYPES = (torch.bfloat16, torch.float32)
 variants = pytest.mark.parametrize(
-    ("variant", "dtype"), list(product(native.runnable_variants(), DTYPES)), ids=lambda value: str(value)
+    ("variant", "dtype"), list(product(library.runnable_variants(), DTYPES)), ids=lambda value: str(value)
 )
 Cache = tuple[Tensor, Tensor]
 New = tuple[Tensor, Tensor, Tensor]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.config import ModelArgs, MoEArgs, QuantForm
-from accessory.kernels.linear import grouped_by_tiles
-from accessory.kernels.quantized import round_activations
+from accessory.kernels import grouped_by_tiles
+from accessory.kernels.activations import round_activations
 from accessory.model.transformer import Transformer
 from accessory.parallel.state import ParallelState
 from accessory.products import gathered_linear, grouped_linear, linear
@@ -178,8 +178,8 @@ def test_a_prompt_attends_to_what_is_before_each_token(
     k_MKh, v_MKh = (drawn(length + 20, shared + 1, width, seed=seed + i) for i in (1, 2))
     k_MKh[length:], v_MKh[length:] = float("nan"), float("nan")
     k_MKh, v_MKh = k_MKh[:length, 1:], v_MKh[:length, 1:]
-    assert kernels.tiles_attend(q_LHh, k_MKh, v_MKh)
     out_LHh = kernels.prompt_attention(q_LHh, k_MKh, v_MKh)
+    assert out_LHh is not None
     k, v = (x.double().repeat_interleave(own // shared, 1).transpose(0, 1) for x in (k_MKh, v_MKh))
     seen_LM = torch.arange(length) <= torch.arange(start, length)[:, None]
     logits = (q_LHh.double().transpose(0, 1) @ k.mT * width**-0.5).masked_fill(~seen_LM, float("-inf"))
@@ -188,20 +188,21 @@ def test_a_prompt_attends_to_what_is_before_each_token(
     # The shares and the result are rounded to bfloat16; a logit is a sum in float32.
     assert bool(((out_LHh.double() - exact).abs() <= 2**-8 * exact.abs() + 1.1 * 2**-8 * reach + 1e-6).all())
     last = min(cut, tokens)
-    assert torch.equal(kernels.prompt_attention(q_LHh[-last:], k_MKh, v_MKh), out_LHh[-last:])
-    first = kernels.prompt_attention(q_LHh[:last], k_MKh[: start + last], v_MKh[: start + last])
-    assert torch.equal(first, out_LHh[:last])
+    for part, end in ((slice(tokens - last, tokens), length), (slice(0, last), start + last)):
+        again = kernels.prompt_attention(q_LHh[part], k_MKh[:end], v_MKh[:end])
+        assert again is not None
+        assert torch.equal(again, out_LHh[part])
 
 
 @needs_tiles
 @torch.no_grad()
 def test_what_the_prompts_tiles_do_not_know_goes_another_way() -> None:
     q, k = drawn(4, 2, 64, seed=0), drawn(4, 1, 64, seed=1)
-    assert kernels.tiles_attend(q, k, k)
-    assert not kernels.tiles_attend(q.float(), k.float(), k.float())
-    assert not kernels.tiles_attend(q[..., :40], k[..., :40], k[..., :40])
+    assert kernels.prompt_attention(q, k, k) is not None
+    assert kernels.prompt_attention(q.float(), k.float(), k.float()) is None
+    assert kernels.prompt_attention(q[..., :40], k[..., :40], k[..., :40]) is None
     with torch.enable_grad():
-        assert not kernels.tiles_attend(q, k, k)
+        assert kernels.prompt_attention(q, k, k) is None
     with pytest.raises(ValueError, match="do not fit"):
         kernels.prompt_attention(q, k[:3], k[:3])
     with pytest.raises(ValueError, match="do not fit"):

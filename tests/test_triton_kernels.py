@@ -15,7 +15,9 @@ from torch._subclasses import FakeTensorMode
 from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
 from accessory import kernels
-from accessory.kernels import gathering_pays, quantized_ops, triton_products, triton_ptx
+from accessory.kernels import gathering_pays, quantized
+from accessory.kernels.products import gathered_linear_reference
+from accessory.kernels.triton import products, ptx
 
 # Types of codes and scales, and what a program takes.
 COMPILED: dict[str, tuple[str, str, dict[str, int]]] = {
@@ -47,10 +49,10 @@ def test_on_a_gpu(check: Callable[[], None]) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("form", list(COMPILED))
-@pytest.mark.parametrize("module", ["kernels", "integers", "dots"])
+@pytest.mark.parametrize("module", ["multiply", "integers", "dots"])
 def test_compiles_without_a_gpu_for_one(module: str, form: str, tmp_path: Path) -> None:
     """Down to machine code: the interpreter accepts more than the compiler, and runs no PTX."""
-    if module != "kernels" and form == "plain":
+    if module != "multiply" and form == "plain":
         return
     codes, scale, tile = COMPILED[form]
     group = 32 if form in ("int4", "nf4") else 128
@@ -64,16 +66,16 @@ def test_compiles_without_a_gpu_for_one(module: str, form: str, tmp_path: Path) 
     elif module == "integers":
         types |= {"x_PD": "*i8", "table": "*i8"}
         constants |= {"BLOCK": 64 if group == 32 else 128}
-        constants |= {"PTX": triton_ptx.to_integers(form)} if group == 32 else {}
+        constants |= {"PTX": ptx.to_integers(form)} if group == 32 else {}
     else:
         types |= {"x_PD": "*bf16", "table": "*fp32"}
         constants |= {"ALL_EXPERTS": 1, "FLOAT32": False}
-        constants |= {"PTX": triton_ptx.to_floats(form, "bfloat16")} if group == 32 else {}
+        constants |= {"PTX": ptx.to_floats(form, "bfloat16")} if group == 32 else {}
     script = f"""
 from triton.backends.compiler import GPUTarget
 import triton
 from triton.compiler import ASTSource
-from accessory.kernels.triton_{module} import multiply as kernel
+from accessory.kernels.triton.{module} import multiply as kernel
 types, constants = {types}, {constants}
 signature = {{name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}}
 for capability in (80, 90):
@@ -89,48 +91,59 @@ for capability in (80, 90):
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "accessory.kernels.triton_kernels", raising=False)
-    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
-    triton_products._kernels.cache_clear()
+    monkeypatch.delitem(sys.modules, "accessory.kernels.triton.multiply", raising=False)
+    monkeypatch.delattr(kernels.triton, "multiply", raising=False)
+    products._kernels.cache_clear()
     yield
-    triton_products._kernels.cache_clear()
+    products._kernels.cache_clear()
 
 
-@pytest.mark.usefixtures("without")
-def test_without_triton_the_twins_serve(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def as_on_gpu() -> Iterator[None]:
+    """Every tensor says that it is a GPU's."""
+    on_gpu, on_cpu = (mock.patch.object(torch.Tensor, *own) for own in (("is_cuda", True), ("is_cpu", False)))
+    with on_gpu, on_cpu, torch.inference_mode():
+        yield
+
+
+@pytest.mark.usefixtures("without", "as_on_gpu")
+def test_without_triton_the_references_serve(caplog: pytest.LogCaptureFixture) -> None:
     x = triton_cases.draw(3, 128, dtype=torch.float32, device="cpu")
-    weight = triton_cases.draw_weight("plain", 2, 5, 128, dtype=torch.float32, device="cpu")
+    weight, expert = torch.randn(2, 5, 128), torch.tensor([1, -1, 0])
     with caplog.at_level(logging.WARNING, logger="accessory.kernels"):
-        triton_cases.assert_true(x, weight, torch.tensor([1, -1, 0]))
-        triton_cases.assert_true(x, weight[0], None)
+        assert torch.equal(kernels.gathered_linear(x, weight, expert), gathered_linear_reference(x, weight, expert))
+        assert torch.equal(kernels.few_token_linear(x, weight[0]), x @ weight[0].T)
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == ["Triton does not load"]
     with pytest.raises(RuntimeError, match="need Triton"):
-        triton_products._loaded()
+        products._loaded()
 
 
 @pytest.mark.parametrize("has_it", [True, False])
-def test_quantized_weights_on_a_gpu_go_the_kernels_way_where_there_is_one(
-    has_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("as_on_gpu")
+def test_products_on_a_gpu_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(triton_products, "triton_available", lambda: has_it)
-    for name in ("quantized_linear", "gathered_quantized_linear", "grouped_quantized_linear", "plain_values"):
-        monkeypatch.setattr(triton_products, name, lambda *_, name=name: taken.append(name) or torch.empty(3, 5))
+    monkeypatch.setattr(products, "available", lambda: has_it)
+    by_triton = ["gathered_linear", "few_token_linear"]
+    by_triton += ["quantized_linear", "gathered_quantized_linear", "grouped_quantized_linear", "plain_values"]
+    for name in by_triton:
+        monkeypatch.setattr(products, name, lambda *_, name=name: taken.append(name) or torch.empty(3, 5))
     for name in ("_by_blocks", "_gathered_by_blocks"):
-        monkeypatch.setattr(quantized_ops, name, lambda *_, name=name, **__: taken.append(name) or torch.empty(3, 5))
+        monkeypatch.setattr(quantized, name, lambda *_, name=name, **__: taken.append(name) or torch.empty(3, 5))
     x, weight = torch.empty(3, 64), triton_cases.draw_weight("nf4", 2, 5, 64, dtype=torch.float32, device="cpu")
-    with mock.patch.object(torch.Tensor, "is_cuda", True), torch.inference_mode():
-        quantized_ops.quantized_linear(x, weight[0])
-        quantized_ops.gathered_quantized_linear(x, weight, torch.tensor([0, 1, 1]))
-        quantized_ops.grouped_quantized_linear(x, weight, torch.tensor([0, 3], dtype=torch.int32))
-        quantized_ops.dequantize(weight)
-    by_triton = ["quantized_linear", "gathered_quantized_linear", "grouped_quantized_linear", "plain_values"]
+    plain = torch.empty(2, 5, 64)
+    kernels.gathered_linear(x, plain, torch.tensor([0, 1, 1]))
+    kernels.few_token_linear(x, plain[0])
+    kernels.few_token_linear(x.repeat(20, 1), plain[0])  # no few tokens
+    quantized.quantized_linear(x, weight[0])
+    quantized.gathered_quantized_linear(x, weight, torch.tensor([0, 1, 1]))
+    quantized.grouped_quantized_linear(x, weight, torch.tensor([0, 3], dtype=torch.int32))
+    quantized.dequantize(weight)
     assert taken == (by_triton if has_it else ["_by_blocks", "_gathered_by_blocks", "_by_blocks"])
 
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_products, "triton_available", lambda: has_it)
+    monkeypatch.setattr(products, "available", lambda: has_it)
     with FakeTensorMode():
         half, full = (torch.empty(2, 8, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert gathering_pays(half, 4) is has_it
@@ -139,11 +152,6 @@ def test_experts_go_the_kernels_way_where_there_is_one(has_it: bool, monkeypatch
     assert not gathering_pays(half, 65)
 
 
-@pytest.mark.parametrize("name", ["few_token_linear", "gathered_linear"])
-def test_operations_have_a_kernel_of_their_own_on_gpu(name: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"accessory::{name}", "CUDA")
-
-
 def test_import_loads_no_triton() -> None:
-    script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton_kernels' not in sys.modules"
+    script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton.multiply' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)

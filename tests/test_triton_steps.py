@@ -15,7 +15,8 @@ from torch._subclasses import FakeTensorMode
 from triton_runs import compile_alone, failures_in_the_interpreter, needs_gpu, needs_triton
 
 from accessory import kernels
-from accessory.kernels import step_ops
+from accessory.kernels.cpu import steps as on_cpu
+from accessory.kernels.triton import steps as on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_compiles_without_a_gpu_for_one(kernel: str, dtype: str, tmp_path: Path)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from accessory.kernels.triton_steps import {kernel} as kernel
+from accessory.kernels.triton.step_kernels import {kernel} as kernel
 types = {TYPES}
 for constants in {VARIANTS[kernel]}:
     signature = {{name: types.get(name, "*{dtype}" if "_" in name and name[-1].isupper() else "i32")
@@ -81,21 +82,21 @@ for constants in {VARIANTS[kernel]}:
 @torch.no_grad()
 def test_a_cpu_and_what_has_no_memory_are_the_twins() -> None:
     x = torch.ones(2, 8)
-    assert not kernels.steps_serve(x)
+    assert not on_gpu.serves(x)
     with FakeTensorMode():
-        assert not kernels.steps_serve(torch.empty(2, 8, device="cuda"))
+        assert not on_gpu.serves(torch.empty(2, 8, device="cuda"))
 
 
 @needs_triton
 @needs_gpu
 def test_gradients_and_other_dtypes_are_the_twins() -> None:
     x = torch.ones(2, 8, device="cuda")
-    assert not kernels.steps_serve(x)  # there may be gradients
+    assert not on_gpu.serves(x)  # there may be gradients
     with torch.no_grad():
-        assert kernels.steps_serve(x)
-        assert not kernels.steps_serve(x.double())
-        assert not kernels.steps_serve(x, x.half())
-        assert not kernels.steps_serve(x[:0])
+        assert on_gpu.serves(x)
+        assert not on_gpu.serves(x.double())
+        assert not on_gpu.serves(x, x.half())
+        assert not on_gpu.serves(x[:0])
         wide = step_cases.draw(2, 20000, dtype=torch.float32, device="cuda")
         torch.testing.assert_close(kernels.rms_norm(wide, wide[0], 1e-5), F.rms_norm(wide, (20000,), wide[0], 1e-5))
 
@@ -103,7 +104,7 @@ def test_gradients_and_other_dtypes_are_the_twins() -> None:
 @torch.no_grad()
 def test_the_twins_are_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, in bfloat16: every operation rounds."""
-    monkeypatch.setattr(step_ops, "steps_natively", lambda _: False)
+    monkeypatch.setattr(on_cpu, "serves", lambda _: False)
     x, delta = (step_cases.draw(5, 24, dtype=torch.bfloat16, device="cpu", seed=seed) for seed in (0, 1))
     sums, normed = kernels.add_rms_norm(x, delta, delta[0], 1e-5)
     assert torch.equal(sums, x + delta)
@@ -122,5 +123,5 @@ def test_the_twins_are_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_import_loads_no_triton() -> None:
-    script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton_steps' not in sys.modules"
+    script = "import sys, accessory.kernels as k; assert 'accessory.kernels.triton.step_kernels' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from triton_runs import report_failures
 
-from accessory.kernels import linear, quantized_ops
-from accessory.kernels import triton_products as on_gpu
-from accessory.kernels.linear import gathered_linear_reference
-from accessory.kernels.quantized import round_activations
+from accessory.kernels import products, quantized
+from accessory.kernels.activations import round_activations
+from accessory.kernels.products import gathered_linear_reference
+from accessory.kernels.triton import products as on_gpu
 from accessory.quant import QuantizedWeight, format_of
 
 Weight = Tensor | QuantizedWeight
@@ -25,8 +25,8 @@ ROWS = (1, 3, 4, 16, 17, 8, 2, 13, 5)
 
 
 ON_GPU: dict[str, Callable[..., Tensor]] = {
-    "few_token_linear": linear._few_tokens_on_cuda,
-    "gathered_linear": linear._gathered_on_cuda,
+    "few_token_linear": on_gpu.few_token_linear,
+    "gathered_linear": on_gpu.gathered_linear,
     "quantized_linear": on_gpu.quantized_linear,
     "gathered_quantized_linear": on_gpu.gathered_quantized_linear,
     "grouped_quantized_linear": on_gpu.grouped_quantized_linear,
@@ -69,9 +69,9 @@ def depths(form: str) -> tuple[int, ...]:
 
 def multiply(x_PD: Tensor, weight: Weight, expert_P: Tensor | None) -> Tensor:
     """The operation; from a tensor on CPU it would go to other kernels, so there what it calls on GPU."""
-    names, module = ("few_token_linear", "gathered_linear"), linear
+    names, module = ("few_token_linear", "gathered_linear"), products
     if isinstance(weight, QuantizedWeight):
-        names, module = ("quantized_linear", "gathered_quantized_linear"), quantized_ops
+        names, module = ("quantized_linear", "gathered_quantized_linear"), quantized
     name = names[0 if expert_P is None else 1]
     operation = getattr(module, name) if x_PD.is_cuda else ON_GPU[name]
     return operation(x_PD, weight, *(() if expert_P is None else (expert_P,)))
@@ -127,7 +127,7 @@ def sweep(form: str, dtype: torch.dtype, device: str) -> None:
         x = draw(pairs, depth, dtype=dtype, device=device)
         weight = draw_weight(form, experts, rows, depth, dtype=dtype, device=device)
         expert = torch.randint(-1, experts, (pairs,), generator=torch.Generator().manual_seed(pairs)).to(device)
-        assert on_gpu.triton_serves(x, weight if isinstance(weight, Tensor) else weight.codes)
+        assert on_gpu.serves(x, weight if isinstance(weight, Tensor) else weight.codes)
         assert_true(x, weight, expert)
         assert_true(x, weight[-1], None)
 
@@ -151,10 +151,10 @@ def views(form: str, dtype: torch.dtype, device: str) -> None:
         wide = draw(3, 256, dtype=dtype, device=device)
         assert_true(wide, apart, expert[:3])
         assert_true(wide, apart[4], None)
-    if form == "plain":  # no unit stride: the twin serves
-        assert not on_gpu.triton_serves(x, whole.transpose(1, 2))
+    if form == "plain":  # no unit stride: the reference serves
+        assert not on_gpu.serves(x, whole.transpose(1, 2))
         across = draw(4, 128, 5, dtype=dtype, device=device).transpose(1, 2)
-        assert torch.equal(multiply(x, across, expert), gathered_linear_reference(x, across, expert))
+        assert torch.equal(products.gathered_linear(x, across, expert), gathered_linear_reference(x, across, expert))
 
 
 def experts(form: str, dtype: torch.dtype, device: str) -> None:
@@ -192,7 +192,7 @@ def many(form: str, dtype: torch.dtype, device: str) -> None:
         expert, order = torch.where(expert < 0, number, expert).sort()
         ends = torch.nn.functional.one_hot(expert, number + 1).sum(0)[:number].cumsum(0).to(torch.int32)
         x = x[order]
-        grouped = quantized_ops.grouped_quantized_linear if x.is_cuda else ON_GPU["grouped_quantized_linear"]
+        grouped = quantized.grouped_quantized_linear if x.is_cuda else ON_GPU["grouped_quantized_linear"]
         y = grouped(x, weight, ends)
         assert_near(y, multiply_plainly(x, weight, torch.where(expert == number, -1, expert), "sorted"), x, weight)
 
@@ -212,7 +212,7 @@ def plain(form: str, dtype: torch.dtype, device: str) -> None:
         return
     for shape in ((3, 5, depths(form)[-1]), (1, depths(form)[0]), (7, depths(form)[4]), (2, 1, 9, depths(form)[6])):
         weight = draw_weight(form, *shape, dtype=dtype, device=device)
-        made = (quantized_ops.dequantize if device == "cuda" else ON_GPU["dequantize"])(weight, dtype)
+        made = (quantized.dequantize if device == "cuda" else ON_GPU["dequantize"])(weight, dtype)
         truth = weight.dequantize(torch.float64)
         assert (made.dtype, made.shape) == (dtype, truth.shape)
         rounding = torch.finfo(dtype).eps * (1 if made.is_cuda else 2)
@@ -229,7 +229,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 def main() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
     report_failures(cases("cpu"))
-    assert on_gpu.triton_available()
+    assert on_gpu.available()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""What PyTorch does far from the hardware's speed, each beside its plain PyTorch twin: products, and steps between."""
+"""What PyTorch does far from the hardware's speed: products, and the steps between.
 
-from .attention import SlotAttention, SlotAttentionReference, prompt_attention, tiles_attend
-from .linear import (
+`products`, `quantized`, `steps` and `attention` are what the model calls. Each function there chooses among a kernel of
+the GPU (in `triton`), one of the CPU (in `cpu`), and its reference in plain PyTorch beside it.
+"""
+
+from .attention import SlotAttention, SlotAttentionReference, prompt_attention
+from .cpu.library import native_variant, tiles_serve
+from .products import (
     FEW_TOKENS,
-    called_directly,
     few_token_linear,
     gathered_linear,
     gathering_pays,
@@ -11,17 +15,15 @@ from .linear import (
     pairs_by_expert,
     plain_experts_synchronise,
 )
-from .native import native_variant, tiles_serve
-from .pointwise import rotate_heads, steps_natively
-from .quantized_ops import (
+from .quantized import (
     dequantize,
     gathered_quantized_linear,
     grouped_quantized_linear,
     quantized_experts_synchronise,
     quantized_linear,
 )
-from .step_ops import add_rms_norm, gathered_gate, rms_norm, route, silu_gate, steps_serve, sum_pairs, turn_heads
-from .tensors import meta_as_gpu, on_gpu
+from .steps import add_rms_norm, gathered_gate, rms_norm, rotate, route, silu_gate, silu_gate_reference, sum_pairs
+from .tensors import called_directly, meta_as_gpu, on_gpu
 
 __all__ = [
     "FEW_TOKENS",
@@ -46,13 +48,10 @@ __all__ = [
     "quantized_experts_synchronise",
     "quantized_linear",
     "rms_norm",
-    "rotate_heads",
+    "rotate",
     "route",
     "silu_gate",
-    "steps_natively",
-    "steps_serve",
+    "silu_gate_reference",
     "sum_pairs",
-    "tiles_attend",
     "tiles_serve",
-    "turn_heads",
 ]

@@ -4,24 +4,14 @@ Shape letters: R rows (new tokens), S slots, L length, H query heads, K key/valu
 (H = K * G), h width of a head.
 """
 
-import ctypes
-import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import called_directly
-from .native import DTYPES, check_outcome, native_available, native_library, native_variant, tiles_serve
-from .tensors import shown, whole_tokens
-
-# Of a layer with 16 heads and 4 key/value heads of 64 in bfloat16, median us with the writes, the kernel / the twin up
-# to the next multiple of 64; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, Nov. 2026.
-#              50 tokens   100         200         1000
-#   1 slot     16 / 41     17 / 48     21 / 60     48 / 121
-#   4 slots    28 / 91     37 / 120    42 / 126    255 / 558
-#   16 slots   56 / 177    85 / 266    171 / 523   1274 / 2900
+from .cpu import attention as on_cpu
+from .tensors import called_directly, shown
 
 
 class SlotAttention:
@@ -51,7 +41,7 @@ class SlotAttention:
         self.positions_R = positions_R.contiguous()
         self.slots = slots
         self.slots_R = None if slots is None else torch.tensor(slots, device=keys.device)
-        self._cache = _described(keys, values) if _native_serves(keys, values) else None
+        self._cache = on_cpu.described(keys, values) if on_cpu.serves(keys, values) else None
         # Made once for all layers, but not where it is not wanted: a small operation costs as much as the kernel.
         self._twin = self._reference() if self._cache is None else None
 
@@ -61,44 +51,14 @@ class SlotAttention:
         """Write the new keys and values to their places in a layer, and attend to all up to them; (R, H, h)."""
         self._check(q_RHh, k_RKh, v_RKh)
         if self._cache is not None and called_directly(q_RHh) and not torch.is_grad_enabled():
-            return self._native(self._cache, layer, q_RHh, k_RKh, v_RKh, variant or native_variant())
+            new = (q_RHh, k_RKh, v_RKh)
+            return on_cpu.attend_slots(self._cache, layer, *new, self.positions_R, self.slots_R, variant=variant)
         twin = self._twin or self._reference()
         return twin(self.keys[layer], self.values[layer], q_RHh, k_RKh, v_RKh)
 
     def _reference(self) -> "SlotAttentionReference":
         count = len(self.positions_R) if self.slots is None else max(self.slots) + 1
         return SlotAttentionReference(self.positions_R, self.slots_R, count=count, bound=self.bound)
-
-    def _native(self, cache: "_Cache", layer: int, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor, variant: str) -> Tensor:
-        if not 0 <= layer < cache.layers:
-            raise IndexError(f"the cache has no layer {layer}")
-        q_RHh, k_RKh, v_RKh = (whole_tokens(x) for x in (q_RHh, k_RKh, v_RKh))
-        rows, heads, width = q_RHh.shape
-        out_RHh = q_RHh.new_empty(rows, heads, width)
-        size = q_RHh.element_size()
-        outcome = _library().accessory_attend_slots(
-            variant.encode(),
-            ctypes.byref(cache),
-            layer,
-            q_RHh.data_ptr(),
-            k_RKh.data_ptr(),
-            v_RKh.data_ptr(),
-            None if self.slots_R is None else self.slots_R.data_ptr(),
-            self.positions_R.data_ptr(),
-            out_RHh.data_ptr(),
-            rows,
-            heads // cache.heads,
-            q_RHh.stride(0) * size,
-            k_RKh.stride(0) * size,
-            v_RKh.stride(0) * size,
-            torch.get_num_threads(),
-        )
-        if outcome > 0:
-            row = outcome - 1
-            slot, position = row if self.slots is None else self.slots[row], int(self.positions_R[row])
-            raise IndexError(f"the cache of {cache.slots} slots of {cache.length} has no position {position} in {slot}")
-        check_outcome(outcome, None, 0)
-        return out_RHh
 
     def _check(self, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor) -> None:
         rows, heads, width = len(self.positions_R), *self.keys.shape[3:]
@@ -145,73 +105,23 @@ class SlotAttentionReference:
         return out_SHh if self.slots_R is None else out_SHh[self.slots_R]
 
 
-def tiles_attend(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor) -> bool:
-    """Whether `prompt_attention` serves: on a CPU with AMX, in bfloat16, for heads of up to 256, a multiple of 32."""
-    bf16 = q_LHh.dtype == k_MKh.dtype == v_MKh.dtype == torch.bfloat16
-    if not bf16 or not called_directly(q_LHh) or torch.is_grad_enabled() or not tiles_serve():
-        return False
-    width = q_LHh.shape[-1]
-    return 0 < width <= 256 and width % 32 == 0 and k_MKh.stride(-1) == v_MKh.stride(-1) == 1
+def prompt_attention(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor) -> Tensor | None:
+    """The last L tokens of a sequence of M over what is before each, and itself; (L, H, h), or None where no kernel
+    serves.
 
+    One does on a CPU with AMX, in bfloat16, for heads of up to 256, a multiple of 32 (tiles_attention.cpp); a token's
+    result depends on its own query and what it sees, to the bit. No derivative.
 
-def prompt_attention(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor) -> Tensor:
-    """The last L tokens of a sequence of M over what is before each, and itself; (L, H, h). See tiles_attention.cpp.
-
-    A token's result depends on its own query and what it sees, to the bit. The caller has asked `tiles_attend`.
+    Raises:
+        ValueError: tensors that do not fit each other.
     """
+    if not on_cpu.prompt_serves(q_LHh, k_MKh, v_MKh):
+        return None
     (tokens, heads, width), (keys, kv_heads) = q_LHh.shape, k_MKh.shape[:2]
     fits = k_MKh.shape == v_MKh.shape == (keys, kv_heads, width) and tokens <= keys and heads % max(1, kv_heads) == 0
     if not fits:
         raise ValueError(f"q {shown(q_LHh)}, keys {shown(k_MKh)} and values {shown(v_MKh)} do not fit")
-    q_LHh = whole_tokens(q_LHh)
-    out_LHh = q_LHh.new_empty(tokens, heads, width)
-    outcome = _library().accessory_attend_prompt(
-        *(x.data_ptr() for x in (q_LHh, k_MKh, v_MKh, out_LHh)),
-        *(tokens, keys - tokens, heads, kv_heads, width),
-        *(q_LHh.stride(0), *k_MKh.stride()[:2], *v_MKh.stride()[:2]),
-        torch.get_num_threads(),
-    )
-    check_outcome(outcome, None, 0)
-    return out_LHh
-
-
-class _Part(ctypes.Structure):
-    """struct accessory_cached_part of attention.cpp."""
-
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("layer", "slot", "position", "head"))]
-
-
-class _Cache(ctypes.Structure):
-    """struct accessory_cache of attention.cpp. It is made of addresses: the tensors' memory must stay."""
-
-    _fields_ = [
-        ("keys", _Part),
-        ("values", _Part),
-        *((name, ctypes.c_int64) for name in ("layers", "slots", "length", "heads", "width")),
-        ("bf16", ctypes.c_int32),
-    ]
-
-
-def _described(keys: Tensor, values: Tensor) -> _Cache:
-    size = keys.element_size()
-    parts = (_Part(x.data_ptr(), *(size * stride for stride in x.stride()[:-1])) for x in (keys, values))
-    return _Cache(*parts, *keys.shape, keys.dtype == torch.bfloat16)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native_library()
-    library.accessory_attend_slots.restype = ctypes.c_int64
-    library.accessory_attend_slots.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Cache), ctypes.c_int64]
-    library.accessory_attend_slots.argtypes += [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_int]
-    library.accessory_attend_prompt.restype = ctypes.c_int64
-    library.accessory_attend_prompt.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 10 + [ctypes.c_int]
-    return library
-
-
-def _native_serves(keys: Tensor, values: Tensor) -> bool:
-    laid_out = called_directly(keys) and keys.dtype in DTYPES and keys.stride(-1) == 1 and values.stride(-1) == 1
-    return laid_out and native_available()
+    return on_cpu.attend_prompt(q_LHh, k_MKh, v_MKh)
 
 
 def _check_cache(keys: Tensor, values: Tensor) -> None:

@@ -21,7 +21,6 @@ from accessory.config import ModelArgs
 from accessory.kernels import SlotAttention
 from accessory.model.cache import KVCache
 from accessory.model.norm import RMSNorm, rms_norm
-from accessory.model.rope import rotate_both
 from accessory.parallel.layers import Linears
 from accessory.parallel.ops import copy_to_region, local, reduce_from_region
 from accessory.parallel.plan import local_sizes
@@ -206,7 +205,7 @@ class Attention(nn.Module):
             )
         if (clip := self.own.clip) is not None:
             q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
-        q, k = rotate_both(q, k, rotation)
+        q, k = kernels.rotate(q, k, rotation)
         out = pattern.attend(self.layer, q, k, v, self._bounds())
         y_TD: Tensor = self.wo(out.flatten(1))
         return y_TD + local(self.o_bias).type_as(y_TD) if self.own.o_bias else y_TD
@@ -234,8 +233,9 @@ def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int, bounds:
     """One sequence whose new tokens begin at position ``start`` of its M tokens."""
     if bounds is not None:
         return attend_within(q_LHh[None], k_MKh[None], v_MKh[None], start, bounds)[0]
-    if kernels.tiles_attend(q_LHh, k_MKh, v_MKh):
-        return kernels.prompt_attention(q_LHh, k_MKh, v_MKh)
+    by_kernel = kernels.prompt_attention(q_LHh, k_MKh, v_MKh)
+    if by_kernel is not None:
+        return by_kernel
     if not q_LHh.is_cuda and not torch.is_grad_enabled():
         return _attend_in_blocks(q_LHh, k_MKh, v_MKh, start)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHh, k_MKh, v_MKh))
@@ -253,8 +253,7 @@ def _attend_row(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int, bounds:
 def _attend_in_blocks(q_LHh: Tensor, k_MKh: Tensor, v_MKh: Tensor, start: int) -> Tensor:
     """The same on CPU: blocks of queries against the keys up to their end, the heads of a group as one long query.
 
-    Against one call with is_causal and enable_gqa this took 4.6 ms for 6.4 ms at 512 tokens (16 heads, 4 key/value
-    heads of 64, bfloat16) and the same at 2,048; 2 cores of an AMD EPYC (Zen 5), torch 2.13.0, November 2026.
+    Faster than one call with is_causal and enable_gqa (docs/benchmarks.md, "The kernels for few tokens").
     """
     q_KGLh = q_LHh.unflatten(1, (k_MKh.shape[1], -1)).permute(1, 2, 0, 3)
     k, v = k_MKh.transpose(0, 1).unsqueeze(0), v_MKh.transpose(0, 1).unsqueeze(0)

@@ -40,8 +40,7 @@ class KVCache:
 
     # Decoding reads the cache up to a multiple of this, so that shapes seldom change: what is compiled or captured for
     # them is made anew. On a CPU it is what is read in vain that costs, where the native kernel does not read each slot
-    # no further than it is filled: 16 slots of 100 tokens (16 heads, 4 key/value heads of 64, bfloat16) take 0.28 ms a
-    # layer up to 128 and 0.68 ms up to 256; 2 cores of an AMD EPYC (Zen 5), torch 2.13.0, November 2026.
+    # no further than it is filled (docs/benchmarks.md, "The kernels for few tokens").
     BLOCK, BLOCK_ON_CPU = 256, 64
 
     def __init__(

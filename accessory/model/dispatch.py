@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import kernels
-from accessory.kernels.step_ops import silu_gate_reference
 from accessory.model.router import Routing
 from accessory.model.units import silu_gate, silu_gate_backward
 from accessory.products import (
@@ -193,7 +192,7 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         both_PO = grouped_linear(x_TD[order_P // weights_TK.shape[1]], w13_EOD, offsets_E)
         ctx.save_for_backward(x_TD, weights_TK, w13_EOD, w2, order_P, offsets_E, both_PO)
-        y_PD = grouped_linear(silu_gate_reference(both_PO), w2, offsets_E)
+        y_PD = grouped_linear(kernels.silu_gate_reference(both_PO), w2, offsets_E)
         return _combined(y_PD, weights_TK, order_P)
 
     @staticmethod

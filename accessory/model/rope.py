@@ -8,12 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from accessory import kernels
 from accessory.config import RopeArgs
 
 
 class RotaryTable:
-    """Cosines and sines of every position up to a length, float32, as `rotate` wants them.
+    """Cosines and sines of every position up to a length, float32, as `kernels.rotate` wants them.
 
     Args:
         turned: so many of a head's first numbers turn, the others by the angle 0; None: all turn.
@@ -47,7 +46,7 @@ class RotaryTable:
         self.sin = torch.stack((-sin, sin), dim=-1).flatten(1).float().to(device)
 
     def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """For `rotate`, each (T, 1, h): the cosines, and the sines, negative for the first of a pair."""
+        """For `kernels.rotate`, each (T, 1, h): the cosines, and the sines, negative for the first of a pair."""
         return self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1)
 
 
@@ -74,23 +73,3 @@ def slowed_down(frequencies: Tensor, own: RopeArgs, *, theta: float) -> Tensor:
         kept = 1 - (places - low) / ((high - low) or 0.001)
     kept = kept.clamp(0, 1)
     return frequencies * kept + frequencies / own.factor * (1 - kept)
-
-
-def rotate_both(q_THh: Tensor, k_TKh: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`rotate` for queries and keys, which are new and nobody else's: they may be overwritten."""
-    if kernels.steps_serve(q_THh, k_TKh):
-        return kernels.turn_heads(q_THh, k_TKh, rotation)
-    if kernels.steps_natively(q_THh):
-        return kernels.rotate_heads(q_THh, k_TKh, rotation)
-    # Turned together: for few tokens the number of operations is what counts.
-    q, k = rotate(torch.cat((q_THh, k_TKh), dim=1), rotation).split((q_THh.shape[1], k_TKh.shape[1]), dim=1)
-    return q, k
-
-
-def rotate(x_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of every head by the token's angles; computed in float32."""
-    cos, sin = rotation
-    wide = x_THh.to(torch.float32, copy=True)
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    # In place: on a CPU fresh memory for each intermediate costs more than the arithmetic.
-    return wide.mul_(cos).add_(swapped.mul_(sin)).type_as(x_THh)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from accessory import kernels
 from accessory.config import ClampArgs
-from accessory.kernels.step_ops import silu_gate_reference
 
 # Pairs whose gate and up parts are worked on at once: a block of them fits the cache.
 _BLOCK = 128
@@ -35,7 +34,7 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both_PO: Tensor) -> Tensor:
         ctx.save_for_backward(both_PO)
-        return silu_gate_reference(both_PO)
+        return kernels.silu_gate_reference(both_PO)
 
     @staticmethod
     def backward(ctx: Any, grad_PF: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// The small steps between a layer's products on CPU, each in one call: see pointwise.py. For one token what PyTorch
+// The small steps between a layer's products on CPU, each in one call: see steps.py. For one token what PyTorch
 // spends on its operations is many times what these take.
 //
 // Rows are contiguous, of float32 or bf16; a row's result does not depend on the others. All return 0, or -1 where the
@@ -24,7 +24,7 @@ struct Variant {
 
 }  // namespace
 
-#define ROW_HEADER "pointwise_row.h"
+#define ROW_HEADER "steps_row.h"
 #include "variants.h"
 
 namespace {

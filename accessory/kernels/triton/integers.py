@@ -1,13 +1,13 @@
 """Triton kernels for quantized weights and activations in 8 bits, as quantized.cpp has them: few tokens in bfloat16.
 
 A code of 4 bits is an integer after one instruction or two, where a float takes four; sums of codes and activations are
-exact. Arguments and shape letters as in triton_kernels, and B blocks of activations that share a scale.
+exact. Arguments and shape letters as in multiply.py, and B blocks of activations that share a scale.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_kernels import _load, _program, _scales, _share, _store, _sums
+from .multiply import _load, _program, _scales, _share, _store, _sums
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def multiply(
         WAY: "dense" or "gathered".
         FORM: "int8", "int4" or "nf4".
         GROUP: of the depth that shares a scale; for "int8", whose rows have one, as BLOCK.
-        PTX: of `triton_ptx.to_integers`, or "" in the interpreter.
+        PTX: of `ptx.to_integers`, or "" in the interpreter.
     """
     row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     expert, pair_P, chosen_P, own_P = _program(index, pairs, experts, WAY, 1, PAIRS)

@@ -1,6 +1,6 @@
 """Triton kernels around the products: inputs as these read them, shares that are added up, and weights made plain.
 
-Arguments and shape letters as in triton_kernels.
+Arguments and shape letters as in multiply.py.
 """
 
 import triton

@@ -4,7 +4,7 @@ Tensor cores take 16 pairs at least, and their tiles of a weight go through shar
 for in between. For one token that costs more than reading the weight. Here every thread reads 16 bytes of a row at a
 time, all that it needs of a tile before it uses any, and multiplies 4 bytes by 4 in one instruction.
 
-Arguments and shape letters as in triton_integers, but W words of 4 bytes along the depth; C chunks of F = 4 words.
+Arguments and shape letters as in integers.py, but W words of 4 bytes along the depth; C chunks of F = 4 words.
 """
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from accessory.quant import QuantizedWeight
 
-from .quantized import ACTIVATION_BLOCK
-from .triton_kernels import _load
-from .triton_launch import launch, nf4_halves, pointed, round_inputs
+from ..activations import ACTIVATION_BLOCK
+from .launch import launch, nf4_halves, pointed, round_inputs
+from .multiply import _load
 
 _ROWS, _CHUNKS = 8, 32  # of a program, which is one warp: 16 bytes of every row for each of its threads
 

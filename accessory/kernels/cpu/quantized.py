@@ -11,8 +11,8 @@ from torch import Tensor
 
 from accessory.quant import FORMATS, QuantizedWeight
 
-from .native import check_outcome, native_available, native_library, native_variant
-from .quantized import rounds_activations
+from ..activations import rounds_activations
+from .library import check_outcome, native_available, native_library, native_variant
 
 
 class _Levels(ctypes.Structure):
@@ -103,7 +103,7 @@ def _serves(weight: QuantizedWeight) -> bool:
     return laid_out and weight.format.kind is not None and weight.codes.is_cpu and native_available()
 
 
-def quantized_product(
+def gathered_quantized_linear(
     x_PD: Tensor, weight: NativeWeight, expert_P: Tensor | None, *, variant: str | None = None
 ) -> Tensor:
     """y[p] = w[expert[p]] @ x[p] by the native library, in x's dtype, one of `DTYPES`; no expert_P: all are 0.
@@ -111,7 +111,7 @@ def quantized_product(
     The caller has checked the shapes of x and expert_P.
 
     Args:
-        variant: one of `native.VARIANTS`, or in bfloat16 "tiles", for many tokens (tiles_int8.cpp); None: the best of
+        variant: one of `library.VARIANTS`, or in bfloat16 "tiles", for many tokens (tiles_int8.cpp); None: the best of
             the former.
     """
     x_PD = x_PD.contiguous()
@@ -134,7 +134,7 @@ def quantized_product(
     return y_PR
 
 
-def native_values(weight: NativeWeight, out: Tensor, *, variant: str | None = None) -> Tensor:
+def plain_values(weight: NativeWeight, out: Tensor, *, variant: str | None = None) -> Tensor:
     """The plain values of a weight, written to ``out``, contiguous and of one of `DTYPES`, by the native library."""
     outcome = _library().accessory_dequantize(
         (variant or native_variant()).encode(),

@@ -1,6 +1,6 @@
-"""Triton kernels for GPUs: the counterparts of native.cpp and quantized.cpp, launched by triton_products.
+"""Triton kernels for GPUs: the counterparts of products.cpp and quantized.cpp, launched by products.py.
 
-Triton is imported by the modules triton_* alone, at the first product on a GPU: the project does not ask for it, and
+Triton is imported by the modules here alone, at the first product on a GPU: the project does not ask for it, and
 PyTorch's builds for GPUs bring it.
 
 `multiply` reads a tile of a weight once and multiplies it, on the tensor cores, with all tokens of its program. What a
@@ -67,7 +67,7 @@ def multiply(
         GROUP: bytes that share a scale, for the last two.
         WHOLE_TILES: DEPTH divides the depth.
         FLOAT32: multiply in float32, whatever x's dtype: the interpreter multiplies the bits of bfloat16.
-        PTX: of `triton_ptx.to_floats`, or "" for float32 and in the interpreter, which cannot run it.
+        PTX: of `ptx.to_floats`, or "" for float32 and in the interpreter, which cannot run it.
         ALL_EXPERTS: a power of two that is not below the number of experts.
     """
     row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)

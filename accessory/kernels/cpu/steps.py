@@ -1,8 +1,8 @@
-"""The small steps between a layer's products, each in one call of the native library (pointwise.cpp).
+"""The small steps between a layer's products, each in one call of the native library (steps.cpp).
 
 For one token, what PyTorch spends on its operations is many times what their arithmetic takes; for many, they pass over
 memory again and again. All steps compute in float32 and round once, and a row's result does not depend on the others.
-Their plain twins stand where they are called: each caller asks `steps_natively` first.
+Their plain twins stand in kernels/steps.py, which asks `serves` first.
 
 Shape letters: T tokens, P pairs of a token and its expert, K pairs of each token, D width, F hidden width of an expert,
 O = 2 F, H query heads, N key heads, h width of a head.
@@ -10,28 +10,15 @@ O = 2 F, H query heads, N key heads, h width of a head.
 
 import ctypes
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linear import called_directly
-from .native import DTYPES, check_outcome, native_available, native_library, native_variant
-from .tensors import shown, whole_tokens
-
-# Median us one after another, the kernel / its twin, in bfloat16 with D = 1024, 20 heads of 64, F = 3584 and 2 of 8
-# experts for each token; 2 threads on 2 cores of an AMD EPYC (Zen 4, AVX-512 with bf16), torch 2.13.0, November 2026:
-#                    1 token      16 tokens    512 tokens
-#   rms_norm         5.9 / 13.3   8.9 / 21.2   54 / 184
-#   rotate_heads     8.2 / 18.2   11.4 / 47.5  63 / 547
-#   gate             7.0 / 9.5    29 / 57      797 / 1671
-#   weighted_sum     5.2 / 7.2    7.8 / 63     45 / 157
-#   choose_experts   9.8 / 11.7   10.6 / 16.8  45 / 77
-# Between products, which drive code and data out of the cache, the twins take up to three times as long for a token;
-# a whole step of the shape 'mid' takes 8% less time with the kernels in bfloat16, and 10% less with int8.
+from ..tensors import Routed, called_directly, shown, whole_tokens
+from .library import DTYPES, check_outcome, native_available, native_library, native_variant
 
 
-def steps_natively(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
     """Whether the functions below serve for such a tensor: on CPU, in bfloat16 and float32, without gradients."""
     return not torch.is_grad_enabled() and called_directly(x) and x.dtype in DTYPES and native_available()
 
@@ -49,24 +36,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, variant: str | None = N
     return y
 
 
-class Routed(NamedTuple):
-    """What a router makes of logits (T, E): the fields of the model's Routing, in its order.
-
-    Attributes:
-        weights_TK: float32, renormalised over the chosen experts.
-        experts_TK: int64, the most probable first.
-        probs_TE, logits_TE: float32.
-        asked_TK: the experts, but -1 for tokens that are not active (None: all are).
-    """
-
-    weights_TK: Tensor
-    experts_TK: Tensor
-    probs_TE: Tensor
-    logits_TE: Tensor
-    asked_TK: Tensor | None
-
-
-def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
+def route(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Routed:
     """The softmax over all experts, the most probable ones and their renormalised weights, all in float32.
 
     Of equally probable experts the first is taken.
@@ -101,7 +71,7 @@ def choose_experts(logits_TE: Tensor, top_k: int, active_T: Tensor | None) -> Ro
     return Routed(weights_TK, experts_TK, probs_TE, wide_TE, None if active_T is None else asked_TK)
 
 
-def rotate_heads(
+def rotate(
     q_THh: Tensor, k_TNh: Tensor, rotation: tuple[Tensor, Tensor], *, variant: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turn the pairs (2i, 2i+1) of every head by the token's angles; q and k may be overwritten.
@@ -122,7 +92,7 @@ def rotate_heads(
     return q_THh, k_TNh
 
 
-def gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
+def silu_gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
     """silu(first half) * second half of every row; (P, F)."""
     if both_PO.dim() != 2 or both_PO.shape[1] % 2:
         raise ValueError(f"both_PO {shown(both_PO)} are not rows of two halves")
@@ -133,7 +103,7 @@ def gate(both_PO: Tensor, *, variant: str | None = None) -> Tensor:
     return hidden_PF
 
 
-def weighted_sum(y_PD: Tensor, weights_TK: Tensor, *, variant: str | None = None) -> Tensor:
+def sum_pairs(y_PD: Tensor, weights_TK: Tensor, *, variant: str | None = None) -> Tensor:
     """Each token's rows by their float32 weights, (T, D) in y's dtype; the rows of a token stand one after another."""
     if weights_TK.dim() != 2 or y_PD.dim() != 2 or y_PD.shape[0] != weights_TK.numel():
         raise ValueError(f"weights_TK {shown(weights_TK)} do not fit y_PD {shown(y_PD)}")

@@ -1,6 +1,6 @@
 """Launching Triton kernels, and what those of the products read beside a weight: activations and tables.
 
-Shape letters as in triton_products.
+Shape letters as in products.py.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.quant import Format, QuantizedWeight
 from accessory.quant.formats import NF4, NF4_STEP
 
-from .quantized import ACTIVATION_BLOCK
+from ..activations import ACTIVATION_BLOCK
 
 
 def round_inputs(x_PD: Tensor, own: Format, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def nf4_steps(device: torch.device) -> Tensor:
 
 @functools.cache
 def nf4_halves(device: torch.device) -> Tensor:
-    """The levels in steps as triton_dots reads them: minus the first 8, then the last 8, int32 words of four int8."""
+    """The levels in steps as dots.py reads them: minus the first 8, then the last 8, int32 words of four int8."""
     steps = nf4_steps(torch.device("cpu"))
     with torch.inference_mode(False):
         return torch.cat((-steps[:8], steps[8:])).view(torch.int32).to(device)
@@ -102,6 +102,6 @@ def nf4_table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def forms() -> ModuleType:
     """The module of the small kernels around the products."""
-    from . import triton_forms
+    from . import forms
 
-    return triton_forms
+    return forms

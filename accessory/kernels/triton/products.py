@@ -1,9 +1,9 @@
-"""Products on GPU by Triton kernels: `linear.py`'s and `quantized_ops.py`'s, under their names.
+"""Products on GPU by Triton kernels: those of kernels/products.py and quantized.py, under their names.
 
 As on a CPU, few tokens in bfloat16 are taken in 8 bits where the weight is quantized (`quantized.round_activations`);
 but for groups of 32 inputs, too short for the tensor cores' products of integers. Very few of them are multiplied by
-dot products of bytes (triton_dots), the others on tensor cores (triton_integers). All else stays float
-(triton_kernels), with float32 sums.
+dot products of bytes (dots.py), the others on tensor cores (integers.py). All else stays float
+(multiply.py), with float32 sums.
 
 Shape letters: P pairs of a token and its expert (or just tokens), E experts, R rows (outputs), D depth, C bytes of two
 codes, B blocks of activations that share a scale, G groups of a row.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from accessory.quant import QuantizedWeight
 
-from . import triton_ptx
-from .quantized import ACTIVATION_BLOCK, rounds_activations
-from .triton_launch import (
+from ..activations import ACTIVATION_BLOCK, rounds_activations
+from . import ptx
+from .launch import (
     forms,
     in_chunks,
     launch,
@@ -85,19 +85,19 @@ _PLAIN_ROWS, _PLAIN_DEPTH = 8, 256
 DOTS = {"gathered": 8, "dense": 4, "sorted": 0}
 
 
-def triton_available() -> bool:
+def available() -> bool:
     """Whether the Triton kernels serve (on GPU, in bfloat16, float16 and float32)."""
     return _kernels() is not None
 
 
-def triton_makes_plain(dtype: torch.dtype) -> bool:
+def makes_plain(dtype: torch.dtype) -> bool:
     """Whether `plain_values` gives them in this dtype."""
-    return dtype in DTYPES and triton_available()
+    return dtype in DTYPES and available()
 
 
-def triton_serves(x_PD: Tensor, w: Tensor) -> bool:
+def serves(x_PD: Tensor, w: Tensor) -> bool:
     """Whether they serve such activations and such a weight, or codes of one."""
-    return x_PD.dtype in DTYPES and w.stride(-1) == 1 and triton_available()
+    return x_PD.dtype in DTYPES and w.stride(-1) == 1 and available()
 
 
 def gathered_linear(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor) -> Tensor:
@@ -233,31 +233,31 @@ def _shares(programs: int, tiles: int) -> int:
 def _ptx(form: str, dtype: torch.dtype | None) -> str:
     """The PTX for codes to become floats of 16 bits, or integers (None)."""
     if dtype is None:
-        return triton_ptx.to_integers(form)
-    return "" if dtype == torch.float32 else triton_ptx.to_floats(form, str(dtype).removeprefix("torch."))
+        return ptx.to_integers(form)
+    return "" if dtype == torch.float32 else ptx.to_floats(form, str(dtype).removeprefix("torch."))
 
 
 def _dots() -> ModuleType:
-    from . import triton_dots
+    from . import dots
 
-    return triton_dots
+    return dots
 
 
 def _integers() -> ModuleType:
-    from . import triton_integers
+    from . import integers
 
-    return triton_integers
+    return integers
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
     """The module of the kernels, imported at the first product; None, said once, where Triton is not installed."""
     try:
-        from . import triton_kernels
+        from . import multiply
     except ImportError as error:
         logger.warning("Triton does not load (%s). Decoding on GPU uses PyTorch's slower products.", error)
         return None
-    return triton_kernels
+    return multiply
 
 
 def _loaded() -> ModuleType:

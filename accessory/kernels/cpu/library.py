@@ -1,4 +1,4 @@
-"""Loading of the native library, and its product with plain weights.
+"""Loading of the native library.
 
 setup.py builds the library (the .cpp files here) where there is a C++ compiler with OpenMP. It holds several variants
 of its inner loops, of which the best that this CPU runs is taken. The environment variable ACCESSORY_KERNELS overrides
@@ -12,8 +12,6 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 9  # of native.cpp
+_ABI = 9  # of products.cpp
 _ADVICE = (
     "Decoding on CPU uses PyTorch's slower products; a C++ compiler with OpenMP (GCC, or clang and libomp) and a "
     "reinstall give speed."
@@ -71,53 +69,6 @@ def runnable_variants() -> list[str]:
     return [name for name in VARIANTS if library and library.accessory_has_variant(name.encode())]
 
 
-def gathered_product(x_PD: Tensor, w_ERD: Tensor, expert_P: Tensor | None, *, variant: str | None = None) -> Tensor:
-    """y[p] = w[expert[p]] @ x[p] by the native library; see `linear.gathered_linear`. No expert_P: all are 0.
-
-    The caller has checked shapes and dtypes, and that the last axis of w has unit stride.
-
-    Args:
-        variant: one of `VARIANTS`, or "tiles" in bfloat16; None: the best.
-    """
-    bf16 = x_PD.dtype == torch.bfloat16
-    chosen = variant or ("tiles" if bf16 and tiles_serve() else native_variant())
-    y_PR = x_PD.new_empty(x_PD.shape[0], w_ERD.shape[1])
-    return _gathered(native_library().accessory_gathered_linear, (chosen.encode(), bf16), x_PD, w_ERD, expert_P, y_PR)
-
-
-def gathered_gate(x_TD: Tensor, w_EOD: Tensor, expert_TK: Tensor) -> Tensor:
-    """silu(first half) * second half of that product's outputs O with each token's experts, (T * K, O / 2) in bfloat16;
-    where `tiles_serve`.
-    """
-    y_PF = x_TD.new_empty(expert_TK.numel(), w_EOD.shape[1] // 2)
-    gate, each = native_library().accessory_gathered_gate, expert_TK.shape[1]
-    return _gathered(gate, (each,), x_TD, w_EOD, expert_TK.flatten(), y_PF)
-
-
-def _gathered(
-    function: Callable[..., int],
-    first: tuple[object, ...],
-    x_PD: Tensor,
-    w_ERD: Tensor,
-    expert_P: Tensor | None,
-    y: Tensor,
-) -> Tensor:
-    x_PD = x_PD.contiguous()
-    expert_P = None if expert_P is None else expert_P.contiguous()
-    experts, _, depth = w_ERD.shape
-    outcome = function(
-        *first,
-        x_PD.data_ptr(),
-        w_ERD.data_ptr(),
-        None if expert_P is None else expert_P.data_ptr(),
-        y.data_ptr(),
-        *(y.shape[0], experts, y.shape[1], depth, *w_ERD.stride()[:2]),
-        torch.get_num_threads(),
-    )
-    check_outcome(outcome, expert_P, experts)
-    return y
-
-
 def native_library() -> ctypes.CDLL:
     """The library itself; RuntimeError where it does not serve."""
     library, reason = _load()
@@ -143,7 +94,7 @@ def check_outcome(outcome: int, expert_P: Tensor | None, experts: int) -> None:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
-    spec = importlib.util.find_spec("accessory.kernels._native")
+    spec = importlib.util.find_spec("accessory.kernels.cpu._native")
     if spec is None or spec.origin is None:
         return None, "no library beside the package"
     try:
@@ -154,9 +105,4 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if abi != _ABI:
         return None, f"{spec.origin} is of another version"
     library.accessory_has_variant.argtypes = [ctypes.c_char_p]
-    product, gate = library.accessory_gathered_linear, library.accessory_gathered_gate
-    product.restype = gate.restype = ctypes.c_int64
-    shared: list[Any] = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6, ctypes.c_int]
-    gate.argtypes = [ctypes.c_int64, *shared]
-    product.argtypes = [ctypes.c_char_p, ctypes.c_int, *shared]
     return library, ""

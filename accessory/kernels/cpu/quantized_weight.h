@@ -1,4 +1,4 @@
-// A quantized weight, as quantized_native.py hands it over.
+// A quantized weight, as quantized_library.py hands it over.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Attention of decoding on CPU: one new token of each sequence over what its slot of the cache holds, see attention.py.
-// It goes about its variants as native.cpp does.
+// It goes about its variants as products.cpp does.
 
 #include <omp.h>
 

@@ -1,4 +1,4 @@
-"""Triton kernels for what stands between the products of a layer, launched by step_ops.
+"""Triton kernels for what stands between the products of a layer, launched by steps.py.
 
 In decoding each of these steps moves a few kB, and starting it takes longer than that: what PyTorch does by several
 operations is one kernel here. Arithmetic is float32, rounded where PyTorch's operations round.

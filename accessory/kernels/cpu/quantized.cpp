@@ -1,5 +1,5 @@
 // Products of few tokens with quantized weights, and the plain values of such weights: see quantized.py, which loads
-// this with ctypes and describes the formats. It goes about its work as native.cpp does for plain weights.
+// this with ctypes and describes the formats. It goes about its work as products.cpp does for plain weights.
 
 #include <omp.h>
 

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accessory.kernels import native, rotate_heads, steps_natively
-from accessory.kernels.pointwise import choose_experts, gate, rms_norm, weighted_sum
-from accessory.model.rope import RotaryTable, rotate, rotate_both
+from accessory import kernels
+from accessory.kernels.cpu import library, steps
+from accessory.kernels.cpu.steps import rms_norm, rotate, route, silu_gate, sum_pairs
+from accessory.kernels.steps import rotate_reference
+from accessory.model.rope import RotaryTable
 
 DTYPES = (torch.bfloat16, torch.float32)
 WIDTHS = (1, 2, 7, 8, 16, 31, 32, 33, 64, 100, 129, 1024)
 variants = pytest.mark.parametrize(
-    ("variant", "dtype"), list(product(native.runnable_variants(), DTYPES)), ids=lambda value: str(value)
+    ("variant", "dtype"), list(product(library.runnable_variants(), DTYPES)), ids=lambda value: str(value)
 )
 
 
@@ -73,15 +75,15 @@ def test_rotation_is_its_twin(variant: str, dtype: torch.dtype, width: int) -> N
     exact = tuple(x.double() for x in rotation)
     wide = joint.double().unflatten(-1, (-1, 2))
     truth = joint.double() * exact[0] + wide.flip(-1).flatten(-2) * exact[1]
-    q, k = rotate_heads(*joint.clone().split((5, 2), dim=1), rotation, variant=variant)
+    q, k = rotate(*joint.clone().split((5, 2), dim=1), rotation, variant=variant)
     assert_true(torch.cat((q, k), dim=1), truth, dtype)
-    assert_true(rotate(joint, rotation), truth, dtype)
+    assert_true(rotate_reference(joint, rotation), truth, dtype)
     across = joint.transpose(1, 2).contiguous().transpose(1, 2)
-    again = rotate_heads(across[:, :5], across[:, 5:], rotation, variant=variant)
+    again = rotate(across[:, :5], across[:, 5:], rotation, variant=variant)
     assert torch.equal(torch.cat(again, dim=1), torch.cat((q, k), dim=1))
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return torch.cat(rotate_heads(*x.clone().split((5, 2), dim=1), (cos, sin), variant=variant), dim=1)
+        return torch.cat(rotate(*x.clone().split((5, 2), dim=1), (cos, sin), variant=variant), dim=1)
 
     assert_rows_are_independent(turned, joint, *rotation)
 
@@ -91,15 +93,15 @@ def test_rotation_is_its_twin(variant: str, dtype: torch.dtype, width: int) -> N
 def test_gate_is_its_twin(variant: str, dtype: torch.dtype, width: int) -> None:
     both = draw(3, 2 * width, dtype=dtype) * 8
     first, second = both.double().chunk(2, dim=1)
-    assert_true(gate(both, variant=variant), F.silu(first) * second, dtype)
-    assert_rows_are_independent(lambda rows: gate(rows, variant=variant), both)
+    assert_true(silu_gate(both, variant=variant), F.silu(first) * second, dtype)
+    assert_rows_are_independent(lambda rows: silu_gate(rows, variant=variant), both)
 
 
 @variants
 def test_gate_of_every_magnitude(variant: str, dtype: torch.dtype) -> None:
     small = 2.0 ** torch.arange(-60, 100, dtype=torch.float64)
     first = torch.cat((small, -small, torch.tensor([0.0, float("inf"), float("nan")]))).to(dtype)
-    out = gate(torch.stack((first, torch.ones_like(first)), 1), variant=variant)[:, 0]
+    out = silu_gate(torch.stack((first, torch.ones_like(first)), 1), variant=variant)[:, 0]
     assert_true(out, F.silu(first.double()), dtype)
 
 
@@ -111,13 +113,13 @@ def test_weighted_sum_is_its_twin(variant: str, dtype: torch.dtype, width: int, 
     truth = (y.double() * weights.double()[..., None]).sum(1)
 
     def summed(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        return weighted_sum(y_TKD.flatten(0, 1), weights_TK, variant=variant)
+        return sum_pairs(y_TKD.flatten(0, 1), weights_TK, variant=variant)
 
     assert_true(summed(y, weights), truth, dtype)
     assert_rows_are_independent(summed, y, weights)
 
 
-native_only = pytest.mark.skipif(not native.runnable_variants(), reason="the native library was not built")
+native_only = pytest.mark.skipif(not library.runnable_variants(), reason="the native library was not built")
 
 
 @native_only
@@ -128,17 +130,17 @@ def test_choice_of_experts_is_its_twin(dtype: torch.dtype, tokens: int, experts:
     order = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens)).argsort(1)
     logits = (order / 8 - 3).to(dtype)
     active = torch.arange(tokens) % 3 != 1
-    choice = choose_experts(logits, top_k, active)
+    choice = route(logits, top_k, active)
     probs = logits.double().softmax(-1)
     weights, chosen = probs.topk(top_k, dim=-1)
     assert torch.equal(choice.experts_TK, chosen)
     assert torch.equal(choice.asked_TK, chosen.where(active[:, None], -1))
-    assert choose_experts(logits, top_k, None).asked_TK is None
+    assert route(logits, top_k, None).asked_TK is None
     assert torch.equal(choice.logits_TE, logits.float())
     for ours, truth in ((choice.probs_TE, probs), (choice.weights_TK, weights / weights.sum(-1, keepdim=True))):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
-    alone = choose_experts(logits[-1:], top_k, None)
+    alone = route(logits[-1:], top_k, None)
     assert torch.equal(alone.weights_TK, choice.weights_TK[-1:])
 
 
@@ -146,7 +148,7 @@ def test_choice_of_experts_is_its_twin(dtype: torch.dtype, tokens: int, experts:
 def test_experts_that_are_equal_or_not_a_number() -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1.0, 2, 2, 2], [0, 0, 0, 0], [nan, 1, 2, 3], [1, nan, nan, 5], [3, -inf, -inf, -inf]])
-    choice = choose_experts(logits, 2, None)
+    choice = route(logits, 2, None)
     assert choice.experts_TK.tolist() == [[1, 2], [0, 1], [0, 1], [0, 1], [0, 1]]
     torch.testing.assert_close(choice.weights_TK[[0, 1, 4]], torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]))
     assert bool(choice.weights_TK[2:4].isnan().all())
@@ -154,14 +156,14 @@ def test_experts_that_are_equal_or_not_a_number() -> None:
 
 def test_who_serves() -> None:
     x = draw(2, 8, dtype=torch.float32)
-    assert not steps_natively(x)  # gradients are on
+    assert not steps.serves(x)  # gradients are on
     with torch.inference_mode():
-        assert steps_natively(x) == native.native_available()
-        assert not steps_natively(x.double())
-        assert not steps_natively(x.to("meta"))
+        assert steps.serves(x) == library.native_available()
+        assert not steps.serves(x.double())
+        assert not steps.serves(x.to("meta"))
     q, k = x.clone().requires_grad_().view(2, 2, 4), x[:, :4].view(2, 1, 4)
     rotation = (torch.ones(2, 1, 4), torch.zeros(2, 1, 4))
-    turned, _ = rotate_both(q, k, rotation)
+    turned, _ = kernels.rotate(q, k, rotation)
     assert turned.requires_grad
 
 
@@ -172,17 +174,17 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
             rms_norm(x, weight, 1e-5)
     for rows in (x[:, :7], x[0]):
         with pytest.raises(ValueError, match="rows of two halves"):
-            gate(rows)
+            silu_gate(rows)
     weights = torch.ones(1, 2)
     for wrong_rows, wrong_weights in ((x[:1], weights), (x, weights[0]), (x[0], weights), (x, weights.bfloat16())):
         with pytest.raises(ValueError, match=r"weights_TK .* (do not fit|must be in float32)"):
-            weighted_sum(wrong_rows, wrong_weights)
+            sum_pairs(wrong_rows, wrong_weights)
     for logits, top_k in ((x[0], 1), (x, 0), (x, 9)):
         with pytest.raises(ValueError, match=r"no \d experts can be chosen"):
-            choose_experts(logits, top_k, None)
+            route(logits, top_k, None)
     for active in (torch.ones(3, dtype=torch.bool), torch.ones(2)):
         with pytest.raises(ValueError, match="must hold one bool"):
-            choose_experts(x, 1, active)
+            route(x, 1, active)
     q, k = x.view(2, 2, 4), x[:, :4].view(2, 1, 4)
     cos, sin = torch.ones(2, 1, 4), torch.zeros(2, 1, 4)
     for arguments in (
@@ -194,4 +196,4 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (q[..., :3], k[..., :3], (cos[..., :3], sin[..., :3])),
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            rotate_heads(*arguments)
+            rotate(*arguments)

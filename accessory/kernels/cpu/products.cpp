@@ -1,6 +1,6 @@
 // The few-token product of decoding on CPU: y[p, r] = sum_d x[p, d] * w[e(p), r, d], summed in float32.
 //
-// A plain C interface, loaded with ctypes (native.py): no torch or Python headers. row_dot.h is compiled once
+// A plain C interface, loaded with ctypes (library.py): no torch or Python headers. row_dot.h is compiled once
 // per variant and the caller names the variant, so the one library runs on every CPU of its architecture.
 
 #include <omp.h>
@@ -77,7 +77,7 @@ struct Product {
 
 }  // namespace
 
-// Raised whenever a function of this library changes: native.py refuses a library of another number.
+// Raised whenever a function of this library changes: library.py refuses a library of another number.
 extern "C" int accessory_kernels_abi() { return 9; }
 
 // 1 where this library has the variant and this CPU can run it.
