@@ -27,6 +27,7 @@ from accessory.quant import QuantizedWeight, quantize
 DENSE = ((7168, 1024), (1024, 3584))
 EXPERTS, CHOSEN = 8, 2
 OURS = (("int8", "int8", 64), ("int4", "int4", 64), ("int4, groups of 32", "int4", 32), ("nf4", "nf4", 64))
+OURS += (("mxfp4", "mxfp4", 32),)
 WORKING_SET = 2**28  # bytes of bfloat16 weights that one round goes through
 Run = Callable[[int], Tensor]  # the product with a copy of the weight
 

@@ -544,7 +544,7 @@ def _fewer_words(held: dict[str, torch.Tensor]) -> None:
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "images wanted": ({"with_visual": True}, ("with_visual is True", "leave it False")),
-    "quantization unknown": ({"quant": "int3"}, ("quant 'int3' is unknown", "choose from int8, int4, nf4, fp8")),
+    "quantization unknown": ({"quant": "int3"}, ("quant 'int3' is unknown", "choose from int8, int4, nf4, fp8, mxfp4")),
     "quantization in groups": ({"quant": "nf4"}, ("are not whole groups of 64 (nf4)", "none; int8 has no groups")),
     "dtype unknown": ({"dtype": "int8"}, ("dtype 'int8'", "bf16, fp16, fp32, auto")),
     "dtype of integers": ({"dtype": torch.int8}, ("torch.int8", "bf16, fp16, fp32, auto")),

@@ -716,7 +716,7 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
                 "num_local_experts": 8,
             },
             "46,702,792,704, of which 12,879,925,248 active",
-            "bf16 11.68 GB, int8 5.88 GB, int4 3.24 GB, nf4 3.33 GB, fp8 6.05 GB",
+            "bf16 11.68 GB, int8 5.88 GB, int4 3.24 GB, nf4 3.33 GB, fp8 6.05 GB, mxfp4 3.57 GB",
         ),
         (
             {
@@ -731,7 +731,7 @@ def test_the_commands_convert_inspect_and_diff(second, code, small_tokenizer, tm
                 "moe": {"num_experts_per_tok": 2, "num_experts": 8},
             },
             "140,630,071,296, of which 39,161,468,928 active",
-            "bf16 35.16 GB, int8 17.65 GB, int4 9.69 GB, nf4 9.97 GB, fp8 18.18 GB",
+            "bf16 35.16 GB, int8 17.65 GB, int4 9.69 GB, nf4 9.97 GB, fp8 18.18 GB, mxfp4 10.85 GB",
         ),
     ],
     ids=["8x7B", "8x22B"],

@@ -57,6 +57,7 @@ from accessory.model.pretrained import Pretrained
 from accessory.model.rope import RotaryTable
 from accessory.model.router import routed
 from accessory.parallel.state import ParallelState, all_ranks
+from accessory.quant import QuantizedParameter
 from accessory.serve.ranks import serve_on_ranks
 from accessory.serve.request import Engine
 from accessory.serve.web.experts import heatmap
@@ -816,6 +817,20 @@ def quantized_on_rank(folder: Path, quant: str | None, prompts: list[list[int]])
     return load(folder, quant=quant).compute_logits(prompts)
 
 
+def matrices_on_rank(folder: Path, placement: str, quant: str | None) -> dict[str, Tensor]:
+    """A rank's quantized matrices as their own tensors, and what they stand for; the others as they are, float32."""
+    found: dict[str, Tensor] = {}
+    for name, module in load(folder, placement, quant=quant).llma.named_modules():
+        if isinstance(module, QuantizedParameter):
+            weight = module.to_local()
+            found |= {f"{name}.{own}": tensor.float() for own, tensor in weight.tensors().items()}
+            found[name] = weight.dequantize()
+        else:
+            own = module.named_parameters(prefix=name, recurse=False)
+            found |= {name: value.float() for name, value in own if "weight" in name or "w13" in name or "w2" in name}
+    return found
+
+
 # --- folders
 
 
@@ -1086,6 +1101,42 @@ def test_8_bit_floats_in_blocks_are_read_as_what_they_stand_for(
         load(tmp_path / "coded")
 
 
+def test_8_bit_floats_in_blocks_stay_what_they_are(small_tokenizer: Path, ranks: Pools, tmp_path: Path) -> None:
+    """Quantized to fp8, codes and factors are the release's own, at every cut; what is plain there is rounded."""
+    torch.manual_seed(6)
+    sizes = {**SHARED, **MINIMAX, "hidden_size": 256, "intermediate_size": 256, "num_local_experts": 4, "head_dim": 32}
+    hf = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**sizes)).bfloat16()
+    hf.save_pretrained(tmp_path / "coded")
+    coded = load_file(tmp_path / "coded" / "model.safetensors")
+    released = {}
+    for key in [key for key in coded if re.search(r"([kvo]_proj|w[123])\.weight$", key)]:
+        codes, factors, _ = in_scaled_blocks(coded[key] * torch.rand_like(coded[key], dtype=torch.float32))
+        coded |= {key: codes, f"{key}_scale_inv": factors}
+        released[key] = codes.float(), factors.repeat_interleave(128, 0)[: codes.shape[0]]
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (tmp_path / "coded" / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    shutil.copyfile(small_tokenizer, tmp_path / "coded" / "tokenizer.model")
+    in_shards(coded, tmp_path / "coded")
+    quantize_checkpoint(tmp_path / "coded", tmp_path / "kept", QuantArgs(type="fp8"))
+    layer = "model.layers.1.block_sparse_moe.experts"
+    for folder, quant in (("coded", "fp8"), ("kept", None)):
+        for placement in ("expert", "tensor"):
+            found = on_ranks(ranks, 2, matrices_on_rank, tmp_path / folder, placement, quant)
+            for name, axis in (("codes", -2), ("scale", -2)):
+                both = [own[f"layers.1.feed_forward.experts.w13.{name}"] for own in found]
+                whole = torch.cat(both, dim=0 if placement == "expert" else axis)
+                for expert, (place, matrix) in itertools.product(range(4), enumerate(("w1", "w3"))):
+                    own = released[f"{layer}.{expert}.{matrix}.weight"][name == "scale"]
+                    assert torch.equal(whole[expert, place], own)
+            both = [own["layers.1.attention.wo.weight.codes"] for own in found]
+            assert torch.equal(torch.cat(both, dim=-1), released["model.layers.1.self_attn.o_proj.weight"][0])
+    answers = on_ranks(ranks, 2, said_of_prompts, tmp_path / "kept", "expert", random_prompts(6, (3, 9)))
+    truth = load(tmp_path / "coded").compute_logits(random_prompts(6, (3, 9)))
+    for ours, theirs in zip(alike(answers), truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def in_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """As three files with an index, numbered from 0, that part codes from their factors."""
     files = {key: f"model-{number % 3:05d}-of-00002.safetensors" for number, key in enumerate(sorted(tensors))}
@@ -1159,6 +1210,14 @@ def test_mxfp4_is_read_as_transformers_decodes_it(small_tokenizer: Path, ranks: 
         alike(on_ranks(ranks, 2, quantized_on_rank, tmp_path / name, "int8", prompts)) for name in ("plain", "coded")
     )
     assert_same(*both)
+    quantize_checkpoint(tmp_path / "coded", tmp_path / "kept", QuantArgs(type="mxfp4"))
+    for folder, quant, placement in (("coded", "mxfp4", "expert"), ("kept", None, "tensor")):
+        expected = on_ranks(ranks, 2, matrices_on_rank, tmp_path / "plain", placement, None)
+        for whole, own in zip(
+            expected, on_ranks(ranks, 2, matrices_on_rank, tmp_path / folder, placement, quant), strict=True
+        ):
+            assert sum(name.endswith(".scale") for name in own) == 4, "of experts alone"
+            assert all(torch.equal(value, own[name]) for name, value in whole.items()), "as they were released"
     key = "model.layers.0.mlp.experts.down_proj"
     for scales, says in (
         ({}, f"{key}_blocks is there without {key}_scales"),

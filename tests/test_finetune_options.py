@@ -251,7 +251,7 @@ def test_a_users_script_as_it_is():
         ("--lora_alpha 0", "--lora_alpha must be a number above 0, not 0.0"),
         ("--lora_dropout 1", "--lora_dropout must be a number from 0 to below 1, not 1.0"),
         ("--lora_rank 8 --llama_type mistral", "--lora_rank is about adapters, which --llama_type mistral does not"),
-        ("--quant fp4", "quant 'fp4' is unknown (did you mean nf4?): choose from int8, int4, nf4, fp8"),
+        ("--quant fp4", "quant 'fp4' is unknown (did you mean mxfp4?): choose from int8, int4, nf4, fp8, mxfp4"),
         ("--quant nf4 --group_size 32", "group size 32 is for int4: nf4 has none to choose"),
         ("--quant_head", "--group-size and --quant-head say how to quantize"),
         *((f"--{name} ''", f"--{name} is given an empty name") for name in ("data_config", "output_dir", "resume")),

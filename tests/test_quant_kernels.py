@@ -20,7 +20,7 @@ from accessory.kernels.cpu.quantized import NativeWeight, native_weight, plain_v
 from accessory.kernels.quantized import quantized_linear_reference, unpacked
 from accessory.quant import QuantizedWeight, format_of
 
-FORMS = (("int8", 0), ("int4", 32), ("int4", 64), ("nf4", 64))
+FORMS = (("int8", 0), ("int4", 32), ("int4", 64), ("nf4", 64), ("mxfp4", 32))
 DTYPES = (torch.bfloat16, torch.float32)
 
 forms = pytest.mark.parametrize(("form", "group"), FORMS)
@@ -41,8 +41,8 @@ def draw_weight(form: str, group: int, *shape: int) -> QuantizedWeight:
         return QuantizedWeight(own, codes, torch.rand(*shape[:-1], 1, generator=generator) / 64)
     codes = torch.randint(256, (*shape[:-1], depth // 2), generator=generator, dtype=torch.uint8)
     scale = torch.rand(*shape[:-1], depth // group, generator=generator) / 4
-    if form == "nf4":
-        return QuantizedWeight(own, codes, scale)
+    if form in ("nf4", "mxfp4"):
+        return QuantizedWeight(own, codes, scale.to(own.tensors["scale"].dtype))
     zero = torch.randint(256, scale.shape, generator=generator, dtype=torch.uint8)
     return QuantizedWeight(own, codes, scale.bfloat16(), zero)
 
@@ -65,8 +65,8 @@ def assert_true(y_PR: Tensor, x_PD: Tensor, weight: QuantizedWeight, expert_P: T
     w = weight.dequantize(torch.float64, in_steps=rounded)[expert_P.clamp(min=0)]
     kept = (expert_P >= 0).unsqueeze(-1)
     truth = torch.einsum("prd,pd->pr", w, x) * kept
-    # What the sums of 4-bit codes are moved by may be larger than the weights are: int4's zero points, nf4's offset.
-    moved = {"int8": 0, "int4": 16, "nf4": 2}[weight.format.name]
+    # What the sums of 4-bit codes are moved by may be larger than the weights: int4's zero points, a table's offset.
+    moved = {"int8": 0, "int4": 16, "nf4": 2, "mxfp4": 64}[weight.format.name]
     size = w.abs() + moved * weight.scale.double().abs().amax()
     terms = torch.einsum("prd,pd->pr", size, x.abs()) * kept
     rounding = 2**-8 if y_PR.dtype == torch.bfloat16 else 2**-24

@@ -240,7 +240,7 @@ def test_in_bfloat16_the_answers_stay_near(case: Case, form: str) -> None:
 @pytest.mark.parametrize(
     ("quant", "words"),
     [
-        ("int3", "quant 'int3' is unknown (did you mean int8?): choose from int8, int4, nf4, fp8"),
+        ("int3", "quant 'int3' is unknown (did you mean int8?): choose from int8, int4, nf4, fp8, mxfp4"),
         ("", "quant '' is unknown"),
         (8, "quant 8 is unknown"),
     ],

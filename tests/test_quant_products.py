@@ -28,7 +28,7 @@ from accessory.quant import QuantizedParameter, QuantizedWeight, quantize
 DIM, HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 8, 8, 4, 64
 Weight = Tensor | QuantizedWeight
 Routing = tuple[Tensor, Tensor]  # weights and expert numbers, each (T, 2)
-FORMS = [("int8", 64), ("int4", 32), ("int4", 64), ("nf4", 64), ("fp8", 128)]
+FORMS = [("int8", 64), ("int4", 32), ("int4", 64), ("nf4", 64), ("fp8", 128), ("mxfp4", 32)]
 forms = pytest.mark.parametrize(("form", "group"), FORMS)
 SHAPES = {
     "wq": (HEADS * HEAD_DIM, DIM),
@@ -202,7 +202,14 @@ def test_bfloat16_block_adds_no_more_than_its_own_rounding(
 
 @pytest.mark.parametrize(
     ("form", "group", "most"),
-    [("int8", 64, 0.01), ("int4", 32, 0.12), ("int4", 64, 0.13), ("nf4", 64, 0.12), ("fp8", 128, 0.06)],
+    [
+        ("int8", 64, 0.01),
+        ("int4", 32, 0.12),
+        ("int4", 64, 0.13),
+        ("nf4", 64, 0.12),
+        ("fp8", 128, 0.06),
+        ("mxfp4", 32, 0.2),
+    ],
 )
 def test_error_against_the_unquantized_block_is_the_formats(form: str, group: int, most: float) -> None:
     truth = true_block(None, group, 40)
@@ -280,7 +287,7 @@ def test_training_does_not_round_activations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("form", "group"), FORMS[:-1])
+@pytest.mark.parametrize(("form", "group"), [own for own in FORMS if own[0] != "fp8"])
 def test_a_kept_description_gives_the_same_bits(form: str, group: int, dtype: torch.dtype) -> None:
     weights, expert = weights_of(form, group), torch.tensor([3, -1, 0])
     x = draw(3, DIM).to(dtype)
@@ -303,7 +310,7 @@ def parameter_with(weight: QuantizedWeight) -> QuantizedParameter:
     return module
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "nf4", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4", "fp8", "mxfp4"])
 def test_it_follows_the_parameters_of_a_module(form: str) -> None:
     first, second = (quantize(draw(64, DIM, seed=seed), form) for seed in (1, 2))  # type: ignore[arg-type]
     x = draw(2, DIM)

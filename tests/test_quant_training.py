@@ -223,7 +223,7 @@ def error_on_rank(setting: Setting, arguments: list[str]) -> tuple[str, str]:
     ("changes", "words"),
     [
         ({"llama_type": None, "quant": "nf4"}, "quantized weights (nf4) cannot train"),
-        ({"quant": "fp4"}, "quant 'fp4' is unknown (did you mean nf4?): choose from int8, int4, nf4, fp8"),
+        ({"quant": "fp4"}, "quant 'fp4' is unknown (did you mean mxfp4?): choose from int8, int4, nf4, fp8, mxfp4"),
         ({"quant": "int4", "group_size": 16}, "must be 32 or 64, not 16"),
         ({"group_size": 32}, "give --quant TYPE as well"),
         ({"quant": "nf4", "pretrained_path": None, "tokenizer_path": "TOKENIZER"}, "no weights to quantize"),

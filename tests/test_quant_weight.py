@@ -13,6 +13,7 @@ from accessory.quant import (
     QuantizedParameter,
     QuantizedWeight,
     as_bits,
+    format_of,
     lay_out_for_gpu,
     quantize,
     row_maximum,
@@ -20,7 +21,7 @@ from accessory.quant import (
 
 BF16 = torch.bfloat16
 forms = pytest.mark.parametrize(
-    ("form", "group"), [("int8", 64), ("int4", 32), ("int4", 64), ("nf4", 64), ("fp8", 128)]
+    ("form", "group"), [("int8", 64), ("int4", 32), ("int4", 64), ("nf4", 64), ("fp8", 128), ("mxfp4", 32)]
 )
 
 
@@ -74,6 +75,29 @@ def test_fp8_by_hand() -> None:
     assert weight.dequantize()[0, 128:].eq(0).all()
 
 
+def test_mxfp4_by_hand() -> None:
+    """Between two levels the even code; a largest of 8, which is 4 of the next power, of 7 too; a block of zeros."""
+    values = torch.zeros(1, 128)
+    values[0, :8] = torch.tensor([6.0, 0.25, 0.75, -2.5, 3.5, 5.0, -5.1, 0.5])
+    values[0, 32], values[0, 33], values[0, 64] = 8.0, -0.9, 7.5
+    weight = quantize(values, "mxfp4")
+    assert weight.scale.tolist() == [[1.0, 2.0, 2.0, 0.0]]
+    assert weight.codes[0, :4].tolist() == [0x70, 0x2C, 0x66, 0xF1]
+    expected = values.clone()
+    expected[0, :8] = torch.tensor([6.0, 0.0, 1.0, -2.0, 4.0, 4.0, -6.0, 0.5])
+    expected[0, 33], expected[0, 64] = -1.0, 8.0
+    assert torch.equal(weight.dequantize(), expected)
+
+
+def test_mxfp4_encodes_what_it_holds_without_a_loss() -> None:
+    """Whatever power of two a block has been given."""
+    codes = torch.randint(256, (64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes[:8] &= 0x99  # blocks of small levels: other powers would hold them too
+    scale = torch.ldexp(torch.ones(64, 6), torch.randint(-100, 100, (64, 6))).bfloat16()
+    values = QuantizedWeight(format_of("mxfp4"), codes, scale).dequantize()
+    assert torch.equal(quantize(values.bfloat16(), "mxfp4").dequantize(), values)
+
+
 def test_int4_by_hand() -> None:
     """Steps of 0.25 from -1 to 2.75; a group that is all above zero, and one of zeros."""
     values = torch.zeros(1, 96)
@@ -105,6 +129,8 @@ def test_no_value_moves_further_than_its_step_allows(form: str, group: int, dtyp
         allowed = span / 15 * (1 / 2 + 1 / 32) + span * 2**-8
     elif form == "fp8":
         allowed = largest * 2**-4  # half the last bit of four
+    elif form == "mxfp4":
+        allowed = largest / 4  # half the widest gap, and what is cut of a largest one that is almost 8
     else:
         allowed = largest * (1 - 0.6961928) / 2  # half the widest gap of the levels
     assert bool((errors <= allowed * 1.001 + 1e-12).all())
@@ -191,7 +217,7 @@ def test_tensors_and_back(form: str, group: int) -> None:
 
 def test_bad_input_is_refused_in_a_line() -> None:
     for arguments, message in (
-        (((4, 64), "int3"), "quant=int3 is unknown: it may be int8, int4, nf4, fp8"),
+        (((4, 64), "int3"), "quant=int3 is unknown: it may be int8, int4, nf4, fp8, mxfp4"),
         (((4, 96), "nf4"), "nf4 in groups of 64 does not divide 96 inputs"),
         (((4, 96), "int4"), "use int8, or fewer ranks, or for int4 a group size of 32"),
     ):

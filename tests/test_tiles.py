@@ -63,7 +63,7 @@ def test_each_row_meets_its_experts_matrix(counts: list[int], rows: int, depth: 
     counts=Counts,
     rows=st.integers(1, 100),
     units=st.integers(1, 8),
-    form=st.sampled_from([("int8", 8), ("int4", 32), ("int4", 64), ("nf4", 64)]),
+    form=st.sampled_from([("int8", 8), ("int4", 32), ("int4", 64), ("nf4", 64), ("mxfp4", 32)]),
     odd=st.integers(0, 2),
     seed=st.integers(0),
 )
@@ -103,7 +103,7 @@ def test_quantized_weights_are_multiplied_in_8_bits(
 
 def _reach(weight: QuantizedWeight) -> Tensor:
     """The largest value that each row's codes and scales could stand for."""
-    most = torch.ones_like(weight.scale, dtype=torch.float32)
+    most = torch.full_like(weight.scale, max(weight.format.levels), dtype=torch.float32)
     if weight.zero is not None:
         most = torch.maximum(weight.zero, 240 - weight.zero.int()).float() / 16
     return (weight.scale.float() * most).amax(-1)

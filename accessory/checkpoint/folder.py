@@ -16,7 +16,7 @@ from accessory.checkpoint.companions import COMPANIONS, CONFIG_FILES, KNOWN, WEI
 from accessory.checkpoint.containers import open_tensors
 from accessory.checkpoint.hub import local_path
 from accessory.checkpoint.layouts import Layout, Parts, Source, choose_weights, load_args, parts_of
-from accessory.checkpoint.scaled import with_factors
+from accessory.checkpoint.scaled import Scaled, with_factors
 from accessory.config import ModelArgs, QuantArgs, part_of_config, read_json
 from accessory.config.checks import is_number
 from accessory.errors import CheckpointError, first_of
@@ -426,6 +426,21 @@ class Weights:
         filled = self.copy(name, box, part)
         assert filled == box.numel, f"{name}: {box.numel - filled} elements have no source"
         return part
+
+    def read_scaled(self, name: str, box: Box) -> tuple[Tensor, Tensor] | None:
+        """A part of a parameter that the folder holds in 8-bit floats: these, and what each is multiplied by, float32.
+
+        None where it is stored otherwise.
+        """
+        own = list(self._once(name, box))
+        scaled = [(source, common, tensor) for source, common, tensor in own if isinstance(tensor, Scaled)]
+        if len(scaled) < len(own) or any(source.factor != 1 for source, *_ in own):
+            return None
+        codes, factors = torch.empty(box.size, dtype=torch.float8_e4m3fn), torch.empty(box.size)
+        for source, common, tensor in scaled:
+            source.copy(tensor.coded, common, codes[common.within(box)])
+            source.copy(tensor.factors, common, factors[common.within(box)])
+        return codes, factors
 
     def whole(self, name: str) -> Tensor:
         """A parameter that the folder holds."""

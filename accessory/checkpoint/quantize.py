@@ -33,7 +33,6 @@ from accessory.quant import (
     InputMoments,
     QuantizedWeight,
     format_of,
-    quantize,
     quantize_calibrated,
     row_maximum,
     shown_quantized,
@@ -64,6 +63,17 @@ class Piece(NamedTuple):
         """Its plain values (R, D)."""
         values: Tensor = weights.read(self.matrix, self.box).view(self.box.size[-2:])
         return values
+
+    def quantize(self, weights: Weights, into: QuantizedWeight, row_max: Tensor | None = None) -> None:
+        """Fill a weight (R, D) with it, rounded; what the folder holds in such a format stays what it is.
+
+        Raises:
+            CheckpointError: infinities or NaN in it, by name.
+        """
+        with self.named(weights):
+            kept = weights.read_scaled(self.matrix, self.box) if into.codes.dtype == torch.float8_e4m3fn else None
+            if kept is None or not into.keep(*(part.view(into.shape).to(into.device) for part in kept)):
+                into.write(self.read(weights).to(into.device), row_max=row_max)
 
     @contextmanager
     def named(self, weights: Weights) -> Iterator[None]:
@@ -157,9 +167,7 @@ def quantize_folder(
             for piece in pieces(matrix, box):
                 if not weights.holds(matrix, piece.box):
                     continue
-                with piece.named(weights):
-                    values = piece.read(weights).to(whole.device)
-                    piece.of(whole).write(values, row_max=(row_maxima or {}).get((number, piece)))
+                piece.quantize(weights, piece.of(whole), (row_maxima or {}).get((number, piece)))
                 share = math.prod(box.size[:-2])
                 for tensor, parameter in tensors.items():
                     name = f"{matrix}.{tensor}"
@@ -273,13 +281,13 @@ def _fill(
                     writer.put(name, box, weights.read(name, box))
                 continue
             for piece in pieces(name, Box.whole(shapes[name])):
-                values = piece.read(weights)
                 moments = calibration.get((name, piece.leading))
-                with piece.named(weights):
-                    if moments is None:
-                        weight = quantize(values, quant.type, group_size=quant.group_size)
-                    else:
-                        weight = quantize_calibrated(values, moments, _format(quant))
+                if moments is None:
+                    weight = QuantizedWeight.empty(piece.box.size[-2:], quant.type, group_size=quant.group_size)
+                    piece.quantize(weights, weight)
+                else:
+                    with piece.named(weights):
+                        weight = quantize_calibrated(piece.read(weights), moments, _format(quant))
                 for own, tensor in weight.tensors().items():
                     box = Box((*piece.box.start[:-2], 0, 0), (*piece.box.size[:-2], *tensor.shape))
                     writer.put(f"{name}.{quant.type}_{own}", box, tensor.view(box.size))

@@ -28,17 +28,27 @@ class Scaled(Blocks):
     coding = BlockType(f"float8_e4m3fn in blocks of {SIDE} x {SIDE}", 1, 1)
 
     def __init__(self, name: str, codes: Tensor, factors: Tensor) -> None:
-        self.name, self.coded, self._factors, self.shape = name, codes, factors, codes.shape
+        self.name, self.coded, self.shape, self.factors = name, codes, codes.shape, Factors(factors, codes.shape)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        return (self.coded[index].float() * self.factors[index]).to(self.dtype)
+
+
+class Factors:
+    """What each value of a `Scaled` is multiplied by, indexed as a float32 tensor of its shape, by slices."""
+
+    dtype = torch.float32
+
+    def __init__(self, factors: Tensor, shape: torch.Size) -> None:
+        self._factors, self.shape = factors, shape
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         index = index if isinstance(index, tuple) else (index,)
-        places = [*index, *[slice(None)] * (2 - len(index))]
-        values, factors = self.coded[tuple(places)].float(), self._factors.float()
-        for axis, (place, size) in enumerate(zip(places, self.shape, strict=True)):
-            begin, end, _ = place.indices(size)
-            block = torch.arange(begin, max(begin, end)) // SIDE
-            factors = factors.index_select(axis, block)
-        return (values * factors).to(self.dtype)
+        factors = self._factors.float()
+        for axis, size in enumerate(self.shape):
+            begin, end, _ = (index[axis] if axis < len(index) else slice(None)).indices(size)
+            factors = factors.index_select(axis, torch.arange(begin, max(begin, end)) // SIDE)
+        return factors
 
 
 # Of codes: a sign, two bits of exponent and one of mantissa; of a byte's two, whose bits are those of one int32; and

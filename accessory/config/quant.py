@@ -6,12 +6,14 @@ from typing import Any, Literal, Self, get_args
 
 from accessory.errors import unknown
 
-QuantForm = Literal["int8", "int4", "nf4", "fp8"]
+QuantForm = Literal["int8", "int4", "nf4", "fp8", "mxfp4"]
 QUANT_FORMS: tuple[QuantForm, ...] = get_args(QuantForm)
 DEFAULT_FORM: QuantForm = "nf4"
 # Inputs that share a scale, of the formats that offer a choice. quant/formats.py says what the formats are.
 GROUP_SIZES: dict[str, tuple[int, ...]] = {"int4": (32, 64)}
 DEFAULT_GROUP_SIZE = 64
+# Formats for the matrices of experts: the others stay plain.
+_OF_EXPERTS: tuple[QuantForm, ...] = ("mxfp4",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class QuantArgs:
     """Weight-only quantization of the matrices of attention and experts.
 
     Attributes:
-        type: "int8", "int4", "nf4" or "fp8"; docs/quantization.md describes them.
+        type: "int8", "int4", "nf4", "fp8", or "mxfp4" of experts alone; docs/quantization.md describes them.
         group_size: inputs that share a scale, 32 or 64; of int4 alone (`GROUP_SIZES`).
         head: the output head is quantized as well.
     """
@@ -40,6 +42,14 @@ class QuantArgs:
             raise ValueError(f"group size {self.group_size} is for {offer}: {self.type} has none to choose")
         if not isinstance(self.head, bool):
             raise ValueError(f"quant's head must be true or false, not {self.head!r}")
+        if self.head and self.type in _OF_EXPERTS:
+            raise ValueError(f"{self.type} is for experts alone: it quantizes no output head")
+
+    def covers(self, kind: str) -> bool:
+        """Whether it quantizes matrices of such a kind, "attention", "expert", "head" or another of the plan's."""
+        if self.type in _OF_EXPERTS:
+            return kind == "expert"
+        return kind != "head" or self.head
 
     @classmethod
     def of(cls, quant: "bool | str | Self | None") -> Self | None:

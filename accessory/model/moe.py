@@ -36,8 +36,8 @@ class Experts(nn.Module):
         )
         if state.ep.size > 1:
             self.dispatcher = ExchangingDispatcher(experts, state.ep, columns)
-        self.w13 = place.matrix(experts, 2, hidden, args.dim)
-        self.w2 = place.matrix(experts, args.dim, hidden)
+        self.w13 = place.matrix(experts, 2, hidden, args.dim, kind="expert")
+        self.w2 = place.matrix(experts, args.dim, hidden, kind="expert")
         # Where every rank holds a slice of every expert, what is whole on each has as its gradient the ranks' sum, and
         # is added by one of them; on the others it stays in the graph, since they sum its gradient together.
         self.region = state.mp_group if placement == "tensor" else None

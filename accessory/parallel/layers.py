@@ -98,7 +98,7 @@ class ParallelOutput(nn.Module):
         super().__init__()
         self.group, self.n_tokens = state.mp_group, n_tokens
         self.gaps: Tensor | None = None
-        self.weight = place.matrix(vocab_size, dim, head=True)
+        self.weight = place.matrix(vocab_size, dim, kind="head")
 
     def forward(self, x_TD: Tensor, *, cuts: bool = True) -> Tensor:
         """(T, D) -> (T, V), the same on every rank; where padding is not cut off, its scores are -infinity."""

@@ -79,7 +79,7 @@ class Split:
             mesh that is not among them holds the same.
         adapter: for what parameter-efficient finetuning adds, which matrices' updates it belongs to, of LORA_KINDS, or
             "bias".
-        quantized: "layers" for the matrices that quantization changes, "head" for the one that it may.
+        quantized: whether quantization may change it.
         to_residual: what the matrix makes is added to the residual stream.
         part: what a layer must have to have it, as `parts_of_layer` says; None: every layer has it.
     """
@@ -89,7 +89,7 @@ class Split:
     shape: tuple[str, ...]
     cuts: dict[str, tuple[Cut, ...]]
     adapter: str = ""
-    quantized: str = ""
+    quantized: bool = False
     to_residual: bool = False
     part: Part | None = None
 
@@ -151,8 +151,8 @@ def _gated_unit(module: str, kind: Literal["dense", "shared"]) -> list[Split]:
     prefix, hidden = f"layers.N.{module}", f"{kind}_hidden"
     columns = [f"{prefix}.{name}" for name in ("w1", "w3")]
     return [
-        *(_row(f"{name}.weight", kind, f"{hidden} dim", 0, hidden, quantized="layers", part=kind) for name in columns),
-        _row(f"{prefix}.w2.weight", kind, f"dim {hidden}", 1, hidden, quantized="layers", to_residual=True, part=kind),
+        *(_row(f"{name}.weight", kind, f"{hidden} dim", 0, hidden, quantized=True, part=kind) for name in columns),
+        _row(f"{prefix}.w2.weight", kind, f"dim {hidden}", 1, hidden, quantized=True, to_residual=True, part=kind),
         *(row for name in columns for row in _column_adapters(name, hidden, hidden, kind, kind)),
         *_row_adapters(f"{prefix}.w2", hidden, hidden, kind, kind),
     ]
@@ -163,13 +163,13 @@ _ATTENTION = "layers.N.attention."
 
 TABLE: tuple[Split, ...] = (
     _row("tok_embeddings.weight", "embedding", "vocab dim", 1, "dim"),
-    _row("layers.N.attention.wq.weight", "attention", "heads*head_dim dim", 0, "heads", quantized="layers"),
-    _row("layers.N.attention.wk.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
-    _row("layers.N.attention.wv.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized="layers"),
+    _row("layers.N.attention.wq.weight", "attention", "heads*head_dim dim", 0, "heads", quantized=True),
+    _row("layers.N.attention.wk.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized=True),
+    _row("layers.N.attention.wv.weight", "attention", "kv_heads*head_dim dim", 0, "kv_heads", quantized=True),
     _row(
         "layers.N.attention.wo.weight",
         *("attention", "dim heads*head_dim", 1, "heads"),
-        quantized="layers",
+        quantized=True,
         to_residual=True,
     ),
     _row(f"{_ATTENTION}q_bias", "bias", "heads*head_dim", 0, "heads", part="qkv_bias"),
@@ -183,8 +183,8 @@ TABLE: tuple[Split, ...] = (
     _row("layers.N.feed_forward.gate.weight", "router", "experts dim", None, part="experts"),
     _row("layers.N.feed_forward.gate.bias", "bias", "experts", None, part="router_bias"),
     _row("layers.N.feed_forward.gate.correction_bias", "correction", "experts", None, part="correction"),
-    _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized="layers"),
-    _of_experts("w2", "expert", "experts dim hidden", 2, quantized="layers", to_residual=True),
+    _of_experts("w13", "expert", "experts 2 hidden dim", 2, quantized=True),
+    _of_experts("w2", "expert", "experts dim hidden", 2, quantized=True, to_residual=True),
     _of_experts("b13", "bias", "experts 2 hidden", 2, part="expert_bias"),
     _of_experts("b2", "bias", "experts dim", None, part="expert_bias"),
     *_column_adapters(f"{_ATTENTION}wq", "heads*head_dim", "heads", "attention"),
@@ -203,7 +203,7 @@ TABLE: tuple[Split, ...] = (
     *_gated_unit("feed_forward", "dense"),
     _row("layers.N.ffn_norm.weight", "norm", "dim", None),
     _row("norm.weight", "norm", "dim", None),
-    _row("output.weight", "head", "vocab dim", 0, "vocab", quantized="head"),
+    _row("output.weight", "head", "vocab dim", 0, "vocab", quantized=True),
     _row("output.lora_a.weight", "lora", "rank dim", None, adapter="head"),
     _row("output.lora_b.weight", "lora", "vocab rank", 0, "vocab", adapter="head"),
 )
@@ -288,7 +288,8 @@ def _without_inputs(row: Split) -> Split:
 
 
 def is_quantized(row: Split, quant: QuantArgs) -> bool:
-    return row.quantized == "layers" or (row.quantized == "head" and quant.head)
+    """Whether such matrices are."""
+    return row.quantized and quant.covers(row.kind)
 
 
 def is_adapter(name: str) -> bool:

@@ -42,13 +42,13 @@ class Place(NamedTuple):
         """An uninitialised parameter: a loader or `init_weights` fills it."""
         return nn.Parameter(in_large_pages(torch.empty(shape, dtype=self.dtype, device=self.device)))
 
-    def matrix(self, *shape: int, head: bool = False) -> nn.Parameter | QuantizedParameter:
+    def matrix(self, *shape: int, kind: str = "attention") -> nn.Parameter | QuantizedParameter:
         """The same for a matrix (..., outputs, inputs) that quantization may change.
 
         Args:
-            head: it is the output head, which is quantized only where that was asked for.
+            kind: of the plan's, if quantization tells it from attention's: "expert", "head".
         """
-        if self.quant is None or (head and not self.quant.head):
+        if self.quant is None or not self.quant.covers(kind):
             return self.parameter(*shape)
         return QuantizedParameter(shape, self.quant, self.device)
 

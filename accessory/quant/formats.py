@@ -9,6 +9,7 @@ int8   int8 (..., R, D)              float32 (..., R, 1)                  code *
 int4   uint8 (..., R, D / 2)         bfloat16 (..., R, D / group)         (code - zero / 16) * scale
 nf4    uint8 (..., R, D / 2)         float32 (..., R, D / 64)             NF4[code] * scale
 fp8    float8_e4m3fn (..., R, D)     float32 (..., R, D / 128)            code * scale
+mxfp4  uint8 (..., R, D / 2)         bfloat16 (..., R, D / 32)            MXFP4[code] * scale
 =====  ============================  ===================================  ==========================================
 
 int4 also has ``zero``, uint8 (..., R, D / group). Two 4-bit codes share a byte, that of the even input in the upper
@@ -20,6 +21,7 @@ Shape letters: R rows (outputs), D depth (inputs), G groups of a row, N inputs o
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -219,6 +221,49 @@ def _decode_fp8(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> 
     return (codes.float().unflatten(-1, (-1, _FP8_GROUP)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+# ---- mxfp4: floats of 4 bits, 2 of them exponent and 1 mantissa, in blocks of 32 inputs that share a power of two -
+#
+# OCP Microscaling Formats 1.0, section 5.3; gpt-oss is released so. A file of such a release has the exponent alone,
+# which is bfloat16's; what it holds is encoded again without a loss.
+
+MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_MXFP4_GROUP = 32
+
+
+def _encode_mxfp4(values_RD: Tensor) -> tuple[Tensor, Tensor]:
+    values_RGN = values_RD.unflatten(-1, (-1, _MXFP4_GROUP))
+    largest = values_RGN.abs().amax(-1, keepdim=True)
+    # The largest becomes 4 to 8, of which what lies above 6 is cut; or half of that, where this errs less.
+    mantissa, exponent = largest.frexp()
+    scale = torch.ldexp(torch.ones_like(mantissa), (exponent - 3).clamp_(-126, 126)) * (largest > 0)
+    first, second = (_nearest_mxfp4(values_RGN, own) for own in (scale, 2 * scale))
+    lost, then = (
+        (_levels_of(codes, MXFP4) * own - values_RGN).square_().sum(-1, keepdim=True)
+        for codes, own in ((first, scale), (second, 2 * scale))
+    )
+    codes = torch.where(then < lost, second, first)
+    scale = torch.where(then < lost, 2 * scale, scale)
+    return pack(codes.flatten(-2)), scale.squeeze(-1).bfloat16()
+
+
+def _nearest_mxfp4(values_RGN: Tensor, scale: Tensor) -> Tensor:
+    """The codes, of two that are as near the even one; a code counts the middles between levels below its value."""
+    values = values_RGN / torch.where(scale > 0, scale, 1)
+    sizes, codes = values.abs(), torch.zeros_like(values, dtype=torch.uint8)
+    for code, (low, high) in enumerate(pairwise(MXFP4[:8])):
+        codes += sizes >= (low + high) / 2 if code % 2 else sizes > (low + high) / 2
+    return codes | (values < 0).to(torch.uint8) << 3
+
+
+def _levels_of(codes: Tensor, levels: tuple[float, ...]) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def _decode_mxfp4(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> Tensor:
+    values_RGN = _levels_of(unpack(codes), MXFP4).unflatten(-1, (-1, _MXFP4_GROUP))
+    return (values_RGN * scale.float().unsqueeze(-1)).flatten(-2)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +312,15 @@ FORMATS = {
             {"codes": Stored(torch.float8_e4m3fn, 1), "scale": Stored(torch.float32, _FP8_GROUP)},
             _encode_fp8,
             _decode_fp8,
+        ),
+        Format(
+            "mxfp4",
+            {"codes": Stored(torch.uint8, 2), "scale": Stored(torch.bfloat16, _MXFP4_GROUP)},
+            _encode_mxfp4,
+            _decode_mxfp4,
+            kind=4,
+            levels=MXFP4,
+            step=0.5,
         ),
     )
 }

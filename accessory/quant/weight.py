@@ -183,6 +183,23 @@ class QuantizedWeight:
                 kept[index] = new.to(kept.device)
         return self
 
+    def keep(self, codes: Tensor, factors: Tensor) -> bool:
+        """Take codes (..., R, D) of this format as they are, where all of a group have one factor; returns whether.
+
+        Args:
+            factors: of each code, float32 (..., R, D).
+
+        Raises:
+            ValueError: infinities or NaN among the values.
+        """
+        own = factors.unflatten(-1, (-1, self.format.group))
+        if not torch.equal(own, own[..., :1].expand_as(own)):
+            return False
+        _check_finite(codes.float() * factors)
+        self.codes.copy_(codes)
+        self.scale.copy_(own[..., 0])
+        return True
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "QuantizedWeight":
         zero = None if self.zero is None else change(self.zero)
         return QuantizedWeight(self.format, change(self.codes), change(self.scale), zero)

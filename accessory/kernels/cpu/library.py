@@ -23,7 +23,7 @@ logger = logging.getLogger("accessory.kernels")
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
-_ABI = 9  # of products.cpp
+_ABI = 10  # of products.cpp
 _ADVICE = (
     "Decoding on CPU uses PyTorch's slower products; a C++ compiler with OpenMP (GCC, or clang and libomp) and a "
     "reinstall give speed."

@@ -78,7 +78,7 @@ struct Product {
 }  // namespace
 
 // Raised whenever a function of this library changes: library.py refuses a library of another number.
-extern "C" int accessory_kernels_abi() { return 9; }
+extern "C" int accessory_kernels_abi() { return 10; }
 
 // 1 where this library has the variant and this CPU can run it.
 extern "C" int accessory_has_variant(const char* name) { return find_variant(name) != nullptr; }

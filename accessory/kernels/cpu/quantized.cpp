@@ -10,7 +10,7 @@ namespace {
 
 using Levels = accessory_levels;
 
-constexpr int KINDS = 4;
+constexpr int KINDS = 5;
 
 struct Row {
     const char *codes, *scale, *zero;

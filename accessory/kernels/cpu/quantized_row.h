@@ -1,5 +1,5 @@
 // The product of one row of quantized weights with the tokens of its expert; included once per variant (variants.h).
-// The formats are described in quantized.py.
+// The formats are described in kernels/cpu/quantized.py.
 //
 // A vector of VL bytes of 4-bit codes is 2 * VL weights, the even ones in the upper halves of its bytes and the odd
 // ones in the lower. Nothing is put in order: the staged tokens stand as the codes are unpacked, for each vector
@@ -101,8 +101,9 @@ template <int GROUP> struct Int4Float {
     }
 };
 
-struct Nf4Dots {
-    static constexpr int code_bytes = BLOCK / 2, scale_bytes = 4 * BLOCK / 64;
+// Levels of a table, times float32 or bf16 scales: nf4, mxfp4.
+template <int GROUP, class Scale> struct TableDots {
+    static constexpr int code_bytes = BLOCK / 2, scale_bytes = sizeof(Scale) * BLOCK / GROUP;
     template <int N>
     static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
         const vu steps = byte_table(row.levels->steps) ^ FLIP;
@@ -111,7 +112,7 @@ struct Nf4Dots {
             const vu codes = load<vu>(w + v * VL);
             const vu odd = look_up_bytes(steps, codes & 0x0f0f0f0fu);
             const vu even = look_up_bytes(steps, (codes >> 4) & 0x0f0f0f0fu);
-            const vf scales = spread_f32(scale, v);
+            const vf scales = spread<GROUP, Scale>(scale, v);
 #pragma GCC unroll 4
             for (int i = 0; i < N; i++) {
                 const char* x = t[i].x + b * BLOCK + 2 * v * VL;
@@ -121,19 +122,19 @@ struct Nf4Dots {
         }
     }
     template <int N> static INLINE void finish(vf* s, const Row& row, const Staged* t, int64_t d) {
-        if constexpr (FLIP != 0) take_offset<N>(s, row, t, d / 64, 128);  // flipped steps are 128 more
+        if constexpr (FLIP != 0) take_offset<N, Scale>(s, row, t, d / GROUP, 128);  // flipped steps are 128 more
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) s[i] *= row.levels->step;
     }
 };
 
-struct Nf4Float {
-    static constexpr int code_bytes = BLOCK / 2, scale_bytes = 4 * BLOCK / 64;
+template <int GROUP, class Scale> struct TableFloat {
+    static constexpr int code_bytes = BLOCK / 2, scale_bytes = sizeof(Scale) * BLOCK / GROUP;
     template <int N>
     static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
 #pragma GCC unroll 4
         for (int v = 0; v < BLOCK / 2 / VL; v++)
-            table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread_f32(scale, v));
+            table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread<GROUP, Scale>(scale, v));
     }
     template <int N> static INLINE void finish(vf*, const Row&, const Staged*, int64_t) {}
 };
@@ -182,12 +183,14 @@ const Variant variant = {
     {{row_dot<Int8Dots>, stage_dots<0>},
      {row_dot<Int4Dots<32>>, stage_dots<32>},
      {row_dot<Int4Dots<64>>, stage_dots<64>},
-     {row_dot<Nf4Dots>, stage_dots<64>}},
+     {row_dot<TableDots<64, float>>, stage_dots<64>},
+     {row_dot<TableDots<32, uint16_t>>, stage_dots<32>}},
     {{row_dot<Int8Float>, stage_floats<0>},
      {row_dot<Int4Float<32>>, stage_floats<32>},
      {row_dot<Int4Float<64>>, stage_floats<64>},
-     {row_dot<Nf4Float>, stage_floats<1>}},
-    {expand_int8, expand_int4<32>, expand_int4<64>, expand_nf4},
+     {row_dot<TableFloat<64, float>>, stage_floats<1>},
+     {row_dot<TableFloat<32, uint16_t>>, stage_floats<1>}},
+    {expand_int8, expand_int4<32>, expand_int4<64>, expand_table<64, float>, expand_table<32, uint16_t>},
     TOKENS,
 };
 

@@ -95,21 +95,26 @@ INLINE vu unpack(const char* codes, int64_t at) {
 #endif
 }
 
+template <class Scale> INLINE float load_scale(const Row& row, int64_t g) {
+    if constexpr (sizeof(Scale) == 4) return load<float>(row.scale + 4 * g);
+    const uint32_t bits = (uint32_t)load<uint16_t>(row.scale + 2 * g) << 16;
+    return load<float>(&bits);
+}
+
 template <int GROUP> void expand_int4(const Row& row, int64_t d, bool bf16, char* to) {
     for (int64_t g = 0; g < d / GROUP; g++) {
-        const uint32_t bits = (uint32_t)load<uint16_t>(row.scale + 2 * g) << 16;
-        const float scale = load<float>(&bits), zero = (uint8_t)row.zero[g] * 0.0625f;
+        const float scale = load_scale<uint16_t>(row, g), zero = (uint8_t)row.zero[g] * 0.0625f;
 #pragma GCC unroll 16
         for (int j = 0; j < GROUP; j += LANES)
             put(to, bf16, g * GROUP + j, (look_up(row.levels->values, unpack(row.codes, g * GROUP + j)) - zero) * scale);
     }
 }
 
-void expand_nf4(const Row& row, int64_t d, bool bf16, char* to) {
-    for (int64_t g = 0; g < d / 64; g++) {
-        const float scale = load<float>(row.scale + 4 * g);
+template <int GROUP, class Scale> void expand_table(const Row& row, int64_t d, bool bf16, char* to) {
+    for (int64_t g = 0; g < d / GROUP; g++) {
+        const float scale = load_scale<Scale>(row, g);
 #pragma GCC unroll 16
-        for (int j = 0; j < 64; j += LANES)
-            put(to, bf16, g * 64 + j, look_up(row.levels->values, unpack(row.codes, g * 64 + j)) * scale);
+        for (int j = 0; j < GROUP; j += LANES)
+            put(to, bf16, g * GROUP + j, look_up(row.levels->values, unpack(row.codes, g * GROUP + j)) * scale);
     }
 }

@@ -140,13 +140,31 @@ INLINE vf spread_f32(const char* scale, int v) {  // groups of 64
     }
 }
 
+template <int GROUP, class Scale> INLINE vf spread(const char* scale, int v) {
+    if constexpr (sizeof(Scale) == 2)
+        return spread_bf16<GROUP>(scale, v);
+    else
+        return spread_f32(scale, v);
+}
+
+// Those of groups g to g + LANES of a row, zeros behind the last.
+template <class Scale> INLINE vf scales_of(const Row& row, int64_t g, int64_t groups) {
+    const char* from = row.scale + sizeof(Scale) * g;
+    char rest[sizeof(Scale) * LANES] = {};
+    if (groups - g < LANES) {
+        __builtin_memcpy(rest, from, sizeof(Scale) * (groups - g));
+        from = rest;
+    }
+    if constexpr (sizeof(Scale) == 2)
+        return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16);
+    else
+        return load<vf>(from);
+}
+
 // s -= by * scale * (sum of the group's activations), over all groups of a row.
-template <int N> INLINE void take_offset(vf* s, const Row& row, const Staged* t, int64_t groups, float by) {
+template <int N, class Scale> INLINE void take_offset(vf* s, const Row& row, const Staged* t, int64_t groups, float by) {
     for (int64_t g = 0; g < groups; g += LANES) {
-        char rest[VL] = {};
-        const bool whole = groups - g >= LANES;
-        if (!whole) __builtin_memcpy(rest, row.scale + 4 * g, 4 * (groups - g));
-        const vf offsets = load<vf>(whole ? row.scale + 4 * g : rest) * -by;
+        const vf offsets = scales_of<Scale>(row, g, groups) * -by;
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) s[i] += offsets * load<vf>(t[i].sums + g);
     }
@@ -155,15 +173,13 @@ template <int N> INLINE void take_offset(vf* s, const Row& row, const Staged* t,
 // s -= scale * zero / 16 * (sum of the group's activations), over all groups of a row.
 template <int N> INLINE void take_zeros(vf* s, const Row& row, const Staged* t, int64_t groups) {
     for (int64_t g = 0; g < groups; g += LANES) {
-        const char *scale = row.scale + 2 * g, *zero = row.zero + g;
-        char scale_rest[2 * LANES] = {}, zero_rest[LANES] = {};
+        const char* zero = row.zero + g;
+        char rest[LANES] = {};
         if (groups - g < LANES) {
-            __builtin_memcpy(scale_rest, scale, 2 * (groups - g));
-            __builtin_memcpy(zero_rest, zero, groups - g);
-            scale = scale_rest, zero = zero_rest;
+            __builtin_memcpy(rest, zero, groups - g);
+            zero = rest;
         }
-        const vf scales = (vf)(__builtin_convertvector(load<vh>(scale), vu) << 16);
-        const vf offsets = scales * (widen<uint8_t>(zero) * -0.0625f);
+        const vf offsets = scales_of<uint16_t>(row, g, groups) * (widen<uint8_t>(zero) * -0.0625f);
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) s[i] += offsets * load<vf>(t[i].sums + g);
     }

@@ -193,7 +193,9 @@ struct Quantized {
                 if (to.codes == room.data()) memcpy(own, from, w.depth);
                 memcpy(to.scales + i, scale, 4);
             } else if (w.kind == 3) {
-                to.scales[i] = expand_nf4(from, (const float*)scale, own);
+                to.scales[i] = expand_table<64>(from, (const float*)scale, own);
+            } else if (w.kind == 4) {
+                to.scales[i] = expand_table<32>(from, (const uint16_t*)scale, own);
             } else {
                 const auto expand = w.kind == 1 ? &Quantized::expand_int4<32> : &Quantized::expand_int4<64>;
                 to.scales[i] = (this->*expand)(from, (const uint16_t*)scale, (const uint8_t*)zero + i * w.zero_row, own);
@@ -240,23 +242,39 @@ struct Quantized {
         return whole / 16;
     }
 
-    // The same with levels in 127 * 16 steps each way, and shares in 2**-11.
-    TILES_TARGET float expand_nf4(const char* codes, const float* scale, char* to) const {
-        const int64_t groups = w.depth / 64;
-        float most = 0;
-        for (int64_t g = 0; g < groups; g++) most = std::max(most, scale[g]);
+    // The same with the levels of a table, the largest 127 * 16 steps, and shares in 2**-11.
+    template <int GROUP, class Scale>
+    TILES_TARGET float expand_table(const char* codes, const Scale* scale, char* to) const {
+        const int64_t groups = w.depth / GROUP;
+        float most = 0, top = 0;
+        for (int64_t g = 0; g < groups; g++) most = std::max(most, number(scale[g]));
+        for (const float level : w.levels->values) top = std::max(top, std::abs(level));
         alignas(64) int16_t levels[32];
-        for (int i = 0; i < 32; i++) levels[i] = (int16_t)__builtin_rintf(w.levels->values[i % 16] * 16 * LARGEST);
+        for (int i = 0; i < 32; i++) levels[i] = (int16_t)__builtin_rintf(w.levels->values[i % 16] / top * 16 * LARGEST);
         const __m512i table = _mm512_load_si512(levels);
         const float inverse = most > 0 ? 2048 / most : 0;
-        for (int64_t g = 0; g < groups; g++, codes += DEPTH / 2, to += DEPTH) {
-            const __m512i share = _mm512_set1_epi16((int16_t)_mm_cvtss_si32(_mm_set_ss(scale[g] * inverse)));
-            const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+        for (int64_t g = 0; g < groups; g += DEPTH / GROUP, codes += DEPTH / 2, to += DEPTH) {
+            const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
+            __m512i share = _mm512_set1_epi16((int16_t)_mm_cvtss_si32(_mm_set_ss(number(scale[g]) * inverse)));
+            if (GROUP == 32 && whole_row) {
+                const int16_t behind = (int16_t)_mm_cvtss_si32(_mm_set_ss(number(scale[g + 1]) * inverse));
+                share = _mm512_mask_set1_epi16(share, 0xffff0000, behind);
+            }
+            const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(whole_row ? ~0u : 0xffff, codes));
             const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table);
             const __m512i odd = _mm512_permutexvar_epi16(pairs, table);  // by the lowest 5 bits: the table stands twice
             store_pairs(to, _mm512_mulhrs_epi16(even, share), _mm512_mulhrs_epi16(odd, share));
         }
-        return most / LARGEST;
+        return most * top / LARGEST;
+    }
+
+    static float number(float scale) { return scale; }
+
+    static float number(uint16_t bf16) {
+        const uint32_t bits = (uint32_t)bf16 << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
     }
 
     // The lower bytes of 32 even and of 32 odd elements, in their order.
