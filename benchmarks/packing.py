@@ -1,11 +1,11 @@
-"""An epoch with examples that share rows beside one with rows of like length: learned tokens a second, and memory.
+"""Steps with examples that share rows beside steps with rows of like length: learned tokens a second, and memory.
 
     python benchmarks/packing.py
 
 Lengths are lognormal (median 900, sigma 0.7, at most 4,096 tokens), of each example the last half is learned. A packed
-micro-batch is one row of 4,096 tokens, the other one four examples in rows of their own, which are as many tokens. The
-sides take turns, each in a process of its own; ratios are of medians. Memory is the process's peak RssAnon, on the
-padded side that of its longest micro-batch.
+micro-batch is one row of 4,096 tokens, the other one four examples in rows of their own, which are about as many. Of an
+epoch of all examples a turn takes a few steps, evenly spread over its steps by their size. The sides take turns, each
+in a process of its own; ratios are of medians. Memory is the process's peak RssAnon, its longest micro-batch included.
 """
 
 import argparse
@@ -30,7 +30,8 @@ SIZES = {"dim": 256, "hidden_dim": 512, "n_layers": 4, "n_heads": 8, "n_kv_heads
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=120)
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     print(f"{cpu_name()}, {os.cpu_count()} threads, {platform.python_version()}, torch {torch.__version__}, ", end="")
@@ -39,7 +40,7 @@ def main() -> None:
     pipes = {}
     for side in SIDES:
         pipes[side], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, side, arguments.examples), daemon=True).start()
+        context.Process(target=serve, args=(theirs, side, arguments.examples, arguments.steps), daemon=True).start()
     speeds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(arguments.rounds + 1):
         for side, pipe in pipes.items():
@@ -54,8 +55,8 @@ def main() -> None:
     print(f"packed: {own / other:.2f} x the learned tokens/s of padded rows")
 
 
-def serve(pipe: Connection, side: str, examples: int) -> None:
-    """Train an epoch each time that a number comes."""
+def serve(pipe: Connection, side: str, examples: int, count: int) -> None:
+    """Train so many steps of an epoch each time that its number comes, of the first one the longest too."""
     from accessory.config import ModelArgs, MoEArgs
     from accessory.data.collate import collate
     from accessory.data.packing import PackedSampler
@@ -94,14 +95,20 @@ def serve(pipe: Connection, side: str, examples: int) -> None:
         except EOFError:  # the last round has been asked for
             return
         learned, tokens, places = 0, 0, 0.0
+        steps = sorted(sampler.steps(epoch), key=lambda step: lengths_of(sampler, lengths, step))
+        spread = [steps[round((number + 0.5) * len(steps) / count - 0.5)] for number in range(count)]
         start = time.perf_counter()
-        for step in sampler.steps(epoch):
+        for step in spread if epoch else [steps[-1], *spread]:
             (rows,) = sampler.micro_batches(step, dp_rank=0, dp_size=1, accum=1)
             batch = collate([[data[index] for index in sampler.row(row)] for row in rows])
             result = train_step(model, optimizer, [batch], lr=LR, clip_grad=CLIP_GRAD)
             learned, tokens = learned + result.learned, tokens + result.tokens
             places += result.tokens / (1 - result.padding)
         pipe.send((time.perf_counter() - start, learned, tokens / places, peak.value))
+
+
+def lengths_of(sampler: Any, lengths: Any, step: Any) -> int:
+    return sum(int(lengths[index]) for row in step for index in sampler.row(row))
 
 
 if __name__ == "__main__":
