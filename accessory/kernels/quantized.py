@@ -8,6 +8,7 @@ Shape letters: P pairs of a token and its expert (or just tokens), E experts, R 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -21,7 +22,7 @@ from .activations import round_activations, rounds_activations
 from .cpu import quantized as on_cpu
 from .cpu.library import DTYPES, tiles_serve
 from .cpu.quantized import NativeWeight, native_weight
-from .products import experts_of, few_pairs, pairs_by_expert
+from .products import experts_of, pairs_by_expert
 from .tensors import called_directly, shown
 from .triton import products as on_gpu
 
@@ -29,6 +30,8 @@ from .triton import products as on_gpu
 # kernels for few tokens".
 _FEW = 16
 _FEW_FLOAT32 = 32
+# Tokens of a matrix from which on AMX's tiles multiply it, of codes in 8 bits and in 4, which they have to unpack.
+_TILED_8_BITS, _TILED_4_BITS = 2, 5
 _SCRATCH = 2**22  # elements of plain weights at a time: they stay in the cache until they are multiplied
 
 
@@ -99,13 +102,11 @@ def quantized_linear(x_PD: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     if _on_gpu(x_PD, weight):
         return on_gpu.quantized_linear(x_PD, weight)
+    native = _tiled(x_PD, weight, x_PD.shape[0])
+    if native is not None:
+        return on_cpu.gathered_quantized_linear(x_PD, native, None, variant="tiles")
     if _without_kernel(x_PD, weight) or x_PD.shape[0] > (_FEW_FLOAT32 if x_PD.dtype == torch.float32 else _FEW):
-        native = _tiled(x_PD, weight)
-        return (
-            _by_blocks(x_PD, weight)
-            if native is None
-            else on_cpu.gathered_quantized_linear(x_PD, native, None, variant="tiles")
-        )
+        return _by_blocks(x_PD, weight)
     native = _native(x_PD.dtype, weight)
     if native is not None:
         return on_cpu.gathered_quantized_linear(x_PD, native, None)
@@ -124,7 +125,7 @@ def gathered_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, expert_P: T
         return on_gpu.gathered_quantized_linear(x_PD, weight, expert_P)
     if _without_kernel(x_PD, weight):
         return _gathered_by_blocks(x_PD, weight.flatten(1, -2), expert_P)
-    native = None if few_pairs(x_PD.shape[0], weight.codes.shape[0]) else _tiled(x_PD, weight)
+    native = _tiled(x_PD, weight, x_PD.shape[0] / max(1, weight.codes.shape[0]))
     if native is not None:
         return on_cpu.gathered_quantized_linear(x_PD, native, expert_P, variant="tiles")
     native = _native(x_PD.dtype, weight)
@@ -142,7 +143,7 @@ def grouped_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, offsets_E: T
     if _on_gpu(x_PD, weight):
         return on_gpu.grouped_quantized_linear(x_PD, weight, offsets_E)
     weight = weight.flatten(1, -2)
-    native = _tiled(x_PD, weight)
+    native = _tiled(x_PD, weight, math.inf)
     if native is not None:
         return on_cpu.gathered_quantized_linear(x_PD, native, experts_of(offsets_E, x_PD.shape[0]), variant="tiles")
     y_PR, begin = x_PD.new_empty(x_PD.shape[0], weight.shape[1]), 0
@@ -207,9 +208,10 @@ def _without_kernel(x_PD: Tensor, weight: QuantizedWeight) -> bool:
     return x_PD.is_cuda or weight.format.kind is None
 
 
-def _tiled(x_PD: Tensor, weight: QuantizedWeight) -> NativeWeight | None:
-    """The weight for AMX's tiles, where these multiply such activations with it."""
-    serves = x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
+def _tiled(x_PD: Tensor, weight: QuantizedWeight, tokens: float) -> NativeWeight | None:
+    """The weight for AMX's tiles, where these multiply so many tokens of each matrix with it."""
+    many = tokens >= (_TILED_4_BITS if weight.format.in_halves else _TILED_8_BITS)
+    serves = many and x_PD.is_cpu and x_PD.dtype == torch.bfloat16 and tiles_serve()
     return native_weight(weight) if serves else None
 
 

@@ -21,6 +21,18 @@ struct Rows {
     alignas(64) float scales[ROWS];
 };
 
+// The levels of a table in 16 bits, twice, the largest as 127 * 16 steps.
+struct Steps {
+    alignas(64) int16_t levels[32];
+    float top = 0;
+
+    explicit Steps(const accessory_levels& of) {
+        for (const float level : of.values) top = std::max(top, std::abs(level));
+        for (int i = 0; i < 32; i++)
+            levels[i] = top > 0 ? (int16_t)__builtin_rintf(of.values[i % 16] / top * 16 * LARGEST) : 0;
+    }
+};
+
 struct Quantized {
     static constexpr int STEP = ROWS;
 
@@ -29,6 +41,7 @@ struct Quantized {
     uint16_t* y;
     int64_t rows;
     const int64_t* order;
+    const Steps steps{*w.levels};
 
     int64_t block_bytes() const { return up(w.depth, BLOCK) * BLOCK_BYTES; }
     int64_t row_bytes() const { return w.kind ? w.depth / 2 : w.depth; }
@@ -211,7 +224,7 @@ struct Quantized {
         const int64_t groups = w.depth / GROUP;
         __m512 most = _mm512_setzero_ps(), limit = most;
         for (int64_t g = 0; g < groups; g += 16) {
-            const __mmask16 mask = groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff;
+            const __mmask16 mask = left_of(groups, g);
             const __m512 scales = wide(scale + g, mask);
             const __m512i zeros = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, zero + g));
             const __m512i reach = _mm512_max_epi32(zeros, _mm512_sub_epi32(_mm512_set1_epi32(240), zeros));
@@ -224,8 +237,7 @@ struct Quantized {
         alignas(32) int16_t shares[17] = {};
         for (int64_t g = 0; g < groups; g += DEPTH / GROUP, codes += DEPTH / 2, to += DEPTH) {
             if (g % 16 == 0) {
-                const __mmask16 mask = groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff;
-                const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, mask), inverse));
+                const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, left_of(groups, g)), inverse));
                 _mm256_store_si256((__m256i*)shares, _mm512_cvtsepi32_epi16(share));
             }
             const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
@@ -246,41 +258,38 @@ struct Quantized {
     template <int GROUP, class Scale>
     TILES_TARGET float expand_table(const char* codes, const Scale* scale, char* to) const {
         const int64_t groups = w.depth / GROUP;
-        float most = 0, top = 0;
-        for (int64_t g = 0; g < groups; g++) most = std::max(most, number(scale[g]));
-        for (const float level : w.levels->values) top = std::max(top, std::abs(level));
-        alignas(64) int16_t levels[32];
-        for (int i = 0; i < 32; i++) levels[i] = (int16_t)__builtin_rintf(w.levels->values[i % 16] / top * 16 * LARGEST);
-        const __m512i table = _mm512_load_si512(levels);
-        const float inverse = most > 0 ? 2048 / most : 0;
+        __m512 largest = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; g += 16) largest = _mm512_max_ps(largest, wide(scale + g, left_of(groups, g)));
+        const float most = _mm512_reduce_max_ps(largest);
+        const __m512 inverse = _mm512_set1_ps(most > 0 ? 2048 / most : 0);
+        const __m512i table = _mm512_load_si512(steps.levels);
+        alignas(32) int16_t shares[17] = {};
         for (int64_t g = 0; g < groups; g += DEPTH / GROUP, codes += DEPTH / 2, to += DEPTH) {
-            const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
-            __m512i share = _mm512_set1_epi16((int16_t)_mm_cvtss_si32(_mm_set_ss(number(scale[g]) * inverse)));
-            if (GROUP == 32 && whole_row) {
-                const int16_t behind = (int16_t)_mm_cvtss_si32(_mm_set_ss(number(scale[g + 1]) * inverse));
-                share = _mm512_mask_set1_epi16(share, 0xffff0000, behind);
+            if (g % 16 == 0) {
+                const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, left_of(groups, g)), inverse));
+                _mm256_store_si256((__m256i*)shares, _mm512_cvtsepi32_epi16(share));
             }
+            const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
+            __m512i share = _mm512_set1_epi16(shares[g % 16]);
+            if (GROUP == 32 && whole_row) share = _mm512_mask_set1_epi16(share, 0xffff0000, shares[g % 16 + 1]);
             const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(whole_row ? ~0u : 0xffff, codes));
             const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table);
             const __m512i odd = _mm512_permutexvar_epi16(pairs, table);  // by the lowest 5 bits: the table stands twice
             store_pairs(to, _mm512_mulhrs_epi16(even, share), _mm512_mulhrs_epi16(odd, share));
         }
-        return most * top / LARGEST;
+        return most * steps.top / LARGEST;
     }
 
-    static float number(float scale) { return scale; }
-
-    static float number(uint16_t bf16) {
-        const uint32_t bits = (uint32_t)bf16 << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
-    }
+    static __mmask16 left_of(int64_t groups, int64_t g) { return groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff; }
 
     // The lower bytes of 32 even and of 32 odd elements, in their order.
     TILES_TARGET static INLINE_TILES void store_pairs(char* to, __m512i even, __m512i odd) {
         const __m512i low = _mm512_and_si512(even, _mm512_set1_epi16(0xff));
         _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi16(odd, 8)));
+    }
+
+    TILES_TARGET static INLINE_TILES __m512 wide(const float* scale, __mmask16 mask) {
+        return _mm512_maskz_loadu_ps(mask, scale);
     }
 
     TILES_TARGET static INLINE_TILES __m512 wide(const uint16_t* bf16, __mmask16 mask) {
