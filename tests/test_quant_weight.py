@@ -75,6 +75,22 @@ def test_fp8_by_hand() -> None:
     assert weight.dequantize()[0, 128:].eq(0).all()
 
 
+def test_fp8_keeps_codes_whose_groups_have_one_factor() -> None:
+    codes = draw(4, 256).to(torch.float8_e4m3fn)
+    factors = torch.rand(4, 2).repeat_interleave(128, 1)
+    weight = QuantizedWeight.empty((4, 256), "fp8")
+    assert weight.keep(codes, factors)
+    assert torch.equal(weight.dequantize(), codes.float() * factors)
+    before = weight.dequantize()
+    factors[2, 5] *= 2
+    assert not weight.keep(codes, factors)
+    assert torch.equal(weight.dequantize(), before)
+    factors[2, 5] /= 2
+    codes.view(torch.uint8)[1, 7] = 0x7F
+    with pytest.raises(ValueError, match="infinities or NaN"):
+        weight.keep(codes, factors)
+
+
 def test_mxfp4_by_hand() -> None:
     """Between two levels the even code; a largest of 8, which is 4 of the next power, of 7 too; a block of zeros."""
     values = torch.zeros(1, 128)

@@ -195,7 +195,8 @@ class QuantizedWeight:
         own = factors.unflatten(-1, (-1, self.format.group))
         if not torch.equal(own, own[..., :1].expand_as(own)):
             return False
-        _check_finite(codes.float() * factors)
+        for index in _row_slices(self.shape):
+            _check_finite(codes[index].float() * factors[index])
         self.codes.copy_(codes)
         self.scale.copy_(own[..., 0])
         return True

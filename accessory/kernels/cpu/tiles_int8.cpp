@@ -236,17 +236,11 @@ struct Quantized {
         const __m512i low = _mm512_set1_epi16(0x0f), high = _mm512_set1_epi16(0xf0);
         alignas(32) int16_t shares[17] = {};
         for (int64_t g = 0; g < groups; g += DEPTH / GROUP, codes += DEPTH / 2, to += DEPTH) {
-            if (g % 16 == 0) {
-                const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, left_of(groups, g)), inverse));
-                _mm256_store_si256((__m256i*)shares, _mm512_cvtsepi32_epi16(share));
-            }
             const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
             const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(whole_row ? ~0u : 0xffff, codes));
-            __m512i share = _mm512_set1_epi16(shares[g % 16]), zeros = _mm512_set1_epi16(zero[g]);
-            if (GROUP == 32 && whole_row) {
-                share = _mm512_mask_set1_epi16(share, 0xffff0000, shares[g % 16 + 1]);
-                zeros = _mm512_mask_set1_epi16(zeros, 0xffff0000, zero[g + 1]);
-            }
+            const __m512i share = share_of(scale, groups, g, inverse, shares, GROUP == 32 && whole_row);
+            __m512i zeros = _mm512_set1_epi16(zero[g]);
+            if (GROUP == 32 && whole_row) zeros = _mm512_mask_set1_epi16(zeros, 0xffff0000, zero[g + 1]);
             const __m512i even = _mm512_sub_epi16(_mm512_and_si512(pairs, high), zeros);
             const __m512i odd = _mm512_sub_epi16(_mm512_slli_epi16(_mm512_and_si512(pairs, low), 4), zeros);
             store_pairs(to, _mm512_mulhrs_epi16(even, share), _mm512_mulhrs_epi16(odd, share));
@@ -265,19 +259,26 @@ struct Quantized {
         const __m512i table = _mm512_load_si512(steps.levels);
         alignas(32) int16_t shares[17] = {};
         for (int64_t g = 0; g < groups; g += DEPTH / GROUP, codes += DEPTH / 2, to += DEPTH) {
-            if (g % 16 == 0) {
-                const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, left_of(groups, g)), inverse));
-                _mm256_store_si256((__m256i*)shares, _mm512_cvtsepi32_epi16(share));
-            }
             const bool whole_row = g + DEPTH / GROUP <= groups;  // else half of it, one group of 32
-            __m512i share = _mm512_set1_epi16(shares[g % 16]);
-            if (GROUP == 32 && whole_row) share = _mm512_mask_set1_epi16(share, 0xffff0000, shares[g % 16 + 1]);
+            const __m512i share = share_of(scale, groups, g, inverse, shares, GROUP == 32 && whole_row);
             const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(whole_row ? ~0u : 0xffff, codes));
             const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table);
             const __m512i odd = _mm512_permutexvar_epi16(pairs, table);  // by the lowest 5 bits: the table stands twice
             store_pairs(to, _mm512_mulhrs_epi16(even, share), _mm512_mulhrs_epi16(odd, share));
         }
         return most * steps.top / LARGEST;
+    }
+
+    // What the 64 codes from group g on are multiplied by; 16 groups are converted at a time, into `shares`.
+    template <class Scale>
+    TILES_TARGET static INLINE_TILES __m512i share_of(const Scale* scale, int64_t groups, int64_t g, __m512 inverse,
+                                                      int16_t* shares, bool two) {
+        if (g % 16 == 0) {
+            const __m512i share = _mm512_cvtps_epi32(_mm512_mul_ps(wide(scale + g, left_of(groups, g)), inverse));
+            _mm256_store_si256((__m256i*)shares, _mm512_cvtsepi32_epi16(share));
+        }
+        const __m512i share = _mm512_set1_epi16(shares[g % 16]);
+        return two ? _mm512_mask_set1_epi16(share, 0xffff0000, shares[g % 16 + 1]) : share;
     }
 
     static __mmask16 left_of(int64_t groups, int64_t g) { return groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff; }
