@@ -82,8 +82,7 @@ def describe(
     yield from _sizes(args, together)
     if args.quant is not None:
         groups = f", groups of {args.quant.group_size}" if args.quant.type in GROUP_SIZES else ""
-        head = " and output head" if args.quant.head else ""
-        yield f"quantized   {args.quant.type}{groups}: matrices of attention and experts{head}"
+        yield f"quantized   {args.quant.type}{groups}: matrices of {args.quant.matrices}"
     yield from _adapters(args)
     yield f"dtype       {', '.join(sorted(coding.removeprefix('torch.') for coding in codings))}"
     # An adapter's folder does not say which its base has.

@@ -18,7 +18,7 @@ _OF_EXPERTS: tuple[QuantForm, ...] = ("mxfp4",)
 
 @dataclass(frozen=True, kw_only=True)
 class QuantArgs:
-    """Weight-only quantization of the matrices of attention and experts.
+    """Weight-only quantization of the matrices of attention and experts, or of some of them.
 
     Attributes:
         type: "int8", "int4", "nf4", "fp8", or "mxfp4" of experts alone; docs/quantization.md describes them.
@@ -51,6 +51,13 @@ class QuantArgs:
             return kind == "expert"
         return kind != "head" or self.head
 
+    @property
+    def matrices(self) -> str:
+        """Those that it quantizes, for people."""
+        names = {"attention": "attention", "expert": "experts", "head": "output head"}
+        *most, last = (name for kind, name in names.items() if self.covers(kind))
+        return f"{', '.join(most)} and {last}" if most else last
+
     @classmethod
     def of(cls, quant: "bool | str | Self | None") -> Self | None:
         """What an argument ``quant`` stands for: True is nf4, False and None are none.
@@ -78,7 +85,8 @@ def add_quant_flags(parser: Any, *, always: bool = False) -> None:
         always: the command quantizes whether it is told so or not.
     """
     kinds = f"{', '.join(QUANT_FORMS[:-1])} or {QUANT_FORMS[-1]}"
-    loading = f"quantize the matrices of attention and experts while loading: {kinds} ({DEFAULT_FORM} without TYPE)"
+    loading = f"quantize the matrices of attention and experts (mxfp4: of experts) while loading: {kinds} "
+    loading += f"({DEFAULT_FORM} without TYPE)"
     parser.add_argument(
         "--quant",
         nargs="?",

@@ -73,8 +73,8 @@ class MetaModel(nn.Module):
             dtype: torch dtype, or "bf16", "fp16", "fp32", or "auto" for the dtype on disk. None: bfloat16, or
                 float32 on a CPU without native bfloat16 products.
             device: None: the current GPU if there is one, else the CPU.
-            quant: "int8", "int4" or "nf4" (True) quantizes the matrices of attention and experts while they are
-                read; a QuantArgs says more. None (False): as the checkpoint is.
+            quant: "int8", "int4", "nf4" (True) or "fp8" quantizes the matrices of attention and experts while they
+                are read, "mxfp4" those of experts; a QuantArgs says more. None (False): as the checkpoint is.
             expert_placement: "expert" (whole experts on each rank), "tensor" (a slice of every expert on each),
                 or "auto".
 

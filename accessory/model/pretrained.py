@@ -212,10 +212,7 @@ def _describe_quantized(parameters: Mapping[str, Tensor], boxes: Mapping[str, Bo
     assert args.quant is not None
     weights = sum(box.numel for box in matrix_boxes(boxes, args).values())
     own = sum(tensor.nbytes for name, tensor in parameters.items() if matrix_of(name)[1])
-    names = {"attention": "attention", "expert": "experts", "head": "output head"}
-    *most, last = (name for kind, name in names.items() if args.quant.covers(kind))
-    covered = f"{', '.join(most)} and {last}" if most else last
-    return f"{covered} in {args.quant.type}: on this rank {shown_quantized(own, weights)}"
+    return f"{args.quant.matrices} in {args.quant.type}: on this rank {shown_quantized(own, weights)}"
 
 
 def _quantized(args: ModelArgs, asked: QuantArgs | None, folders: Sequence[Folder]) -> ModelArgs:
