@@ -24,7 +24,7 @@ class SlotAttention:
         keys, values: (layers, S, L, K, h), of one dtype.
         positions_R: int64, where each row's token goes in its slot; also the last position that it sees.
         slots: distinct, one for each row; None: the first ones in order.
-        bound: how far the twin reads the cache: beyond every position.
+        bound: how far the reference reads the cache: beyond every position.
 
     Raises:
         ValueError: tensors that do not fit each other.
@@ -43,7 +43,7 @@ class SlotAttention:
         self.slots_R = None if slots is None else torch.tensor(slots, device=keys.device)
         self._cache = on_cpu.described(keys, values) if on_cpu.serves(keys, values) else None
         # Made once for all layers, but not where it is not wanted: a small operation costs as much as the kernel.
-        self._twin = self._reference() if self._cache is None else None
+        self._plain = self._reference() if self._cache is None else None
 
     def __call__(
         self, layer: int, q_RHh: Tensor, k_RKh: Tensor, v_RKh: Tensor, *, variant: str | None = None
@@ -53,8 +53,8 @@ class SlotAttention:
         if self._cache is not None and called_directly(q_RHh) and not torch.is_grad_enabled():
             new = (q_RHh, k_RKh, v_RKh)
             return on_cpu.attend_slots(self._cache, layer, *new, self.positions_R, self.slots_R, variant=variant)
-        twin = self._twin or self._reference()
-        return twin(self.keys[layer], self.values[layer], q_RHh, k_RKh, v_RKh)
+        plain = self._plain or self._reference()
+        return plain(self.keys[layer], self.values[layer], q_RHh, k_RKh, v_RKh)
 
     def _reference(self) -> "SlotAttentionReference":
         count = len(self.positions_R) if self.slots is None else max(self.slots) + 1
@@ -72,7 +72,7 @@ class SlotAttention:
 
 
 class SlotAttentionReference:
-    """The plain twin, of one layer: its cost is the bound's, whatever the slots hold.
+    """In plain PyTorch, of one layer: its cost is the bound's, whatever the slots hold.
 
     All slots up to the last one take part, since a choice of them would be a copy of their keys and values.
 

@@ -37,7 +37,7 @@ _GROUPED_MM_CAPABILITIES = (9, 10)  # major ones of the GPUs for which PyTorch h
 def gathering_pays(x_TD: Tensor, pairs: int, experts: int = 1) -> bool:
     """Whether `gathered_linear` is the way for so many pairs, or a product of groups.
 
-    Without the native kernel on CPU it is not: its twin copies the weights of every pair. What torch.compile
+    Without the native kernel on CPU it is not: the reference copies the weights of every pair. What torch.compile
     traces takes it even so, since no shape there may depend on the choice of experts. AMX's tiles take any number.
     """
     if x_TD.is_cuda and on_gpu.available():

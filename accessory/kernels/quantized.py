@@ -156,7 +156,7 @@ def grouped_quantized_linear(x_PD: Tensor, weight: QuantizedWeight, offsets_E: T
 
 
 def quantized_linear_reference(x_PD: Tensor, weight: QuantizedWeight, expert_P: Tensor | None = None) -> Tensor:
-    """The plain twin of the native product with few tokens; without expert_P the weight is (R, D), not (E, ..., D)."""
+    """What the native product with few tokens computes; without expert_P the weight is (R, D), not (E, ..., D)."""
     rounds = weight.format.kind is not None and rounds_activations(x_PD.dtype)
     x = round_activations(x_PD) if rounds else x_PD
     x = x.to(torch.promote_types(x.dtype, torch.float32))

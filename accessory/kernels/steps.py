@@ -1,6 +1,6 @@
 """What stands between the products of a layer: one kernel for each step, in inference; Triton's on a GPU.
 
-On a CPU it is one of cpu/steps.py. Each function is its plain PyTorch twin wherever no kernel serves: with gradients,
+On a CPU it is one of cpu/steps.py. Each function is its reference in PyTorch wherever no kernel serves: with gradients,
 where torch.compile traces, on another device, for other dtypes or sizes, and where Triton or the library is missing.
 
 Shape letters: T tokens, D model width, H heads (of queries or of keys), h width of a head, E experts, K experts chosen

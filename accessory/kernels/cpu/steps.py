@@ -2,7 +2,7 @@
 
 For one token, what PyTorch spends on its operations is many times what their arithmetic takes; for many, they pass over
 memory again and again. All steps compute in float32 and round once, and a row's result does not depend on the others.
-Their plain twins stand in kernels/steps.py, which asks `serves` first.
+Their references stand in kernels/steps.py, which asks `serves` first.
 
 Shape letters: T tokens, P pairs of a token and its expert, K pairs of each token, D width, F hidden width of an expert,
 O = 2 F, H query heads, N key heads, h width of a head.

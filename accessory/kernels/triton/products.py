@@ -1,6 +1,6 @@
 """Products on GPU by Triton kernels: those of kernels/products.py and quantized.py, under their names.
 
-As on a CPU, few tokens in bfloat16 are taken in 8 bits where the weight is quantized (`quantized.round_activations`);
+As on a CPU, few tokens in bfloat16 are taken in 8 bits where the weight is quantized (`activations.round_activations`);
 but for groups of 32 inputs, too short for the tensor cores' products of integers. Very few of them are multiplied by
 dot products of bytes (dots.py), the others on tensor cores (integers.py). All else stays float
 (multiply.py), with float32 sums.

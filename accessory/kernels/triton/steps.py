@@ -77,7 +77,7 @@ def rotate(q_THh: Tensor, k_THh: Tensor, rotation: tuple[Tensor, Tensor]) -> tup
         *k_THh.stride()[:2],
         HEADS=heads,
         PAIRS=pairs,
-        enable_fp_fusion=False,  # products are rounded before they are added, as by the twin
+        enable_fp_fusion=False,  # products are rounded before they are added, as by the reference
     )
     return turned[0], turned[1]
 
