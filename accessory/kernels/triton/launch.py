@@ -34,7 +34,7 @@ def round_inputs(x_PD: Tensor, own: Format, group: int) -> tuple[Tensor, Tensor,
         HALVES=halves,
         GROUPS=ACTIVATION_BLOCK // (2 * group) if halves else 1,
         BLOCK=ACTIVATION_BLOCK,
-        enable_fp_fusion=False,  # a product and a sum as one operation would round once where the reference rounds twice
+        enable_fp_fusion=False,  # a product and a sum as one would round once where the reference rounds twice
     )
     return ints_PD, scale_PB, sum_PG
 
