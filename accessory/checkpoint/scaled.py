@@ -17,6 +17,7 @@ from torch import Tensor
 
 from accessory.checkpoint.blocks import Blocks, BlockType
 from accessory.errors import CheckpointError
+from accessory.quant.formats import MXFP4
 
 SIDE = 128
 
@@ -53,8 +54,7 @@ class Factors:
 
 # Of codes: a sign, two bits of exponent and one of mantissa; of a byte's two, whose bits are those of one int32; and
 # factors by their exponents.
-_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-_VALUES = torch.cat((_VALUES, -_VALUES)).bfloat16()
+_VALUES = torch.tensor(MXFP4).bfloat16()
 _PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), dim=-1).view(torch.int32).squeeze(-1)
 _POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()
 

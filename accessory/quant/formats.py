@@ -197,8 +197,12 @@ def _decode_nf4(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> 
     levels = torch.tensor(NF4, dtype=torch.float32, device=codes.device)
     if in_steps:
         levels = (levels / NF4_STEP).round() * NF4_STEP
-    values_RGN = levels[unpack(codes).int()].unflatten(-1, (-1, _NF4_GROUP))
-    return (values_RGN * scale.unsqueeze(-1)).flatten(-2)
+    return _looked_up(codes, scale, levels, _NF4_GROUP)
+
+
+def _looked_up(codes: Tensor, scale: Tensor, levels: Tensor, group: int) -> Tensor:
+    values_RGN = levels[unpack(codes).int()].unflatten(-1, (-1, group))
+    return (values_RGN * scale.float().unsqueeze(-1)).flatten(-2)
 
 
 # ---- fp8: floats of 8 bits, 4 of them exponent and 3 mantissa, in blocks of 128 inputs with a float32 scale each -
@@ -236,9 +240,10 @@ def _encode_mxfp4(values_RD: Tensor) -> tuple[Tensor, Tensor]:
     # The largest becomes 4 to 8, of which what lies above 6 is cut; or half of that, where this errs less.
     mantissa, exponent = largest.frexp()
     scale = torch.ldexp(torch.ones_like(mantissa), (exponent - 3).clamp_(-126, 126)) * (largest > 0)
+    levels = torch.tensor(MXFP4, dtype=torch.float32, device=values_RGN.device)
     first, second = (_nearest_mxfp4(values_RGN, own) for own in (scale, 2 * scale))
     lost, then = (
-        (_levels_of(codes, MXFP4) * own - values_RGN).square_().sum(-1, keepdim=True)
+        (levels[codes.int()] * own - values_RGN).square_().sum(-1, keepdim=True)
         for codes, own in ((first, scale), (second, 2 * scale))
     )
     codes = torch.where(then < lost, second, first)
@@ -255,13 +260,9 @@ def _nearest_mxfp4(values_RGN: Tensor, scale: Tensor) -> Tensor:
     return codes | (values < 0).to(torch.uint8) << 3
 
 
-def _levels_of(codes: Tensor, levels: tuple[float, ...]) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
-
-
 def _decode_mxfp4(codes: Tensor, scale: Tensor, zero: None, *, in_steps: bool) -> Tensor:
-    values_RGN = _levels_of(unpack(codes), MXFP4).unflatten(-1, (-1, _MXFP4_GROUP))
-    return (values_RGN * scale.float().unsqueeze(-1)).flatten(-2)
+    levels = torch.tensor(MXFP4, dtype=torch.float32, device=codes.device)
+    return _looked_up(codes, scale, levels, _MXFP4_GROUP)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------

@@ -88,19 +88,6 @@ INLINE void table_block(vf* s, const char* w, const float* table, const Staged* 
     for (int i = 0; i < N; i++) s[i] += (even[i] + odd[i]) * scales;
 }
 
-template <int GROUP> struct Int4Float {
-    static constexpr int code_bytes = BLOCK / 2, scale_bytes = 2 * BLOCK / GROUP;
-    template <int N>
-    static INLINE void block(vf* s, const char* w, const Row& row, const char* scale, const Staged* t, int64_t b) {
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK / 2 / VL; v++)
-            table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread_bf16<GROUP>(scale, v));
-    }
-    template <int N> static INLINE void finish(vf* s, const Row& row, const Staged* t, int64_t d) {
-        take_zeros<N>(s, row, t, d / GROUP);
-    }
-};
-
 // Levels of a table, times float32 or bf16 scales: nf4, mxfp4.
 template <int GROUP, class Scale> struct TableDots {
     static constexpr int code_bytes = BLOCK / 2, scale_bytes = sizeof(Scale) * BLOCK / GROUP;
@@ -137,6 +124,12 @@ template <int GROUP, class Scale> struct TableFloat {
             table_block<N>(s, w + v * VL, row.levels->values, t, b * BLOCK + 2 * v * VL, spread<GROUP, Scale>(scale, v));
     }
     template <int N> static INLINE void finish(vf*, const Row&, const Staged*, int64_t) {}
+};
+
+template <int GROUP> struct Int4Float : TableFloat<GROUP, uint16_t> {
+    template <int N> static INLINE void finish(vf* s, const Row& row, const Staged* t, int64_t d) {
+        take_zeros<N>(s, row, t, d / GROUP);
+    }
 };
 
 // ---- a row ------------------------------------------------------------------------------------------------
